@@ -1,0 +1,142 @@
+"""The entry point: Inductor with one more pass over the joint graph."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .counting import count
+from .errors import HighwayError
+from .options import Options, parse
+from .torch_private import CustomGraphPass, check_when_configured, compile_fx, user_joint_passes
+
+log = logging.getLogger(__name__)
+
+SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
+
+
+def highway(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile ``gm`` with Inductor, its backward pass in Highway-BP form.
+
+    The backend behind ``torch.compile(model, backend="highway", options={...})``. ``options`` are those of
+    :class:`hwbp_compiler.Options` and all of Inductor's; ``mode`` means what it means to Inductor. Raises
+    :class:`hwbp_compiler.OptionError` for anything else.
+    """
+    ours, patches = parse(options, mode)
+    if ours.rewrite != "never":
+        patches["joint_custom_pre_pass"] = _in_sequence(*user_joint_passes(patches), HighwayPass(ours))
+    return compile_fx(gm, example_inputs, patches)
+
+
+# torch.compile gives the options to this check at once, and to the backend only with the first graph.
+check_when_configured(highway, lambda mode=None, options=None: parse(options, mode))
+
+
+@dataclass(frozen=True)
+class HighwayPass(CustomGraphPass):
+    """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph."""
+
+    options: Options
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        # Late: looking at options, which every torch.compile call does, should not load the passes.
+        from hwbp_compiler import passes
+
+        from .graph.info import is_tangent
+
+        count("graphs_seen")
+        if not any(is_tangent(node) for node in graph.nodes):
+            count("inference_graphs")
+            return
+        try:
+            records = passes.run(graph, self.options)
+        except Exception as error:
+            count("failures")
+            reason = f"{type(error).__name__}: {error}"
+            if self.options.strict:
+                raise HighwayError(
+                    f"the highway rewrite failed and strict=True: {reason}. "
+                    "Without strict=True this graph is compiled as Inductor would compile it.",
+                    inner_exception=error,
+                    first_useful_frame=inspect.currentframe(),
+                ).with_traceback(error.__traceback__) from error
+            _warn_once(reason)
+            log.debug("where it failed", exc_info=error)
+            return
+        log.debug("joint graph of %d nodes: %d chains", len(graph.nodes), len(records))
+        for record in records:
+            count("chains_found")
+            count(f"chains_{record.decision}")
+            if record.decision == "declined":
+                count(f"declined: {record.reason}")
+            log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
+
+    def uuid(self) -> str:
+        """Changes with every option, every source file of the package and the torch version."""
+        return f"{source_digest()} {self.options} torch {torch.__version__}"
+
+
+@dataclass(frozen=True)
+class PassSequence(CustomGraphPass):
+    """Several joint passes as one, first to last: torch 2.11 has room for a single one."""
+
+    passes: tuple[Callable[[torch.fx.Graph], Any], ...]
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> tuple[Any, ...] | None:
+        """None, which keeps the graph out of the caches, unless every pass can tell what it is."""
+        uuids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes)
+        return uuids if all(uuids) else None
+
+
+def _in_sequence(*passes: Callable[[torch.fx.Graph], Any]) -> Callable[[torch.fx.Graph], Any]:
+    return passes[0] if len(passes) == 1 else PassSequence(passes)
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash over the names and contents of all source files of the package, taken once per process.
+
+    Compiled graphs outlive the process in torch.compile's caches, and a graph found there is used without
+    running a pass: whatever the passes do must be in the key.
+    """
+    # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
+    found: dict[str, Path] = {}
+    for package, prefix in (("hwbp_compiler", Path()), ("hwbp_compiler.passes", Path("passes"))):
+        for root in importlib.import_module(package).__path__:
+            for path in Path(root).rglob("*"):
+                if path.suffix in SOURCE_SUFFIXES:
+                    found[(prefix / path.relative_to(root)).as_posix()] = path
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        content = found[name].read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning(
+        "the highway rewrite failed (%s); this graph is compiled as Inductor would compile it. "
+        'options={"strict": True} raises instead, TORCH_LOGS="+hwbp_compiler" shows where.',
+        reason,
+    )

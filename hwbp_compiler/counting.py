@@ -1,0 +1,35 @@
+"""What the backend has done in this process so far."""
+
+from __future__ import annotations
+
+from .torch_private import counter
+
+NAMES = (
+    "graphs_seen",
+    "inference_graphs",
+    "chains_found",
+    "chains_rewritten",
+    "chains_declined",
+    "failures",
+)
+
+
+def count(name: str, by: int = 1) -> None:
+    counter()[name] += by
+
+
+def counters() -> dict[str, int]:
+    """A snapshot of the process-wide counts.
+
+    ``graphs_seen`` counts the graphs the rewrite was shown, ``inference_graphs`` those among them without a
+    backward; ``chains_found`` is ``chains_rewritten + chains_declined``; ``failures`` are graphs left as they
+    were because a step raised. Further keys, ``"declined: <reason>"``, tell why chains were declined.
+
+    A compilation answered from torch.compile's caches runs no pass and counts nothing here.
+    """
+    return {**dict.fromkeys(NAMES, 0), **counter()}
+
+
+def reset_counters() -> None:
+    """Start counting from zero again."""
+    counter().clear()

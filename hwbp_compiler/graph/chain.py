@@ -1,0 +1,61 @@
+"""The data model: a chain of links, and groups of equal links.
+
+Order is that of the gradient: state 0 is the head (nearest the loss), link i leads from state i to state i + 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from .program import Program, State
+
+
+@dataclass
+class Chain:
+    """``len(links)`` links; ``states[i]`` are the nodes of state i, one per component.
+
+    ``tail`` is true where one more link follows the last state whose own input needs no gradient (the first step of
+    a recurrence that starts from zeros): it counts as a link but has no state to send to.
+    """
+
+    states: list[State]
+    links: list[Program]
+    tail: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.states) != len(self.links) + 1:
+            raise AssertionError(f"{len(self.states)} states do not bound {len(self.links)} links")
+
+    @property
+    def length(self) -> int:
+        return len(self.links) + int(self.tail)
+
+    @property
+    def width(self) -> int:
+        return len(self.states[-1])
+
+
+@dataclass
+class Group:
+    """Links whose programs are equal: evaluated once per iteration, as lanes of one batched program.
+
+    lanes       positions of the links in the chain, ascending; the tail, if it joined, is position ``len(links)``
+    programs    per lane, statement by statement the same
+    """
+
+    lanes: list[int]
+    programs: list[Program]
+    exports: list[int] = field(default_factory=list)
+
+    @property
+    def template(self) -> Program:
+        return self.programs[0]
+
+    def raw(self, statement: int) -> list[Node | None]:
+        """The nodes that statement stands for, one per lane."""
+        return [p.raw[statement] for p in self.programs]
+
+    def external(self, slot: int) -> list[Node]:
+        return [p.externals[slot] for p in self.programs]

@@ -1,0 +1,336 @@
+"""Evaluate a group's program for all its links at once, as nodes of the rewritten graph.
+
+A link is ``s' = K s + J s + b``. One interpreter serves all three parts and the whole:
+
+    FULL     s' from the state, injections included           (parameter and side gradients, once)
+    STATE    the same without injections: K s + J s            (what a heavy operator inside J is given)
+    REST     J s: an elementwise edge passes REST on, a heavy one takes the STATE of its operand
+    INJECT   b: the state is zero
+    Coefficient(c)   the diagonal of K from state component c: ones in, heavy edges cut
+
+None stands for zero throughout, so whatever is zero costs no node.
+"""
+
+from __future__ import annotations
+
+import enum
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .batching import Emitter, Value, convolution_backward
+from .chain import Group
+from .program import INPUT, SUM, External, Ref, elementwise_argument
+from .rules import Kind, is_zero, linear_arguments, operands, rule_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+class Mode(enum.Enum):
+    FULL = "full"
+    STATE = "state"
+    REST = "rest"
+    INJECT = "inject"
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    component: int
+
+
+class Evaluator:
+    """One group, one set of state values. ``stack(slot)`` gives an external for all lanes; ``inject(statement)`` the
+    stacked injections of a sum or None."""
+
+    def __init__(
+        self,
+        emitter: Emitter,
+        group: Group,
+        states: list[Value | None],
+        stack: Callable[[int], Value],
+        inject: Callable[[int], Value | None],
+    ) -> None:
+        self.e = emitter
+        self.group = group
+        self.program = group.template
+        self.states = states
+        self.stack = stack
+        self.inject = inject
+        self._memo: dict[tuple[object, int], object] = {}
+
+    def value(self, mode: Mode | Coefficient, statement: int):
+        """Value, list of Value, float (a coefficient that is the same number everywhere), or None for zero."""
+        todo = [(mode, statement)]
+        while todo:  # links can be deep: no recursion over statements
+            key = todo[-1]
+            if key in self._memo:
+                todo.pop()
+                continue
+            wanted = [k for k in self._requirements(*key) if k not in self._memo]
+            if wanted:
+                todo.extend(wanted)
+                continue
+            self._memo[key] = self._compute(*key)
+            todo.pop()
+        return self._memo[mode, statement]
+
+    # -- what a statement needs --------------------------------------------------------------------------------
+
+    def _operand_mode(self, mode, i: int, ref: Ref):
+        """The mode in which statement i takes ``ref``; None where the edge is cut."""
+        if mode is Mode.REST:
+            return mode if elementwise_argument(self.program, i, ref) else Mode.STATE
+        if isinstance(mode, Coefficient):
+            return mode if elementwise_argument(self.program, i, ref) else None
+        return mode
+
+    def _requirements(self, mode, i: int):
+        statement = self.program.statements[i]
+        if statement.target is INPUT:
+            return
+        if self._is_convolution_output(statement):
+            i = statement.args[0].id
+            statement = self.program.statements[i]
+        for ref in _references(statement.args):
+            wanted = self._operand_mode(mode, i, ref)
+            if wanted is not None:
+                yield (wanted, ref.id)
+
+    def _is_convolution_output(self, statement) -> bool:
+        return (
+            statement.target is operator.getitem
+            and isinstance(statement.args[0], Ref)
+            and self.program.statements[statement.args[0].id].target is aten.convolution_backward.default
+        )
+
+    # -- one statement ------------------------------------------------------------------------------------------
+
+    def _compute(self, mode, i: int):
+        statement = self.program.statements[i]
+        if statement.target is INPUT:
+            return self._input(mode, statement.args[0])
+        if statement.target is SUM:
+            return self._sum(mode, i)
+        if statement.target is operator.getitem:
+            return self._item(mode, i)
+        if statement.target is aten.convolution_backward.default:
+            return None  # evaluated per output, see _item
+        return self._operation(mode, i)
+
+    def _input(self, mode, position: int):
+        if mode in (Mode.FULL, Mode.STATE):
+            return self.states[position]
+        if isinstance(mode, Coefficient) and mode.component == position:
+            return 1.0
+        return None
+
+    def _sum(self, mode, i: int):
+        terms = [self._operand(mode, i, r) for r in self.program.statements[i].args]
+        if mode in (Mode.FULL, Mode.INJECT):
+            terms.append(self.inject(i))
+        terms = [t for t in terms if t is not None]
+        if not terms:
+            return None
+        constant = sum(t for t in terms if isinstance(t, float))
+        values = [t for t in terms if isinstance(t, Value)]
+        if not values:
+            return float(constant)
+        total = values[0]
+        for other in values[1:]:
+            total = self._apply(aten.add.Tensor, (total, other), {})
+        return self._apply(aten.add.Tensor, (total, constant), {}) if constant else total
+
+    def _apply(self, target, args, kwargs):
+        return self.e.apply(target, args, kwargs)
+
+    def _operand(self, mode, i: int, ref: Ref):
+        wanted = self._operand_mode(mode, i, ref)
+        return None if wanted is None else self._memo[wanted, ref.id]
+
+    def _item(self, mode, i: int):
+        statement = self.program.statements[i]
+        source, which = statement.args
+        if self._is_convolution_output(statement):
+            args = self._arguments(mode, source.id)
+            return None if args is None else convolution_backward(self.e, args, which)
+        values = self._operand(mode, i, source)
+        return None if values is None else values[which]
+
+    def _operation(self, mode, i: int):
+        statement = self.program.statements[i]
+        if isinstance(mode, Coefficient):
+            short = self._coefficient(mode, i)
+            if short is not NotImplemented:
+                return short
+        args = self._arguments(mode, i)
+        if args is None:
+            return None
+        simple = self._with_zeros(statement.target, args)
+        if simple is not NotImplemented:
+            return simple
+        return self._apply(statement.target, args, dict(statement.kwargs))
+
+    def _with_zeros(self, target, args):
+        """add and sub with a zero operand, without making zeros."""
+        if target is aten.sub.Tensor and args[1] is _Zero:
+            return args[0]
+        if target is aten.sub.Tensor and args[0] is _Zero:
+            return self._apply(aten.neg.default, (args[1],), {})
+        return NotImplemented
+
+    def _arguments(self, mode, i: int):
+        """The statement's arguments in ``mode``; None if it is linear in what is zero."""
+        statement = self.program.statements[i]
+        linear = self._linear(i)
+        alive = False
+
+        def argument(a, additive: bool):
+            nonlocal alive
+            if isinstance(a, Ref):
+                value = self._operand(mode, i, a)
+                if value is None and not additive:
+                    # Not a linear position: only where a whole side computation is evaluated.
+                    raise AssertionError(f"statement {i} needs a value that is zero")
+                if value is not None:
+                    alive = alive or additive
+                    return value
+                return _zero_like(a)
+            if isinstance(a, External):
+                if additive:
+                    nodes = self.group.external(a.slot)
+                    if all(is_zero(n) for n in nodes) or mode not in (Mode.FULL, Mode.INJECT):
+                        return _zero_external(a)
+                    alive = True
+                return self.stack(a.slot)
+            if isinstance(a, tuple):
+                return tuple(argument(x, additive) for x in a)
+            return a
+
+        args = tuple(argument(a, p in linear) for p, a in enumerate(statement.args))
+        if not alive:
+            return None
+        if statement.target in (aten.add.Tensor, aten.sub.Tensor) and not statement.kwargs:
+            first, second = args[0], args[1]
+            zeros = isinstance(first, (_zero_like, _zero_external)), isinstance(second, (_zero_like, _zero_external))
+            if any(zeros) and not all(zeros):
+                return (_Zero if zeros[0] else first, _Zero if zeros[1] else second)
+        return tuple(self._materialise(a) for a in args)
+
+    def _linear(self, i: int) -> frozenset[int]:
+        node = self.program.raw[i]
+        assert node is not None
+        mine = self.program.statements[i]
+        positions = {p for p, a in enumerate(mine.args) if any(True for _ in _references((a,)))}
+        found = linear_arguments(node, positions)
+        # A side statement may be linear in nothing the table knows: then all of it is needed.
+        return found if found is not None else frozenset(positions)
+
+    def _materialise(self, a):
+        if isinstance(a, tuple):
+            return tuple(self._materialise(x) for x in a)
+        if isinstance(a, _zero_like):
+            statement = self.program.statements[a.ref.id]
+            like = self.program.raw[a.ref.id].meta["val"]  # type: ignore[union-attr]
+            return Value(self.e.full(statement.shape or (), 0.0, like, statement.dtype), False)
+        if isinstance(a, _zero_external):
+            like = self.group.template.externals[a.external.slot].meta["val"]
+            return Value(self.e.full(tuple(like.shape), 0.0, like), False)
+        return a
+
+    # -- coefficients -------------------------------------------------------------------------------------------
+
+    def _coefficient(self, mode: Coefficient, i: int):
+        """A number stays a number through views, casts and scalings; otherwise it becomes a tensor of it."""
+        statement = self.program.statements[i]
+        values = {p: self._operand(mode, i, a) for p, a in enumerate(statement.args) if isinstance(a, Ref)}
+        present = {p: v for p, v in values.items() if v is not None}
+        if not present:
+            return None
+        rule = rule_of(self.program.raw[i])  # type: ignore[arg-type]
+        assert rule is not None
+        numbers = {p: v for p, v in present.items() if isinstance(v, float)}
+        target = statement.target
+        if len(numbers) == 1 and len(present) == 1:
+            ((position, number),) = numbers.items()
+            if rule.kind is Kind.LAYOUT or target in _IDENTITY:
+                return number
+            if target is aten.neg.default:
+                return -number
+            if target is aten.sub.Tensor:
+                return number if position == 0 else -number
+            if target in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
+                other = statement.args[1 - position]
+                if isinstance(other, (int, float)):
+                    return number * other if target in (aten.mul.Tensor, aten.mul.Scalar) else number / other
+                if isinstance(other, External) and target is aten.mul.Tensor:
+                    factor = self.e.convert(self.stack(other.slot), statement.dtype)
+                    return factor if number == 1.0 else self._apply(aten.mul.Tensor, (factor, number), {})
+        return self._coefficient_by_operator(mode, i, present)
+
+    def _coefficient_by_operator(self, mode: Coefficient, i: int, present: dict):
+        statement = self.program.statements[i]
+        args = []
+        for p, a in enumerate(statement.args):
+            if isinstance(a, Ref):
+                source = self.program.statements[a.id]
+                like = self.program.raw[a.id].meta["val"]  # type: ignore[union-attr]
+                v = present.get(p)
+                if v is None or isinstance(v, float):
+                    v = Value(self.e.full(source.shape, v or 0.0, like, source.dtype), False)
+                elif v.shape != tuple(like.shape):
+                    v = self._expand(v, like)
+                args.append(v)
+            elif isinstance(a, External):
+                zero = a.additive
+                like = self.group.template.externals[a.slot].meta["val"]
+                args.append(Value(self.e.full(tuple(like.shape), 0.0, like), False) if zero else self.stack(a.slot))
+            else:
+                args.append(a)
+        return self._apply(statement.target, tuple(args), dict(statement.kwargs))
+
+    def _expand(self, value: Value, like: torch.Tensor) -> Value:
+        node = self.e.aligned(value, like.dim())
+        sizes = [self.e.size(s) for s in like.shape]
+        return Value(
+            self.e.call(aten.expand.default, node, [self.e.count, *sizes] if value.batched else sizes), value.batched
+        )
+
+
+_IDENTITY = {
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten._to_copy.default,
+    prims.convert_element_type.default,
+}
+
+
+class _ZeroType:
+    pass
+
+
+_Zero = _ZeroType()
+
+
+@dataclass(frozen=True)
+class _zero_like:
+    ref: Ref
+
+
+@dataclass(frozen=True)
+class _zero_external:
+    external: External
+
+
+def _references(args):
+    for a in args:
+        if isinstance(a, Ref):
+            yield a
+        elif isinstance(a, tuple):
+            yield from _references(a)
+
+
+__all__ = ["Coefficient", "Evaluator", "Mode", "operands"]

@@ -1,0 +1,268 @@
+"""A link as a program: the affine map from one state of a chain to the next, cut out of the joint graph.
+
+Note [Normal form]
+~~~~~~~~~~~~~~~~~~
+Two links are evaluated together when their programs are equal, so a program must not depend on node names, on the
+order of nodes in the graph, or on how additions are associated:
+
+- statements are numbered by a depth-first walk from the outputs;
+- a tree of single-use additions is one n-ary ``SUM``; its terms are ordered by their structure;
+- an operand of a sum that does not depend on the state (a loss at this step, another branch of the model) is an
+  *injection*: it is kept aside and is no part of the structure, so a link with a loss and one without are equal;
+- every output is a sum, if need be of one term;
+- other operands that do not depend on the state (saved tensors, weights) are *externals*: the structure has their
+  shape and dtype only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Node
+
+from .info import GraphInfo
+from .rules import is_elementwise_edge, linear_arguments, operands, rule_of, shape_of
+
+SUM = "sum"
+INPUT = "input"
+ADD = torch.ops.aten.add.Tensor
+
+State = tuple["Node | None", ...]
+"""The nodes that together are one state of a chain; None stands for a component that is zero."""
+
+
+class NotALink(Exception):
+    """A stretch of the graph that is no link; the message says why, for the user."""
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Argument: the value of statement ``id`` of the same program."""
+
+    id: int
+
+
+@dataclass(frozen=True)
+class External:
+    """Argument: the ``slot``-th value from outside; ``additive`` where it is added rather than multiplied."""
+
+    slot: int
+    additive: bool = False
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One operation. ``args`` holds Ref, External and constants; ``shape`` and ``dtype`` describe the result."""
+
+    target: object
+    args: tuple
+    kwargs: tuple
+    shape: tuple | None
+    dtype: torch.dtype | None
+
+
+@dataclass
+class Program:
+    """An affine map between states.
+
+    statements   in dependency order; the first ``arity`` are the inputs
+    raw          the graph node each statement stands for (None for a zero input)
+    outputs      statement of each state component of the next state, () where nothing follows
+    externals    node per external slot
+    injections   statement -> nodes added to it (statements that are sums only)
+    """
+
+    arity: int
+    statements: list[Statement] = field(default_factory=list)
+    raw: list[Node | None] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    externals: list[Node] = field(default_factory=list)
+    injections: dict[int, list[Node]] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> tuple:
+        return (self.arity, tuple(self.statements), tuple(self.outputs))
+
+    @property
+    def inputs(self) -> State:
+        return tuple(self.raw[: self.arity])
+
+    def statement_of(self) -> dict[Node, int]:
+        return {node: i for i, node in enumerate(self.raw) if node is not None}
+
+
+def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[Node]:
+    """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is no addition)."""
+    stop = set(leaves)
+    terms: list[Node] = []
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        inner = node is root or (len(node.users) == 1 and node not in stop)
+        if inner and _is_plain_add(node):
+            todo.extend(reversed(node.args))  # type: ignore[arg-type]
+        else:
+            terms.append(node)
+    return terms
+
+
+def _is_plain_add(node: Node) -> bool:
+    if node.target is not ADD or node.kwargs or not all(isinstance(a, Node) for a in node.args):
+        return False
+    me = (shape_of(node), _dtype_of(node))
+    return all((shape_of(a), _dtype_of(a)) == me for a in node.args)  # type: ignore[arg-type]
+
+
+def _dtype_of(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: set[int]) -> Program:
+    """The program from state ``inputs`` to state ``outputs``.
+
+    ``tainted`` are the indices of everything that depends on the chain; none of it may enter the link except
+    through ``inputs`` (separation: no path by-passes a state). Raises NotALink with the reason.
+    """
+    index = info.index
+    starts = {index[n] for n in inputs if n is not None}
+    ends = {index[n] for n in outputs}
+    dependent = {info.nodes[i] for i in info.between(starts, ends)} - {n for n in inputs if n is not None}
+    for node in outputs:
+        if node not in dependent and node not in inputs:
+            raise NotALink(f"{node.name} does not depend on the state before it")
+    builder = _Builder(info, dependent, inputs, tainted)
+    return builder.build(outputs)
+
+
+class _Builder:
+    def __init__(self, info: GraphInfo, dependent: set[Node], inputs: State, tainted: set[int]) -> None:
+        self.info = info
+        self.dependent = dependent
+        self.tainted = tainted
+        self.program = Program(arity=len(inputs))
+        self.id_of: dict[Node, int] = {}
+        self.hash_of: list[int] = []
+        self.input_nodes = {n for n in inputs if n is not None}
+        for position, node in enumerate(inputs):
+            like = node if node is not None else next(n for n in inputs if n is not None)
+            self._append(Statement(INPUT, (position,), (), shape_of(like), _dtype_of(like)), node)
+
+    def _append(self, statement: Statement, raw: Node | None) -> int:
+        self.program.statements.append(statement)
+        self.program.raw.append(raw)
+        self.hash_of.append(self._hash(statement))
+        if raw is not None:
+            self.id_of[raw] = len(self.program.raw) - 1
+        return len(self.program.raw) - 1
+
+    def _hash(self, statement: Statement) -> int:
+        def key(value):
+            if isinstance(value, Ref):
+                return ("ref", self.hash_of[value.id])
+            if isinstance(value, External):
+                return ("ext", value.additive)
+            if isinstance(value, tuple):
+                return tuple(key(v) for v in value)
+            return str(value)
+
+        return hash((str(statement.target), key(statement.args), str(statement.kwargs), str(statement.shape)))
+
+    def build(self, outputs: Sequence[Node]) -> Program:
+        for node in outputs:
+            self._visit(node, set(outputs))
+        for node in outputs:
+            i = self.id_of[node]
+            if self.program.statements[i].target is not SUM:
+                i = self._append(
+                    Statement(SUM, (Ref(i),), (), shape_of(node), _dtype_of(node)), None
+                )
+                self.program.raw[i] = node
+            self.program.outputs.append(i)
+        return self.program
+
+    def _is_state(self, node: Node) -> bool:
+        return node in self.dependent or node in self.input_nodes
+
+    def _visit(self, root: Node, outputs: set[Node]) -> None:
+        """Depth-first, without recursion: links can be thousands of nodes deep."""
+        todo: list[tuple[Node, bool]] = [(root, False)]
+        while todo:
+            node, ready = todo.pop()
+            if node in self.id_of:
+                continue
+            terms = self._terms(node, outputs)
+            children = [n for _, n in operands(node)] if terms is None else terms
+            if not ready:
+                todo.append((node, True))
+                todo.extend((n, False) for n in reversed(children) if self._is_state(n) and n not in self.id_of)
+            elif terms is not None:
+                self._add_sum(node, terms)
+            else:
+                self._add_operation(node)
+
+    def _terms(self, node: Node, outputs: set[Node]) -> list[Node] | None:
+        if not _is_plain_add(node):
+            return None
+        return sum_terms(node, self.info, leaves=self.input_nodes | (outputs - {node}))
+
+    def _check_outside(self, node: Node) -> None:
+        if self.info.index[node] in self.tainted:
+            raise NotALink(f"a path by-passes the state: {node.name} enters the link from an earlier one")
+
+    def _add_sum(self, node: Node, terms: list[Node]) -> None:
+        inside = [t for t in terms if self._is_state(t)]
+        outside = [t for t in terms if not self._is_state(t)]
+        for term in outside:
+            self._check_outside(term)
+        ids = sorted((self.id_of[t] for t in inside), key=lambda i: (self.hash_of[i], i))
+        args = tuple(Ref(i) for i in ids)
+        i = self._append(Statement(SUM, args, (), shape_of(node), _dtype_of(node)), node)
+        if outside:
+            self.program.injections[i] = outside
+
+    def _add_operation(self, node: Node) -> None:
+        positions = {p for p, n in operands(node) if self._is_state(n)}
+        if rule_of(node) is None:
+            raise NotALink(f"operator {node.target} is not described: add a rule for it in graph/rules.py")
+        linear = linear_arguments(node, positions)
+        if linear is None:
+            raise NotALink(f"operator {node.target} is not linear in the gradient where {node.name} uses it")
+        args = tuple(self._argument(a, p in linear) for p, a in enumerate(node.args))
+        for p in linear - positions:
+            if p < len(node.args) and isinstance(node.args[p], (int, float)) and node.args[p] != 0:
+                raise NotALink(f"{node.name} adds the constant {node.args[p]} to the gradient")
+        kwargs = tuple(sorted((k, _constant(v)) for k, v in node.kwargs.items()))
+        self._append(Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), node)
+
+    def _argument(self, value: object, additive: bool):
+        if isinstance(value, Node):
+            if self._is_state(value):
+                return Ref(self.id_of[value])
+            self._check_outside(value)
+            self.program.externals.append(value)
+            return External(len(self.program.externals) - 1, additive)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._argument(v, additive) for v in value)
+        return _constant(value)
+
+
+def _constant(value: object):
+    """A hashable form of a constant argument; symbolic sizes by their expression."""
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    if isinstance(value, (list, tuple)):
+        return tuple(_constant(v) for v in value)
+    return value
+
+
+def elementwise_argument(program: Program, statement: int, ref: Ref) -> bool:
+    """True where statement i depends on element i of ``ref`` alone, up to a fixed change of shape."""
+    if program.statements[statement].target is SUM:
+        return True
+    node, source = program.raw[statement], program.raw[ref.id]
+    if node is None or source is None:
+        return False
+    return is_elementwise_edge(source, node)

@@ -1,0 +1,193 @@
+"""What each operator means for the highway: one table.
+
+A gradient node is a linear function of the tangents, so every operator that a gradient flows through must be
+linear in some of its arguments. For each operator the table states
+
+- its kind: ``ELEMENTWISE`` (output element i depends on element i of the gradient operand), ``LAYOUT`` (the same
+  elements under another shape), ``MIXING`` (elements are combined, moved or dropped, cheaply: reductions,
+  slices, concatenation), ``HEAVY`` (what a block is made of: matrix products, convolutions, attention, and other
+  operators that carry information across elements);
+- the sets of arguments it is *jointly* linear in: ``add`` in {0, 1} together, ``mul`` in {0} or in {1}, never both.
+
+Supporting an operator is one entry here and one test. An operator that is absent is opaque: a link that contains it
+is declined, never guessed.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+import torch._inductor.inductor_prims  # registers prims.fma, which Inductor's decompositions emit
+from torch.fx import Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+
+class Kind(enum.Enum):
+    ELEMENTWISE = "elementwise"
+    LAYOUT = "layout"
+    MIXING = "mixing"
+    HEAVY = "heavy"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Kind of an operator and the argument sets it is jointly linear in (positions in ``node.args``)."""
+
+    kind: Kind
+    linear: tuple[frozenset[int], ...]
+
+
+_RULES: dict[object, Rule] = {}
+
+
+def _register(kind: Kind, linear: list[set[int]], *names: str, namespace=aten) -> None:
+    rule = Rule(kind, tuple(frozenset(s) for s in linear))
+    for name in names:
+        packet_name, _, overload = name.partition(".")
+        packet = getattr(namespace, packet_name, None)
+        target = getattr(packet, overload or "default", None)
+        if target is not None:  # an operator this torch does not have needs no rule
+            _RULES[target] = rule
+
+
+E, L, M, H = Kind.ELEMENTWISE, Kind.LAYOUT, Kind.MIXING, Kind.HEAVY
+
+# -- elementwise ------------------------------------------------------------------------------------------------
+_register(E, [{0, 1}], "add.Tensor", "sub.Tensor")
+_register(E, [{0}, {1}], "mul.Tensor")
+_register(E, [{0}], "mul.Scalar", "div.Tensor", "div.Scalar", "neg", "clone", "alias", "_to_copy", "detach")
+_register(E, [{0}], "lift_fresh_copy", "positive")
+_register(E, [{1, 2}], "where.self")
+_register(E, [{0}], "convert_element_type", namespace=prims)
+_register(E, [{0, 2}, {1, 2}], "fma", namespace=prims)
+_register(E, [{0, 1}, {0, 2}], "addcmul")
+_register(E, [{0}], "threshold_backward", "sigmoid_backward", "tanh_backward", "gelu_backward", "silu_backward")
+_register(E, [{0}], "hardtanh_backward", "leaky_relu_backward", "elu_backward", "softplus_backward")
+_register(E, [{0}], "hardswish_backward", "hardsigmoid_backward", "mish_backward", "native_dropout_backward")
+
+# -- layout -----------------------------------------------------------------------------------------------------
+_register(L, [{0}], "view", "_unsafe_view", "reshape", "permute", "transpose.int", "t", "unsqueeze")
+_register(L, [{0}], "squeeze", "squeeze.dim", "squeeze.dims", "expand")
+
+# -- mixing: cheap, not elementwise -----------------------------------------------------------------------------
+_register(M, [{0}], "sum", "sum.dim_IntList", "mean", "mean.dim", "slice.Tensor", "select.int", "split.Tensor")
+_register(M, [{0}], "split_with_sizes", "unbind.int", "cat", "stack", "constant_pad_nd", "as_strided", "diagonal")
+_register(M, [{0}], "select_backward", "slice_backward", "diagonal_backward", "repeat", "view_as_real")
+_register(M, [{0, 1}], "slice_scatter", "select_scatter", "diagonal_scatter")
+
+# -- heavy ------------------------------------------------------------------------------------------------------
+_register(H, [{0}, {1}], "mm", "bmm", "matmul", "dot", "mv")
+_register(H, [{0, 1}, {0, 2}], "addmm", "baddbmm", "addmv")
+_register(H, [{0}], "convolution_backward", "avg_pool2d_backward", "_adaptive_avg_pool2d_backward")
+_register(H, [{0}], "max_pool2d_with_indices_backward", "cumsum", "flip", "roll", "index_select", "gather")
+_register(H, [{0}], "native_layer_norm_backward", "native_group_norm_backward", "native_batch_norm_backward")
+_register(H, [{0}], "upsample_nearest2d_backward", "upsample_bilinear2d_backward", "_fft_r2c", "_fft_c2c", "_fft_c2r")
+_register(H, [{0}], "_scaled_dot_product_flash_attention_for_cpu_backward")
+_register(H, [{0}], "_scaled_dot_product_flash_attention_backward", "_scaled_dot_product_efficient_attention_backward")
+_register(H, [{0}], "_scaled_dot_product_cudnn_attention_backward")
+_register(H, [{0}], "embedding_dense_backward", "index.Tensor", "_softmax_backward_data", "_log_softmax_backward_data")
+_register(H, [{0, 2}], "index_put", "_unsafe_index_put")
+_register(H, [{0, 3}], "scatter_add", "_unsafe_masked_index_put_accumulate")
+_register(H, [{0}], "_unsafe_index.Tensor")
+
+
+def rule_of(node: Node) -> Rule | None:
+    """The rule of ``node``'s operator, or None where nobody described it (opaque)."""
+    import operator
+
+    if node.target is operator.getitem:
+        source = node.args[0]
+        base = rule_of(source) if isinstance(source, Node) else None
+        return None if base is None else Rule(M, (frozenset({0}),))
+    return _RULES.get(node.target)
+
+
+def operands(node: Node) -> list[tuple[int, Node]]:
+    """``(argument position, node)`` for every node among the arguments, lists flattened; keyword arguments as -1."""
+    found: list[tuple[int, Node]] = []
+
+    def walk(position: int, value: object) -> None:
+        if isinstance(value, Node):
+            found.append((position, value))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                walk(position, item)
+
+    for position, value in enumerate(node.args):
+        walk(position, value)
+    for value in node.kwargs.values():
+        walk(-1, value)
+    return found
+
+
+def linear_arguments(node: Node, positions: set[int]) -> frozenset[int] | None:
+    """The argument set that ``node`` is jointly linear in and that covers ``positions``; None if it is not linear.
+
+    A covering set that is larger than ``positions`` names additive arguments: what stands there and does not
+    depend on the state is added, not multiplied.
+    """
+    rule = rule_of(node)
+    if rule is None:
+        return None
+    fitting = [s for s in rule.linear if positions <= s]
+    return min(fitting, key=len) if fitting else None
+
+
+def shape_of(node: Node) -> tuple | None:
+    """Sizes as ints or sympy expressions: hashable, and comparing them adds no guard. None if not a tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+
+
+def is_elementwise_edge(source: Node, node: Node) -> bool:
+    """True where element i of ``node`` depends on element i of ``source`` alone (up to a fixed change of shape)."""
+    rule = rule_of(node)
+    if rule is None or rule.kind not in (E, L):
+        return False
+    before, after = shape_of(source), shape_of(node)
+    if before is None or after is None:
+        return False
+    if rule.kind is E:
+        return before == after
+    return _numel(before) == _numel(after)
+
+
+def _numel(shape: tuple):
+    total = 1
+    for size in shape:
+        total = total * size
+    return total
+
+
+_ZERO_FILLS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
+_FILLS = {aten.full.default: 1, aten.scalar_tensor.default: 0, aten.full_like.default: 1, aten.new_full.default: 2}
+
+
+def is_zero(value: object) -> bool:
+    """True for a literal 0 and for nodes that create zeros."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value == 0
+    if isinstance(value, Node) and value.op == "call_function":
+        if value.target in _ZERO_FILLS:
+            return True
+        if value.target in _FILLS:
+            fill = value.args[_FILLS[value.target]]
+            return isinstance(fill, (int, float)) and fill == 0
+        if value.target in (aten.expand.default, aten.view.default, aten.clone.default, aten.alias.default):
+            return is_zero(value.args[0])
+    return False
+
+
+def is_constant_fill(node: Node) -> bool:
+    """True for nodes that create the same tensor every time: safe to share between links."""
+    return node.op == "call_function" and (
+        node.target in _ZERO_FILLS
+        or node.target in _FILLS
+        or node.target in (aten.ones.default, aten.arange.start_step, prims.iota.default)
+    )

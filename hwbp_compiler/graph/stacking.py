@@ -1,0 +1,175 @@
+"""Stack what links take from outside: one node for all of them, made as cheaply as the graph allows.
+
+Note [Hoisting the stack]
+~~~~~~~~~~~~~~~~~~~~~~~~~
+A tuple of nodes, one per link, is not always worth a copy of each:
+
+- all the same node (an RNN's weights): shared, no stack at all;
+- ``x[0], x[1], ...`` of one tensor: a slice of that tensor;
+- the same cheap function of other nodes (a transpose, a cast, ``1 - z``): the function of their stack, provided that
+  this does not stack more bytes than it saves. The gates of a recurrent cell are stacked once and everything
+  elementwise is recomputed from them in one fused loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+
+from .batching import Emitter, Value
+from .program import _constant, _dtype_of
+from .rules import is_constant_fill, shape_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_VIEWS = {
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.expand.default,
+    prims.convert_element_type.default,
+}
+_CHEAP = _VIEWS | {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.neg.default,
+    aten.le.Scalar,
+    aten.gt.Scalar,
+    aten.ge.Scalar,
+    aten.lt.Scalar,
+    aten.logical_not.default,
+    aten.reciprocal.default,
+    aten.relu.default,
+}
+
+
+class Stacker:
+    """Values of tuples of nodes, made once each."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        self.e = emitter
+        self._made: dict[tuple[Node, ...], Value] = {}
+        self.copied_bytes = 0
+
+    def prepare(self, tuples: Sequence[tuple[Node, ...]]) -> None:
+        """Announce what will be asked for: bases before what is computed from them."""
+        self._announced = set(tuples)
+
+    def __call__(self, nodes: Sequence[Node]) -> Value:
+        key = tuple(nodes)
+        if key not in self._made:
+            self._made[key] = self._make(key)
+        return self._made[key]
+
+    def _make(self, nodes: tuple[Node, ...]) -> Value:
+        first = nodes[0]
+        if all(n is first for n in nodes):
+            return Value(first, False)
+        if all(is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs) for n in nodes):
+            return Value(first, False)
+        return self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)
+
+    def _rows_of_one(self, nodes: tuple[Node, ...]) -> Value | None:
+        """``base[i0], base[i0 + 1], ...``, also downward."""
+        first = nodes[0]
+        if any(n.target is not aten.select.int or n.args[:2] != first.args[:2] for n in nodes):
+            return None
+        base, dim = first.args[0], first.args[1]
+        size = base.meta["val"].shape[dim]  # type: ignore[union-attr]
+        if not isinstance(size, int):
+            return None
+        rows = [n.args[2] % size for n in nodes]  # type: ignore[operator]
+        step = rows[1] - rows[0]
+        if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
+            return None
+        low, high = min(rows), max(rows) + 1
+        node: Node = base  # type: ignore[assignment]
+        if (low, high) != (0, size) or abs(step) != 1:
+            node = self.e.call(aten.slice.Tensor, node, dim, low, high, abs(step))
+        if dim != 0:
+            rank = node.meta["val"].dim()
+            dim = dim % rank  # type: ignore[operator]
+            node = self.e.permute(node, [dim, *(d for d in range(rank) if d != dim)])
+        if step < 0:
+            node = self.e.call(aten.flip.default, node, [0])
+        return Value(node, True)
+
+    def _recomputed(self, nodes: tuple[Node, ...]) -> Value | None:
+        """The function of the stacks of its operands, where that copies no more than stacking the results would."""
+        first = nodes[0]
+        if first.op != "call_function" or first.target not in _CHEAP:
+            return None
+        if any(
+            n.target is not first.target
+            or len(n.args) != len(first.args)
+            or n.kwargs.keys() != first.kwargs.keys()
+            or any(_constant(n.kwargs[k]) != _constant(first.kwargs[k]) for k in first.kwargs)
+            or (shape_of(n), _dtype_of(n)) != (shape_of(first), _dtype_of(first))
+            for n in nodes
+        ):
+            return None
+        columns: list[tuple[int, tuple[Node, ...]]] = []
+        for position, argument in enumerate(first.args):
+            members = [n.args[position] for n in nodes]
+            if isinstance(argument, Node):
+                if not all(
+                    isinstance(m, Node) and (shape_of(m), _dtype_of(m)) == (shape_of(argument), _dtype_of(argument))
+                    for m in members
+                ):
+                    return None
+                columns.append((position, tuple(members)))  # type: ignore[arg-type]
+            elif _has_node(argument) or any(_constant(m) != _constant(argument) for m in members):
+                return None
+        fresh = {c for _, c in columns if c not in self._made and not _shared(c) and c not in self._announced}
+        if fresh and not (len(fresh) == 1 and _bytes(next(iter(fresh))[0]) <= _bytes(first)):
+            return None
+        if not columns:
+            return None
+        stacked = {position: self(column) for position, column in columns}
+        args = tuple(stacked.get(i, list(a) if isinstance(a, (list, tuple)) else a) for i, a in enumerate(first.args))
+        result = self.e.apply(first.target, args, dict(first.kwargs))
+        assert isinstance(result, Value)
+        return result
+
+    def _copied(self, nodes: tuple[Node, ...]) -> Value:
+        if any((shape_of(n), _dtype_of(n)) != (shape_of(nodes[0]), _dtype_of(nodes[0])) for n in nodes):
+            raise AssertionError("only equal shapes are stacked")
+        self.copied_bytes += len(nodes) * _bytes(nodes[0])
+        return Value(stack(self.e, nodes), True)
+
+
+def stack(e: Emitter, nodes: Sequence[Node]) -> Node:
+    """[links, ...] from one node per link: one concatenation, whose producers can write in place."""
+    shape = list(nodes[0].meta["val"].shape)
+    if not shape:
+        return e.call(aten.cat.default, [e.call(aten.unsqueeze.default, n, 0) for n in nodes])
+    node = e.call(aten.cat.default, list(nodes))
+    return e.reshape(node, [len(nodes), *shape])
+
+
+def _shared(nodes: tuple[Node, ...]) -> bool:
+    return all(n is nodes[0] for n in nodes)
+
+
+def _has_node(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_has_node(v) for v in value)
+    return isinstance(value, Node)
+
+
+def _bytes(node: Node) -> int:
+    value = node.meta["val"]
+    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

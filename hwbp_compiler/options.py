@@ -1,0 +1,124 @@
+"""What ``torch.compile(..., backend="highway", mode=..., options=...)`` accepts."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, Literal, NoReturn
+
+from torch._inductor import list_mode_options, list_options
+
+from .errors import OptionError
+from .torch_private import inductor_option_type, inductor_patches
+
+REWRITES = ("profitable", "always", "never")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The highway's own options; a bad value raises :class:`OptionError`.
+
+    iterations   k of PAPER.md, section 1: an integer >= 0, or "exact" for ordinary backprop
+    damping      gamma of PAPER.md, section 2: a number in [0, 1]
+    rewrite      "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
+    min_length   the shortest chain, in links, worth rewriting: an integer >= 1
+    strict       raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
+    """
+
+    iterations: int | Literal["exact"] = 4
+    damping: float = 0.0
+    rewrite: Literal["profitable", "always", "never"] = "profitable"
+    min_length: int = 4
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        if not (isinstance(self.iterations, str) and self.iterations == "exact"):
+            set_(self, "iterations", self._integer("iterations", 0, ' or "exact" (ordinary backprop)'))
+        set_(self, "min_length", self._integer("min_length", 1))
+        set_(self, "damping", self._fraction("damping"))
+        if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
+            _refuse("rewrite", self.rewrite, f"one of {', '.join(map(repr, REWRITES))}", "profitable")
+        if not isinstance(self.strict, bool):
+            _refuse("strict", self.strict, "True or False", False)
+
+    # numpy's numbers register as Integral and Real; a bool is an int to Python, but never a count to a user.
+    def _integer(self, key: str, least: int, also: str = "") -> int:
+        value = getattr(self, key)
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+            _refuse(key, value, f"an integer >= {least}{also}", _DEFAULTS[key])
+        return int(value)
+
+    def _fraction(self, key: str) -> float:
+        value = getattr(self, key)
+        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not 0 <= value <= 1:
+            _refuse(key, value, "a number from 0 to 1", _DEFAULTS[key])
+        return float(value)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(Options)}
+
+
+def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
+    """Split ``options`` into ours and Inductor's.
+
+    Returns the highway's :class:`Options` and the config patches Inductor makes of ``mode`` and of all other
+    keys. As in Inductor, a dash in a key stands for an underscore. Raises :class:`OptionError` for anything
+    that neither of the two accepts.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(
+            f'backend="highway": options = {options!r} is a {type(options).__name__}; it takes a dict '
+            'such as {"iterations": 4}. Pass options={...}, or leave it out for the defaults.'
+        )
+    ours: dict[str, Any] = {}
+    patches = _mode_patches(mode)
+    for key, value in (options or {}).items():
+        name = key.replace("-", "_") if isinstance(key, str) else key
+        if name in _DEFAULTS:
+            ours[name] = value
+        else:
+            patches.update(_inductor_patch(key, name, value))
+    return Options(**ours), patches
+
+
+def _mode_patches(mode: str | None) -> dict[str, Any]:
+    try:
+        return inductor_patches(mode, None)
+    except (RuntimeError, TypeError):  # TypeError: not even hashable
+        allowed = ", ".join(map(repr, list_mode_options()))
+        raise OptionError(
+            f'backend="highway": mode = {mode!r} is not allowed; it takes one of {allowed}. '
+            'Use one of these, or leave mode out for "default".'
+        ) from None
+
+
+def _inductor_patch(key: Any, name: Any, value: Any) -> dict[str, Any]:
+    known = list_options()
+    if name not in known:
+        near = difflib.get_close_matches(str(name), [*_DEFAULTS, *known], n=3)
+        hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else "Nothing is called similarly."
+        raise OptionError(
+            f'backend="highway": option {key!r} (given as {value!r}) is known neither to it nor to Inductor. '
+            f"{hint} The highway's own options are {', '.join(map(repr, _DEFAULTS))}; "
+            "torch._inductor.list_options() lists the rest. Rename the key or remove it."
+        )
+    try:
+        return inductor_patches(None, {name: value})
+    except RuntimeError:
+        _refuse(key, value, f"a value of type {inductor_option_type(name)} (an option of Inductor's)")
+
+
+def _refuse(key: str, value: Any, allowed: str, example: Any = None) -> NoReturn:
+    advice = (
+        f"Pass such a value, for example options={{{key!r}: {example!r}}}, or leave the key out."
+        if example is not None
+        else "Pass such a value, or leave the key out."
+    )
+    raise OptionError(
+        f'backend="highway": option {key!r} = {value!r} ({type(value).__name__}) is not allowed; '
+        f"it takes {allowed}. {advice}"
+    )

@@ -1,0 +1,483 @@
+// The CPU kernel of highway::linear_scan: u[i] = a[i] + m[i] * u[i -+ 1] along dim 0, in one pass over memory.
+// Built once for each dtype that is used, with HIGHWAY_TYPE defined as one of float, double, Half, BFloat16,
+// Complex<float>, Complex<double>.
+//
+// Note [Row order]
+// A thread owns a range of columns and walks down the rows with the running u of its columns in a small
+// buffer that stays in L1. Going down one narrow column block at a time instead touches a new page, and with
+// power-of-two rows the same cache set, at every step; row order reads and writes whole pages one after another.
+// The running u is kept apart from the output, so the output can be written past the caches, and 16-bit types
+// carry float32 from row to row.
+//
+// Note [Few columns]
+// A scan over few columns and many rows has no parallelism across columns. The rows are then cut into one block
+// per thread: every block is reduced on its own to (value, product of multipliers), the carries are passed from
+// block to block, and every block is scanned again from its true carry. This reads the inputs twice.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace {
+
+// ---- numbers -----------------------------------------------------------------------------------------------
+
+struct Half { uint16_t bits; };
+struct BFloat16 { uint16_t bits; };
+
+// std::complex multiplies with a special-case check for infinities on every product.
+template <typename R>
+struct Complex {
+  R re, im;
+  friend inline Complex operator+(Complex x, Complex y) { return {x.re + y.re, x.im + y.im}; }
+  friend inline Complex operator*(Complex x, Complex y) {
+    return {x.re * y.re - x.im * y.im, x.re * y.im + x.im * y.re};
+  }
+};
+
+template <typename A> inline A number(double x) { return static_cast<A>(x); }
+template <> inline Complex<float> number(double x) { return {static_cast<float>(x), 0.0f}; }
+template <> inline Complex<double> number(double x) { return {x, 0.0}; }
+
+inline bool finite(float x) { return std::isfinite(x); }
+inline bool finite(double x) { return std::isfinite(x); }
+template <typename R> inline bool finite(Complex<R> x) { return std::isfinite(x.re) && std::isfinite(x.im); }
+
+// The type a scan of T accumulates in.
+template <typename T> struct Accumulator { using type = T; };
+template <> struct Accumulator<Half> { using type = float; };
+template <> struct Accumulator<BFloat16> { using type = float; };
+
+inline float widen(BFloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline BFloat16 narrow_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;                    // rounding could carry a NaN into infinity
+  return {static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+}
+
+inline float widen(Half x) {
+  uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu);
+  uint32_t bits;
+  float y;
+  if (rest >= 0x7c00u) {
+    bits = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
+  } else if (rest >= 0x400u) {
+    bits = sign | ((rest << 13) + 0x38000000u);
+  } else {  // subnormal: rest * 2^-24
+    y = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    return sign ? -y : y;
+  }
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+inline Half narrow_half(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000u;
+  uint32_t rest = bits & 0x7fffffffu;
+  uint32_t out;
+  if (rest > 0x7f800000u) {
+    out = 0x7e00u;
+  } else if (rest >= 0x477ff000u) {  // rounds to more than the largest half
+    out = 0x7c00u;
+  } else if (rest >= 0x38800000u) {
+    out = (rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  } else {  // subnormal: the float addition of 0.5 does the rounding at 2^-24
+    float y;
+    std::memcpy(&y, &rest, 4);
+    y += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &y, 4);
+    out = shifted - 0x3f000000u;
+  }
+  return {static_cast<uint16_t>(sign | out)};
+}
+
+inline void widen(const BFloat16* x, float* y, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] = widen(x[j]);
+}
+
+inline void narrow(const float* x, BFloat16* y, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) y[j] = narrow_bfloat16(x[j]);
+}
+
+inline void widen(const Half* x, float* y, int64_t n) {
+  int64_t j = 0;
+#if defined(__F16C__)
+  for (; j + 8 <= n; j += 8)
+    _mm256_storeu_ps(y + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + j))));
+#endif
+  for (; j < n; ++j) y[j] = widen(x[j]);
+}
+
+inline void narrow(const float* x, Half* y, int64_t n) {
+  int64_t j = 0;
+#if defined(__F16C__)
+  for (; j + 8 <= n; j += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + j),
+                     _mm256_cvtps_ph(_mm256_loadu_ps(x + j), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; j < n; ++j) y[j] = narrow_half(x[j]);
+}
+
+// ---- one row -----------------------------------------------------------------------------------------------
+
+constexpr int64_t kLine = 64;     // bytes of a cache line
+constexpr int64_t kChunk = 512;   // columns handled at a time within a row
+constexpr int64_t kTile = 4096;   // columns whose running u a thread keeps at a time
+
+enum class Multiplier { none, scalar, full };
+
+// Inputs of one chunk in the accumulator's type: in place where that is the type in memory, else converted.
+template <typename T, typename A>
+inline const A* fetch(const T* x, A* buffer, int64_t n) {
+  if constexpr (std::is_same_v<T, A>) {
+    return x;
+  } else {
+    widen(x, buffer, n);
+    return buffer;
+  }
+}
+
+// Past the caches; y must be aligned to a line and n be whole lines.
+template <typename T>
+inline void stream_lines(const T* x, T* y, int64_t n) {
+#if defined(__AVX__)
+  const char* from = reinterpret_cast<const char*>(x);
+  char* to = reinterpret_cast<char*>(y);
+  for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + b),
+                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + b)));
+#else
+  std::memcpy(y, x, n * sizeof(T));
+#endif
+}
+
+// Writes n running values to the output.
+template <typename T, typename A>
+inline void emit(const A* u, T* y, int64_t n, bool stream) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (stream) stream_lines(u, y, n);
+    else std::memcpy(y, u, n * sizeof(T));
+  } else if (stream) {
+    alignas(64) T buffer[kChunk];
+    narrow(u, buffer, n);
+    stream_lines(buffer, y, n);
+  } else {
+    narrow(u, y, n);
+  }
+}
+
+// u = a + m * u for one run of columns that lie next to each other.
+template <typename A, Multiplier M>
+inline void step(const A* a, const A* m, A* u, int64_t n) {
+  if constexpr (M == Multiplier::none) {
+    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + u[j];
+  } else if constexpr (M == Multiplier::scalar) {
+    const A k = *m;
+    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + k * u[j];
+  } else {
+    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + m[j] * u[j];
+  }
+}
+
+template <typename A, Multiplier M>
+inline void multiply(const A* m, A* p, int64_t n) {
+  if constexpr (M == Multiplier::none) return;
+  for (int64_t j = 0; j < n; ++j) p[j] = p[j] * (M == Multiplier::scalar ? *m : m[j]);
+}
+
+// ---- the scan ----------------------------------------------------------------------------------------------
+
+constexpr int kMaxDims = 8;
+
+// Rows in scan order; columns are `outer` index dimensions around runs of `run` neighbours.
+template <typename T>
+struct Problem {
+  const T* a;
+  const T* m;       // null: every multiplier is one
+  T* y;
+  int64_t length, columns, run;
+  int64_t a_row, m_row, y_row;  // elements from one row to the next in scan order
+  int outer;
+  int64_t size[kMaxDims], a_stride[kMaxDims], m_stride[kMaxDims];
+  bool stream;
+};
+
+struct Run { int64_t a, m, y, u, n; };  // offsets into a row of a, m, y and into the running values; columns
+
+// Cuts columns [begin, end) into runs of neighbours of at most kChunk columns.
+template <typename T>
+void cut(const Problem<T>& p, Multiplier kind, int64_t begin, int64_t end, std::vector<Run>& runs) {
+  runs.clear();
+  for (int64_t at = begin; at < end;) {
+    const int64_t within = at % p.run;
+    int64_t index = at / p.run, a = within, m = kind == Multiplier::full ? within : 0;
+    for (int d = p.outer - 1; d >= 0; --d) {
+      a += index % p.size[d] * p.a_stride[d];
+      m += index % p.size[d] * p.m_stride[d];
+      index /= p.size[d];
+    }
+    const int64_t n = std::min({p.run - within, end - at, kChunk});
+    runs.push_back({a, m, at, at - begin, n});
+    at += n;
+  }
+}
+
+template <typename T, typename A, Multiplier M>
+struct Scan {
+  const Problem<T>& p;
+  std::vector<Run> runs;
+  A a_buffer[kChunk], m_buffer[kChunk];
+
+  explicit Scan(const Problem<T>& problem) : p(problem) {}
+
+  // Rows [first, last) of the runs, from running values u, which are updated; writes the output.
+  void rows(int64_t first, int64_t last, A* u) {
+    for (int64_t i = first; i < last; ++i) {
+      const T* a = p.a + i * p.a_row;
+      const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
+      T* y = p.y + i * p.y_row;
+      for (const Run& r : runs) {
+        const A* ra = fetch(a + r.a, a_buffer, r.n);
+        // The first link of the whole scan has no predecessor: its multiplier must not meet the zero, or
+        // an infinite one would make a NaN.
+        if (i == 0) std::copy(ra, ra + r.n, u + r.u);
+        else step<A, M>(ra, multipliers(m, r), u + r.u, r.n);
+        emit(u + r.u, y + r.y, r.n, p.stream);
+      }
+    }
+  }
+
+  // The same rows without output, from zero; also the product of their multipliers.
+  void reduce(int64_t first, int64_t last, A* u, A* product) {
+    for (int64_t i = first; i < last; ++i) {
+      const T* a = p.a + i * p.a_row;
+      const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
+      for (const Run& r : runs) {
+        const A* ra = fetch(a + r.a, a_buffer, r.n);
+        const A* rm = multipliers(m, r);
+        if (i == first) std::copy(ra, ra + r.n, u + r.u);
+        else step<A, M>(ra, rm, u + r.u, r.n);
+        multiply<A, M>(rm, product + r.u, r.n);
+      }
+    }
+  }
+
+ private:
+  const A* multipliers(const T* m, const Run& r) {
+    if constexpr (M == Multiplier::none) return nullptr;
+    return fetch(m + r.m, m_buffer, M == Multiplier::scalar ? 1 : r.n);
+  }
+};
+
+template <typename T, typename A, Multiplier M>
+void by_columns(const Problem<T>& p, int threads) {
+  const int64_t per_line = kLine / static_cast<int64_t>(sizeof(T));
+  const int64_t lines = (p.columns + per_line - 1) / per_line;
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, lines)));
+  auto work = [&](int thread) {
+    const int64_t begin = std::min(p.columns, lines * thread / threads * per_line);
+    const int64_t end = std::min(p.columns, lines * (thread + 1) / threads * per_line);
+    std::vector<A> u(std::min(kTile, end - begin));
+    Scan<T, A, M> scan(p);
+    for (int64_t tile = begin; tile < end; tile += kTile) {
+      cut(p, M, tile, std::min(tile + kTile, end), scan.runs);
+      scan.rows(0, p.length, u.data());
+    }
+#if defined(__AVX__)
+    if (p.stream) _mm_sfence();
+#endif
+  };
+  if (threads == 1) return work(0);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int thread = 0; thread < threads; ++thread) work(thread);
+}
+
+// See Note [Few columns]. Returns false, having written nothing that matters, where a product of multipliers
+// overflows: infinity times a carry of zero is no number, while the plain scan stays finite.
+template <typename T, typename A, Multiplier M>
+bool by_blocks(const Problem<T>& p, int blocks) {
+  const int64_t columns = p.columns;
+  std::vector<A> last(blocks * columns), product(blocks * columns, number<A>(1)), carry(blocks * columns);
+#pragma omp parallel for num_threads(blocks) schedule(static, 1)
+  for (int b = 0; b < blocks - 1; ++b) {
+    Scan<T, A, M> scan(p);
+    cut(p, M, 0, columns, scan.runs);
+    scan.reduce(p.length * b / blocks, p.length * (b + 1) / blocks, &last[b * columns], &product[b * columns]);
+  }
+  std::copy(last.begin(), last.begin() + columns, carry.begin() + columns);
+  for (int64_t j = columns; j < (blocks - 1) * columns; ++j) {
+    if (!finite(product[j])) return false;
+    carry[j + columns] = last[j] + product[j] * carry[j];
+  }
+#pragma omp parallel for num_threads(blocks) schedule(static, 1)
+  for (int b = 0; b < blocks; ++b) {
+    Scan<T, A, M> scan(p);
+    cut(p, M, 0, columns, scan.runs);
+    scan.rows(p.length * b / blocks, p.length * (b + 1) / blocks, &carry[b * columns]);
+  }
+  return true;
+}
+
+template <typename T, Multiplier M>
+void run(const Problem<T>& p, int threads) {
+  using A = typename Accumulator<T>::type;
+  constexpr int64_t kGrain = 32768;      // elements worth a thread
+  constexpr int64_t kBlockedColumns = 1024;
+  const int64_t elements = p.length * p.columns;
+  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, elements / kGrain)));
+  const int64_t lines = (p.columns * sizeof(T) + kLine - 1) / kLine;
+  const bool few = 2 * lines <= threads && p.columns <= kBlockedColumns && p.length >= 64 * threads;
+  if (few && by_blocks<T, A, M>(p, threads)) return;
+  by_columns<T, A, M>(p, threads);
+}
+
+// ---- from Python -------------------------------------------------------------------------------------------
+
+struct Layout {
+  int dims = 0;
+  int64_t size[kMaxDims], a[kMaxDims], m[kMaxDims];
+};
+
+// Reads the column dimensions, drops those of size one, and merges neighbours that lie next to each other in
+// both inputs. False: too many dimensions remain, or the last one is not contiguous.
+bool read_layout(PyObject* sizes, PyObject* a_strides, PyObject* m_sizes, PyObject* m_strides, Layout& out) {
+  const Py_ssize_t rank = PyTuple_GET_SIZE(sizes);
+  const Py_ssize_t m_rank = m_sizes == Py_None ? 0 : PyTuple_GET_SIZE(m_sizes);
+  for (Py_ssize_t d = 1; d < rank; ++d) {
+    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, d));
+    const int64_t a = PyLong_AsLongLong(PyTuple_GET_ITEM(a_strides, d));
+    const bool spread = d >= m_rank || PyLong_AsLongLong(PyTuple_GET_ITEM(m_sizes, d)) == 1;
+    const int64_t m = spread ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(m_strides, d));
+    if (size == 1) continue;
+    const int e = out.dims - 1;
+    if (e >= 0 && out.a[e] == size * a && out.m[e] == size * m) {
+      out.size[e] *= size;
+      out.a[e] = a;
+      out.m[e] = m;
+    } else {
+      if (out.dims == kMaxDims) return false;
+      out.size[out.dims] = size;
+      out.a[out.dims] = a;
+      out.m[out.dims] = m;
+      ++out.dims;
+    }
+  }
+  if (out.dims == 0) {
+    out.dims = 1;
+    out.size[0] = 1;
+    out.a[0] = 1;
+    out.m[0] = 0;
+  }
+  const int e = out.dims - 1;
+  return out.a[e] == 1 && (out.m[e] == 0 || out.m[e] == 1);
+}
+
+using T = HIGHWAY_TYPE;
+
+void scan(const void* a, const void* m, void* y, int64_t length, int64_t a_row, int64_t m_row, const Layout& layout,
+          bool reverse, int threads) {
+  constexpr int64_t kStreamBytes = 1 << 20;       // smaller outputs are still in the cache when they are read
+  constexpr int64_t kFreshBytes = 32 << 20;       // malloc maps anything larger anew, page by page
+  Problem<T> p;
+  p.length = length;
+  p.outer = layout.dims - 1;
+  p.run = layout.size[p.outer];
+  p.columns = p.run;
+  for (int d = 0; d < p.outer; ++d) {
+    p.size[d] = layout.size[d];
+    p.a_stride[d] = layout.a[d];
+    p.m_stride[d] = layout.m[d];
+    p.columns *= p.size[d];
+  }
+  const int64_t sign = reverse ? -1 : 1, first = reverse ? length - 1 : 0;
+  p.a = static_cast<const T*>(a) + first * a_row;
+  p.m = m ? static_cast<const T*>(m) + first * m_row : nullptr;
+  p.y = static_cast<T*>(y) + first * p.columns;
+  p.a_row = sign * a_row;
+  p.m_row = sign * m_row;
+  p.y_row = sign * p.columns;
+  const int64_t bytes = length * p.columns * static_cast<int64_t>(sizeof(T));
+  p.stream = bytes >= kStreamBytes && p.run * static_cast<int64_t>(sizeof(T)) % kLine == 0 &&
+             reinterpret_cast<uintptr_t>(y) % kLine == 0;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  // Half the time of a large scan is the kernel handing out the output's pages; ask for large ones.
+  if (bytes >= kFreshBytes) {
+    constexpr uintptr_t huge = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(y) + huge - 1) & ~(huge - 1);
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(y) + bytes) & ~(huge - 1);
+    if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  }
+#endif
+  if (!m) return run<T, Multiplier::none>(p, threads);
+  if (layout.m[p.outer] == 0) return run<T, Multiplier::scalar>(p, threads);
+  return run<T, Multiplier::full>(p, threads);
+}
+
+// linear_scan(a, m, y, sizes, a_strides, m_sizes, m_strides, reverse, threads) -> bool
+// Pointers as integers, m = 0 for none; m_sizes and m_strides are None or tuples whose missing dimensions count
+// as size one. False: a layout this kernel does not take, nothing was computed.
+PyObject* linear_scan(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "linear_scan takes 9 arguments");
+    return nullptr;
+  }
+  const void* a = PyLong_AsVoidPtr(args[0]);
+  const void* m = PyLong_AsVoidPtr(args[1]);
+  void* y = PyLong_AsVoidPtr(args[2]);
+  PyObject *sizes = args[3], *a_strides = args[4], *m_sizes = args[5], *m_strides = args[6];
+  Layout layout;
+  const bool taken = read_layout(sizes, a_strides, m_sizes, m_strides, layout);
+  const int64_t length = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, 0));
+  const int64_t a_row = PyLong_AsLongLong(PyTuple_GET_ITEM(a_strides, 0));
+  const bool steady = m_sizes == Py_None || PyTuple_GET_SIZE(m_sizes) == 0 ||
+                      PyLong_AsLongLong(PyTuple_GET_ITEM(m_sizes, 0)) == 1;
+  const int64_t m_row = steady ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(m_strides, 0));
+  const bool reverse = args[7] == Py_True;
+  const int threads = static_cast<int>(PyLong_AsLong(args[8]));
+  if (PyErr_Occurred()) return nullptr;
+  if (!taken) Py_RETURN_FALSE;
+  Py_BEGIN_ALLOW_THREADS
+  scan(a, m, y, length, a_row, m_row, layout, reverse, threads);
+  Py_END_ALLOW_THREADS
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef method = {"linear_scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)(void)>(linear_scan)),
+                      METH_FASTCALL, nullptr};
+
+}  // namespace
+
+// Hands the function to Python; called once with the interpreter lock held.
+#if defined(_WIN32)
+extern "C" __declspec(dllexport) PyObject* highway_linear_scan() { return PyCFunction_New(&method, nullptr); }
+#else
+extern "C" PyObject* highway_linear_scan() { return PyCFunction_New(&method, nullptr); }
+#endif

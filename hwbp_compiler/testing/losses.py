@@ -1,0 +1,29 @@
+"""A loss that depends on every number a model returns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def probe_loss(output: Any) -> Tensor:
+    """A fixed random linear and quadratic form in every floating tensor of ``output``; a scalar.
+
+    Unlike a plain sum it has no symmetry a normalisation could cancel (the sum of a LayerNorm's output is
+    constant), and its gradient differs from element to element.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for number, leaf in enumerate(pytree.tree_leaves(output)):
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            continue
+        generator = torch.Generator().manual_seed(1000 + number)
+        slope, weight = (
+            torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
+            for _ in range(2)
+        )
+        value = leaf.to(torch.float64)
+        total = total + (slope * value).sum() + 0.5 * (weight * value).square().sum()
+    return total

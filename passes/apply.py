@@ -1,0 +1,62 @@
+"""Put a rewriting into effect: replace uses, restore topological order, drop what nothing uses any more."""
+
+from __future__ import annotations
+
+import heapq
+
+from torch.fx import Graph, Node
+
+from hwbp_compiler.graph.program import NotALink
+
+from .rewrite import Rewriting
+
+
+def discard(graph: Graph, created: list[Node]) -> None:
+    """Take emitted nodes out again; the graph is as it was before they were emitted."""
+    for node in reversed(created):
+        graph.erase_node(node)
+
+
+def apply(graph: Graph, rewriting: Rewriting, removable: set[Node]) -> None:
+    """Replace uses, sort, and erase those of ``removable`` (and of the created nodes) that have no users left.
+
+    Raises NotALink, with the graph as before the emission, if the result would be cyclic.
+    """
+    journal: list[tuple[Node, tuple, dict]] = []
+    for old, new in rewriting.replacements.items():
+        for user in list(old.users):
+            journal.append((user, user.args, dict(user.kwargs)))
+            user.replace_input_with(old, new)
+    order = _topological_order(graph)
+    if order is None:
+        for user, args, kwargs in reversed(journal):
+            user.args, user.kwargs = args, kwargs
+        discard(graph, rewriting.created)
+        raise NotALink("what a link sends sideways comes back into the chain")
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    for node in order:
+        if node is not output:
+            output.prepend(node)
+    created = set(rewriting.created)
+    for node in reversed(order):
+        if not node.users and (node in created or node in removable):
+            graph.erase_node(node)
+
+
+def _topological_order(graph: Graph) -> list[Node] | None:
+    """All nodes, each as early as its place in the graph and its operands allow; None if there is a cycle."""
+    nodes = list(graph.nodes)
+    position = {n: i for i, n in enumerate(nodes)}
+    pending = [len(n.all_input_nodes) for n in nodes]
+    ready = [i for i, count in enumerate(pending) if count == 0]
+    heapq.heapify(ready)
+    order: list[Node] = []
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        order.append(node)
+        for user in node.users:
+            i = position[user]
+            pending[i] -= 1
+            if pending[i] == 0:
+                heapq.heappush(ready, i)
+    return order if len(order) == len(nodes) else None

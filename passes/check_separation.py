@@ -1,0 +1,238 @@
+"""Choose the states of a chain so that no gradient path by-passes one, and cut the links out between them.
+
+Note [Separation]
+~~~~~~~~~~~~~~~~~
+``u_i = K u_{i+1} + J u_{i+1} + c_i`` holds only if everything that state i receives from the chain comes through
+state i + 1. Where something by-passes a state there are three ways out, and the one that keeps most links wins:
+
+- keep only the joins that every path passes (short skips repeated along the chain);
+- split into sub-chains such that each by-pass starts before or ends behind one (a long skip, as in a U-Net);
+- widen the state to what crosses the boundary (an LSTM's (h, c)).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from hwbp_compiler.graph.chain import Chain
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.match import match_backward
+from hwbp_compiler.graph.program import NotALink, Program, State, extract, sum_terms
+from hwbp_compiler.graph.rules import Kind, shape_of
+
+from .find_chains import Track
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A stretch of a track that is no chain; ``node`` says where it stands in the user's source."""
+
+    node: Node
+    length: int
+    reason: str
+
+
+def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[Refusal]]:
+    """Chains with sound states along ``track``, first link included, and what had to be refused."""
+    joins = list(track.joins)
+    crossings = _crossings(info, joins)
+    if not crossings:
+        options = [[[(info.nodes[j],) for j in joins]]]
+    else:
+        options = [
+            [[(info.nodes[j],) for j in _uncrossed(joins, crossings)]],
+            [[(info.nodes[j],) for j in joins[a : b + 1]] for a, b in _sub_ranges(len(joins), crossings)],
+            [[s for j in joins if (s := _widened(info, j)) is not None]],
+        ]
+    best: tuple[list[Chain], list[Refusal]] = ([], [])
+    for option in options:
+        chains: list[Chain] = []
+        refusals: list[Refusal] = []
+        for states in option:
+            if states:
+                _build(info, track, states, chains, refusals)
+        if _score(chains) > _score(best[0]) or not (best[0] or best[1]):
+            best = (chains, refusals)
+    return best
+
+
+def _score(chains: list[Chain]) -> int:
+    # A chain of one link gains nothing: count what lies beyond the first.
+    return sum(max(0, c.length - 1) for c in chains)
+
+
+def _crossings(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
+    """By-passes as (p, q): an edge from at or behind join p to at or before join q skips those between."""
+    if len(joins) < 3:
+        return []
+    inside = info.between({joins[0]}, {joins[-1]})
+    found: set[tuple[int, int]] = set()
+    for node in inside:
+        for user in info.users[node]:
+            if user in inside:
+                p, q = bisect_right(joins, node) - 1, bisect_left(joins, user)
+                if q - p > 1:
+                    found.add((p, q))
+    return sorted(found)
+
+
+def _uncrossed(joins: list[int], crossings: list[tuple[int, int]]) -> list[int]:
+    crossed: set[int] = set()
+    for p, q in crossings:
+        crossed.update(range(p + 1, q))
+    return [j for i, j in enumerate(joins) if i not in crossed]
+
+
+def _sub_ranges(count: int, crossings: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Maximal ranges of joins that no by-pass starts and ends in."""
+    ranges: list[tuple[int, int]] = []
+    start = 0
+    while start < count:
+        end = min((q - 1 for p, q in crossings if p >= start), default=count - 1)
+        ranges.append((start, end))
+        if end >= count - 1:
+            break
+        start = end if end > start else start + 1
+    return ranges
+
+
+def _widened(info: GraphInfo, join: int) -> State | None:
+    """The terms that meet in ``join``, each pulled back to where it is a gradient of its own: (dh, dc) of an LSTM."""
+    heavy: list[Node] = []
+    light: list[Node] = []
+    for term in sum_terms(info.nodes[join], info):
+        node = term
+        while not _is_own(info, node):
+            carriers = info.sources[info.index[node]]
+            if len(carriers) != 1 or info.kind(info.index[node]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
+                break
+            node = info.nodes[carriers[0]]
+        if _crosses_by_heavy(info, node):
+            heavy.append(node)
+        elif info.carries[info.index[term]]:
+            light.append(term)
+    # Heavy terms first: K is lower triangular then in the order the model's own state has, (h, c).
+    ordered = tuple(dict.fromkeys([*heavy, *light]))
+    return ordered if 2 <= len(ordered) <= 3 else None
+
+
+def _is_own(info: GraphInfo, node: Node) -> bool:
+    i = info.index[node]
+    return info.is_sum(i) or info.kind(i) not in (Kind.ELEMENTWISE, Kind.LAYOUT) or len(info.users[i]) > 1
+
+
+def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
+    """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block."""
+    return any(info.kind(info.index[term]) is Kind.HEAVY for term in sum_terms(node, info))
+
+
+def _build(
+    info: GraphInfo, track: Track, states: list[State], chains: list[Chain], refusals: list[Refusal]
+) -> None:
+    """Cut links between successive states; a stretch that is no link ends one chain and starts the next."""
+    tainted = info.descendants({info.index[n] for n in states[0] if n is not None})
+    current: list[State] = [states[0]]
+    links: list[Program] = []
+    pieces: list[tuple[list[State], list[Program]]] = []
+    for before, after in zip(states, states[1:], strict=False):
+        try:
+            _check_shapes(before, after)
+            link = extract(info, before, [n for n in after if n is not None], tainted)
+        except NotALink as reason:
+            refusals.append(Refusal(_first(after), 1, str(reason)))
+            pieces.append((current, links))
+            current, links = [after], []
+            continue
+        current.append(after)
+        links.append(link)
+    pieces.append((current, links))
+    for piece_states, piece_links in pieces:
+        chain = Chain(piece_states, piece_links)
+        chains.append(_with_head(info, track, chain) or chain)
+
+
+def _check_shapes(before: State, after: State) -> None:
+    for a, b in zip(before, after, strict=True):
+        if a is not None and b is not None:
+            if shape_of(a) != shape_of(b):
+                raise NotALink(f"the state changes its shape from {shape_of(a)} to {shape_of(b)}")
+            if a.meta["val"].dtype != b.meta["val"].dtype:
+                raise NotALink(f"the state changes its dtype from {a.meta['val'].dtype} to {b.meta['val'].dtype}")
+
+
+def _first(state: State) -> Node:
+    return next(n for n in state if n is not None)
+
+
+def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
+    """``chain`` with the link in front of its first state, or None where there is none."""
+    outputs = [n for n in chain.states[0] if n is not None]
+    for neighbour in chain.links[:4]:
+        head = match_backward(neighbour, outputs, info)
+        if head is not None and _head_is_sound(info, head, chain):
+            return Chain([head.inputs, *chain.states], [head, *chain.links])
+    if len(outputs) == 1 and info.index[outputs[0]] == track.joins[0]:
+        return _head_from_branch(info, track, chain)
+    return None
+
+
+def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
+    inputs = {n for n in head.inputs if n is not None}
+    if not all(info.carries[info.index[n]] for n in inputs):
+        return False
+    own = {info.index[n] for n in head.raw[head.arity :] if n is not None and n not in inputs}
+    tainted = info.descendants(own)
+    if any(info.index[n] in tainted for n in inputs):
+        return False
+    for program in (head, *chain.links):
+        outside = [*program.externals, *(t for terms in program.injections.values() for t in terms)]
+        if any(info.index[n] in tainted for n in outside):
+            return False
+    return True
+
+
+def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
+    """Where the first link is built unlike its neighbours: it starts at the last branch point before the join."""
+    join = track.joins[0]
+    branch = _branch_before(info, set(track.branches[:1]), join) if track.branches else None
+    if branch is None:
+        return None
+    start = info.nodes[branch]
+    for link, (before,) in zip(chain.links[:4], chain.states, strict=False):
+        # What the neighbours have between state and branch point (the mask of a ReLU) belongs to this link too.
+        assert before is not None
+        after = info.index[link.raw[link.outputs[0]]]  # type: ignore[index]
+        inner = _branch_before(info, {info.index[before]}, after)
+        if inner is None or inner == info.index[before]:
+            break
+        try:
+            lead = extract(info, (before,), [info.nodes[inner]], set())
+        except NotALink:
+            break
+        found = match_backward(lead, [start], info)
+        if found is not None and found.inputs[0] is not None:
+            start = found.inputs[0]
+            break
+    state: State = (start,)
+    try:
+        _check_shapes(state, chain.states[0])
+        head = extract(info, state, [info.nodes[join]], set())
+    except NotALink:
+        return None
+    return Chain([state, *chain.states], [head, *chain.links]) if _head_is_sound(info, head, chain) else None
+
+
+def _branch_before(info: GraphInfo, starts: set[int], join: int) -> int | None:
+    """The last node before ``join`` that every path from ``starts`` passes and that has more than one way on."""
+    inside = info.between(starts, {join})
+    reach = -1
+    found = None
+    for node in sorted(inside - {join}):
+        users = [u for u in info.users[node] if u in inside]
+        if reach <= node and len(users) > 1:
+            found = node
+        reach = max([reach, *users])
+    return found

@@ -1,0 +1,134 @@
+"""Find tracks: successive joins where an elementwise path and a heavy path from the same gradient meet.
+
+Forward, ``h' = h + Block(h)`` uses ``h`` twice; backward, the two gradients of ``h`` are added. That addition, a
+*join*, is where one link ends and the next one (towards the input) begins. Joins of an elementwise path with a mere
+reduction (LayerNorm's own backward) are no joins: nothing heavy is between.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+import torch
+
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.rules import Kind
+
+aten = torch.ops.aten
+
+_CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_element_type.default}
+
+_ELEMENTWISE, _HEAVY = 1, 2
+
+# A search that has seen this many nodes without meeting a join is given up: no block is that large, and without
+# a limit a purely elementwise recurrence of T steps would cost T searches of T steps.
+_SEARCH_LIMIT = 20_000
+
+
+@dataclass(frozen=True)
+class Track:
+    """Successive joins in the order gradients reach them, and the branch points that lead to the first one.
+
+    Indices into ``GraphInfo.nodes``; ``branches`` ascending.
+    """
+
+    joins: tuple[int, ...]
+    branches: tuple[int, ...]
+
+
+def find_chains(info: GraphInfo) -> list[Track]:
+    """All maximal tracks of the graph, longest first; no join belongs to two of them."""
+    following: dict[int, int] = {}
+    for start, users in enumerate(info.users):
+        if len(users) >= 2:
+            join = next_join(info, start)
+            if join is not None:
+                following[start] = join
+    joins = set(following.values())
+    for join in sorted(joins):
+        if join not in following and info.users[join]:
+            after = next_join(info, join)
+            if after is not None:
+                following[join] = after
+    branches: dict[int, list[int]] = {}
+    for start, join in following.items():
+        branches.setdefault(join, []).append(start)
+    return _tracks(following, joins | set(following.values()), branches)
+
+
+def _tracks(following: dict[int, int], joins: set[int], branches: dict[int, list[int]]) -> list[Track]:
+    # Joins form a forest (each has one follower); walk it from the end so that the longest branch keeps the stem.
+    length: dict[int, int] = {}
+    for join in sorted(joins):
+        length.setdefault(join, 1)
+        after = following.get(join)
+        if after is not None:
+            length[after] = max(length.get(after, 1), length[join] + 1)
+    before: dict[int, list[int]] = {}
+    for join in joins:
+        if join in following:
+            before.setdefault(following[join], []).append(join)
+    tracks: list[Track] = []
+    used: set[int] = set()
+    for end in sorted(joins, key=lambda j: (-length[j], j)):
+        if end in used:
+            continue
+        path = [end]
+        while True:
+            candidates = [j for j in before.get(path[-1], ()) if j not in used]
+            if not candidates:
+                break
+            path.append(max(candidates, key=lambda j: (length[j], j)))
+        used.update(path)
+        path.reverse()
+        tracks.append(Track(tuple(path), tuple(sorted(branches.get(path[0], ())))))
+    return tracks
+
+
+def next_join(info: GraphInfo, start: int) -> int | None:
+    """The first join of an elementwise and a heavy path from ``start``, as the root of its tree of additions."""
+    flags = {start: _ELEMENTWISE}
+    heap: list[int] = []
+    waiting: set[int] = set()
+    elementwise_waiting: set[int] = set()
+
+    def push(node: int) -> None:
+        for user in info.users[node]:
+            if user not in waiting:
+                waiting.add(user)
+                heapq.heappush(heap, user)
+            if flags[node] & _ELEMENTWISE and info.elementwise(node, user):
+                elementwise_waiting.add(user)
+
+    push(start)
+    while heap and elementwise_waiting and len(flags) < _SEARCH_LIMIT:
+        node = heapq.heappop(heap)
+        elementwise_waiting.discard(node)
+        reached = [p for p in info.sources[node] if p in flags]
+        smooth = [p for p in reached if flags[p] & _ELEMENTWISE and info.elementwise(p, node)]
+        heavy = [p for p in reached if flags[p] & _HEAVY]
+        if info.is_sum(node) and any(p != q for p in smooth for q in heavy):
+            return root_of_sum(info, node)
+        flags[node] = (_ELEMENTWISE if smooth else 0) | (_HEAVY if heavy else 0)
+        if info.kind(node) in (Kind.HEAVY, None):
+            flags[node] |= _HEAVY
+        push(node)
+    return None
+
+
+def root_of_sum(info: GraphInfo, node: int) -> int:
+    """Follow single-use additions (through views and casts) to the last one: ``(g + a) + b`` is one join."""
+    while True:
+        cursor = node
+        while len(info.users[cursor]) == 1:
+            cursor = info.users[cursor][0]
+            if info.is_sum(cursor):
+                break
+            if info.kind(cursor) is not Kind.LAYOUT and info.nodes[cursor].target not in _CARRIERS:
+                return node
+        else:
+            return node
+        if not info.elementwise(info.sources[cursor][0], cursor) or len(info.nodes[cursor].users) == 0:
+            return node
+        node = cursor

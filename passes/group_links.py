@@ -1,0 +1,326 @@
+"""Put links with equal programs into groups, and let each group take in what hangs off its links sideways.
+
+Parameter gradients, input gradients and other side outputs are computed once, from the final w^k. They are found by
+growing the aligned programs: where a statement's nodes have, in every lane, a user with the same operator and
+corresponding operands, that user becomes a statement of the group too. Any alignment is right, since each lane
+computes its own nodes from its own operands; a better one only batches more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable
+
+import torch
+from torch.fx import Node
+
+from hwbp_compiler.graph.chain import Chain, Group
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import (
+    SUM,
+    External,
+    Program,
+    Ref,
+    Statement,
+    _constant,
+    _dtype_of,
+    sum_terms,
+)
+from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
+
+
+def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
+    """Groups of ``chain``'s links, by first lane. Sets ``chain.tail`` where one more, stateless link follows."""
+    by_signature: dict[Hashable, Group] = {}
+    for position, link in enumerate(chain.links):
+        group = by_signature.setdefault(link.signature, Group([], []))
+        group.lanes.append(position)
+        group.programs.append(link)
+    groups = list(by_signature.values())
+    states = {n for state in chain.states for n in state if n is not None}
+    tainted = _tainted(info, chain)
+    for group in groups:
+        _grow(info, group, states, tainted)
+    for group in groups:
+        group.exports = _exports(group, states)
+    for group in sorted(groups, key=lambda g: -g.lanes[-1])[:4]:
+        tail = _tail(info, group, chain, tainted)
+        if tail is not None:
+            group.lanes.append(len(chain.links))
+            group.programs.append(tail)
+            chain.tail = True
+            break
+    return groups
+
+
+def _tainted(info: GraphInfo, chain: Chain) -> set[int]:
+    """Everything that depends on the inside of the chain (its head is known exactly, so it does not count)."""
+    head = {n for n in chain.states[0] if n is not None}
+    first = chain.links[0] if chain.links else None
+    inner = set() if first is None else {n for n in first.raw[first.arity :] if n is not None} - head
+    starts = {info.index[n] for n in inner}
+    starts |= {info.index[n] for state in chain.states[1:] for n in state if n is not None}
+    return info.descendants(starts)
+
+
+# -- growing ----------------------------------------------------------------------------------------------------
+
+
+class _Lane:
+    def __init__(self, info: GraphInfo, program: Program, states: set[Node], tainted: set[int]) -> None:
+        self.info = info
+        self.program = program
+        self.tainted = tainted
+        self.id_of = program.statement_of()
+        self.closed = (states | {n for n in (program.raw[i] for i in program.outputs) if n is not None}) - {
+            n for n in program.inputs if n is not None
+        }
+
+    def users(self, node: Node) -> list[int]:
+        i = self.info.index[node]
+        return self.info.users[i]
+
+    def statement(self, node: Node, slots: int) -> tuple[Statement, list[Node]] | None:
+        """``node`` as the next statement of this lane with its externals, or None if it cannot be one."""
+        if node.op != "call_function" or rule_of(node) is None:
+            return None
+        externals: list[Node] = []
+
+        def argument(value):
+            if isinstance(value, Node):
+                if value in self.id_of and value not in self.closed:
+                    return Ref(self.id_of[value])
+                if self.info.index[value] in self.tainted:
+                    raise _Refused
+                externals.append(value)
+                return External(slots + len(externals) - 1)
+            if isinstance(value, (list, tuple)):
+                return tuple(argument(v) for v in value)
+            return _constant(value)
+
+        try:
+            args = tuple(argument(a) for a in node.args)
+            kwargs = tuple(sorted((k, argument(v)) for k, v in node.kwargs.items()))
+        except _Refused:
+            return None
+        if any(isinstance(v, (Ref, External)) for _, v in kwargs):
+            return None
+        return Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), externals
+
+
+class _Refused(Exception):
+    pass
+
+
+def _key(statement: Statement, externals: list[Node]) -> Hashable:
+    return (statement, tuple((shape_of(e), _dtype_of(e)) for e in externals))
+
+
+def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -> None:
+    lanes = [_Lane(info, p, states, tainted) for p in group.programs]
+    first = lanes[0]
+    waiting: list[int] = []
+    seen: set[int] = set()
+
+    def push(node: Node | None) -> None:
+        if node is None or node in first.closed:
+            return
+        for user in first.users(node):
+            if user not in seen:
+                seen.add(user)
+                heapq.heappush(waiting, user)
+
+    for node in first.program.raw:
+        push(node)
+    while waiting:
+        node = info.nodes[heapq.heappop(waiting)]
+        if node in first.id_of or node in states:
+            continue
+        slots = len(first.program.externals)
+        made = first.statement(node, slots)
+        if made is None:
+            continue
+        statement, externals = made
+        anchor = _anchor(statement)
+        if anchor is None:
+            continue
+        key = _key(statement, externals)
+        found: list[tuple[Node, list[Node]]] = [(node, externals)]
+        for lane in lanes[1:]:
+            other = _counterpart(lane, anchor, key, slots, states)
+            if other is None:
+                break
+            found.append(other)
+        if len(found) < len(lanes):
+            continue
+        for lane, (member, outside) in zip(lanes, found, strict=True):
+            lane.program.statements.append(statement)
+            lane.program.raw.append(member)
+            lane.program.externals.extend(outside)
+            lane.id_of[member] = len(lane.program.raw) - 1
+        push(node)
+
+
+def _anchor(statement: Statement) -> int | None:
+    refs = [r for r in _refs(statement.args)]
+    return max(refs) if refs else None
+
+
+def _refs(args):
+    for a in args:
+        if isinstance(a, Ref):
+            yield a.id
+        elif isinstance(a, tuple):
+            yield from _refs(a)
+
+
+def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, states: set[Node]):
+    node = lane.program.raw[anchor]
+    if node is None:
+        return None
+    for user in lane.users(node):
+        candidate = lane.info.nodes[user]
+        if candidate in lane.id_of or candidate in states:
+            continue
+        made = lane.statement(candidate, slots)
+        if made is not None and _key(*made) == key:
+            return candidate, made[1]
+    return None
+
+
+# -- what leaves a group ----------------------------------------------------------------------------------------
+
+
+def inner_sums(program: Program) -> set[Node]:
+    """The inner additions of the program's sums: no statements of their own, gone once the program is batched."""
+    found: set[Node] = set()
+    for statement, node in zip(program.statements, program.raw, strict=True):
+        if statement.target is SUM and node is not None:
+            todo = [node]
+            while todo:
+                current = todo.pop()
+                for operand in current.all_input_nodes if current.target is torch.ops.aten.add.Tensor else ():
+                    if len(operand.users) == 1 and operand.target is torch.ops.aten.add.Tensor:
+                        found.add(operand)
+                        todo.append(operand)
+    return found
+
+
+def _exports(group: Group, states: set[Node]) -> list[int]:
+    """Statements whose nodes are used by something outside the group, in some lane."""
+    exported: set[int] = set()
+    for program in group.programs:
+        inside = {n for n in program.raw if n is not None} | inner_sums(program)
+        for i, node in enumerate(program.raw):
+            if i >= program.arity and node is not None and node not in states:
+                if any(user not in inside for user in node.users):
+                    exported.add(i)
+    return sorted(exported)
+
+
+# -- the link behind the last state -----------------------------------------------------------------------------
+
+
+def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
+    """The last state's own link, where only its side outputs are computed, as one more lane of ``group``."""
+    template = group.template
+    state = chain.states[-1]
+    needed = _closure(template, group.exports)
+    if not any(_is_heavy(template, i) for i in needed):
+        return None
+    bound: list[Node | None] = [None] * len(template.statements)
+    for i, node in enumerate(state):
+        bound[i] = node
+    tail = Program(arity=template.arity, statements=template.statements, raw=bound, outputs=[])
+    id_of = {n: i for i, n in enumerate(state) if n is not None}
+    externals: list[Node | None] = [None] * len(template.externals)
+    for i in range(template.arity, len(template.statements)):
+        if i not in needed:
+            continue
+        node = _forward_match(info, template, i, bound, id_of, externals, tail, tainted)
+        if node is None:
+            return None
+        bound[i] = node
+        id_of[node] = i
+    # Slots nobody needs in the tail still want a value of the right shape: any lane's will do, it is never used.
+    tail.externals = [e if e is not None else template.externals[s] for s, e in enumerate(externals)]
+    return tail
+
+
+def _closure(program: Program, ends: list[int]) -> set[int]:
+    needed: set[int] = set()
+    todo = list(ends)
+    while todo:
+        i = todo.pop()
+        if i not in needed:
+            needed.add(i)
+            todo.extend(_refs(program.statements[i].args) if program.statements[i].args else ())
+    return {i for i in needed if i >= program.arity}
+
+
+def _is_heavy(program: Program, i: int) -> bool:
+    node = program.raw[i]
+    rule = rule_of(node) if node is not None and program.statements[i].target is not SUM else None
+    return rule is not None and rule.kind is Kind.HEAVY
+
+
+def _forward_match(info, template, i, bound, id_of, externals, tail, tainted) -> Node | None:
+    statement = template.statements[i]
+    refs = list(_refs(statement.args))
+    if any(bound[r] is None for r in refs):
+        return None
+    start = bound[refs[-1]]
+    for user in info.users[info.index[start]]:
+        node = info.nodes[user]
+        if node in id_of or (shape_of(node), _dtype_of(node)) != (statement.shape, statement.dtype):
+            continue
+        if statement.target is SUM:
+            root = _sum_root(info, node)
+            terms = sum_terms(root, info)
+            rest = [t for t in terms if t not in {bound[r] for r in refs}]
+            if len(terms) - len(rest) == len(refs) and not any(info.index[t] in tainted for t in rest):
+                if rest:
+                    tail.injections[i] = rest
+                return root
+            continue
+        if node.target is not statement.target or len(node.args) != len(statement.args):
+            continue
+        taken: dict[int, Node] = {}
+        if _same_arguments(info, template, statement.args, node.args, id_of, taken, tainted) and (
+            tuple(sorted((k, _constant(v)) for k, v in node.kwargs.items())) == statement.kwargs
+        ):
+            for slot, value in taken.items():
+                externals[slot] = value
+            return node
+    return None
+
+
+def _sum_root(info: GraphInfo, node: Node) -> Node:
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target is not torch.ops.aten.add.Tensor:
+            break
+        node = user
+    return node
+
+
+def _same_arguments(info, template, expected, actual, id_of, taken, tainted) -> bool:
+    for e, a in zip(expected, actual, strict=True):
+        if isinstance(e, Ref):
+            if not isinstance(a, Node) or id_of.get(a) != e.id:
+                return False
+        elif isinstance(e, External):
+            known = template.externals[e.slot]
+            if not isinstance(a, Node) or info.index[a] in tainted:
+                return False
+            if (shape_of(a), _dtype_of(a)) != (shape_of(known), _dtype_of(known)):
+                return False
+            taken[e.slot] = a
+        elif isinstance(e, tuple):
+            if not isinstance(a, (list, tuple)) or len(a) != len(e):
+                return False
+            if not _same_arguments(info, template, e, a, id_of, taken, tainted):
+                return False
+        elif isinstance(a, Node) or _constant(a) != e:
+            return False
+    return True

@@ -1,0 +1,137 @@
+"""The order of the passes, and what happens to each chain: one after the other, from the loss towards the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
+from hwbp_compiler.graph.batching import NoBatchingRule
+from hwbp_compiler.graph.chain import Chain, Group
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import NotALink
+from hwbp_compiler.options import Options
+
+from .apply import apply, discard
+from .check_separation import Refusal, check_separation
+from .find_chains import find_chains
+from .group_links import group_links
+from .rewrite import rewrite_chain
+from .split_links import Split, split_links
+
+
+@dataclass
+class ChainRecord:
+    """What was found and what became of it."""
+
+    length: int
+    decision: str
+    reason: str
+    groups: int = 0
+    multiplier: str = ""
+
+
+@dataclass
+class _Candidate:
+    chain: Chain
+    groups: list[Group]
+    split: Split
+
+    @property
+    def key(self) -> tuple:
+        return self.chain.states[-1]
+
+    @property
+    def nodes(self) -> set[Node]:
+        return {n for g in self.groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
+
+
+def run(graph: Graph, options: Options) -> list[ChainRecord]:
+    """Rewrite every chain of the joint ``graph`` that ``options`` ask for, in place; returns what was decided.
+
+    On an exception the graph is as it was.
+    """
+    records: list[ChainRecord] = []
+    decided: set[tuple] = set()
+    while True:
+        info = GraphInfo(graph)
+        if not info.has_tangents:
+            return records
+        candidates, refusals = _candidates(info, options)
+        if not decided:
+            records += [ChainRecord(r.length, "declined", r.reason) for r in refusals]
+        changed = False
+        for candidate in candidates:
+            if candidate.key in decided:
+                continue
+            decided.add(candidate.key)
+            record, changed = _treat(graph, info, candidate, options)
+            records.append(record)
+            if changed:
+                break
+        if not changed:
+            return records
+
+
+def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], list[Refusal]]:
+    found: list[_Candidate] = []
+    refusals: list[Refusal] = []
+    for track in find_chains(info):
+        if len(track.joins) + 1 < min(options.min_length, 2):
+            continue
+        chains, refused = check_separation(info, track)
+        refusals += refused
+        for chain in chains:
+            if not chain.links:
+                continue
+            try:
+                split = split_links(chain)
+            except NotALink as reason:
+                refusals.append(Refusal(info.nodes[track.joins[0]], chain.length, str(reason)))
+                continue
+            candidate = _Candidate(chain, group_links(info, chain), split)
+            if chain.length >= options.min_length:
+                found.append(candidate)
+    found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))
+    kept: list[_Candidate] = []
+    taken: set[Node] = set()
+    for candidate in found:
+        if candidate.nodes.isdisjoint(taken):
+            kept.append(candidate)
+            taken |= candidate.nodes
+    # From the loss towards the input: a chain's side outputs are injections of the next one.
+    kept.sort(key=lambda c: info.index[_any(c)])
+    return kept, refusals
+
+
+def _any(candidate: _Candidate) -> Node:
+    return next(n for n in candidate.chain.states[1] if n is not None)
+
+
+def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options) -> tuple[ChainRecord, bool]:
+    chain = candidate.chain
+    record = ChainRecord(chain.length, "declined", "", len(candidate.groups))
+    if options.iterations == "exact" or options.iterations >= chain.length:
+        record.reason = f"iterations={options.iterations} reaches the chain's length {chain.length}: ordinary backprop"
+        return record, False
+    before = len(graph.nodes)
+    try:
+        rewriting = rewrite_chain(
+            graph, chain, candidate.groups, candidate.split, options.iterations, options.damping
+        )
+    except Exception as error:
+        created = list(graph.nodes)[before - 1 : -1]
+        discard(graph, created)
+        if isinstance(error, (NotALink, NoBatchingRule)):
+            record.reason = str(error)
+            return record, False
+        raise
+    try:
+        apply(graph, rewriting, {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"})
+    except NotALink as reason:
+        record.reason = str(reason)
+        return record, False
+    graph.lint()
+    record.decision = "rewritten"
+    return record, True

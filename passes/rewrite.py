@@ -1,0 +1,364 @@
+"""Rewrite a chain's backward into Highway-BP form.
+
+With rows in the order gradients travel (row 0 is the head, known exactly), PAPER section 1 reads
+
+    W^0     = scan([s_0, b], K)              b: what is injected at each link
+    W^{t+1} = scan([s_0, b + J W^t], K)      all links at once, then one scan
+
+(w^0 + CumSumProd(v) = CumSumProd(c + v): one scan per iteration and no stored w^0). Damping moves part of the highway
+into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the links is evaluated once from the last W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, Node
+
+from hwbp_compiler.graph.batching import Emitter, Value
+from hwbp_compiler.graph.chain import Chain, Group
+from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.graph.program import INPUT, SUM, sum_terms
+from hwbp_compiler.graph.stacking import Stacker, stack
+
+from .group_links import inner_sums
+from .split_links import Split
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Rewriting:
+    """New nodes for old ones. Nothing in the graph uses the new nodes before ``passes.apply`` replaces the old."""
+
+    replacements: dict[Node, Node] = field(default_factory=dict)
+    created: list[Node] = field(default_factory=list)
+    copied_bytes: int = 0
+
+
+def rewrite_chain(
+    graph: Graph, chain: Chain, groups: list[Group], split: Split, iterations: int, damping: float
+) -> Rewriting:
+    """Emit ``iterations`` rounds for ``chain``; the old nodes stay until the replacements are applied."""
+    return _ChainRewriter(graph, chain, groups, split, iterations, damping).run()
+
+
+class _ChainRewriter:
+    def __init__(self, graph, chain, groups, split, iterations, damping) -> None:
+        self.graph, self.chain, self.groups, self.split = graph, chain, groups, split
+        self.iterations, self.damping = iterations, damping
+        output = next(n for n in reversed(graph.nodes) if n.op == "output")
+        like = next(n for n in chain.states[0] if n is not None)
+        self.e = Emitter(graph, output, like.meta["val"].fake_mode, len(chain.links))
+        self.stackers: list[Stacker] = []
+        self.like: list[torch.Tensor] = []
+        for component in range(chain.width):
+            self.like.append(next(s[component] for s in reversed(chain.states) if s[component] is not None).meta["val"])
+
+    def run(self) -> Rewriting:
+        e, links = self.e, len(self.chain.links)
+        final: list[list[int]] = []
+        for group in self.groups:
+            stacker = Stacker(e.for_count(len(group.lanes)))
+            slots = list(range(len(group.template.externals)))
+            stacker.prepare([tuple(group.external(s)) for s in slots])
+            self.stackers.append(stacker)
+            final.append(list(group.lanes))
+        heads = [self._head(c) for c in range(self.chain.width)]
+        diagonals = self._diagonals()
+        injected = self._assemble_all(Mode.INJECT, None)
+        rows = self._scan(heads, injected, [None] * self.chain.width, diagonals, None)
+        for _ in range(self.iterations):
+            blocks = self._assemble_all(Mode.REST, rows)
+            if all(b is None for b in blocks) and not self.damping:
+                break  # no block at all: exact without iterating (a diagonal recurrence)
+            rows = self._scan(heads, injected, blocks, diagonals, rows)
+        replaced = Rewriting(created=e.created)
+        self._replace_states(rows, replaced)
+        for group, stacker in zip(self.groups, self.stackers, strict=True):
+            self._replace_sides(group, stacker, rows, replaced)
+        replaced.copied_bytes = sum(s.copied_bytes for s in self.stackers)
+        del links
+        return replaced
+
+    # -- pieces -------------------------------------------------------------------------------------------------
+
+    def _head(self, component: int) -> Node:
+        node = self.chain.states[0][component]
+        like = self.like[component]
+        if node is None:
+            return self.e.full(tuple(like.shape), 0.0, like)
+        return node
+
+    def _evaluator(self, g: int, rows: list[Node] | None) -> Evaluator:
+        """Group ``g`` with its lanes' rows of W as states; without rows, for K and b."""
+        group, stacker = self.groups[g], self.stackers[g]
+        lanes = [p for p in group.lanes if p < len(self.chain.links)]
+        with_tail = len(lanes) < len(group.lanes)
+        if rows is not None or not with_tail:
+            del with_tail
+        states: list[Value | None] = [None] * self.chain.width
+        if rows is not None:
+            states = [Value(self._rows(row, group.lanes), True) for row in rows]
+        return Evaluator(
+            stacker.e,
+            group,
+            states,
+            stack=lambda slot: stacker(group.external(slot)),
+            inject=lambda statement: self._injected(group, stacker, statement),
+        )
+
+    def _injected(self, group: Group, stacker: Stacker, statement: int) -> Value | None:
+        """Injections into one sum, stacked; lanes that have none get zeros."""
+        per_lane = [p.injections.get(statement, []) for p in group.programs]
+        depth = max(len(terms) for terms in per_lane)
+        total: Value | None = None
+        raw = next(n for n in group.raw(statement) if n is not None)
+        for i in range(depth):
+            zero = None
+            column: list[Node] = []
+            for terms in per_lane:
+                if i < len(terms):
+                    column.append(terms[i])
+                else:
+                    if zero is None:
+                        zero = self.e.full(tuple(raw.meta["val"].shape), 0.0, raw.meta["val"])
+                    column.append(zero)
+            value = stacker(column)
+            total = value if total is None else stacker.e.apply(aten.add.Tensor, (total, value), {})  # type: ignore
+        return total
+
+    def _rows(self, row: Node, lanes: list[int]) -> Node:
+        """Rows ``lanes`` of a [links + 1, ...] stack: a slice where they are evenly spaced."""
+        count = row.meta["val"].shape[0]
+        if len(lanes) == 1:
+            return self.e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[0] + 1)
+        step = lanes[1] - lanes[0]
+        if all(b - a == step for a, b in zip(lanes, lanes[1:], strict=False)):
+            if (lanes[0], lanes[-1] + 1, step) == (0, count, 1):
+                return row
+            return self.e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[-1] + 1, step)
+        pieces = [self.e.call(aten.slice.Tensor, row, 0, a, b + 1) for a, b in _runs(lanes)]
+        return self.e.call(aten.cat.default, pieces)
+
+    def _diagonals(self) -> dict[tuple[int, int], Node | float]:
+        """K per (to, from): a number, or [links, ...] broadcastable against the state."""
+        found: dict[tuple[int, int], Node | float] = {}
+        for to, source in sorted(self.split.support):
+            parts: list[Value | float | None] = []
+            for g, group in enumerate(self.groups):
+                outputs = group.template.outputs
+                parts.append(self._evaluator(g, None).value(Coefficient(source), outputs[to]))
+            if all(isinstance(p, float) and p == parts[0] for p in parts):
+                found[to, source] = parts[0]  # type: ignore[assignment]
+            else:
+                found[to, source] = self._assemble(parts, self.like[to])
+        return found
+
+    def _assemble_all(self, mode: Mode, rows: list[Node] | None) -> list[Node | None]:
+        evaluators = [self._evaluator(g, rows) for g in range(len(self.groups))]
+        assembled: list[Node | None] = []
+        for component in range(self.chain.width):
+            parts = [ev.value(mode, ev.program.outputs[component]) for ev in evaluators]
+            if all(p is None for p in parts):
+                assembled.append(None)
+            else:
+                assembled.append(self._assemble(parts, self.like[component], full=True))
+        return assembled
+
+    def _assemble(self, parts: list, like: torch.Tensor, full: bool = False) -> Node:
+        """One part per group -> [links, ...] in chain order."""
+        e = self.e
+        rank = like.dim()
+        nodes: list[Node] = []
+        for part, stacker in zip(parts, self.stackers, strict=True):
+            ge = stacker.e
+            if part is None or isinstance(part, float):
+                part = Value(ge.full([1] * rank, part or 0.0, like), False)
+            part = ge.convert(part, like.dtype)
+            if part.rank < rank:
+                sizes = [1] * (rank - part.rank) + list(part.shape)
+                node = ge.aligned(part, rank) if part.batched else ge.reshape(part.node, sizes)
+                part = Value(node, part.batched)
+            nodes.append(ge.batch(part))
+        shapes = [tuple(n.meta["val"].shape[1:]) for n in nodes]
+        if full or any(s != shapes[0] for s in shapes):
+            target = tuple(like.shape)
+            nodes = [
+                n if tuple(n.meta["val"].shape[1:]) == target
+                else e.call(aten.expand.default, n, [n.meta["val"].shape[0], *(e.size(s) for s in target)])
+                for n in nodes
+            ]  # fmt: skip
+        lanes = [[p for p in g.lanes if p < len(self.chain.links)] for g in self.groups]
+        trimmed = []
+        for node, group, mine in zip(nodes, self.groups, lanes, strict=True):
+            if len(mine) < len(group.lanes):  # the tail sends nothing on
+                node = e.call(aten.slice.Tensor, node, 0, 0, len(mine))
+            trimmed.append(node)
+        return self._interleave(trimmed, lanes)
+
+    def _interleave(self, nodes: list[Node], lanes: list[list[int]]) -> Node:
+        if len(nodes) == 1:
+            return nodes[0]
+        e = self.e
+        period = len(nodes)
+        links = len(self.chain.links)
+        if all(mine == list(range(g, links, period)) for g, mine in enumerate(lanes)) and links % period == 0:
+            columns = [e.call(aten.unsqueeze.default, n, 1) for n in nodes]
+            joined = e.call(aten.cat.default, columns, 1)
+            return e.reshape(joined, [links, *nodes[0].meta["val"].shape[1:]])
+        position = {p: (g, i) for g, mine in enumerate(lanes) for i, p in enumerate(mine)}
+        pieces: list[Node] = []
+        p = 0
+        while p < links:
+            g, i = position[p]
+            q = p + 1
+            while q < links and position[q] == (g, i + q - p):
+                q += 1
+            pieces.append(e.call(aten.slice.Tensor, nodes[g], 0, i, i + q - p))
+            p = q
+        return e.call(aten.cat.default, pieces) if len(pieces) > 1 else pieces[0]
+
+    def _scan(self, heads, injected, blocks, diagonals, rows) -> list[Node]:
+        """W = scan([s_0, b + v], (1 - gamma) K), component after component (K is lower triangular)."""
+        e, width = self.e, self.chain.width
+        keep = 1.0 - self.damping
+        done: dict[int, Node] = {}
+        for c in self.split.order:
+            terms: list[Node] = [n for n in (injected[c], blocks[c]) if n is not None]
+            for (to, source), k in diagonals.items():
+                if to != c:
+                    continue
+                if self.damping and rows is not None:
+                    terms.append(self._scaled(self._before(rows[source]), k, self.damping))
+                if source != c and keep:
+                    terms.append(self._scaled(self._before(done[source]), k, keep))
+            values = self._with_head(heads[c], terms, self.like[c])
+            k = diagonals.get((c, c))
+            done[c] = values if k is None or not keep else self._linear_scan(values, k, keep)
+        return [done[c] for c in range(width)]
+
+    def _before(self, row: Node) -> Node:
+        return self.e.call(aten.slice.Tensor, row, 0, 0, len(self.chain.links))
+
+    def _scaled(self, node: Node, k: Node | float, factor: float) -> Node:
+        if isinstance(k, float):
+            return node if k * factor == 1.0 else self.e.call(aten.mul.Tensor, node, k * factor)
+        scaled = self.e.call(aten.mul.Tensor, node, k)
+        return scaled if factor == 1.0 else self.e.call(aten.mul.Tensor, scaled, factor)
+
+    def _with_head(self, head: Node, terms: list[Node], like: torch.Tensor) -> Node:
+        e = self.e
+        first = e.call(aten.unsqueeze.default, head, 0)
+        if not terms:
+            rest = e.full([len(self.chain.links), *like.shape], 0.0, like)
+        else:
+            rest = terms[0]
+            for term in terms[1:]:
+                rest = e.call(aten.add.Tensor, rest, term)
+        return e.call(aten.cat.default, [first, rest])
+
+    def _linear_scan(self, values: Node, k: Node | float, keep: float) -> Node:
+        """Row i of the multipliers carries row i - 1 over; row 0 is never read, so any value will do."""
+        e = self.e
+        if isinstance(k, float):
+            if k * keep == 1.0:
+                return e.call(torch.ops.highway.linear_scan.default, values, None, False)
+            tensor = values.meta["val"]
+            multipliers = e.full([tensor.shape[0]] + [1] * (tensor.dim() - 1), k * keep, tensor)
+        else:
+            if keep != 1.0:
+                k = e.call(aten.mul.Tensor, k, keep)
+            multipliers = e.call(aten.cat.default, [e.call(aten.slice.Tensor, k, 0, 0, 1), k])
+        return e.call(torch.ops.highway.linear_scan.default, values, multipliers, False)
+
+    # -- what the rest of the graph takes from the chain --------------------------------------------------------
+
+    def _replace_states(self, rows: list[Node], done: Rewriting) -> None:
+        inside = self._inside()
+        for i, state in enumerate(self.chain.states[1:], start=1):
+            for component, node in enumerate(state):
+                if node is not None and any(user not in inside for user in node.users):
+                    done.replacements[node] = self.e.call(aten.select.int, rows[component], 0, i)
+
+    def _inside(self) -> set[Node]:
+        inside: set[Node] = set()
+        for group in self.groups:
+            for program in group.programs:
+                inside |= {n for n in program.raw if n is not None} | inner_sums(program)
+        return inside
+
+    def _replace_sides(self, group: Group, stacker: Stacker, rows: list[Node], done: Rewriting) -> None:
+        if not group.exports:
+            return
+        states = [Value(self._rows(row, group.lanes), True) for row in rows]
+        evaluator = Evaluator(
+            stacker.e,
+            group,
+            states,
+            stack=lambda slot: stacker(group.external(slot)),
+            inject=lambda statement: self._injected(group, stacker, statement),
+        )
+        for i in group.exports:
+            if group.template.statements[i].target is INPUT:
+                continue
+            nodes = group.raw(i)
+            value = evaluator.value(Mode.FULL, i)
+            if isinstance(value, list):
+                continue  # its items are statements of their own
+            if value is None or any(n is None for n in nodes):
+                raise AssertionError(f"side output {nodes[0]} has no value")
+            root = _accumulation(nodes)  # type: ignore[arg-type]
+            if root is not None:
+                self._add_to(root, stacker.e.sum_links(value), nodes, done)  # type: ignore[arg-type]
+                continue
+            for lane, node in enumerate(nodes):
+                assert node is not None
+                done.replacements[node] = (
+                    self.e.call(aten.select.int, value.node, 0, lane) if value.batched else value.node
+                )
+
+    def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
+        """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links (plus what else is in it)."""
+        left = [t for t in self._left.get(root, sum_terms(root, None)) if t not in nodes]  # type: ignore[arg-type]
+        self._left[root] = left
+        self._sums[root] = [*self._sums.get(root, []), total]
+        acc = self._sums[root][0]
+        for term in [*self._sums[root][1:], *left]:
+            acc = self.e.call(aten.add.Tensor, acc, term)
+        done.replacements[root] = acc
+
+    @property
+    def _left(self) -> dict[Node, list[Node]]:
+        return self.__dict__.setdefault("_left_terms", {})
+
+    @property
+    def _sums(self) -> dict[Node, list[Node]]:
+        return self.__dict__.setdefault("_summed", {})
+
+
+def _accumulation(nodes: list[Node]) -> Node | None:
+    """The root of the one addition tree that all of ``nodes`` are single-use terms of."""
+    if len(nodes) < 2:
+        return None
+    root = nodes[0]
+    while len(root.users) == 1 and (user := next(iter(root.users))).target is aten.add.Tensor and not user.kwargs:
+        root = user
+    if root is nodes[0]:
+        return None
+    terms = sum_terms(root, None)  # type: ignore[arg-type]
+    return root if set(nodes) <= set(terms) and len(set(nodes)) == len(nodes) else None
+
+
+def _runs(lanes: list[int]) -> list[tuple[int, int]]:
+    runs: list[tuple[int, int]] = []
+    for lane in lanes:
+        if runs and runs[-1][1] == lane - 1:
+            runs[-1] = (runs[-1][0], lane)
+        else:
+            runs.append((lane, lane))
+    return runs
+
+
+__all__ = ["Rewriting", "rewrite_chain", "SUM", "stack"]

@@ -1,0 +1,15 @@
+"""Models as people write them, each with the same model retold for the oracle and what has to be found in it."""
+
+from __future__ import annotations
+
+from . import recurrent, residual, resnet, transformer
+from .case import Case, ExpectedChain
+
+CASES: list[Case] = [
+    *residual.CASES,
+    *resnet.CASES,
+    *transformer.CASES,
+    *recurrent.CASES,
+]
+
+__all__ = ["CASES", "Case", "ExpectedChain"]
