@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -48,13 +47,14 @@ class Options:
     # numpy's numbers register as Integral and Real; a bool is an int to Python, but never a count to a user.
     def _integer(self, key: str, least: int, also: str = "") -> int:
         value = getattr(self, key)
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
             _refuse(key, value, f"an integer >= {least}{also}", _DEFAULTS[key])
         return int(value)
 
     def _fraction(self, key: str) -> float:
         value = getattr(self, key)
-        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not 0 <= value <= 1:
+        # Written so that nan, which compares false with everything, is refused.
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             _refuse(key, value, "a number from 0 to 1", _DEFAULTS[key])
         return float(value)
 

@@ -67,12 +67,12 @@ def inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dic
 
     Raises RuntimeError where Inductor refuses a key, the type of a value or the mode.
     """
-    return torch._TorchCompileInductorWrapper(mode, options, None).config  # type: ignore[arg-type]
+    return torch._TorchCompileInductorWrapper(mode, options, None).config
 
 
 def inductor_option_type(key: str) -> str:
     """The type Inductor's config declares for ``key``, as readable text."""
-    declared = inductor_config.get_type(key)  # type: ignore[attr-defined]
+    declared = inductor_config.get_type(key)
     plain = typing.get_origin(declared) is None and isinstance(declared, type)
     return declared.__name__ if plain else str(declared)
 

@@ -126,7 +126,8 @@ def _is_own(info: GraphInfo, node: Node) -> bool:
 
 def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
     """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block."""
-    return any(info.kind(info.index[term]) is Kind.HEAVY for term in sum_terms(node, info))
+    arrived = (Kind.HEAVY, Kind.MIXING)
+    return any(info.kind(info.index[term]) in arrived for term in sum_terms(node, info))
 
 
 def _build(
@@ -174,7 +175,7 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
         head = match_backward(neighbour, outputs, info)
         if head is not None and _head_is_sound(info, head, chain):
             return Chain([head.inputs, *chain.states], [head, *chain.links])
-    if len(outputs) == 1 and info.index[outputs[0]] == track.joins[0]:
+    if len(outputs) == 1 and track.branches and info.index[outputs[0]] == track.joins[0]:
         return _head_from_branch(info, track, chain)
     return None
 
@@ -197,7 +198,7 @@ def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
 def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
     """Where the first link is built unlike its neighbours: it starts at the last branch point before the join."""
     join = track.joins[0]
-    branch = _branch_before(info, set(track.branches[:1]), join) if track.branches else None
+    branch = _branch_before(info, set(track.branches[:1]), join)
     if branch is None:
         return None
     start = info.nodes[branch]

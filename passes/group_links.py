@@ -16,15 +16,16 @@ from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.match import match_sides
 from hwbp_compiler.graph.program import (
     SUM,
     External,
     Program,
     Ref,
+    State,
     Statement,
     _constant,
     _dtype_of,
-    sum_terms,
 )
 from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
 
@@ -48,7 +49,13 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
         if tail is not None:
             group.lanes.append(len(chain.links))
             group.programs.append(tail)
-            chain.tail = True
+            if tail.outputs:
+                chain.links.append(tail)
+                chain.states.append(tuple(tail.raw[i] for i in tail.outputs))
+                states |= {n for n in chain.states[-1] if n is not None}
+                group.exports = _exports(group, states)
+            else:
+                chain.tail = True
             break
     return groups
 
@@ -223,28 +230,29 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
 
 def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
     """The last state's own link, where only its side outputs are computed, as one more lane of ``group``."""
-    template = group.template
-    state = chain.states[-1]
-    needed = _closure(template, group.exports)
-    if not any(_is_heavy(template, i) for i in needed):
+    template, state = group.template, chain.states[-1]
+    sides = [(i, sorted(_closure(template, [i]), reverse=True)) for i in group.exports]
+    sides = [(i, closure) for i, closure in sides if any(r < template.arity for c in closure for r in _refs(template.statements[c].args))]
+    heavy = any(_is_heavy(template, c) for c in range(template.arity, len(template.statements)))
+    if not sides or heavy and not any(_is_heavy(template, c) for _, closure in sides for c in closure):
         return None
-    bound: list[Node | None] = [None] * len(template.statements)
-    for i, node in enumerate(state):
-        bound[i] = node
-    tail = Program(arity=template.arity, statements=template.statements, raw=bound, outputs=[])
-    id_of = {n: i for i, n in enumerate(state) if n is not None}
-    externals: list[Node | None] = [None] * len(template.externals)
-    for i in range(template.arity, len(template.statements)):
-        if i not in needed:
-            continue
-        node = _forward_match(info, template, i, bound, id_of, externals, tail, tainted)
-        if node is None:
-            return None
-        bound[i] = node
-        id_of[node] = i
-    # Slots nobody needs in the tail still want a value of the right shape: any lane's will do, it is never used.
-    tail.externals = [e if e is not None else template.externals[s] for s, e in enumerate(externals)]
-    return tail
+    reached = sorted(_near(info, state, 8 * len(template.statements)))
+    return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted)
+
+
+def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
+    """The first ``limit`` gradient nodes that depend on ``state``, in graph order."""
+    starts = [info.index[n] for n in state if n is not None]
+    waiting = sorted({u for s in starts for u in info.users[s]})
+    heapq.heapify(waiting)
+    reached: set[int] = set()
+    while waiting and len(reached) < limit:
+        node = heapq.heappop(waiting)
+        if node not in reached:
+            reached.add(node)
+            for user in info.users[node]:
+                heapq.heappush(waiting, user)
+    return reached
 
 
 def _closure(program: Program, ends: list[int]) -> set[int]:
@@ -262,65 +270,3 @@ def _is_heavy(program: Program, i: int) -> bool:
     node = program.raw[i]
     rule = rule_of(node) if node is not None and program.statements[i].target is not SUM else None
     return rule is not None and rule.kind is Kind.HEAVY
-
-
-def _forward_match(info, template, i, bound, id_of, externals, tail, tainted) -> Node | None:
-    statement = template.statements[i]
-    refs = list(_refs(statement.args))
-    if any(bound[r] is None for r in refs):
-        return None
-    start = bound[refs[-1]]
-    for user in info.users[info.index[start]]:
-        node = info.nodes[user]
-        if node in id_of or (shape_of(node), _dtype_of(node)) != (statement.shape, statement.dtype):
-            continue
-        if statement.target is SUM:
-            root = _sum_root(info, node)
-            terms = sum_terms(root, info)
-            rest = [t for t in terms if t not in {bound[r] for r in refs}]
-            if len(terms) - len(rest) == len(refs) and not any(info.index[t] in tainted for t in rest):
-                if rest:
-                    tail.injections[i] = rest
-                return root
-            continue
-        if node.target is not statement.target or len(node.args) != len(statement.args):
-            continue
-        taken: dict[int, Node] = {}
-        if _same_arguments(info, template, statement.args, node.args, id_of, taken, tainted) and (
-            tuple(sorted((k, _constant(v)) for k, v in node.kwargs.items())) == statement.kwargs
-        ):
-            for slot, value in taken.items():
-                externals[slot] = value
-            return node
-    return None
-
-
-def _sum_root(info: GraphInfo, node: Node) -> Node:
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if user.target is not torch.ops.aten.add.Tensor:
-            break
-        node = user
-    return node
-
-
-def _same_arguments(info, template, expected, actual, id_of, taken, tainted) -> bool:
-    for e, a in zip(expected, actual, strict=True):
-        if isinstance(e, Ref):
-            if not isinstance(a, Node) or id_of.get(a) != e.id:
-                return False
-        elif isinstance(e, External):
-            known = template.externals[e.slot]
-            if not isinstance(a, Node) or info.index[a] in tainted:
-                return False
-            if (shape_of(a), _dtype_of(a)) != (shape_of(known), _dtype_of(known)):
-                return False
-            taken[e.slot] = a
-        elif isinstance(e, tuple):
-            if not isinstance(a, (list, tuple)) or len(a) != len(e):
-                return False
-            if not _same_arguments(info, template, e, a, id_of, taken, tainted):
-                return False
-        elif isinstance(a, Node) or _constant(a) != e:
-            return False
-    return True

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
 from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import NotALink
+from hwbp_compiler.graph.program import SUM, NotALink, Program
+from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.options import Options
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
 from .find_chains import find_chains
+from .find_recurrences import find_recurrences
 from .group_links import group_links
 from .rewrite import rewrite_chain
 from .split_links import Split, split_links
@@ -78,21 +82,17 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], li
     found: list[_Candidate] = []
     refusals: list[Refusal] = []
     for track in find_chains(info):
-        if len(track.joins) + 1 < min(options.min_length, 2):
+        if len(track.joins) + 2 < options.min_length:  # head and tail can add one link each
             continue
         chains, refused = check_separation(info, track)
         refusals += refused
-        for chain in chains:
-            if not chain.links:
-                continue
-            try:
-                split = split_links(chain)
-            except NotALink as reason:
-                refusals.append(Refusal(info.nodes[track.joins[0]], chain.length, str(reason)))
-                continue
-            candidate = _Candidate(chain, group_links(info, chain), split)
-            if chain.length >= options.min_length:
-                found.append(candidate)
+        found += _split_and_group(info, chains, options, refusals)
+    used = {info.index[n] for candidate in found for n in candidate.nodes}
+    for track in find_recurrences(info, used, max(options.min_length - 1, 2)):
+        chains, refused = check_separation(info, track)
+        refusals += refused
+        elementwise = [c for c in map(_regular_part, chains) if c is not None]
+        found += _split_and_group(info, elementwise, options, refusals)
     found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))
     kept: list[_Candidate] = []
     taken: set[Node] = set()
@@ -105,8 +105,57 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], li
     return kept, refusals
 
 
+def _split_and_group(
+    info: GraphInfo, chains: list[Chain], options: Options, refusals: list[Refusal]
+) -> list[_Candidate]:
+    found: list[_Candidate] = []
+    for chain in chains:
+        if not chain.links:
+            continue
+        try:
+            split = split_links(chain)
+        except NotALink as reason:
+            refusals.append(Refusal(_first(chain), chain.length, str(reason)))
+            continue
+        candidate = _Candidate(chain, group_links(info, chain), split)
+        if chain.length >= options.min_length:
+            found.append(candidate)
+    return found
+
+
+def _regular_part(chain: Chain) -> Chain | None:
+    """The stretch of an elementwise recurrence whose links are all alike, with a multiplier that is not 1."""
+    if not chain.links:
+        return None
+    common = Counter(link.signature for link in chain.links).most_common(1)[0][0]
+    alike = [link.signature == common for link in chain.links]
+    start = alike.index(True)
+    end = start
+    while end < len(alike) and alike[end]:
+        end += 1
+    link = chain.links[start]
+    if any(_is_heavy(link, i) for i in range(link.arity, len(link.statements))) or not _multiplies(link):
+        return None
+    return Chain(chain.states[start : end + 1], chain.links[start:end])
+
+
+def _is_heavy(link: Program, i: int) -> bool:
+    node = link.raw[i]
+    rule = rule_of(node) if link.statements[i].target is not SUM and node is not None else None
+    return rule is not None and rule.kind is Kind.HEAVY
+
+
+def _multiplies(link: Program) -> bool:
+    products = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar, torch.ops.aten.div.Tensor)
+    return any(s.target in products for s in link.statements)
+
+
 def _any(candidate: _Candidate) -> Node:
-    return next(n for n in candidate.chain.states[1] if n is not None)
+    return _first(candidate.chain)
+
+
+def _first(chain: Chain) -> Node:
+    return next(n for n in chain.states[min(1, len(chain.links))] if n is not None)
 
 
 def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options) -> tuple[ChainRecord, bool]:

@@ -55,13 +55,12 @@ def train(iterations: int | str, cache_dir) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
-    """Four processes, one after another, over one fresh cache directory."""
+    """Three processes, one after another, over one fresh cache directory."""
     cache_dir = tmp_path_factory.mktemp("cache")
     return {
         "first": train(2, cache_dir),
         "again": train(2, cache_dir),
         "other": train(1, cache_dir),
-        "other again": train(1, cache_dir),
     }
 
 
@@ -73,18 +72,16 @@ def test_the_first_process_with_some_options_finds_nothing(runs, first):
     assert runs[first]["highway"]["graphs_seen"] == 1
 
 
-@pytest.mark.parametrize("again", ["again", "other again"])
-def test_the_second_process_finds_forward_and_backward_and_runs_no_pass(runs, again):
-    assert runs[again]["aot"]["autograd_cache_hit"] == 1
-    assert "autograd_cache_miss" not in runs[again]["aot"]
-    assert "autograd_cache_bypass" not in runs[again]["aot"]
-    assert runs[again]["inductor"]["fxgraph_cache_hit"] == 2
-    assert runs[again]["highway"] == {}
+def test_the_second_process_finds_forward_and_backward_and_runs_no_pass(runs):
+    assert runs["again"]["aot"]["autograd_cache_hit"] == 1
+    assert "autograd_cache_miss" not in runs["again"]["aot"]
+    assert "autograd_cache_bypass" not in runs["again"]["aot"]
+    assert runs["again"]["inductor"]["fxgraph_cache_hit"] == 2
+    assert runs["again"]["highway"] == {}
 
 
-@pytest.mark.parametrize("first, again", [("first", "again"), ("other", "other again")])
-def test_gradients_from_the_cache_are_the_same_bit_for_bit(runs, first, again):
-    assert runs[first]["gradient"] == runs[again]["gradient"]
+def test_gradients_from_the_cache_are_the_same_bit_for_bit(runs):
+    assert runs["first"]["gradient"] == runs["again"]["gradient"]
 
 
 def test_another_number_of_iterations_gives_other_gradients(runs):

@@ -7,12 +7,12 @@ belongs to the link (a ReLU or LayerNorm after the last addition) and takes in n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 
 from torch.fx import Node
 
 from .info import GraphInfo
-from .program import INPUT, SUM, External, Program, Ref, _constant, _dtype_of, sum_terms
+from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, _dtype_of, references, sum_terms
 from .rules import shape_of
 
 
@@ -33,8 +33,9 @@ def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) 
 
 
 class _Matcher:
-    def __init__(self, template: Program, info: GraphInfo) -> None:
+    def __init__(self, template: Program, info: GraphInfo, forbidden: Set[int] = frozenset()) -> None:
         self.template = template
+        self.forbidden = forbidden
         self.info = info
         self.bound: list[Node | None] = [None] * len(template.statements)
         self.externals: list[Node | None] = [None] * len(template.externals)
@@ -45,11 +46,30 @@ class _Matcher:
         template = self.template
         for statement, node in zip(template.outputs, outputs, strict=True):
             self._bind(statement, node)
-        for i in reversed(range(template.arity, len(template.statements))):
+        self._match_statements(reversed(range(template.arity, max(template.outputs) + 1)))
+        if all(n is None for n in self.bound[: template.arity]):
+            raise _Mismatch
+        return self.program()
+
+    def program(self) -> Program:
+        """What was matched. Slots of statements that were not matched keep the template's externals: any value of
+        the right shape will do, since nothing is computed from them."""
+        template = self.template
+        return Program(
+            arity=template.arity,
+            statements=list(template.statements),
+            raw=list(self.bound),
+            outputs=list(template.outputs),
+            externals=[n if n is not None else template.externals[i] for i, n in enumerate(self.externals)],
+            injections={i: terms for i, terms in self.injections.items() if terms},
+        )
+
+    def _match_statements(self, statements: Iterable[int]) -> None:
+        for i in statements:
             node = self.bound[i]
             if node is None:
                 raise _Mismatch
-            statement = template.statements[i]
+            statement = self.template.statements[i]
             if (shape_of(node), _dtype_of(node)) != (statement.shape, statement.dtype):
                 raise _Mismatch
             if statement.target is SUM:
@@ -58,16 +78,36 @@ class _Matcher:
                 self._match_operation(i, node)
         for i, wanted in self.undecided:
             self._settle(i, wanted)
-        if all(n is None for n in self.bound[: template.arity]) or any(n is None for n in self.externals):
+        self.undecided.clear()
+
+    def try_statement(self, i: int, node: Node, closure: Sequence[int]) -> bool:
+        """Match statement ``i`` and what it is computed from (``closure``, descending) against ``node``; on a
+        mismatch nothing is changed."""
+        before = list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
+        try:
+            self._bind(i, node)
+            self._match_statements(closure)
+            self._check_distinct()
+            return True
+        except _Mismatch:
+            self.bound, self.externals, self.injections = before
+            self.undecided.clear()
+            return False
+
+    def _check_distinct(self) -> None:
+        """One node per statement, a one-term sum and its term excepted; nothing from outside depends on the chain."""
+        owner: dict[Node, int] = {}
+        for i, node in enumerate(self.bound):
+            if node is not None and node in owner:
+                statement = self.template.statements[i]
+                if statement.target is not SUM or statement.args != (Ref(owner[node]),):
+                    raise _Mismatch
+            if node is not None:
+                owner[node] = i
+        outside = [n for n in self.externals if n is not None]
+        outside += [t for terms in self.injections.values() for t in terms]
+        if any(self.info.index[n] in self.forbidden for n in outside):
             raise _Mismatch
-        return Program(
-            arity=template.arity,
-            statements=list(template.statements),
-            raw=list(self.bound),
-            outputs=list(template.outputs),
-            externals=[n for n in self.externals if n is not None],
-            injections={i: terms for i, terms in self.injections.items() if terms},
-        )
 
     def _bind(self, i: int, node: Node) -> None:
         if self.bound[i] is None:
@@ -122,7 +162,7 @@ class _Matcher:
         for wanted in missing:
             raw = self.template.raw[wanted]
             assert raw is not None
-            found = next((t for d in (3, 1) for t in terms if _alike(t, raw, d)), None)
+            found = next((t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)), None)
             if found is None:
                 raise _Mismatch
             terms.remove(found)
@@ -140,13 +180,61 @@ class _Matcher:
             self._bind(wanted, left.pop())
 
 
+def match_sides(
+    template: Program,
+    state: State,
+    sides: Sequence[tuple[int, Sequence[int]]],
+    candidates: Sequence[Node],
+    info: GraphInfo,
+    tainted: Set[int],
+) -> Program | None:
+    """``template``'s side outputs computed from ``state``: (statement, what it needs, descending) each, found among
+    ``candidates``. None unless all are there; nothing ``tainted`` may enter from outside. Outputs are matched where there are any: the first state of a model
+    may want a gradient in some of its components, or in none (``outputs`` is empty then)."""
+    matcher = _Matcher(template, info, tainted)
+    matcher.bound[: template.arity] = list(state)
+    for i, closure in sorted(sides, key=lambda side: -len(side[1])):
+        if matcher.bound[i] is not None:
+            continue
+        used = set(matcher.bound)
+        shape, dtype = template.statements[i].shape, template.statements[i].dtype
+        for node in candidates:
+            if node not in used and (shape_of(node), _dtype_of(node)) == (shape, dtype):
+                if matcher.try_statement(i, node, closure):
+                    break
+        else:
+            return None
+    for i in template.outputs:
+        closure = sorted((c for c in _closure(template, i)), reverse=True)
+        taken = set(matcher.bound)
+        any(n not in taken and matcher.try_statement(i, n, closure) for n in candidates)
+    found = matcher.program()
+    if all(found.raw[i] is None for i in found.outputs):
+        found.outputs = []
+    return found
+
+
+def _closure(program: Program, end: int) -> set[int]:
+    """What statement ``end`` is computed from, itself included, inputs excluded."""
+    needed: set[int] = set()
+    todo = [end]
+    while todo:
+        i = todo.pop()
+        if i not in needed and i >= program.arity:
+            needed.add(i)
+            todo.extend(references(program.statements[i].args))
+    return needed
+
+
 def _alike(a: object, b: object, depth: int) -> bool:
     """Same operators and shapes, ``depth`` levels down."""
     if not isinstance(a, Node) or not isinstance(b, Node):
         return isinstance(a, Node) == isinstance(b, Node)
-    if a.target != b.target and a.op == b.op == "call_function":
+    if shape_of(a) != shape_of(b):
         return False
-    if a.op != b.op or shape_of(a) != shape_of(b):
+    if ADD in (a.target, b.target):
+        return True  # a sum may lack a term, and then it is no sum
+    if a.op != b.op or (a.op == "call_function" and a.target != b.target):
         return False
     if depth == 0 or a.op != "call_function":
         return True

@@ -16,7 +16,7 @@ order of nodes in the graph, or on how additions are associated:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -247,6 +247,15 @@ class _Builder:
         if isinstance(value, (list, tuple)):
             return tuple(self._argument(v, additive) for v in value)
         return _constant(value)
+
+
+def references(args: Iterable) -> Iterator[int]:
+    """Ids of all statements that ``args`` refer to."""
+    for a in args:
+        if isinstance(a, Ref):
+            yield a.id
+        elif isinstance(a, tuple):
+            yield from references(a)
 
 
 def _constant(value: object):

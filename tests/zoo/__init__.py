@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import recurrent, residual, resnet, transformer
+from . import encoder_decoder, huggingface, nothing, recurrent, residual, resnet, side_losses, transformer
 from .case import Case, ExpectedChain
 
 CASES: list[Case] = [
@@ -10,6 +10,10 @@ CASES: list[Case] = [
     *resnet.CASES,
     *transformer.CASES,
     *recurrent.CASES,
+    *encoder_decoder.CASES,
+    *side_losses.CASES,
+    *huggingface.CASES,
+    *nothing.CASES,
 ]
 
 __all__ = ["CASES", "Case", "ExpectedChain"]

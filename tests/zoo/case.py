@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class Case:
 
     build       () -> (model, args, loss), always the same numbers, float64
     program     the model retold for the oracle, on the model's own parameters; None where there is no oracle
-    chains      what has to be found, in any order; empty: nothing, so every gradient stays exact
+    chains      what has to be found, in any order; empty: nothing, so every gradient stays exact; None: the
+                contract leaves it open, so only exactness at full length is known
     elementwise links with no block at all (J = 0): exact for every k when damping is 0
     random      draws random numbers (dropout): two forward runs differ
     tolerance   relative error allowed in a gradient. Larger only where a model computes in float32 inside.
@@ -49,12 +50,11 @@ class Case:
     name: str
     build: Callable[[], tuple[nn.Module, tuple[Any, ...], Loss]]
     program: Callable[[nn.Module], Program] | None
-    chains: tuple[ExpectedChain, ...] = ()
+    chains: tuple[ExpectedChain, ...] | None = ()
     elementwise: bool = False
     random: bool = False
     tolerance: float = 1e-6
     forward_tolerance: float = 1e-12
-    tags: frozenset[str] = field(default_factory=frozenset)
 
     def __str__(self) -> str:
         return self.name

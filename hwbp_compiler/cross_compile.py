@@ -1,0 +1,236 @@
+"""Seeing GPU code without a GPU: Inductor's Triton kernels for a described device, as text and as PTX.
+
+Inductor asks the machine what its GPU is like before it generates code, and Triton asks which target to compile
+for. Both questions are answered here from a small table instead, so a laptop with CPU-only torch and the
+``triton`` package shows the kernels an H100 would run, and a test can assert that a fusion still happens.
+
+Nothing is run and nothing is allocated: inputs are fake tensors.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import re
+import tempfile
+import unittest.mock
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+# Streaming multiprocessors of a common device of each compute capability: A100, A10, L40, H100, B200, ...
+# Inductor decides by them how far to split reductions.
+_MULTIPROCESSORS = {
+    (7, 0): 80,
+    (7, 5): 40,
+    (8, 0): 108,
+    (8, 6): 72,
+    (8, 9): 142,
+    (9, 0): 132,
+    (10, 0): 148,
+    (12, 0): 170,
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to generate code for; ``str(target)`` is what :meth:`parse` takes."""
+
+    major: int
+    minor: int
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """``"cuda:sm_90"`` -> ``Target(9, 0)``. Raises ValueError saying what is allowed."""
+        match = re.fullmatch(r"cuda:sm_(\d+)(\d)", text)
+        target = cls(int(match[1]), int(match[2])) if match else None
+        if target is None or (target.major, target.minor) not in _MULTIPROCESSORS:
+            allowed = ", ".join(f"cuda:sm_{major}{minor}" for major, minor in _MULTIPROCESSORS)
+            raise ValueError(f"target is {text!r}; allowed are {allowed}")
+        return target
+
+    def __str__(self) -> str:
+        return f"cuda:sm_{self.capability}"
+
+    @property
+    def capability(self) -> int:
+        return 10 * self.major + self.minor
+
+    @property
+    def properties(self) -> SimpleNamespace:
+        """What ``torch.cuda.get_device_properties`` would say, as far as Inductor asks."""
+        threads = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
+        return SimpleNamespace(
+            name=str(self),
+            major=self.major,
+            minor=self.minor,
+            multi_processor_count=_MULTIPROCESSORS[self.major, self.minor],
+            regs_per_multiprocessor=65536,
+            max_threads_per_multi_processor=threads.get((self.major, self.minor), 2048),
+            max_threads_per_block=1024,
+            warp_size=32,
+            total_memory=40 << 30,
+            shared_memory_per_block=48 << 10,
+            shared_memory_per_block_optin=(227 if self.major == 9 else 99) << 10,
+            L2_cache_size=40 << 20,
+        )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One generated kernel: its name and the Python module that defines it."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True)
+class CodeText:
+    """Generated code: ``source`` is the whole wrapper module, ``kernels`` the Triton kernels within it."""
+
+    target: Target
+    source: str
+    kernels: tuple[Kernel, ...]
+
+    def __str__(self) -> str:
+        return self.source
+
+
+@contextlib.contextmanager
+def described_device(target: Target) -> Iterator[None]:
+    """While this lasts, Inductor and Triton believe that device 0 is a ``target``.
+
+    Process-wide, so not for use while another thread compiles.
+    """
+    # Private, checked on torch 2.13.0 with triton 3.7.1.
+    import triton
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import utils as inductor_utils
+    from torch._inductor.runtime.hints import DeviceProperties
+    from torch.utils import _triton as triton_utils
+    from triton.backends.compiler import GPUTarget
+
+    cached = (
+        DeviceProperties.create,
+        triton_utils.has_triton,
+        triton_utils.triton_backend,
+        triton_utils.triton_hash_with_backend,
+        inductor_utils.get_gpu_type,
+        inductor_utils.get_max_num_sms,
+        inductor_utils.is_big_gpu,
+    )
+    properties = target.properties
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", target.capability, 32),
+        get_current_device=lambda: 0,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+    )
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+    }
+    interface = {
+        **answers,
+        "get_compute_capability": lambda device=None: target.capability,
+        "is_triton_capable": lambda device=None: True,
+        "raise_if_triton_unavailable": lambda device=None: None,
+        "is_bf16_supported": lambda including_emulation=False: target.major >= 8,
+    }
+    # torch.cuda.is_available stays as it is: it also guards calls into the driver.
+    module = {
+        "get_device_properties": answers["get_device_properties"],
+        "current_device": answers["current_device"],
+        "get_device_capability": lambda device=None: (target.major, target.minor),
+    }
+    active = triton.runtime.driver._active
+    with contextlib.ExitStack() as stack:
+        for owner, patches in (
+            (CudaInterface, {name: staticmethod(answer) for name, answer in interface.items()}),
+            (
+                CudaInterface.Worker,
+                {
+                    name: staticmethod(answers[name])
+                    for name in ("current_device", "get_device_properties")
+                },
+            ),
+            (torch.cuda, module),
+        ):
+            stack.enter_context(unittest.mock.patch.multiple(owner, **patches))
+        for function in cached:
+            function.cache_clear()
+            stack.callback(function.cache_clear)
+        triton.runtime.driver.set_active(driver)
+        stack.callback(triton.runtime.driver.set_active, active)
+        yield
+
+
+def generate_kernels(
+    gm: GraphModule, fake_inputs: Sequence[Any], target: str | Target = "cuda:sm_90"
+) -> CodeText:
+    """The code Inductor generates for an ATen graph on ``target``.
+
+    Args:
+        gm: a graph as Inductor's inner compiler gets it: functional, decomposed ATen operators, forward or
+            backward. It is not changed.
+        fake_inputs: its inputs, in order: fake tensors of one fake mode on device ``"cuda"``, and SymInts where
+            the graph takes them.
+        target: ``"cuda:sm_80"``, ``"cuda:sm_90"``, ... Needs the ``triton`` package but no GPU.
+    """
+    # Private, checked on torch 2.13.0: the steps of Inductor's inner compiler up to the text.
+    from torch._inductor import config
+    from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop, view_to_reshape
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    from .scan import inductor as scan_lowering
+
+    target = Target.parse(target) if isinstance(target, str) else target
+    scan_lowering.register()
+    gm = copy.deepcopy(gm)
+    inputs = list(fake_inputs)
+    # No compile workers: they would ask the real machine.
+    with described_device(target), config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
+        view_to_reshape(gm)
+        mode = fake_tensor_prop(gm, inputs)
+        with V.set_fake_mode(mode), DebugContext():
+            _recursive_post_grad_passes(gm, is_inference=False)
+            graph = GraphLowering(gm, example_inputs=inputs, shape_env=mode.shape_env)
+            with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
+                graph.run(*inputs)
+                wrapper, _ = graph.codegen()
+    return CodeText(target, wrapper.value, tuple(_kernels_of(wrapper.value)))
+
+
+def _kernels_of(source: str) -> Iterator[Kernel]:
+    """The kernels a wrapper defines, as ``name = async_compile.triton('name', '''source''', ...)``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "async_compile.triton":
+            name, text = (ast.literal_eval(argument) for argument in node.args[:2])
+            yield Kernel(name, text)
+
+
+def compile_to_ptx(kernel: Kernel, target: str | Target = "cuda:sm_90") -> str:
+    """PTX of a generated kernel, for the first of the configurations Inductor would try.
+
+    Needs the ``triton`` package, which brings its own assembler, but no GPU.
+    """
+    target = Target.parse(target) if isinstance(target, str) else target
+    with described_device(target), tempfile.TemporaryDirectory() as folder:
+        # Triton reads a kernel's source back from its file.
+        path = Path(folder) / f"{kernel.name}.py"
+        path.write_text(kernel.source)
+        scope: dict[str, Any] = {"__name__": kernel.name, "__file__": str(path)}
+        exec(compile(kernel.source, str(path), "exec"), scope)
+        autotuner = scope[kernel.name]
+        result = autotuner._precompile_config(autotuner.configs[0])
+        ptx: str = result.kernel.asm["ptx"]
+        return ptx

@@ -1,0 +1,95 @@
+"""Find recurrences that are elementwise altogether: ``h' = a * h + b`` with gates that see only the input.
+
+Nothing heavy joins their track, so ``find_chains`` has no join to go by. What marks them is a long elementwise path
+with something leaving it at every step: the gradients of the gates and of the input.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hwbp_compiler.graph.info import GraphInfo
+
+from .find_chains import Track
+
+
+def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> list[Track]:
+    """Tracks of at least ``min_length`` states along elementwise paths that avoid the ``excluded`` nodes."""
+    free = [c and i not in excluded for i, c in enumerate(info.carries)]
+    tracks: list[Track] = []
+    while True:
+        track = _longest(info, free, min_length)
+        if track is None:
+            return tracks
+        if len(track.joins) >= min_length:
+            tracks.append(track)
+
+
+def _longest(info: GraphInfo, free: list[bool], min_length: int) -> Track | None:
+    """The track along the longest elementwise path through ``free`` nodes, which are marked as used."""
+    count = len(info.nodes)
+    forks = [0] * count  # most branch points on an elementwise path that starts here
+    ahead: list[int | None] = [None] * count
+    for i in range(count - 1, -1, -1):
+        if not free[i]:
+            continue
+        for user in info.users[i]:
+            if free[user] and info.elementwise(i, user) and (ahead[i] is None or forks[user] > forks[ahead[i]]):  # type: ignore[index]
+                ahead[i] = user
+        forks[i] = int(len(info.users[i]) > 1) + (forks[ahead[i]] if ahead[i] is not None else 0)  # type: ignore[index]
+    start = max(range(count), key=lambda i: forks[i], default=None)
+    if start is None or forks[start] < min_length:
+        return None
+    path = [start]
+    while (following := ahead[path[-1]]) is not None:
+        path.append(following)
+    inside = _elementwise_between(info, path[0], path[-1], free)
+    states = _separating_forks(info, inside)
+    for i in inside:
+        free[i] = False
+    return Track(tuple(_one_per_period(info, states)), ())
+
+
+def _elementwise_between(info: GraphInfo, start: int, end: int, free: list[bool]) -> set[int]:
+    forward = {start}
+    todo = [start]
+    while todo:
+        node = todo.pop()
+        for user in info.users[node]:
+            if user not in forward and user <= end and free[user] and info.elementwise(node, user):
+                forward.add(user)
+                todo.append(user)
+    inside = {end}
+    todo = [end]
+    while todo:
+        node = todo.pop()
+        for source in info.sources[node]:
+            if source in forward and source not in inside and info.elementwise(source, node):
+                inside.add(source)
+                todo.append(source)
+    return inside
+
+
+def _separating_forks(info: GraphInfo, inside: set[int]) -> list[int]:
+    """Nodes that every path inside passes and that something else takes a gradient from."""
+    found: list[int] = []
+    reach = -1
+    for node in sorted(inside):
+        users = [u for u in info.users[node] if u in inside]
+        if reach <= node and len(users) < len(info.users[node]):
+            found.append(node)
+        reach = max([reach, *users])
+    return found
+
+
+def _one_per_period(info: GraphInfo, states: list[int]) -> list[int]:
+    """A step that multiplies twice has two branch points; a link is the whole step."""
+
+    def kind(i: int) -> tuple:
+        return (str(info.nodes[i].target), tuple(sorted(str(info.nodes[u].target) for u in info.users[i])))
+
+    kinds = Counter(kind(i) for i in states)
+    if len(kinds) < 2:
+        return states
+    common, times = kinds.most_common(1)[0]
+    return [i for i in states if kind(i) == common] if times * len(kinds) > 0.8 * len(states) and times > 2 else states
