@@ -112,6 +112,7 @@ def described_device(target: Target) -> Iterator[None]:
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import utils as inductor_utils
+    from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.hints import DeviceProperties
     from torch.utils import _triton as triton_utils
     from triton.backends.compiler import GPUTarget
@@ -162,6 +163,8 @@ def described_device(target: Target) -> Iterator[None]:
                 },
             ),
             (torch.cuda, module),
+            # The generated modules would look for a real driver.
+            (triton_helpers, {"set_driver_to_gpu": lambda: None}),
         ):
             stack.enter_context(unittest.mock.patch.multiple(owner, **patches))
         for function in cached:

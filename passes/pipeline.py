@@ -25,6 +25,10 @@ from .rewrite import rewrite_chain
 from .split_links import Split, split_links
 
 
+# Two or three multiplications in a row occur everywhere; a recurrence is more than that.
+_SHORTEST_RECURRENCE = 4
+
+
 @dataclass
 class ChainRecord:
     """What was found and what became of it."""
@@ -58,8 +62,9 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
     """
     records: list[ChainRecord] = []
     decided: set[tuple] = set()
+    settled: set[Node] = set()
     while True:
-        info = GraphInfo(graph)
+        info = GraphInfo(graph, settled)
         if not info.has_tangents:
             return records
         candidates, refusals = _candidates(info, options)
@@ -70,7 +75,7 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
             if candidate.key in decided:
                 continue
             decided.add(candidate.key)
-            record, changed = _treat(graph, info, candidate, options)
+            record, changed = _treat(graph, info, candidate, options, settled)
             records.append(record)
             if changed:
                 break
@@ -88,7 +93,7 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], li
         refusals += refused
         found += _split_and_group(info, chains, options, refusals)
     used = {info.index[n] for candidate in found for n in candidate.nodes}
-    for track in find_recurrences(info, used, max(options.min_length - 1, 2)):
+    for track in find_recurrences(info, used, max(options.min_length, _SHORTEST_RECURRENCE) - 1):
         chains, refused = check_separation(info, track)
         refusals += refused
         elementwise = [c for c in map(_regular_part, chains) if c is not None]
@@ -158,7 +163,7 @@ def _first(chain: Chain) -> Node:
     return next(n for n in chain.states[min(1, len(chain.links))] if n is not None)
 
 
-def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options) -> tuple[ChainRecord, bool]:
+def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options, settled: set[Node]) -> tuple[ChainRecord, bool]:
     chain = candidate.chain
     record = ChainRecord(chain.length, "declined", "", len(candidate.groups))
     if options.iterations == "exact" or options.iterations >= chain.length:
@@ -182,5 +187,6 @@ def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Option
         record.reason = str(reason)
         return record, False
     graph.lint()
+    settled.update(rewriting.created)
     record.decision = "rewritten"
     return record, True

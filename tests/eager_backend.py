@@ -5,8 +5,9 @@ Two ways, both with Inductor's decompositions and with the passes applied where 
 ``eager_highway(options)`` is a backend for ``torch.compile``: rewrite, partition, run both halves as they stand.
 
 ``capture(model, args, loss)`` compiles once and then gives the gradients for as many options as asked for: each
-rewrites its own copy of the joint graph and runs it as a whole. Not for models that draw random numbers, since
-the forward is run again.
+rewrites its own copy of the joint graph and runs it as a whole.
+
+Both draw random numbers as eager mode does, so that a seed gives the same dropout masks as the model itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor_config
 from torch._inductor.decomposition import select_decomp_table
 
 # What a Record of passes.run says about one chain: .length, .decision, .reason.
@@ -31,6 +33,12 @@ def options(**kwargs: Any) -> Any:
     from hwbp_compiler.options import Options
 
     return Options(**{"rewrite": "always", "min_length": 2, "strict": True, **kwargs})
+
+
+def decompositions() -> dict[Any, Any]:
+    """Inductor's, less those that draw random numbers differently from eager mode."""
+    with inductor_config.patch(fallback_random=True):
+        return select_decomp_table()
 
 
 def run_passes(graph: fx.Graph, options: Any) -> list[Record]:
@@ -67,7 +75,7 @@ def eager_highway(
         fw_compiler=_as_it_stands,
         bw_compiler=_as_it_stands,
         partition_fn=partition_fn,
-        decompositions=select_decomp_table(),
+        decompositions=decompositions(),
     )
 
 
@@ -82,6 +90,7 @@ class JointGraph:
     module: fx.GraphModule
     forward_outputs: int
     primals: list[Any] = field(default_factory=list)
+    rng_state: Tensor | None = None
 
     def rewritten(self, options: Any) -> tuple[fx.GraphModule, list[Record]]:
         module = copy.deepcopy(self.module)
@@ -120,7 +129,8 @@ class Capture:
     def backward(self, joint: JointGraph, tangents: list[Any]) -> list[Any]:
         module, records = joint.rewritten(self._options)
         self._records.extend(records)
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(joint.rng_state)  # the forward is run again: the same dropout masks
             # Without io processing: the flat inputs and outputs of the graph itself.
             outputs = fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
         return list(outputs)[joint.forward_outputs :]
@@ -149,6 +159,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
             def run(*primals: Any) -> Any:
                 if here:  # otherwise nothing wants a gradient
                     here[0].primals = [p.detach().clone() if isinstance(p, Tensor) else p for p in primals]
+                    here[0].rng_state = torch.get_rng_state()
                 with torch.no_grad():
                     return module(*primals)
 
@@ -162,7 +173,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
             fw_compiler=forward_compiler,
             bw_compiler=backward_compiler,
             partition_fn=partition_fn,
-            decompositions=select_decomp_table(),
+            decompositions=decompositions(),
         )(graph, inputs)
 
     torch._dynamo.reset()

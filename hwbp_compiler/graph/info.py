@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 from torch.fx import Graph, Node
 
 from .rules import Kind, is_elementwise_edge, operands, rule_of
@@ -15,10 +17,13 @@ class GraphInfo:
     carries     whether the node depends on a tangent
     users       indices of the gradient-carrying users of a gradient-carrying node, ascending
     sources     indices of its gradient-carrying operands
+
+    ``settled`` nodes are what an earlier rewriting emitted: no highway is looked for in them.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, settled: Set[Node] = frozenset()) -> None:
         self.graph = graph
+        self.settled = settled
         self.nodes: list[Node] = list(graph.nodes)
         self.index: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         count = len(self.nodes)
@@ -51,7 +56,9 @@ class GraphInfo:
     def elementwise(self, source: int, i: int) -> bool:
         key = (source, i)
         if key not in self._elementwise:
-            self._elementwise[key] = is_elementwise_edge(self.nodes[source], self.nodes[i])
+            self._elementwise[key] = self.nodes[i] not in self.settled and is_elementwise_edge(
+                self.nodes[source], self.nodes[i]
+            )
         return self._elementwise[key]
 
     def descendants(self, starts: set[int], last: int | None = None) -> set[int]:

@@ -34,19 +34,24 @@ _TYPES = {
 
 
 def linear_scan_cpu(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
-    """:func:`hwbp_compiler.linear_scan` on checked CPU tensors; the output is contiguous and new."""
+    """:func:`hwbp_compiler.linear_scan` on CPU tensors; the output is contiguous and new."""
+    out = values.new_empty(values.shape)
+    linear_scan_out(values, multipliers, reverse, out=out)
+    return out
+
+
+def linear_scan_out(values: Tensor, multipliers: Tensor | None, reverse: bool, *, out: Tensor) -> None:
+    """The same into ``out``, contiguous and apart from the inputs. Compiled graphs call this by name."""
+    if out.numel() == 0:
+        return
     kernel = load(values.dtype)
     if kernel is None:
-        return linear_scan_torch(values, multipliers, reverse)
-    out = values.new_empty(values.shape)
-    if out.numel() == 0:
-        return out
-    if not _launch(kernel, values, multipliers, out, reverse):
+        out.copy_(linear_scan_torch(values, multipliers, reverse))
+    elif not _launch(kernel, values, multipliers, out, reverse):
         # The kernel wants neighbours in the last dimension; a multiplier is copied at its own size.
         values = values.contiguous()
         multipliers = None if multipliers is None else multipliers.contiguous()
         _launch(kernel, values, multipliers, out, reverse)
-    return out
 
 
 def _launch(

@@ -112,13 +112,18 @@ def reference_gradients(
 class LinkAt:
     """A link at its saved state. Row vectors: ``whole(w) = w (K + J)`` and ``highway(w) = w K``."""
 
-    def __init__(self, link: Link, state: Tensors, weights: Tensors) -> None:
+    def __init__(self, link: Link, state: Tensors, weights: Tensors, rng_state: Tensor) -> None:
         self._weights = weights
-        with torch.enable_grad():
-            self._state = _leaves(state)
-            self._side = _leaves(link.side)
-            self._whole, self._outputs = link.step(self._state, self._side, _keep)
-            self._highway, _ = link.step(self._state, self._side, torch.Tensor.detach)
+        self._state = _leaves(state)
+        self._side = _leaves(link.side)
+
+        def again(hold: Hold) -> tuple[Tensors, Tensors]:
+            with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(rng_state)  # the dropout masks of the forward run
+                return link.step(self._state, self._side, hold)
+
+        self._whole, self._outputs = again(_keep)
+        self._highway, _ = again(torch.Tensor.detach)
 
     def whole(self, w: Tensors) -> Tensors:
         return _vjp(self._whole, self._state, w)
@@ -226,43 +231,53 @@ class _Chain:
         sides = tuple(side for link in self.links for side in link.side)
         flat = iter(_HighwayChain.apply(self, steps, *start, *sides, *self.weights))
         states, outputs = [start], []
-        for state, leaving in steps:
-            states.append(tuple(itertools.islice(flat, len(state))))
-            outputs.append(tuple(itertools.islice(flat, len(leaving))))
+        for step in steps:
+            states.append(tuple(itertools.islice(flat, len(step.state))))
+            outputs.append(tuple(itertools.islice(flat, len(step.outputs))))
         return ChainRun(states, outputs)
 
     @torch.no_grad()
-    def _steps(self, state: Tensors) -> list[tuple[Tensors, Tensors]]:
+    def _steps(self, state: Tensors) -> list[_Taken]:
         steps = []
         for link in self.links:
+            rng_state = torch.get_rng_state()
             state, outputs = link.step(state, link.side, _keep)
-            steps.append((state, outputs))
+            steps.append(_Taken(state, outputs, rng_state))
         return steps
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A step taken in the forward run: where it led, and the random state it started from."""
+
+    state: Tensors
+    outputs: Tensors
+    rng_state: Tensor
 
 
 class _HighwayChain(torch.autograd.Function):
     """From (first state, side inputs, parameters) to every later state and everything that leaves sideways."""
 
     @staticmethod
-    def forward(ctx: Any, chain: _Chain, steps: list[tuple[Tensors, Tensors]], *tensors: Tensor) -> Tensors:
-        width = len(steps[0][0]) if steps else len(tensors)
-        ctx.chain, ctx.steps, ctx.start = chain, steps, tensors[:width]
+    def forward(ctx: Any, chain: _Chain, steps: list[_Taken], *tensors: Tensor) -> Tensors:
+        ctx.chain, ctx.steps, ctx.start = chain, steps, tensors[: len(steps[0].state)]
         # Fresh tensors: what a link hands on unchanged must not share memory with an input.
-        return tuple(t.clone() for state, outputs in steps for t in (*state, *outputs))
+        return tuple(t.clone() for step in steps for t in (*step.state, *step.outputs))
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         chain: _Chain = ctx.chain
-        states = [ctx.start, *(state for state, _ in ctx.steps)]
+        before = [ctx.start, *(step.state for step in ctx.steps[:-1])]
         links = [
-            LinkAt(link, state, chain.weights) for link, state in zip(chain.links, states[:-1], strict=True)
+            LinkAt(link, state, chain.weights, step.rng_state)
+            for link, state, step in zip(chain.links, before, ctx.steps, strict=True)
         ]
         flat = iter(incoming)
         contributions = [tuple(torch.zeros_like(t) for t in ctx.start)]
         sideways = []
-        for state, outputs in ctx.steps:
-            contributions.append(tuple(itertools.islice(flat, len(state))))
-            sideways.append(tuple(itertools.islice(flat, len(outputs))))
+        for step in ctx.steps:
+            contributions.append(tuple(itertools.islice(flat, len(step.state))))
+            sideways.append(tuple(itertools.islice(flat, len(step.outputs))))
         for i, link in enumerate(links):
             contributions[i] = _add(contributions[i], link.sideways(sideways[i]))
 
