@@ -157,10 +157,7 @@ def described_device(target: Target) -> Iterator[None]:
             (CudaInterface, {name: staticmethod(answer) for name, answer in interface.items()}),
             (
                 CudaInterface.Worker,
-                {
-                    name: staticmethod(answers[name])
-                    for name in ("current_device", "get_device_properties")
-                },
+                {name: staticmethod(answers[name]) for name in ("current_device", "get_device_properties")},
             ),
             (torch.cuda, module),
             # The generated modules would look for a real driver.
@@ -226,8 +223,15 @@ def compile_to_ptx(kernel: Kernel, target: str | Target = "cuda:sm_90") -> str:
 
     Needs the ``triton`` package, which brings its own assembler, but no GPU.
     """
+    from torch._inductor import config  # private, checked on torch 2.13.0
+
     target = Target.parse(target) if isinstance(target, str) else target
-    with described_device(target), tempfile.TemporaryDirectory() as folder:
+    # The static launcher keeps the binary and drops the text.
+    with (
+        described_device(target),
+        config.patch(use_static_cuda_launcher=False),
+        tempfile.TemporaryDirectory() as folder,
+    ):
         # Triton reads a kernel's source back from its file.
         path = Path(folder) / f"{kernel.name}.py"
         path.write_text(kernel.source)

@@ -31,7 +31,7 @@ from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
 
 
 def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
-    """Groups of ``chain``'s links, by first lane. Sets ``chain.tail`` where one more, stateless link follows."""
+    """Groups of ``chain``'s links, lanes in forward order. Sets ``chain.tail`` where one more, stateless link follows."""
     by_signature: dict[Hashable, Group] = {}
     for position, link in enumerate(chain.links):
         group = by_signature.setdefault(link.signature, Group([], []))
@@ -57,6 +57,9 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
             else:
                 chain.tail = True
             break
+    for group in groups:  # forward order, as the model itself stacks things
+        group.lanes.reverse()
+        group.programs.reverse()
     return groups
 
 

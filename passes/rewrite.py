@@ -1,9 +1,10 @@
 """Rewrite a chain's backward into Highway-BP form.
 
-With rows in the order gradients travel (row 0 is the head, known exactly), PAPER section 1 reads
+Row i of W is w_i, the gradient at h_i, i = 0..L: forward order, so that what a model stacks over time is used as it
+lies. The last row is the chain's head, known exactly. With CumSumProd the reverse linear scan,
 
-    W^0     = scan([s_0, b], K)              b: what is injected at each link
-    W^{t+1} = scan([s_0, b + J W^t], K)      all links at once, then one scan
+    W^0     = scan([b, w_L], K)              b: what is injected at each link
+    W^{t+1} = scan([b + J W^t, w_L], K)      all links at once, then one scan
 
 (w^0 + CumSumProd(v) = CumSumProd(c + v): one scan per iteration and no stored w^0). Damping moves part of the highway
 into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the links is evaluated once from the last W.
@@ -52,19 +53,17 @@ class _ChainRewriter:
         like = next(n for n in chain.states[0] if n is not None)
         self.e = Emitter(graph, output, like.meta["val"].fake_mode, len(chain.links))
         self.stackers: list[Stacker] = []
+        self._made_multipliers: dict[Node | float, Node | None] = {}
         self.like: list[torch.Tensor] = []
         for component in range(chain.width):
             self.like.append(next(s[component] for s in reversed(chain.states) if s[component] is not None).meta["val"])
 
     def run(self) -> Rewriting:
-        e, links = self.e, len(self.chain.links)
-        final: list[list[int]] = []
+        e = self.e
         for group in self.groups:
             stacker = Stacker(e.for_count(len(group.lanes)))
-            slots = list(range(len(group.template.externals)))
-            stacker.prepare([tuple(group.external(s)) for s in slots])
+            stacker.prepare([tuple(group.external(s)) for s in range(len(group.template.externals))])
             self.stackers.append(stacker)
-            final.append(list(group.lanes))
         heads = [self._head(c) for c in range(self.chain.width)]
         diagonals = self._diagonals()
         injected = self._assemble_all(Mode.INJECT, None)
@@ -79,8 +78,15 @@ class _ChainRewriter:
         for group, stacker in zip(self.groups, self.stackers, strict=True):
             self._replace_sides(group, stacker, rows, replaced)
         replaced.copied_bytes = sum(s.copied_bytes for s in self.stackers)
-        del links
         return replaced
+
+    @property
+    def links(self) -> int:
+        return len(self.chain.links)
+
+    def _row(self, state: int) -> int:
+        """The row of a state: the head is the last."""
+        return self.links - state
 
     # -- pieces -------------------------------------------------------------------------------------------------
 
@@ -94,13 +100,9 @@ class _ChainRewriter:
     def _evaluator(self, g: int, rows: list[Node] | None) -> Evaluator:
         """Group ``g`` with its lanes' rows of W as states; without rows, for K and b."""
         group, stacker = self.groups[g], self.stackers[g]
-        lanes = [p for p in group.lanes if p < len(self.chain.links)]
-        with_tail = len(lanes) < len(group.lanes)
-        if rows is not None or not with_tail:
-            del with_tail
         states: list[Value | None] = [None] * self.chain.width
         if rows is not None:
-            states = [Value(self._rows(row, group.lanes), True) for row in rows]
+            states = [Value(self._rows(row, [self._row(p) for p in group.lanes]), True) for row in rows]
         return Evaluator(
             stacker.e,
             group,
@@ -130,7 +132,7 @@ class _ChainRewriter:
         return total
 
     def _rows(self, row: Node, lanes: list[int]) -> Node:
-        """Rows ``lanes`` of a [links + 1, ...] stack: a slice where they are evenly spaced."""
+        """Rows ``lanes`` (ascending) of a [links + 1, ...] stack: a slice where they are evenly spaced."""
         count = row.meta["val"].shape[0]
         if len(lanes) == 1:
             return self.e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[0] + 1)
@@ -190,38 +192,41 @@ class _ChainRewriter:
                 else e.call(aten.expand.default, n, [n.meta["val"].shape[0], *(e.size(s) for s in target)])
                 for n in nodes
             ]  # fmt: skip
-        lanes = [[p for p in g.lanes if p < len(self.chain.links)] for g in self.groups]
+        lanes = [[self._row(p) - 1 for p in g.lanes if p < self.links] for g in self.groups]
         trimmed = []
         for node, group, mine in zip(nodes, self.groups, lanes, strict=True):
-            if len(mine) < len(group.lanes):  # the tail sends nothing on
-                node = e.call(aten.slice.Tensor, node, 0, 0, len(mine))
+            if len(mine) < len(group.lanes):  # the tail, in front, sends nothing on
+                node = e.call(aten.slice.Tensor, node, 0, 1, len(group.lanes))
             trimmed.append(node)
         return self._interleave(trimmed, lanes)
 
     def _interleave(self, nodes: list[Node], lanes: list[list[int]]) -> Node:
+        """Rows of all groups -> [links, ...]; ``lanes[g]`` (ascending) says where group g's rows belong."""
         if len(nodes) == 1:
             return nodes[0]
         e = self.e
         period = len(nodes)
-        links = len(self.chain.links)
-        if all(mine == list(range(g, links, period)) for g, mine in enumerate(lanes)) and links % period == 0:
-            columns = [e.call(aten.unsqueeze.default, n, 1) for n in nodes]
+        first = sorted(range(period), key=lambda g: lanes[g][0])
+        if all(lanes[g] == list(range(i, self.links, period)) for i, g in enumerate(first)) and (
+            self.links % period == 0
+        ):
+            columns = [e.call(aten.unsqueeze.default, nodes[g], 1) for g in first]
             joined = e.call(aten.cat.default, columns, 1)
-            return e.reshape(joined, [links, *nodes[0].meta["val"].shape[1:]])
+            return e.reshape(joined, [self.links, *nodes[0].meta["val"].shape[1:]])
         position = {p: (g, i) for g, mine in enumerate(lanes) for i, p in enumerate(mine)}
         pieces: list[Node] = []
         p = 0
-        while p < links:
+        while p < self.links:
             g, i = position[p]
             q = p + 1
-            while q < links and position[q] == (g, i + q - p):
+            while q < self.links and position[q] == (g, i + q - p):
                 q += 1
             pieces.append(e.call(aten.slice.Tensor, nodes[g], 0, i, i + q - p))
             p = q
         return e.call(aten.cat.default, pieces) if len(pieces) > 1 else pieces[0]
 
     def _scan(self, heads, injected, blocks, diagonals, rows) -> list[Node]:
-        """W = scan([s_0, b + v], (1 - gamma) K), component after component (K is lower triangular)."""
+        """W = scan([b + v, w_L], (1 - gamma) K), component after component (K is lower triangular)."""
         e, width = self.e, self.chain.width
         keep = 1.0 - self.damping
         done: dict[int, Node] = {}
@@ -240,7 +245,8 @@ class _ChainRewriter:
         return [done[c] for c in range(width)]
 
     def _before(self, row: Node) -> Node:
-        return self.e.call(aten.slice.Tensor, row, 0, 0, len(self.chain.links))
+        """w_1..w_L: what each link is given."""
+        return self.e.call(aten.slice.Tensor, row, 0, 1, self.links + 1)
 
     def _scaled(self, node: Node, k: Node | float, factor: float) -> Node:
         if isinstance(k, float):
@@ -250,28 +256,32 @@ class _ChainRewriter:
 
     def _with_head(self, head: Node, terms: list[Node], like: torch.Tensor) -> Node:
         e = self.e
-        first = e.call(aten.unsqueeze.default, head, 0)
+        last = e.call(aten.unsqueeze.default, head, 0)
         if not terms:
-            rest = e.full([len(self.chain.links), *like.shape], 0.0, like)
+            rest = e.full([self.links, *like.shape], 0.0, like)
         else:
             rest = terms[0]
             for term in terms[1:]:
                 rest = e.call(aten.add.Tensor, rest, term)
-        return e.call(aten.cat.default, [first, rest])
+        return e.call(aten.cat.default, [rest, last])
 
     def _linear_scan(self, values: Node, k: Node | float, keep: float) -> Node:
-        """Row i of the multipliers carries row i - 1 over; row 0 is never read, so any value will do."""
+        """Row i of the multipliers carries row i + 1 over; the last is never read, so any value will do."""
+        return self.e.call(torch.ops.highway.linear_scan.default, values, self._multipliers(values, k, keep), True)
+
+    def _multipliers(self, values: Node, k: Node | float, keep: float) -> Node | None:
         e = self.e
-        if isinstance(k, float):
-            if k * keep == 1.0:
-                return e.call(torch.ops.highway.linear_scan.default, values, None, False)
-            tensor = values.meta["val"]
-            multipliers = e.full([tensor.shape[0]] + [1] * (tensor.dim() - 1), k * keep, tensor)
-        else:
-            if keep != 1.0:
-                k = e.call(aten.mul.Tensor, k, keep)
-            multipliers = e.call(aten.cat.default, [e.call(aten.slice.Tensor, k, 0, 0, 1), k])
-        return e.call(torch.ops.highway.linear_scan.default, values, multipliers, False)
+        if k not in self._made_multipliers:
+            if isinstance(k, float):
+                tensor = values.meta["val"]
+                made = None
+                if k * keep != 1.0:
+                    made = e.full([tensor.shape[0]] + [1] * (tensor.dim() - 1), k * keep, tensor)
+            else:
+                scaled = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)
+                made = e.call(aten.cat.default, [scaled, e.call(aten.slice.Tensor, scaled, 0, 0, 1)])
+            self._made_multipliers[k] = made
+        return self._made_multipliers[k]
 
     # -- what the rest of the graph takes from the chain --------------------------------------------------------
 
@@ -280,7 +290,7 @@ class _ChainRewriter:
         for i, state in enumerate(self.chain.states[1:], start=1):
             for component, node in enumerate(state):
                 if node is not None and any(user not in inside for user in node.users):
-                    done.replacements[node] = self.e.call(aten.select.int, rows[component], 0, i)
+                    done.replacements[node] = self.e.call(aten.select.int, rows[component], 0, self._row(i))
 
     def _inside(self) -> set[Node]:
         inside: set[Node] = set()
@@ -292,14 +302,7 @@ class _ChainRewriter:
     def _replace_sides(self, group: Group, stacker: Stacker, rows: list[Node], done: Rewriting) -> None:
         if not group.exports:
             return
-        states = [Value(self._rows(row, group.lanes), True) for row in rows]
-        evaluator = Evaluator(
-            stacker.e,
-            group,
-            states,
-            stack=lambda slot: stacker(group.external(slot)),
-            inject=lambda statement: self._injected(group, stacker, statement),
-        )
+        evaluator = self._evaluator(self.groups.index(group), rows)
         for i in group.exports:
             if group.template.statements[i].target is INPUT:
                 continue

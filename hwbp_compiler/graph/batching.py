@@ -7,6 +7,7 @@ all of them (shared). A rule turns "operator on one link" into "operator on the 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,17 @@ prims = torch.ops.prims
 
 class NoBatchingRule(Exception):
     """An operator cannot be evaluated for several links at once; the message names it."""
+
+
+@functools.cache
+def decompositions() -> dict:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return dict(select_decomp_table())
+
+
+# Inductor's decomposition of these only treats special cases (empty operands, batch 1) and else keeps the operator.
+_KEPT = {aten.cat.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.convolution_backward.default}
 
 
 @dataclass(frozen=True)
@@ -64,11 +76,30 @@ class Emitter:
     # -- plain nodes --------------------------------------------------------------------------------------------
 
     def call(self, target, *args, **kwargs) -> Node:
+        """One operator; one that Inductor decomposes is decomposed here, since at this stage Inductor no longer does."""
+        if target in decompositions() and target not in _KEPT:
+            return self._decomposed(target, args, kwargs)
+        return self._append(target, args, kwargs)
+
+    def _append(self, target, args, kwargs) -> Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self.created.append(node)
         node.meta["val"] = self._fake(target, args, kwargs)
         return node
+
+    def _decomposed(self, target, args, kwargs) -> Node:
+        inputs: list[Node] = []
+        torch.fx.map_arg((args, kwargs), inputs.append)
+
+        def operator_alone(*tensors):
+            replaced = iter(tensors)
+            mapped = torch.fx.map_arg((args, kwargs), lambda _: next(replaced))
+            return target(*mapped[0], **mapped[1])
+
+        with self.fake_mode:
+            traced = make_fx(operator_alone, decompositions())(*(n.meta["val"] for n in inputs))
+        return self._inline(traced.graph, inputs)
 
     def _fake(self, target, args, kwargs):
         read = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
@@ -159,30 +190,29 @@ class Emitter:
 
         in_dims = tuple(0 if v.batched else None for v in values)
         try:
-            from torch._inductor.decomposition import select_decomp_table
-
             with self.fake_mode:
-                traced = make_fx(torch.vmap(one_link, in_dims=in_dims), select_decomp_table())(
+                traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(
                     *(v.tensor for v in values)
                 )
         except Exception as error:
             raise NoBatchingRule(f"operator {target} has no batching rule ({error})") from error
-        return self._inline(traced.graph, [v.node for v in values])
+        result = self._inline(traced.graph, [v.node for v in values])
+        if isinstance(result, (tuple, list)):
+            return [Value(r, True) for r in result]
+        return Value(result, True)
 
-    def _inline(self, graph: Graph, inputs: list[Node]) -> Value | list[Value]:
+    def _inline(self, graph: Graph, inputs: list[Node]):
+        """Copy a traced graph to here; its result: a node, or a list of nodes."""
         environment: dict[Node, Node] = {}
         remaining = iter(inputs)
         for node in graph.nodes:
             if node.op == "placeholder":
                 environment[node] = next(remaining)
             elif node.op == "call_function":
-                arguments = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-                environment[node] = self.call(node.target, *arguments[0], **arguments[1])
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
+                environment[node] = self._append(node.target, args, kwargs)
             elif node.op == "output":
-                result = node.args[0]
-                if isinstance(result, (tuple, list)):
-                    return [Value(environment[r], True) for r in result]
-                return Value(environment[result], True)
+                return torch.fx.map_arg(node.args[0], environment.__getitem__)
             else:
                 raise NoBatchingRule(f"a traced constant ({node.target}) cannot be inlined")
         raise NoBatchingRule("empty trace")

@@ -5,6 +5,7 @@ Order is that of the gradient: state 0 is the head (nearest the loss), link i le
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -41,7 +42,8 @@ class Chain:
 class Group:
     """Links whose programs are equal: evaluated once per iteration, as lanes of one batched program.
 
-    lanes       positions of the links in the chain, ascending; the tail, if it joined, is position ``len(links)``
+    lanes       positions of the links in the chain, in forward order (descending); the tail, if it joined, comes first
+                and is position ``len(links)``
     programs    per lane, statement by statement the same
     """
 
@@ -49,9 +51,11 @@ class Group:
     programs: list[Program]
     exports: list[int] = field(default_factory=list)
 
-    @property
+    @functools.cached_property
     def template(self) -> Program:
-        return self.programs[0]
+        """A lane that has a node for every statement (the first and the last link of a chain may lack some)."""
+        whole = (p for p in self.programs if p.outputs and all(n is not None for n in p.raw))
+        return next(whole, self.programs[-1])
 
     def raw(self, statement: int) -> list[Node | None]:
         """The nodes that statement stands for, one per lane."""

@@ -95,9 +95,7 @@ def _tensor(multiplier: object, values: Tensor, name: str) -> Tensor | None:
     return multiplier
 
 
-def _scan_components(
-    values: Sequence[Tensor], multipliers: object, reverse: bool
-) -> tuple[Tensor, ...]:
+def _scan_components(values: Sequence[Tensor], multipliers: object, reverse: bool) -> tuple[Tensor, ...]:
     _check_components(values, multipliers)
     assert isinstance(multipliers, (tuple, list))
     states: list[Tensor] = []
@@ -138,7 +136,11 @@ def _check_components(values: Sequence[Tensor], multipliers: object) -> None:
             raise TypeError(f"linear_scan: values[{j}] is {type(component).__name__}; a tensor is needed")
         check_values(component, f"values[{j}]")
         first = values[0]
-        if component.shape != first.shape or component.dtype != first.dtype or component.device != first.device:
+        if (
+            component.shape != first.shape
+            or component.dtype != first.dtype
+            or component.device != first.device
+        ):
             raise ValueError(
                 f"linear_scan: values[{j}] is {list(component.shape)} {component.dtype} on {component.device}, "
                 f"values[0] is {list(first.shape)} {first.dtype} on {first.device}; they must agree"

@@ -95,7 +95,7 @@ class CpuScan(ir.ExternKernelOut):
 
 
 class _Scan:
-    """One lowering of the operator: loaders by row and column, in the dtype to compute in."""
+    """One lowering of the operator. Loaders take row and column and give the dtype to compute in."""
 
     def __init__(self, values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool) -> None:
         self.device = values.get_device()
@@ -103,38 +103,110 @@ class _Scan:
         self.compute = accumulator(self.dtype)
         self.reverse = reverse
         self.size = list(values.get_size())
-        self.length, self.columns = self.size[0], self.size[1:]
-        self.value = self._loader(values, range(len(self.size)))
-        self.multiplier = None
-        if multipliers is not None:
-            # Dimensions of size one stay at index zero; the missing ones of a 0-d or 1-d tensor are not there.
-            spread = [
-                d if not V.graph.sizevars.statically_known_equals(size, 1) else None
-                for d, size in enumerate(multipliers.get_size())
-            ]
-            self.multiplier = self._loader(multipliers, spread)
+        self.value = self._loader(values)
+        self.multiplier = None if multipliers is None else self._loader(multipliers)
 
-    def _loader(self, tensor: ir.TensorBox, dims: Sequence[int | None]) -> Loader:
+    def _loader(self, tensor: ir.TensorBox) -> Loader:
         load = tensor.make_loader()
+        # A multiplier is spread over what it has no dimension for, or a dimension of one.
+        spread = [V.graph.sizevars.statically_known_equals(size, 1) for size in tensor.get_size()]
 
         def at(index: Index) -> Any:
-            return ops.to_dtype(load([index[d] if d is not None else sympy.S.Zero for d in dims]), self.compute)
+            own = [sympy.S.Zero if one else i for i, one in zip(index, spread, strict=False)]
+            return ops.to_dtype(load(own), self.compute)
 
         return at
 
-    def row(self, step: sympy.Expr) -> sympy.Expr:
-        """The row a step of the scan is about."""
-        return self.length - 1 - step if self.reverse else step
-
     def whole(self) -> ir.TensorBox:
         """One kernel, in which a program walks down all links of its columns."""
-        return self._scan(
-            self.size,
-            axis=0,
-            value=self.value,
-            multiplier=self.multiplier,
-            place=lambda index: [self.row(index[0]), *index[1:]],
-        )
+        return self._scan(self.size, 0, self.value, self.multiplier, self.dtype, self.reverse)
+
+    def is_narrow(self) -> bool:
+        hint = V.graph.sizevars.optimization_hint
+        length, columns = hint(self.size[0]), hint(math.prod(self.size[1:]))
+        multiprocessors = DeviceProperties.create(self.device).multi_processor_count
+        return length >= _LONG and columns < _COLUMNS_PER_MULTIPROCESSOR * multiprocessors
+
+    def in_blocks(self) -> ir.TensorBox:
+        """Three kernels that share the work along the length. See Note [Few columns on a GPU]."""
+        length, *columns = self.size
+        block = sympy.Integer(1 << V.graph.sizevars.optimization_hint(length).bit_length() // 2)
+        blocks = CeilDiv(length, block)
+        size = [blocks, block, *columns]
+        whole_blocks = V.graph.sizevars.statically_known_equals(blocks * block, length)
+        first = block - 1 if self.reverse else sympy.S.Zero
+
+        def within(load: Loader, index: Index) -> Any:
+            """An element by block, row in the block and column; zero beyond the last row."""
+            row = index[0] * block + index[1]
+            at = [row, *index[2:]]
+            return load(at) if whole_blocks else _where(row, "<", length, lambda: load(at))
+
+        def value(index: Index) -> Any:
+            return within(self.value, index)
+
+        def multiplier(index: Index) -> Any:
+            assert self.multiplier is not None
+            return within(self.multiplier, index)
+
+        factor = None if self.multiplier is None else multiplier
+        ends = self._block_ends(size, value, factor)
+        carries = self._scan([blocks, *columns], 0, *ends, self.compute, self.reverse).make_loader()
+
+        def value_and_carry(index: Index) -> Any:
+            b, row, *column = index
+            before = b + 1 if self.reverse else b - 1
+
+            def carry() -> Any:
+                state = carries([before, *column])
+                return state if factor is None else _times(factor(index), state)
+
+            def carry_unless_first_block() -> Any:
+                return _where(before, "<", blocks, carry) if self.reverse else _where(before, ">=", 0, carry)
+
+            return ops.add(value(index), _where(row, "==", first, carry_unless_first_block))
+
+        padded = self._scan(size, 1, value_and_carry, factor, self.dtype, self.reverse)
+        rows = ir.View.create(padded.data, [blocks * block, *columns])
+        return ir.TensorBox(ir.SliceView.create(rows, 0, 0, length))
+
+    def _block_ends(
+        self, size: list[sympy.Expr], value: Loader, multiplier: Loader | None
+    ) -> tuple[Loader, Loader | None]:
+        """Loaders of each block's last state, scanned from zero, and of the product of its multipliers."""
+        blocks, block, *columns = size
+
+        def sum_rows(term: Loader) -> Loader:
+            box = ir.Reduction.create(
+                device=self.device,
+                dst_dtype=self.compute,
+                src_dtype=self.compute,
+                inner_fn=lambda index, row: term([index[0], *row, *index[1:]]),
+                ranges=[blocks, *columns],
+                reduction_ranges=[block],
+                reduction_type="sum",
+            )
+            box.realize()
+            return box.make_loader()
+
+        if multiplier is None:
+            return sum_rows(value), None
+
+        # Picking the last step by a sum puts it into the kernel that scans, which then need not store its steps;
+        # but only if both count alike, so here the steps are not turned back into rows.
+        def in_steps(load: Loader) -> Loader:
+            if not self.reverse:
+                return load
+            return lambda index: load([index[0], block - 1 - index[1], *index[2:]])
+
+        def end_of(output: int) -> Loader:
+            scan = self._scan(
+                size, 1, in_steps(value), in_steps(multiplier), self.compute, reverse=False, output=output
+            )
+            steps = scan.make_loader()
+            return sum_rows(lambda index: _where(index[1], "==", block - 1, lambda: steps(index), mask=False))
+
+        return end_of(0), end_of(1)
 
     def _scan(
         self,
@@ -142,24 +214,26 @@ class _Scan:
         axis: int,
         value: Loader,
         multiplier: Loader | None,
-        place: Callable[[Index], Index],
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype,
+        reverse: bool,
+        output: int = 0,
     ) -> ir.TensorBox:
-        """A buffer of ``size`` whose element ``place(index)`` is the scan along ``axis`` up to ``index``.
+        """A buffer of ``size``: the scan along ``axis`` (``output=1``: the running product of multipliers).
 
-        The loaders are called with ``place(index)``.
+        The kernel's own index counts steps; loads and the store turn it into rows.
         """
 
         def reindex(index: Index, step: Index) -> Index:
-            return place([*index[:axis], *step, *index[axis:]])
+            row = size[axis] - 1 - step[0] if reverse else step[0]
+            return [*index[:axis], row, *index[axis:]]
 
         loaders = (value,) if multiplier is None else (value, multiplier)
         box = ir.TensorBox.create(
             ir.Scan(
                 device=self.device,
-                dtype=dtype or self.dtype,
+                dtype=dtype,
                 dtypes=(self.compute,) * len(loaders),
-                inner_fn=value,
+                inner_fn=loaders[output],
                 inner_fns=loaders,
                 size=list(size),
                 ranges=[*size[:axis], *size[axis + 1 :]],
@@ -167,28 +241,33 @@ class _Scan:
                 combine_fn=_combine_sums if multiplier is None else _combine,
                 reindex=reindex,
                 reduction_hint=ReductionHint.DEFAULT,
-                output_index=0,
+                output_index=output,
             )
         )
         box.realize()
         return box
 
-    def is_narrow(self) -> bool:
-        hint = V.graph.sizevars.optimization_hint
-        length, columns = hint(self.length), hint(math.prod(self.columns))
-        multiprocessors = DeviceProperties.create(self.device).multi_processor_count
-        return length >= _LONG and columns < _COLUMNS_PER_MULTIPROCESSOR * multiprocessors
-
-    def in_blocks(self) -> ir.TensorBox:
-        raise NotImplementedError
-
 
 def _combine(before: tuple[Any, Any], after: tuple[Any, Any]) -> tuple[Any, Any]:
     (u, p), (v, q) = before, after
-    # A product of multipliers can overflow where the state it multiplies is zero.
-    carried = ops.where(ops.eq(u, ops.constant(0.0, torch.float32)), u, ops.mul(q, u))
-    return ops.add(carried, v), ops.mul(p, q)
+    return ops.add(_times(q, u), v), ops.mul(p, q)
 
 
 def _combine_sums(before: tuple[Any], after: tuple[Any]) -> tuple[Any]:
     return (ops.add(before[0], after[0]),)
+
+
+def _times(product: Any, state: Any) -> Any:
+    """``product * state``, zero where the state is: a product of many multipliers can overflow, and infinity
+    times zero would be no number where the scan link by link stays finite."""
+    return ops.where(ops.eq(state, ops.constant(0.0, torch.float32)), state, ops.mul(product, state))
+
+
+def _where(left: Any, relation: str, right: Any, then: Callable[[], Any], mask: bool = True) -> Any:
+    """``then()`` where two index expressions compare so, else zero. With ``mask`` nothing is loaded elsewhere."""
+    compare = {"<": ops.lt, ">=": ops.ge, "==": ops.eq}[relation]
+    left, right = (ops.index_expr(sympy.sympify(side), torch.int64) for side in (left, right))
+    condition = compare(left, right)
+    if mask:
+        return ops.masked(condition, then, 0.0)
+    return ops.where(condition, then(), ops.constant(0.0, torch.float32))

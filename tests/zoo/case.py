@@ -43,8 +43,9 @@ class Case:
     chains      what has to be found, in any order; empty: nothing, so every gradient stays exact; None: the
                 contract leaves it open, so only exactness at full length is known
     elementwise links with no block at all (J = 0): exact for every k when damping is 0
-    random      draws random numbers (dropout): two forward runs differ
-    tolerance   relative error allowed in a gradient. Larger only where a model computes in float32 inside.
+    random      draws random numbers (dropout): the same only from the same seed; the program draws in the same order
+    tolerance   relative error allowed in a gradient, and ``noise`` the error allowed in any gradient relative to the
+                largest of them. Larger only where a model computes in float32 inside.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     elementwise: bool = False
     random: bool = False
     tolerance: float = 1e-6
+    noise: float = 1e-12
     forward_tolerance: float = 1e-12
 
     def __str__(self) -> str:

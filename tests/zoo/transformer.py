@@ -149,12 +149,12 @@ def heads(x):
     return x.unflatten(-1, (HEADS, -1)).transpose(-3, -2)
 
 
-def mix(q, k, v, causal=False):
+def mix(q, k, v, causal=False, dropout=0.0):
     """Softmax attention over the last but one dimension of [batch, heads, length, width]."""
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
     if causal:
         scores = scores + torch.full(scores.shape[-2:], float("-inf"), dtype=q.dtype).triu(1)
-    return (torch.softmax(scores, -1) @ v).transpose(-3, -2).flatten(-2)
+    return (F.dropout(torch.softmax(scores, -1), dropout) @ v).transpose(-3, -2).flatten(-2)
 
 
 def attention(module: Attention, x, memory=None):
@@ -171,11 +171,13 @@ def torch_attention(module: nn.MultiheadAttention, x, memory=None, causal=False)
     memory = x if memory is None else memory
     (wq, wk, wv), (bq, bk, bv) = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
     q, k, v = F.linear(x, wq, bq), F.linear(memory, wk, bk), F.linear(memory, wv, bv)
-    return linear(module.out_proj, mix(heads(q), heads(k), heads(v), causal))
+    out = linear(module.out_proj, mix(heads(q), heads(k), heads(v), causal, module.dropout))
+    # nn.MultiheadAttention works with time first, and a dropout mask is drawn in the order of memory.
+    return out.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def torch_feed_forward(layer: nn.TransformerEncoderLayer, x):
-    return linear(layer.linear2, F.gelu(linear(layer.linear1, x)))
+    return linear(layer.linear2, F.dropout(F.gelu(linear(layer.linear1, x)), layer.dropout.p))
 
 
 def held_layer_norm(norm: nn.LayerNorm, x, hold):
@@ -232,10 +234,10 @@ def sandwich_links(layer):
 
 def torch_links(layer, causal=False):
     def attend(x):
-        return torch_attention(layer.self_attn, x, causal=causal)
+        return F.dropout(torch_attention(layer.self_attn, x, causal=causal), layer.dropout1.p)
 
     def feed(x):
-        return torch_feed_forward(layer, x)
+        return F.dropout(torch_feed_forward(layer, x), layer.dropout2.p)
 
     if layer.norm_first:
         return [
@@ -328,15 +330,22 @@ CASES = [
     Case(
         "torch_encoder_pre_norm_dropout",
         setup(lambda: torch_encoder(True, dropout=0.1), INPUT),
-        None,
+        _torch_program,
         TWO_PER_LAYER,
         random=True,
     ),
     Case(
         "torch_encoder_post_norm_dropout",
         setup(lambda: torch_encoder(False, dropout=0.1), INPUT),
-        None,
+        _torch_program,
         POST_NORM,
+        random=True,
+    ),
+    Case(
+        "torch_encoder_causal_dropout",
+        setup(lambda: CausalTorchEncoder(dropout=0.1), INPUT),
+        lambda model: _torch_program(model, causal=True),
+        TWO_PER_LAYER,
         random=True,
     ),
 ]

@@ -1,0 +1,193 @@
+"""Claims about ``torch.compile(model, backend="highway")``, checked on a user's own model.
+
+Every assertion works on float64 copies of the model and its inputs, compiles the copy with
+``rewrite="always"``, and compares with eager mode or with the oracle, never with Inductor. Random numbers are
+drawn as in eager mode (``fallback_random``), so a model with dropout is compared under the same masks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .compare import Gradients, assert_gradients_close, assert_outputs_close
+from .losses import probe_loss
+from .reference import Program, reference_gradients
+
+Loss = Callable[[Any], Tensor]
+SEED = 1234
+
+
+def assert_forward_unchanged(
+    model: nn.Module,
+    args: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-12,
+    seed: int = SEED,
+) -> None:
+    """The compiled model in training returns what eager mode returns, and leaves the same buffers behind."""
+    eager, compiled, inputs = _copies(model, args)
+    torch.manual_seed(seed)
+    expected = eager(*inputs)
+    torch.manual_seed(seed)
+    got = _compile(compiled, options)(*inputs)
+    assert_outputs_close(got, expected, tolerance)
+    assert_outputs_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), tolerance, "buffers")
+
+
+def assert_exact_at_full_length(
+    model: nn.Module,
+    args: Sequence[Any],
+    loss: Loss = probe_loss,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-9,
+    seed: int = SEED,
+) -> None:
+    """With ``iterations`` beyond every chain's length, and ``"exact"``, the gradients are backprop's.
+
+    Holds for every ``damping``; the one in ``options`` is used.
+    """
+    eager, compiled, inputs = _copies(model, args)
+    expected = _gradients(eager, eager, inputs, loss, seed)
+    for iterations in (10**6, "exact"):
+        step = _compile(compiled, {**(options or {}), "iterations": iterations})
+        got = _gradients(step, compiled, inputs, loss, seed)
+        assert_gradients_close(got, expected, tolerance, what=f"iterations={iterations!r}")
+
+
+def assert_matches_truncation(
+    model: nn.Module,
+    args: Sequence[Any],
+    loss: Loss,
+    program: Callable[[nn.Module], Program],
+    iterations: int | Literal["exact"],
+    damping: float = 0.0,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-6,
+    seed: int = SEED,
+) -> None:
+    """The gradients are those of w^k: of ``program(model)``, the model retold for :func:`reference_gradients`."""
+    _, compiled, inputs = _copies(model, args)
+    torch.manual_seed(seed)
+    _, expected = reference_gradients(program(compiled), inputs, loss, iterations, damping)
+    step = _compile(compiled, {**(options or {}), "iterations": iterations, "damping": damping})
+    got = _gradients(step, compiled, inputs, loss, seed)
+    assert_gradients_close(got, expected, tolerance, what=f"iterations={iterations!r}, damping={damping}")
+
+
+def assert_closer(
+    reference: Tensor | Gradients,
+    actual: Tensor | Gradients,
+    competitor: Tensor | Gradients,
+    *,
+    slack: float = 1.5,
+) -> None:
+    """``actual`` is no further from ``reference`` than ``slack`` times what ``competitor`` is.
+
+    For low precision: ``reference`` in float64, ``competitor`` the same computation by a route that is trusted, in
+    the precision of ``actual``. Tensors or mappings of tensors. One unit in the last place of ``actual``'s type,
+    relative to the reference's largest entry, is always allowed.
+    """
+    for key in reference if isinstance(reference, Mapping) else (None,):
+        exact, ours, theirs = (t if key is None else t[key] for t in (reference, actual, competitor))
+        exact = exact.detach().double()
+        distance, allowed = ((t.detach().double() - exact).norm().item() for t in (ours, theirs))
+        largest = exact.abs().max().item() if exact.numel() else 0.0
+        unit = torch.finfo(ours.dtype).eps * largest * max(1, exact.numel()) ** 0.5
+        assert distance <= slack * allowed + unit, (
+            f"{'' if key is None else f'{key}: '}{distance:.3e} from the float64 reference, "
+            f"the competitor {allowed:.3e} (slack {slack}, rounding {unit:.3e})"
+        )
+
+
+def check(
+    model: nn.Module,
+    args: Sequence[Any],
+    loss: Loss = probe_loss,
+    program: Callable[[nn.Module], Program] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    iterations: Sequence[int] = (0, 1, 2),
+    damping: Sequence[float] = (0.0, 0.2),
+) -> bool:
+    """Run every assertion on ``model``, print one line each and a verdict; True if all hold.
+
+    Without ``program`` there is no oracle for truncated gradients, and only the exact ones are checked.
+    """
+    claims: list[tuple[str, Callable[[], None]]] = [
+        ("forward unchanged", lambda: assert_forward_unchanged(model, args, options=options))
+    ]
+    for gamma in damping:
+        claims.append(
+            (
+                f"exact at full length, damping={gamma}",
+                lambda gamma=gamma: assert_exact_at_full_length(
+                    model, args, loss, options={**(options or {}), "damping": gamma}
+                ),
+            )
+        )
+    if program is not None:
+        for k in iterations:
+            for gamma in damping:
+                claims.append(
+                    (
+                        f"iterations={k}, damping={gamma} as the oracle",
+                        lambda k=k, gamma=gamma: assert_matches_truncation(
+                            model, args, loss, program, k, gamma, options=options
+                        ),
+                    )
+                )
+    failures = 0
+    for name, claim in claims:
+        try:
+            claim()
+        except AssertionError as error:
+            failures += 1
+            print(f"FAILS  {name}: {error}")
+        else:
+            print(f"holds  {name}")
+    print(f"{len(claims) - failures} of {len(claims)} claims hold.")
+    return failures == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
+    """Two float64 copies of the model and one of its inputs."""
+    first = copy.deepcopy(model).double()
+    second = copy.deepcopy(first)
+
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.detach().double().requires_grad_(value.requires_grad)
+        return value
+
+    return first, second, tuple(pytree.tree_map(widen, tuple(args)))
+
+
+def _compile(model: nn.Module, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    merged = {"min_length": 1, "fallback_random": True, **(options or {}), "rewrite": "always"}
+    return torch.compile(model, backend="highway", options=merged)
+
+
+def _gradients(
+    step: Callable[..., Any], model: nn.Module, args: Sequence[Any], loss: Loss, seed: int
+) -> dict[str | int, Tensor]:
+    leaves: dict[str | int, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    leaves.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
+    torch.manual_seed(seed)
+    found = torch.autograd.grad(loss(step(*args)), list(leaves.values()), allow_unused=True)
+    return {
+        key: torch.zeros_like(leaf) if g is None else g
+        for (key, leaf), g in zip(leaves.items(), found, strict=True)
+    }

@@ -1,0 +1,71 @@
+"""Comparing two sets of gradients: one number, and an assertion that names the worst of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Gradients = Mapping[str | int, Tensor]
+
+
+def total_norm(gradients: Gradients) -> float:
+    """The norm of all gradients taken as one vector."""
+    return float(sum(float(g.detach().double().square().sum()) for g in gradients.values()) ** 0.5)
+
+
+def relative_error(actual: Gradients, reference: Gradients) -> float:
+    """``|actual - reference| / |reference|`` of all gradients taken as one vector; 0 where both vanish."""
+    difference = total_norm({k: actual[k].double() - g.double() for k, g in reference.items()})
+    return difference / total_norm(reference) if difference else 0.0
+
+
+def cosine(actual: Gradients, reference: Gradients) -> float:
+    """The cosine of the angle between the two, each taken as one vector."""
+    dot = sum(float((actual[k].double() * g.double()).sum()) for k, g in reference.items())
+    norms = total_norm(actual) * total_norm(reference)
+    return float(dot / norms) if norms else 1.0
+
+
+def assert_gradients_close(
+    actual: Gradients, reference: Gradients, tolerance: float, noise: float = 1e-12, what: str = "gradients"
+) -> None:
+    """Every gradient g: ``|actual - g| <= tolerance |g| + noise |all of reference|``.
+
+    ``noise`` is for gradients that vanish for a reason (the key bias of an attention) and are rounding errors on
+    both sides. Not a number, or infinite, in the same places counts as equal.
+    """
+    assert set(actual) == set(reference), f"{what}: of {sorted(map(str, set(actual) ^ set(reference)))} on one side only"
+    floor = noise * total_norm({k: g.nan_to_num(0.0, 0.0, 0.0) for k, g in reference.items()})
+    worst, message = 1.0, ""
+    for key, expected in reference.items():
+        got, expected = actual[key].detach().double(), expected.detach().double()
+        assert got.shape == expected.shape, f"{what}: {key} has shape {tuple(got.shape)}, not {tuple(expected.shape)}"
+        same = (got == expected) | (got.isnan() & expected.isnan())
+        error = float(torch.where(same, 0.0, got - expected).norm())
+        allowed = tolerance * float(torch.where(expected.isfinite(), expected, 0.0).norm()) + floor
+        excess = error / allowed if allowed else (0.0 if error == 0.0 else float("inf"))
+        if not excess <= worst:  # also where the error is not a number
+            norm = float(expected.norm())
+            worst = excess
+            message = f"{what}: {key} is off by {error:.3e}, its reference has norm {norm:.3e} (allowed: {allowed:.3e})"
+    assert not message, message
+
+
+def assert_outputs_close(actual: Any, reference: Any, tolerance: float, what: str = "outputs") -> None:
+    """The same structure, and every tensor within ``tolerance`` of its largest entry (at least of 1)."""
+    got, got_spec = pytree.tree_flatten(actual)
+    expected, expected_spec = pytree.tree_flatten(reference)
+    assert got_spec == expected_spec, f"{what}: structure {got_spec}, not {expected_spec}"
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if isinstance(b, Tensor):
+            scale = max(1.0, float(b.detach().double().nan_to_num().abs().max()) if b.numel() else 0.0)
+            torch.testing.assert_close(
+                a.detach().double(), b.detach().double(), rtol=0.0, atol=tolerance * scale, equal_nan=True,
+                msg=lambda m, n=number: f"{what}, tensor {n}: {m}",
+            )  # fmt: skip
+        else:
+            assert a == b, f"{what}, value {number}: {a!r}, not {b!r}"

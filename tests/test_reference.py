@@ -1,0 +1,194 @@
+"""The oracle itself, held to what can be known without it: plain autograd, path enumeration, fixed points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import CASES
+
+from hwbp_compiler.testing.compare import (
+    assert_gradients_close,
+    assert_outputs_close,
+    relative_error,
+)
+from hwbp_compiler.testing.reference import (
+    _matrix,
+    fixed_point,
+    highway_bp,
+    reference_gradients,
+    sum_over_paths,
+)
+
+SEED = 7
+WITH_PROGRAM = [case for case in CASES if case.program is not None]
+WITH_CHAINS = [case for case in WITH_PROGRAM if case.chains]
+TRUNCATING = [case for case in WITH_CHAINS if not case.elementwise]
+
+
+def cases(which):
+    return pytest.mark.parametrize("case", which, ids=str)
+
+
+def autograd(model, args, loss):
+    leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    leaves.update((i, a) for i, a in enumerate(args) if a.requires_grad)
+    torch.manual_seed(SEED)
+    output = model(*args)
+    found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
+    zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
+    return output, {
+        k: z if g is None else g for k, g, z in zip(leaves, found, zeros, strict=True)
+    }
+
+
+def oracle(case, iterations, damping=0.0, **kwargs):
+    model, args, loss = case.build()
+    torch.manual_seed(SEED)
+    return reference_gradients(case.program(model), args, loss, iterations, damping, **kwargs)
+
+
+def tolerances(case, relative):
+    """A model that computes in float32 inside is compared in float32; any other to ``relative``."""
+    return {"tolerance": max(relative, case.tolerance if case.noise > 1e-9 else 0.0), "noise": case.noise}
+
+
+@cases(WITH_PROGRAM)
+def test_program_computes_what_the_model_computes(case):
+    model, args, _ = case.build()
+    torch.manual_seed(SEED)
+    expected = model(*args)
+    output, _ = oracle(case, 0)
+    assert_outputs_close(output, expected, case.forward_tolerance)
+
+
+@cases(WITH_PROGRAM)
+@pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
+def test_iterations_equal_to_length_is_autograd(case, damping):
+    _, exact = autograd(*case.build())
+    _, found = oracle(case, "exact", damping)
+    assert_gradients_close(found, exact, **tolerances(case, 1e-10))
+
+
+@cases(WITH_CHAINS)
+def test_w_sums_the_paths_that_cross_at_most_k_blocks(case):
+    for iterations, damping in ((0, 0.0), (1, 0.0), (2, 0.3), (1, 1.0)):
+        _, found = oracle(case, iterations, damping, solver=highway_bp)
+        _, paths = oracle(case, iterations, damping, solver=sum_over_paths)
+        assert_gradients_close(found, paths, 1e-9, what=f"k={iterations}, gamma={damping}")
+
+
+@cases(WITH_CHAINS)
+def test_damping_one_is_fixed_point_iteration(case):
+    for iterations in (0, 1, 3):
+        _, found = oracle(case, iterations, 1.0)
+        _, expected = oracle(case, iterations, 1.0, solver=fixed_point)
+        assert_gradients_close(found, expected, 1e-9, what=f"k={iterations}")
+
+
+@cases([case for case in WITH_CHAINS if case.elementwise])
+def test_a_diagonal_recurrence_needs_no_iteration(case):
+    _, exact = autograd(*case.build())
+    _, found = oracle(case, 0)
+    assert_gradients_close(found, exact, 1e-10)
+
+
+@cases(TRUNCATING)
+def test_few_iterations_are_not_backprop(case):
+    """Or else agreeing with the oracle would prove nothing."""
+    _, exact = oracle(case, "exact")
+    for iterations in (0, 1):
+        _, found = oracle(case, iterations)
+        assert relative_error(found, exact) > 1e-3, f"k={iterations}"
+
+
+@cases(WITH_CHAINS)
+def test_damping_matters_before_full_length(case):
+    _, plain = oracle(case, 1)
+    _, damped = oracle(case, 1, 0.5)
+    assert relative_error(damped, plain) > 1e-3
+
+
+@cases([case for case in WITH_PROGRAM if case.chains == ()])
+def test_without_a_chain_every_iteration_count_is_backprop(case):
+    _, exact = autograd(*case.build())
+    _, found = oracle(case, 0)
+    assert_gradients_close(found, exact, 1e-12)
+
+
+def is_kind(kind, diagonal):
+    """Does a highway's diagonal look like what the case says K is?"""
+    if kind == "1":
+        return bool((diagonal == 1).all())
+    if kind == "mask":
+        return bool(((diagonal == 0) | (diagonal == 1)).all() and (diagonal == 0).any() and (diagonal == 1).any())
+    return bool((diagonal != 1).any())
+
+
+@cases(WITH_CHAINS)
+def test_highways_are_elementwise_and_of_the_stated_kind(case):
+    seen = []
+
+    def record(links, contributions, iterations, damping):
+        seen.append((links, contributions))
+        return highway_bp(links, contributions, iterations, damping)
+
+    oracle(case, 0, solver=record)
+    # Autograd runs the chain nearest the loss first; the cases list theirs in any order.
+    assert sorted(len(links) for links, _ in seen) == sorted(chain.length for chain in case.chains)
+    kinds = {chain.multiplier for chain in case.chains}
+    assert len(kinds) == 1
+    for links, contributions in seen:
+        width, size = len(contributions[0]), contributions[0][0].numel()
+        for link in links:
+            parts = _matrix(link.highway, contributions[0]).reshape(width, size, width, size).transpose(1, 2)
+            for part in parts.reshape(-1, size, size):
+                assert torch.equal(part, torch.diag(part.diagonal())), "K mixes elements"
+            if width == 1:
+                assert is_kind(next(iter(kinds)), parts[0, 0].diagonal())
+
+
+def test_the_loss_of_a_side_output_is_felt_before_its_block():
+    """One link h1 = h0 + W h0 with a side output s = V h0: at k = 0 the first state gets g + s' V, not g W."""
+    from hwbp_compiler.testing.reference import Link, Program
+
+    torch.manual_seed(0)
+    w, v = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    g, s = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+
+    def step(state, side, hold):
+        (h,) = state
+        return (h + hold(h @ w.T),), (h @ v.T,)
+
+    def forward(run, x):
+        chain = run([Link(step)], (x,))
+        return chain.states[1][0], chain.outputs[0][0]
+
+    program = Program({"w": w, "v": v}, forward)
+    _, found = reference_gradients(program, (x,), lambda out: (g * out[0]).sum() + (s * out[1]).sum(), 0)
+    torch.testing.assert_close(found[0], g + s @ v)
+    torch.testing.assert_close(found["w"], g.T @ x)
+    torch.testing.assert_close(found["v"], s.T @ x)
+
+
+def test_two_links_by_hand():
+    """h1 = a h0 + W h0, h2 = a h1 + W h1: w_0 at k = 0, 1, 2 written out."""
+    from hwbp_compiler.testing.reference import Link, Program
+
+    torch.manual_seed(0)
+    w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+    a, damping = 0.7, 0.25
+    g = torch.randn(1, 3, dtype=torch.float64)
+    program = Program(
+        {"w": w},
+        lambda run, x: run(
+            [Link(lambda state, side, hold: ((a * state[0] + hold(state[0] @ w.T),), ()))] * 2, (x,)
+        ).states[-1][0],
+    )
+    k = (1 - damping) * a * torch.eye(3, dtype=torch.float64)
+    j = w.detach() + damping * a * torch.eye(3, dtype=torch.float64)
+    expected = [g @ k @ k, g @ (k @ k + j @ k + k @ j), g @ (k + j) @ (k + j)]
+    for iterations, by_hand in enumerate(expected):
+        _, found = reference_gradients(program, (x,), lambda out: (g * out).sum(), iterations, damping)
+        torch.testing.assert_close(found[0], by_hand)
