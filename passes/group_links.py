@@ -26,6 +26,8 @@ from hwbp_compiler.graph.program import (
     Statement,
     _constant,
     _dtype_of,
+    closure,
+    references,
 )
 from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
 
@@ -172,16 +174,7 @@ def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -
 
 
 def _anchor(statement: Statement) -> int | None:
-    refs = [r for r in _refs(statement.args)]
-    return max(refs) if refs else None
-
-
-def _refs(args):
-    for a in args:
-        if isinstance(a, Ref):
-            yield a.id
-        elif isinstance(a, tuple):
-            yield from _refs(a)
+    return max(references(statement.args), default=None)
 
 
 def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, states: set[Node]):
@@ -234,10 +227,9 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
 def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
     """The last state's own link, where only its side outputs are computed, as one more lane of ``group``."""
     template, state = group.template, chain.states[-1]
-    sides = [(i, sorted(_closure(template, [i]), reverse=True)) for i in group.exports]
-    sides = [(i, closure) for i, closure in sides if any(r < template.arity for c in closure for r in _refs(template.statements[c].args))]
+    sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
     heavy = any(_is_heavy(template, c) for c in range(template.arity, len(template.statements)))
-    if not sides or heavy and not any(_is_heavy(template, c) for _, closure in sides for c in closure):
+    if not sides or heavy and not any(_is_heavy(template, c) for _, needed in sides for c in needed):
         return None
     reached = sorted(_near(info, state, 8 * len(template.statements)))
     return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted)
@@ -256,17 +248,6 @@ def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
             for user in info.users[node]:
                 heapq.heappush(waiting, user)
     return reached
-
-
-def _closure(program: Program, ends: list[int]) -> set[int]:
-    needed: set[int] = set()
-    todo = list(ends)
-    while todo:
-        i = todo.pop()
-        if i not in needed:
-            needed.add(i)
-            todo.extend(_refs(program.statements[i].args) if program.statements[i].args else ())
-    return {i for i in needed if i >= program.arity}
 
 
 def _is_heavy(program: Program, i: int) -> bool:

@@ -11,13 +11,16 @@ from torch.fx import Graph, Node
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
 from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.chain import Chain, Group
+from hwbp_compiler.graph.describe import multiplier_text, source_line
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import SUM, NotALink, Program
+from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
+from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.options import Options
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
+from .decide import estimate
 from .find_chains import find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
@@ -27,17 +30,6 @@ from .split_links import Split, split_links
 
 # Two or three multiplications in a row occur everywhere; a recurrence is more than that.
 _SHORTEST_RECURRENCE = 4
-
-
-@dataclass
-class ChainRecord:
-    """What was found and what became of it."""
-
-    length: int
-    decision: str
-    reason: str
-    groups: int = 0
-    multiplier: str = ""
 
 
 @dataclass
@@ -69,7 +61,9 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
             return records
         candidates, refusals = _candidates(info, options)
         if not decided:
-            records += [ChainRecord(r.length, "declined", r.reason) for r in refusals]
+            records += [
+                ChainRecord(r.length, "declined", r.reason, source=source_line(r.node)) for r in refusals
+            ]
         changed = False
         for candidate in candidates:
             if candidate.key in decided:
@@ -146,7 +140,9 @@ def _regular_part(chain: Chain) -> Chain | None:
 
 def _is_heavy(link: Program, i: int) -> bool:
     node = link.raw[i]
-    rule = rule_of(node) if link.statements[i].target is not SUM and node is not None else None
+    if node is None or link.statements[i].target in (SUM, INPUT):
+        return False
+    rule = rule_of(node)
     return rule is not None and rule.kind is Kind.HEAVY
 
 
@@ -163,30 +159,76 @@ def _first(chain: Chain) -> Node:
     return next(n for n in chain.states[min(1, len(chain.links))] if n is not None)
 
 
-def _treat(graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options, settled: set[Node]) -> tuple[ChainRecord, bool]:
-    chain = candidate.chain
-    record = ChainRecord(chain.length, "declined", "", len(candidate.groups))
-    if options.iterations == "exact" or options.iterations >= chain.length:
-        record.reason = f"iterations={options.iterations} reaches the chain's length {chain.length}: ordinary backprop"
+def _treat(
+    graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options, settled: set[Node]
+) -> tuple[ChainRecord, bool]:
+    record = _described(candidate)
+    reason = _decline(candidate, options, record)
+    if reason is not None:
+        record.reason = reason
         return record, False
     before = len(graph.nodes)
     try:
         rewriting = rewrite_chain(
-            graph, chain, candidate.groups, candidate.split, options.iterations, options.damping
+            graph,
+            candidate.chain,
+            candidate.groups,
+            candidate.split,
+            int(options.iterations),
+            float(options.damping),
         )
     except Exception as error:
-        created = list(graph.nodes)[before - 1 : -1]
-        discard(graph, created)
+        discard(graph, list(graph.nodes)[before - 1 : -1])
         if isinstance(error, (NotALink, NoBatchingRule)):
             record.reason = str(error)
             return record, False
         raise
+    removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
     try:
-        apply(graph, rewriting, {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"})
-    except NotALink as reason:
-        record.reason = str(reason)
+        apply(graph, rewriting, removable)
+    except NotALink as error:
+        record.reason = str(error)
         return record, False
     graph.lint()
     settled.update(rewriting.created)
     record.decision = "rewritten"
     return record, True
+
+
+def _decline(candidate: _Candidate, options: Options, record: ChainRecord) -> str | None:
+    """Why the chain is left to ordinary backprop, or None. Puts the estimate into ``record``."""
+    length = candidate.chain.length
+    if options.iterations == "exact":
+        return 'iterations="exact" asks for ordinary backprop'
+    if options.iterations >= length:
+        return f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
+    expected = estimate(candidate.chain, candidate.groups, int(options.iterations))
+    record.estimate = expected
+    if options.rewrite == "always":
+        record.reason = f'rewrite="always"; estimated {expected}'
+    elif expected.pays:
+        record.reason = f"expected to be faster: {expected}"
+    else:
+        return f'not expected to be faster: {expected}; rewrite="always" rewrites it all the same'
+    return None
+
+
+def _described(candidate: _Candidate) -> ChainRecord:
+    chain = candidate.chain
+    texts = Counter[str]()
+    groups: list[GroupRecord] = []
+    for group in candidate.groups:
+        program = group.template
+        texts[multiplier_text(program, candidate.split.support)] += len(group.lanes)
+        heavy = Counter(
+            str(program.statements[i].target) for i in range(len(program.statements)) if _is_heavy(program, i)
+        )
+        groups.append(GroupRecord(len(group.lanes), dict(heavy)))
+    return ChainRecord(
+        chain.length,
+        "declined",
+        "",
+        " | ".join(text for text, _ in texts.most_common()),
+        groups,
+        source_line(_first(chain)),
+    )

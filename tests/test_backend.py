@@ -20,7 +20,7 @@ from torch._inductor import config as inductor_config
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, Options, backend, passes
-from hwbp_compiler.torch_private import CustomGraphPass
+from hwbp_compiler.torch_private import CustomGraphPass, _warn_if_newer
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
@@ -129,6 +129,18 @@ def test_every_public_name_can_be_imported():
     assert callable(hwbp_compiler.counters)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = hwbp_compiler.no_such_name
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.14.1"])
+def test_known_versions_of_torch_give_no_warning(version, recwarn):
+    _warn_if_newer(version)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("version", ["2.15.0a0+git123", "3.0.0"])
+def test_a_newer_torch_than_any_known_gives_a_warning(version):
+    with pytest.warns(UserWarning, match=f"up to torch 2.14; this is torch {version[:3]}"):
+        _warn_if_newer(version)
 
 
 def test_every_package_in_the_repository_is_installed():

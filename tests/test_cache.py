@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-# A residual chain that is rewritten whenever it can be. The inputs leave no room for a lucky match: with
-# these weights every number of iterations below the chain's length gives its own gradients.
+# A residual chain that is rewritten whenever it can be, and calls the scan operator: its multipliers are
+# masks. The process that finds it in the cache must know the operator although no pass is run.
 TRAIN = """
 import json, sys, torch
 from torch import nn
@@ -23,7 +23,7 @@ class Chain(nn.Module):
 
     def forward(self, x):
         for block in self.blocks:
-            x = x + torch.tanh(block(x))
+            x = torch.relu(x + torch.tanh(block(x)))
         return x
 
 torch.manual_seed(0)

@@ -24,6 +24,24 @@ WITH_PROGRAM = [case for case in CASES if case.program is not None]
 WITH_CHAINS = [case for case in WITH_PROGRAM if case.chains]
 TRUNCATING = [case for case in WITH_CHAINS if not case.elementwise]
 
+# Enumeration is slow: in everyday runs one case of each kind, the rest with the slow tests.
+ONE_OF_EACH = {
+    "mlp_module_list",
+    "mlp_learnt_trunk",
+    "highway_network",
+    "resnet_postact_eval",
+    "resnet_norm_on_trunk_train",
+    "encoder_post_norm",
+    "encoder_parallel",
+    "gru_cell_every_step",
+    "lstm_cell_start_given",
+    "gru_2_layers_interleaved_every_step",
+    "encoder_decoder",
+    "activity_penalties",
+    "gru_gates_returned",
+}
+assert {case.name for case in WITH_CHAINS} >= ONE_OF_EACH
+
 
 def cases(which):
     return pytest.mark.parametrize("case", which, ids=str)
@@ -62,19 +80,25 @@ def test_program_computes_what_the_model_computes(case):
 
 
 @cases(WITH_PROGRAM)
-@pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
-def test_iterations_equal_to_length_is_autograd(case, damping):
+def test_iterations_equal_to_length_is_autograd_at_every_damping(case):
     _, exact = autograd(*case.build())
-    _, found = oracle(case, "exact", damping)
-    assert_gradients_close(found, exact, **tolerances(case, 1e-10))
+    for damping in (0.0, 0.3, 1.0):
+        _, found = oracle(case, "exact", damping)
+        assert_gradients_close(found, exact, **tolerances(case, 1e-10), what=f"gamma={damping}")
 
 
-@cases(WITH_CHAINS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name in ONE_OF_EACH else [pytest.mark.slow])
+        for case in WITH_CHAINS
+    ],
+)
 def test_w_sums_the_paths_that_cross_at_most_k_blocks(case):
-    for iterations, damping in ((0, 0.0), (1, 0.0), (2, 0.3), (1, 1.0)):
+    for iterations, damping in ((0, 0.3), (1, 0.0), (2, 0.2)):
         _, found = oracle(case, iterations, damping, solver=highway_bp)
         _, paths = oracle(case, iterations, damping, solver=sum_over_paths)
-        assert_gradients_close(found, paths, 1e-9, what=f"k={iterations}, gamma={damping}")
+        assert_gradients_close(found, paths, **tolerances(case, 1e-9), what=f"k={iterations}, gamma={damping}")
 
 
 @cases(WITH_CHAINS)
@@ -82,7 +106,7 @@ def test_damping_one_is_fixed_point_iteration(case):
     for iterations in (0, 1, 3):
         _, found = oracle(case, iterations, 1.0)
         _, expected = oracle(case, iterations, 1.0, solver=fixed_point)
-        assert_gradients_close(found, expected, 1e-9, what=f"k={iterations}")
+        assert_gradients_close(found, expected, **tolerances(case, 1e-9), what=f"k={iterations}")
 
 
 @cases([case for case in WITH_CHAINS if case.elementwise])
@@ -116,11 +140,11 @@ def test_without_a_chain_every_iteration_count_is_backprop(case):
 
 
 def is_kind(kind, diagonal):
-    """Does a highway's diagonal look like what the case says K is?"""
+    """Do the highways of a chain look like what the case says K is?"""
     if kind == "1":
         return bool((diagonal == 1).all())
     if kind == "mask":
-        return bool(((diagonal == 0) | (diagonal == 1)).all() and (diagonal == 0).any() and (diagonal == 1).any())
+        return set(diagonal.tolist()) == {0.0, 1.0}
     return bool((diagonal != 1).any())
 
 
@@ -139,12 +163,13 @@ def test_highways_are_elementwise_and_of_the_stated_kind(case):
     assert len(kinds) == 1
     for links, contributions in seen:
         width, size = len(contributions[0]), contributions[0][0].numel()
+        diagonals = []
         for link in links:
             parts = _matrix(link.highway, contributions[0]).reshape(width, size, width, size).transpose(1, 2)
             for part in parts.reshape(-1, size, size):
                 assert torch.equal(part, torch.diag(part.diagonal())), "K mixes elements"
-            if width == 1:
-                assert is_kind(next(iter(kinds)), parts[0, 0].diagonal())
+            diagonals.append(parts[-1, -1].diagonal())  # of a tuple state, the cell
+        assert is_kind(next(iter(kinds)), torch.cat(diagonals))
 
 
 def test_the_loss_of_a_side_output_is_felt_before_its_block():

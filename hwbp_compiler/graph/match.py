@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence, Set
 from torch.fx import Node
 
 from .info import GraphInfo
-from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, _dtype_of, references, sum_terms
+from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, _dtype_of, closure, sum_terms
 from .rules import shape_of
 
 
@@ -80,13 +80,13 @@ class _Matcher:
             self._settle(i, wanted)
         self.undecided.clear()
 
-    def try_statement(self, i: int, node: Node, closure: Sequence[int]) -> bool:
-        """Match statement ``i`` and what it is computed from (``closure``, descending) against ``node``; on a
+    def try_statement(self, i: int, node: Node, needed: Sequence[int]) -> bool:
+        """Match statement ``i`` and what it is computed from (``needed``, descending) against ``node``; on a
         mismatch nothing is changed."""
         before = list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
         try:
             self._bind(i, node)
-            self._match_statements(closure)
+            self._match_statements(needed)
             self._check_distinct()
             return True
         except _Mismatch:
@@ -193,37 +193,25 @@ def match_sides(
     may want a gradient in some of its components, or in none (``outputs`` is empty then)."""
     matcher = _Matcher(template, info, tainted)
     matcher.bound[: template.arity] = list(state)
-    for i, closure in sorted(sides, key=lambda side: -len(side[1])):
+    for i, needed in sorted(sides, key=lambda side: -len(side[1])):
         if matcher.bound[i] is not None:
             continue
         used = set(matcher.bound)
         shape, dtype = template.statements[i].shape, template.statements[i].dtype
         for node in candidates:
             if node not in used and (shape_of(node), _dtype_of(node)) == (shape, dtype):
-                if matcher.try_statement(i, node, closure):
+                if matcher.try_statement(i, node, needed):
                     break
         else:
             return None
     for i in template.outputs:
-        closure = sorted((c for c in _closure(template, i)), reverse=True)
+        needed = sorted(closure(template, i), reverse=True)
         taken = set(matcher.bound)
-        any(n not in taken and matcher.try_statement(i, n, closure) for n in candidates)
+        any(n not in taken and matcher.try_statement(i, n, needed) for n in candidates)
     found = matcher.program()
     if all(found.raw[i] is None for i in found.outputs):
         found.outputs = []
     return found
-
-
-def _closure(program: Program, end: int) -> set[int]:
-    """What statement ``end`` is computed from, itself included, inputs excluded."""
-    needed: set[int] = set()
-    todo = [end]
-    while todo:
-        i = todo.pop()
-        if i not in needed and i >= program.arity:
-            needed.add(i)
-            todo.extend(references(program.statements[i].args))
-    return needed
 
 
 def _alike(a: object, b: object, depth: int) -> bool:

@@ -258,6 +258,18 @@ def references(args: Iterable) -> Iterator[int]:
             yield from references(a)
 
 
+def closure(program: Program, end: int) -> set[int]:
+    """The statements that statement ``end`` is computed from, itself included, inputs excluded."""
+    needed: set[int] = set()
+    todo = [end]
+    while todo:
+        i = todo.pop()
+        if i not in needed and i >= program.arity:
+            needed.add(i)
+            todo.extend(references(program.statements[i].args))
+    return needed
+
+
 def _constant(value: object):
     """A hashable form of a constant argument; symbolic sizes by their expression."""
     if isinstance(value, torch.SymInt):

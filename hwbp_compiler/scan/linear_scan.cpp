@@ -21,7 +21,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -119,98 +118,141 @@ inline Half narrow_half(float x) {
   return {static_cast<uint16_t>(sign | out)};
 }
 
-inline void widen(const BFloat16* x, float* y, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) y[j] = widen(x[j]);
-}
-
-inline void narrow(const float* x, BFloat16* y, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) y[j] = narrow_bfloat16(x[j]);
-}
-
-inline void widen(const Half* x, float* y, int64_t n) {
-  int64_t j = 0;
+template <typename A> inline A read(const A& x) { return x; }
 #if defined(__F16C__)
-  for (; j + 8 <= n; j += 8)
-    _mm256_storeu_ps(y + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + j))));
+inline float read(const Half& x) { return _cvtsh_ss(x.bits); }
+#else
+inline float read(const Half& x) { return widen(x); }
 #endif
-  for (; j < n; ++j) y[j] = widen(x[j]);
+inline float read(const BFloat16& x) { return widen(x); }
+template <typename A> inline void write(A* y, A x) { *y = x; }
+#if defined(__F16C__)
+inline void write(Half* y, float x) { y->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline void write(Half* y, float x) { *y = narrow_half(x); }
+#endif
+inline void write(BFloat16* y, float x) { *y = narrow_bfloat16(x); }
+
+// ---- vectors of numbers ------------------------------------------------------------------------------------
+
+// A vector of accumulators: 32 bytes where the compiler has such types (it cuts them up for smaller machines),
+// else a single number.
+#if defined(__GNUC__)
+template <typename A> struct Lanes { using type = A; static constexpr int64_t count = 1; };
+template <> struct Lanes<float> {
+  typedef float type __attribute__((vector_size(32)));
+  static constexpr int64_t count = 8;
+};
+template <> struct Lanes<double> {
+  typedef double type __attribute__((vector_size(32)));
+  static constexpr int64_t count = 4;
+};
+typedef Lanes<float>::type Floats;
+typedef uint32_t Words __attribute__((vector_size(32)));
+typedef uint16_t Shorts __attribute__((vector_size(16)));
+#else
+template <typename A> struct Lanes { using type = A; static constexpr int64_t count = 1; };
+#endif
+
+template <typename V, typename P>
+inline V load_bytes(const P* x) {
+  V v;
+  std::memcpy(&v, x, sizeof(V));
+  return v;
 }
 
-inline void narrow(const float* x, Half* y, int64_t n) {
-  int64_t j = 0;
-#if defined(__F16C__)
-  for (; j + 8 <= n; j += 8)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(y + j),
-                     _mm256_cvtps_ph(_mm256_loadu_ps(x + j), _MM_FROUND_TO_NEAREST_INT));
+// Bytes written past the caches have to be aligned to their own number.
+template <bool Stream, typename V, typename P>
+inline void store_bytes(P* y, V v) {
+#if defined(__AVX__)
+  if constexpr (Stream && sizeof(V) == 32) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(y), load_bytes<__m256i>(&v));
+    return;
+  } else if constexpr (Stream && sizeof(V) == 16) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(y), load_bytes<__m128i>(&v));
+    return;
+  }
 #endif
-  for (; j < n; ++j) y[j] = narrow_half(x[j]);
+  std::memcpy(y, &v, sizeof(V));
 }
+
+template <typename A> inline typename Lanes<A>::type load(const A* x) {
+  return load_bytes<typename Lanes<A>::type>(x);
+}
+template <bool Stream, typename A> inline void store(A* y, typename Lanes<A>::type v) {
+  store_bytes<Stream>(y, v);
+}
+
+#if defined(__GNUC__)
+inline Floats load(const BFloat16* x) {
+  return load_bytes<Floats>(&static_cast<const Words&>(__builtin_convertvector(load_bytes<Shorts>(x), Words) << 16));
+}
+
+template <bool Stream> inline void store(BFloat16* y, Floats v) {
+  const Words bits = load_bytes<Words>(&v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);  // all ones where it holds
+  store_bytes<Stream>(y, __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Shorts));
+}
+
+inline Floats load(const Half* x) {
+#if defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(load_bytes<__m128i>(x));
+#else
+  Floats v;
+  for (int l = 0; l < 8; ++l) v[l] = widen(x[l]);
+  return v;
+#endif
+}
+
+template <bool Stream> inline void store(Half* y, Floats v) {
+#if defined(__F16C__)
+  store_bytes<Stream>(y, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int l = 0; l < 8; ++l) y[l] = narrow_half(v[l]);
+#endif
+}
+#else
+inline float load(const Half* x) { return read(*x); }
+inline float load(const BFloat16* x) { return read(*x); }
+template <bool Stream> inline void store(Half* y, float v) { write(y, v); }
+template <bool Stream> inline void store(BFloat16* y, float v) { write(y, v); }
+#endif
 
 // ---- one row -----------------------------------------------------------------------------------------------
 
-constexpr int64_t kLine = 64;     // bytes of a cache line
-constexpr int64_t kChunk = 512;   // columns handled at a time within a row
-constexpr int64_t kTile = 4096;   // columns whose running u a thread keeps at a time
+constexpr int64_t kLine = 64;    // bytes of a cache line
+constexpr int64_t kTile = 16384;  // columns whose running u a thread keeps at a time, in L2
+constexpr int64_t kFew = 8;      // columns up to which the work of a row is too little for any bookkeeping
 
 enum class Multiplier { none, scalar, full };
+// What a pass over the rows leaves behind: the output, written through the caches or past them, or in a reduction
+// the product of the multipliers.
+enum class Result { output, streamed_output, product };
 
-// Inputs of one chunk in the accumulator's type: in place where that is the type in memory, else converted.
-template <typename T, typename A>
-inline const A* fetch(const T* x, A* buffer, int64_t n) {
-  if constexpr (std::is_same_v<T, A>) {
-    return x;
-  } else {
-    widen(x, buffer, n);
-    return buffer;
+// u = a + m * u for columns that lie next to each other, and y = u or p = m * p.
+template <typename T, typename A, Multiplier M, Result R>
+inline void step(const T* a, const T* m, A* u, A* p, T* y, int64_t n) {
+  using V = typename Lanes<A>::type;
+  constexpr int64_t W = Lanes<A>::count;
+  const A scalar = M == Multiplier::scalar ? read(*m) : A{};
+  int64_t j = 0;
+  for (; j + W <= n; j += W) {
+    V v = load(u + j);
+    if constexpr (M == Multiplier::none) v = load(a + j) + v;
+    if constexpr (M == Multiplier::scalar) v = load(a + j) + scalar * v;
+    if constexpr (M == Multiplier::full) v = load(a + j) + load(m + j) * v;
+    store<false>(u + j, v);
+    if constexpr (R != Result::product) store<R == Result::streamed_output>(y + j, v);
+    else if constexpr (M == Multiplier::scalar) store<false>(p + j, scalar * load(p + j));
+    else if constexpr (M == Multiplier::full) store<false>(p + j, load(m + j) * load(p + j));
   }
-}
-
-// Past the caches; y must be aligned to a line and n be whole lines.
-template <typename T>
-inline void stream_lines(const T* x, T* y, int64_t n) {
-#if defined(__AVX__)
-  const char* from = reinterpret_cast<const char*>(x);
-  char* to = reinterpret_cast<char*>(y);
-  for (int64_t b = 0; b < n * static_cast<int64_t>(sizeof(T)); b += 32)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + b),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + b)));
-#else
-  std::memcpy(y, x, n * sizeof(T));
-#endif
-}
-
-// Writes n running values to the output.
-template <typename T, typename A>
-inline void emit(const A* u, T* y, int64_t n, bool stream) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (stream) stream_lines(u, y, n);
-    else std::memcpy(y, u, n * sizeof(T));
-  } else if (stream) {
-    alignas(64) T buffer[kChunk];
-    narrow(u, buffer, n);
-    stream_lines(buffer, y, n);
-  } else {
-    narrow(u, y, n);
+  for (; j < n; ++j) {
+    const A k = M == Multiplier::full ? read(m[j]) : scalar;
+    u[j] = M == Multiplier::none ? read(a[j]) + u[j] : read(a[j]) + k * u[j];
+    if constexpr (R != Result::product) write(y + j, u[j]);
+    else if constexpr (M != Multiplier::none) p[j] = k * p[j];
   }
-}
-
-// u = a + m * u for one run of columns that lie next to each other.
-template <typename A, Multiplier M>
-inline void step(const A* a, const A* m, A* u, int64_t n) {
-  if constexpr (M == Multiplier::none) {
-    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + u[j];
-  } else if constexpr (M == Multiplier::scalar) {
-    const A k = *m;
-    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + k * u[j];
-  } else {
-    for (int64_t j = 0; j < n; ++j) u[j] = a[j] + m[j] * u[j];
-  }
-}
-
-template <typename A, Multiplier M>
-inline void multiply(const A* m, A* p, int64_t n) {
-  if constexpr (M == Multiplier::none) return;
-  for (int64_t j = 0; j < n; ++j) p[j] = p[j] * (M == Multiplier::scalar ? *m : m[j]);
 }
 
 // ---- the scan ----------------------------------------------------------------------------------------------
@@ -232,7 +274,7 @@ struct Problem {
 
 struct Run { int64_t a, m, y, u, n; };  // offsets into a row of a, m, y and into the running values; columns
 
-// Cuts columns [begin, end) into runs of neighbours of at most kChunk columns.
+// Cuts columns [begin, end) into runs of neighbours.
 template <typename T>
 void cut(const Problem<T>& p, Multiplier kind, int64_t begin, int64_t end, std::vector<Run>& runs) {
   runs.clear();
@@ -244,7 +286,7 @@ void cut(const Problem<T>& p, Multiplier kind, int64_t begin, int64_t end, std::
       m += index % p.size[d] * p.m_stride[d];
       index /= p.size[d];
     }
-    const int64_t n = std::min({p.run - within, end - at, kChunk});
+    const int64_t n = std::min(p.run - within, end - at);
     runs.push_back({a, m, at, at - begin, n});
     at += n;
   }
@@ -254,46 +296,80 @@ template <typename T, typename A, Multiplier M>
 struct Scan {
   const Problem<T>& p;
   std::vector<Run> runs;
-  A a_buffer[kChunk], m_buffer[kChunk];
 
   explicit Scan(const Problem<T>& problem) : p(problem) {}
 
   // Rows [first, last) of the runs, from running values u, which are updated; writes the output.
   void rows(int64_t first, int64_t last, A* u) {
+    if (first == 0) start(u, first++);
+    if (p.stream) pass<Result::streamed_output>(first, last, u, nullptr);
+    else pass<Result::output>(first, last, u, nullptr);
+#if defined(__AVX__)
+    if (p.stream) _mm_sfence();
+#endif
+  }
+
+  // The same rows without output; also multiplies their multipliers into product.
+  void reduce(int64_t first, int64_t last, A* u, A* product) { pass<Result::product>(first, last, u, product); }
+
+ private:
+  // The first link of the whole scan has no predecessor. Its multiplier must not meet the zero there, or an
+  // infinite one would make a NaN.
+  void start(A* u, int64_t i) {
+    for (const Run& r : runs)
+      for (int64_t j = 0; j < r.n; ++j) {
+        u[r.u + j] = read(p.a[i * p.a_row + r.a + j]);
+        write(p.y + i * p.y_row + r.y + j, u[r.u + j]);
+      }
+  }
+
+  template <Result R>
+  void pass(int64_t first, int64_t last, A* u, A* product) {
+    if (runs.size() == 1 && runs[0].n <= kFew) switch (runs[0].n) {
+      case 1: return few<R, 1>(first, last, u, product);
+      case 2: return few<R, 2>(first, last, u, product);
+      case 3: return few<R, 3>(first, last, u, product);
+      case 4: return few<R, 4>(first, last, u, product);
+      default: return few<R, 0>(first, last, u, product);
+    }
     for (int64_t i = first; i < last; ++i) {
       const T* a = p.a + i * p.a_row;
       const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
       T* y = p.y + i * p.y_row;
-      for (const Run& r : runs) {
-        const A* ra = fetch(a + r.a, a_buffer, r.n);
-        // The first link of the whole scan has no predecessor: its multiplier must not meet the zero, or
-        // an infinite one would make a NaN.
-        if (i == 0) std::copy(ra, ra + r.n, u + r.u);
-        else step<A, M>(ra, multipliers(m, r), u + r.u, r.n);
-        emit(u + r.u, y + r.y, r.n, p.stream);
-      }
+      for (const Run& r : runs)
+        step<T, A, M, R>(a + r.a, m + r.m, u + r.u, product + r.u, y + r.y, r.n);
     }
   }
 
-  // The same rows without output, from zero; also the product of their multipliers.
-  void reduce(int64_t first, int64_t last, A* u, A* product) {
+  // A single run of at most kFew columns, N if that is not zero, with the running values in registers.
+  template <Result R, int N>
+  void few(int64_t first, int64_t last, A* u, A* product) {
+    const Run r = runs[0];
+    const int64_t n = N ? N : r.n;
+    A v[kFew], q[kFew];
+    for (int64_t j = 0; j < n; ++j) {
+      v[j] = u[j];
+      if (R == Result::product) q[j] = product[j];
+    }
     for (int64_t i = first; i < last; ++i) {
-      const T* a = p.a + i * p.a_row;
-      const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
-      for (const Run& r : runs) {
-        const A* ra = fetch(a + r.a, a_buffer, r.n);
-        const A* rm = multipliers(m, r);
-        if (i == first) std::copy(ra, ra + r.n, u + r.u);
-        else step<A, M>(ra, rm, u + r.u, r.n);
-        multiply<A, M>(rm, product + r.u, r.n);
+      const T* a = p.a + i * p.a_row + r.a;
+      const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row + r.m;
+      T* y = p.y + i * p.y_row + r.y;
+      for (int64_t j = 0; j < n; ++j) {
+        if constexpr (M == Multiplier::none) {
+          v[j] = read(a[j]) + v[j];
+        } else {
+          const A k = read(m[M == Multiplier::scalar ? 0 : j]);
+          v[j] = read(a[j]) + k * v[j];
+          if constexpr (R == Result::product) q[j] = k * q[j];
+        }
+        if constexpr (R != Result::product) write(y + j, v[j]);
       }
     }
-  }
-
- private:
-  const A* multipliers(const T* m, const Run& r) {
-    if constexpr (M == Multiplier::none) return nullptr;
-    return fetch(m + r.m, m_buffer, M == Multiplier::scalar ? 1 : r.n);
+    for (int64_t j = 0; j < n; ++j) {
+      u[j] = v[j];
+      if (R == Result::product) product[j] = q[j];
+    }
   }
 };
 
@@ -311,9 +387,6 @@ void by_columns(const Problem<T>& p, int threads) {
       cut(p, M, tile, std::min(tile + kTile, end), scan.runs);
       scan.rows(0, p.length, u.data());
     }
-#if defined(__AVX__)
-    if (p.stream) _mm_sfence();
-#endif
   };
   if (threads == 1) return work(0);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -325,7 +398,7 @@ void by_columns(const Problem<T>& p, int threads) {
 template <typename T, typename A, Multiplier M>
 bool by_blocks(const Problem<T>& p, int blocks) {
   const int64_t columns = p.columns;
-  std::vector<A> last(blocks * columns), product(blocks * columns, number<A>(1)), carry(blocks * columns);
+  std::vector<A> last(blocks * columns, A{}), product(blocks * columns, number<A>(1)), carry(blocks * columns);
 #pragma omp parallel for num_threads(blocks) schedule(static, 1)
   for (int b = 0; b < blocks - 1; ++b) {
     Scan<T, A, M> scan(p);

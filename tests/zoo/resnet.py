@@ -9,7 +9,7 @@ from torch import nn
 from .case import Case, ExpectedChain, Link, program_of, residual, setup
 from .residual import linear
 
-CHANNELS, SIZE, BATCH = 4, 6, 3
+CHANNELS, SIZE, BATCH = 3, 4, 3
 
 
 def conv3(a: int, b: int, stride: int = 1) -> nn.Conv2d:
@@ -83,10 +83,10 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=inplace)
         self.stage1 = nn.Sequential(*(BasicBlock(CHANNELS, CHANNELS, inplace=inplace) for _ in range(5)))
         self.stage2 = nn.Sequential(
-            BasicBlock(CHANNELS, 6, stride=2, inplace=inplace),
-            *(BasicBlock(6, 6, inplace=inplace) for _ in range(4)),
+            BasicBlock(CHANNELS, 4, stride=2, inplace=inplace),
+            *(BasicBlock(4, 4, inplace=inplace) for _ in range(4)),
         )
-        self.fc = nn.Linear(6, 3)
+        self.fc = nn.Linear(4, 3)
         self.train(training)
 
     def forward(self, x):

@@ -1,0 +1,159 @@
+"""Is the rewritten backward expected to be faster? A cost model in bytes, flops and launches.
+
+The numbers per device are round figures of the right size, not measurements of this machine: the decision is about
+factors of two, and ``rewrite="always"`` overrides it. What it weighs: substitution launches every operator once per
+link, the rewritten form once per group and iteration; but it computes every block ``iterations`` times more, and it
+copies what has to be stacked (saved tensors, and the weights of links that have their own).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from hwbp_compiler.graph.chain import Chain, Group
+from hwbp_compiler.graph.program import INPUT, SUM, Program, closure
+from hwbp_compiler.graph.rules import Kind, is_constant_fill, rule_of
+
+aten = torch.ops.aten
+
+# Below this ratio of the two estimates a rewrite is not worth the risk that the model is off.
+_MARGIN = 0.8
+
+
+@dataclass(frozen=True)
+class Device:
+    """flops per second of a large product, bytes per second of memory, seconds to launch a library call or kernel."""
+
+    flops: float
+    bytes: float
+    launch: float
+
+
+def device_figures(device: torch.device) -> Device:
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Device(flops=25e9 * cores, bytes=8e9, launch=6e-6)
+    return Device(flops=15e12, bytes=1.0e12, launch=6e-6)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected seconds of the chain's backward, link after link and rewritten, and bytes copied to stack."""
+
+    substitution: float
+    rewritten: float
+    copied_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.substitution / self.rewritten if self.rewritten else float("inf")
+
+    @property
+    def pays(self) -> bool:
+        return self.rewritten < _MARGIN * self.substitution
+
+    def __str__(self) -> str:
+        return (
+            f"{self.substitution * 1e3:.3g} ms link after link, {self.rewritten * 1e3:.3g} ms rewritten "
+            f"({self.ratio:.2g}x), {self.copied_bytes / 1e6:.3g} MB stacked"
+        )
+
+
+def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
+    """Cost of ``chain``'s backward as it stands and with ``iterations`` rounds."""
+    like = next(n for n in chain.states[0] if n is not None).meta["val"]
+    figures = device_figures(like.device)
+    substitution = rewritten = 0.0
+    copied = 0
+    blocks = False
+    for group in groups:
+        program = group.template
+        block = set().union(*(closure(program, i) for i in program.outputs)) if program.outputs else set()
+        sides = set().union(*(closure(program, i) for i in group.exports)) if group.exports else set()
+        heavy = any(_kind(program, i) is Kind.HEAVY for i in block)
+        blocks = blocks or heavy
+        lanes = len(group.lanes)
+        substitution += lanes * _cost(program, block | sides, figures, 1)
+        rounds = iterations if heavy else 0
+        rewritten += rounds * _cost(program, block, figures, lanes) + _cost(program, sides, figures, lanes)
+        copied += _copied(group)
+    rows = len(chain.links) + 1
+    scan = figures.launch * 2 + 3 * rows * _bytes_of(like) / figures.bytes
+    rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
+    rewritten += 2 * copied / figures.bytes
+    return Estimate(substitution, rewritten, copied)
+
+
+def _kind(program: Program, i: int) -> Kind | None:
+    statement = program.statements[i]
+    if statement.target in (SUM, INPUT):
+        return Kind.ELEMENTWISE
+    node = program.raw[i]
+    rule = rule_of(node) if node is not None else None
+    return None if rule is None else rule.kind
+
+
+def _cost(program: Program, statements: set[int], figures: Device, lanes: int) -> float:
+    """Seconds for ``statements``, once, for ``lanes`` links at a time. Cheap operators fuse into one loop per heavy
+    one or reduction: they cost a launch together, and their bytes at cache speed."""
+    total = 0.0
+    fused = 0
+    kernels = 1
+    for i in statements:
+        node = program.raw[i]
+        if node is None:
+            continue
+        size = _bytes_of(node.meta.get("val"))
+        if _kind(program, i) is Kind.HEAVY:
+            moved = size + sum(_bytes_of(n.meta.get("val")) for n in node.all_input_nodes)
+            total += figures.launch + lanes * max(_flops(node) / figures.flops, moved / (4 * figures.bytes))
+            kernels += 1
+        else:
+            fused += size
+            kernels += node.target is aten.sum.dim_IntList
+    return total + kernels * figures.launch + lanes * fused / (4 * figures.bytes)
+
+
+def _flops(node: Node) -> float:
+    from torch.utils.flop_counter import flop_registry
+
+    packet = getattr(node.target, "overloadpacket", None)
+    formula: Callable | None = flop_registry.get(packet)
+    value = node.meta.get("val")
+    if formula is None or isinstance(value, torch.SymInt):
+        return 2.0 * _bytes_of(value)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    try:
+        return float(formula(*args, **kwargs, out_val=value))
+    except Exception:  # a formula may refuse shapes it does not know; the estimate does without it
+        return 2.0 * _bytes_of(value)
+
+
+def _bytes_of(value: object) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(_bytes_of(v) for v in value)
+    if not isinstance(value, torch.Tensor):
+        return 0
+    total = value.element_size()
+    for size in value.shape:
+        total *= size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1
+    return total
+
+
+def _copied(group: Group) -> int:
+    """Bytes of externals that differ from link to link, each tuple once."""
+    seen: set[tuple[Node, ...]] = set()
+    total = 0
+    for slot in range(len(group.template.externals)):
+        nodes = tuple(group.external(slot))
+        if nodes in seen or all(n is nodes[0] for n in nodes) or is_constant_fill(nodes[0]):
+            continue
+        seen.add(nodes)
+        if not all(n.target is aten.select.int for n in nodes):
+            total += sum(_bytes_of(n.meta.get("val")) for n in nodes)
+    return total

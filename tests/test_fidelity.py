@@ -1,0 +1,205 @@
+"""The rewritten gradients are w^k's, in every model of the zoo: the compiler against the oracle, in float64.
+
+Most of it runs the rewritten joint graph as it stands (``eager_backend``); a few cases go through Inductor.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from eager_backend import capture, eager_highway, leaves_of, options
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch.utils import _pytree as pytree
+from zoo import CASES
+
+from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
+from hwbp_compiler.testing.reference import reference_gradients
+
+SEED = 7
+DAMPINGS = (0.0, 0.2, 0.8, 1.0)
+# Every k and every gamma at least once, and both ends with each kind of damping.
+SOME = ((0, 0.0), (1, 0.2), (2, 0.8), (3, 0.0), (1, 1.0), ("L-1", 0.0), ("L", 0.2))
+ALL = tuple((k, gamma) for k in (0, 1, 2, 3, "L-1", "L") for gamma in DAMPINGS)
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """In place of the one for all tests: here a captured model lives through all tests of its case."""
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def case(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def captured(case):
+    return capture(*case.build())
+
+
+def eager(case):
+    model, args, loss = case.build()
+    leaves = leaves_of(model, args)
+    torch.manual_seed(SEED)
+    output = model(*args)
+    found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
+    return output, {
+        key: torch.zeros_like(leaf) if g is None else g
+        for (key, leaf), g in zip(leaves.items(), found, strict=True)
+    }
+
+
+def oracle(case, iterations, damping):
+    """What the gradients should be; eager mode's where the contract leaves the chains open."""
+    if case.program is None:
+        return eager(case)
+    model, args, loss = case.build()
+    torch.manual_seed(SEED)
+    return reference_gradients(case.program(model), args, loss, iterations, damping)
+
+
+def iterations_of(case, k):
+    if isinstance(k, int):
+        return k
+    length = max((chain.length for chain in case.chains or ()), default=4)
+    return {"L-1": length - 1, "L": length}[k]
+
+
+def compare(case, captured, settings):
+    for k, damping in settings:
+        iterations = iterations_of(case, k)
+        if case.program is None and k != "L":
+            continue
+        if case.program is None:
+            iterations = 10**6
+        torch.manual_seed(SEED)
+        _, found, _ = captured.gradients(options(iterations=iterations, damping=damping))
+        _, expected = oracle(case, iterations, damping)
+        tolerance = case.tolerance if k != "L" else max(1e-9, case.tolerance if case.noise > 1e-9 else 0.0)
+        assert_gradients_close(
+            found, expected, tolerance, case.noise, what=f"k={iterations} ({k}), gamma={damping}"
+        )
+
+
+def test_gradients_match_the_oracle(case, captured):
+    compare(case, captured, SOME)
+
+
+@pytest.mark.slow
+def test_gradients_match_the_oracle_at_every_k_and_gamma(case, captured):
+    compare(case, captured, [setting for setting in ALL if setting not in SOME])
+
+
+def test_outputs_are_those_of_eager_mode(case, captured):
+    torch.manual_seed(SEED)
+    output, _, _ = captured.gradients(options(iterations=1))
+    expected, _ = eager(case)
+    assert_outputs_close(output, expected, case.forward_tolerance)
+
+
+def test_chains_found_are_those_the_paper_means(case, captured):
+    if case.chains is None:
+        pytest.skip("the contract leaves this model's chains open")
+    torch.manual_seed(SEED)
+    _, _, records = captured.gradients(options(iterations=1))
+    rewritten = sorted(record.length for record in records if record.decision == "rewritten")
+    expected = sorted(case.chains, key=operator.attrgetter("length"))
+    assert len(rewritten) == len(expected), f"found {rewritten}, expected {[c.length for c in expected]}"
+    for length, chain in zip(rewritten, expected, strict=True):
+        assert length in chain.lengths, f"found {rewritten}, expected {[c.length for c in expected]}"
+
+
+def forward_part(joint: fx.GraphModule, outputs: int) -> list[tuple]:
+    """Every node the forward outputs need, in order, with its arguments; names do not count."""
+    results = pytree.tree_leaves(joint.graph.output_node().args)[:outputs]
+    needed, waiting = set(), [node for node in results if isinstance(node, fx.Node)]
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    number: dict[fx.Node, int] = {}
+    listed = []
+    for node in joint.graph.nodes:
+        if node in needed:
+            number[node] = len(number)
+            args = fx.map_arg((node.args, node.kwargs), lambda n: ("node", number[n]))
+            listed.append((node.op, str(node.target), str(args)))
+    return listed
+
+
+def test_forward_graph_is_untouched_node_for_node(case, captured):
+    for joint in captured.joints:
+        rewritten, _ = joint.rewritten(options(iterations=1))
+        before = forward_part(joint.module, joint.forward_outputs)
+        assert forward_part(rewritten, joint.forward_outputs) == before
+
+
+def test_without_a_chain_the_graph_is_untouched(case, captured):
+    if case.chains != ():
+        pytest.skip("has chains")
+    for joint in captured.joints:
+        rewritten, _ = joint.rewritten(options(iterations=0))
+        assert rewritten.graph.python_code("self").src == joint.module.graph.python_code("self").src
+
+
+PARTITIONED = (
+    "mlp_module_list", "resnet_postact_train", "encoder_post_norm", "torch_encoder_causal_dropout",
+    "gru_cell_every_step", "lstm_cell_start_given", "gru_2_layers_interleaved_every_step", "encoder_decoder",
+    "activity_penalties", "partly_frozen", "checkpointed", "hf_gpt2_sdpa",
+)  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize("name", [name for name in PARTITIONED if name in BY_NAME])
+def test_gradients_match_the_oracle_after_partitioning(name):
+    """The min-cut partitioner cuts the rewritten graph where it likes and recomputes what it likes."""
+    case = BY_NAME[name]
+    iterations, damping = 1, 0.2
+    model, args, loss = case.build()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=eager_highway(options(iterations=iterations, damping=damping)))
+    leaves = leaves_of(model, args)
+    torch.manual_seed(SEED)
+    output = compiled(*args)
+    found = torch.autograd.grad(loss(output), list(leaves.values()))
+    _, expected = oracle(case, iterations, damping)
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, case.tolerance, case.noise)
+
+
+THROUGH_INDUCTOR = (
+    "mlp_module_list", "resnet_postact_train", "encoder_pre_norm", "encoder_post_norm",
+    "torch_encoder_pre_norm_dropout", "gru_cell_every_step", "lstm_cell_start_given",
+    "gru_2_layers_interleaved_every_step", "encoder_decoder", "activity_penalties", "hf_gpt2_sdpa",
+    "hf_bert_sdpa", "hf_llama_sdpa",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iterations", [0, 1, "exact"])
+@pytest.mark.parametrize("name", [name for name in THROUGH_INDUCTOR if name in BY_NAME])
+def test_compiled_by_inductor_gradients_match_the_oracle(name, iterations):
+    case, damping = BY_NAME[name], 0.2
+    model, args, loss = case.build()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model,
+        backend="highway",
+        options={
+            "iterations": iterations, "damping": damping, "rewrite": "always", "min_length": 2, "strict": True,
+            "fallback_random": True,
+        },
+    )  # fmt: skip
+    leaves = leaves_of(model, args)
+    torch.manual_seed(SEED)
+    output = compiled(*args)
+    found = torch.autograd.grad(loss(output), list(leaves.values()))
+    expected_output, expected = oracle(case, iterations, damping)
+    assert_outputs_close(output, expected_output, case.forward_tolerance)
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, case.tolerance, case.noise)
