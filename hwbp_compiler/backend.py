@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping
@@ -14,8 +13,14 @@ from typing import Any
 
 import torch
 
+import hwbp_compiler
+
+# Loaded with the backend, not with the first pass: they bring the operators that rewritten graphs call, and a
+# graph found in torch.compile's caches runs no pass.
+from . import passes
 from .counting import count
 from .errors import HighwayError
+from .graph.info import is_tangent
 from .options import Options, parse
 from .torch_private import CustomGraphPass, check_when_configured, compile_fx, user_joint_passes
 
@@ -54,11 +59,6 @@ class HighwayPass(CustomGraphPass):
     options: Options
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        # Late: looking at options, which every torch.compile call does, should not load the passes.
-        from hwbp_compiler import passes
-
-        from .graph.info import is_tangent
-
         count("graphs_seen")
         if not any(is_tangent(node) for node in graph.nodes):
             count("inference_graphs")
@@ -107,8 +107,8 @@ class PassSequence(CustomGraphPass):
         return uuids if all(uuids) else None
 
 
-def _in_sequence(*passes: Callable[[torch.fx.Graph], Any]) -> Callable[[torch.fx.Graph], Any]:
-    return passes[0] if len(passes) == 1 else PassSequence(passes)
+def _in_sequence(*parts: Callable[[torch.fx.Graph], Any]) -> Callable[[torch.fx.Graph], Any]:
+    return parts[0] if len(parts) == 1 else PassSequence(parts)
 
 
 @functools.cache
@@ -120,8 +120,8 @@ def source_digest() -> str:
     """
     # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
     found: dict[str, Path] = {}
-    for package, prefix in (("hwbp_compiler", Path()), ("hwbp_compiler.passes", Path("passes"))):
-        for root in importlib.import_module(package).__path__:
+    for package, prefix in ((hwbp_compiler, Path()), (passes, Path("passes"))):
+        for root in package.__path__:
             for path in Path(root).rglob("*"):
                 if path.suffix in SOURCE_SUFFIXES:
                     found[(prefix / path.relative_to(root)).as_posix()] = path

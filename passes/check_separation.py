@@ -44,7 +44,7 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
     else:
         options = [
             [[(info.nodes[j],) for j in _uncrossed(joins, crossings)]],
-            [[(info.nodes[j],) for j in joins[a : b + 1]] for a, b in _sub_ranges(len(joins), crossings)],
+            [[(info.nodes[j],) for j in joins[a : b + 1]] for a, b in _sub_ranges(info, joins)],
             [[s for j in joins if (s := _widened(info, j)) is not None]],
         ]
     best: tuple[list[Chain], list[Refusal]] = ([], [])
@@ -86,16 +86,31 @@ def _uncrossed(joins: list[int], crossings: list[tuple[int, int]]) -> list[int]:
     return [j for i, j in enumerate(joins) if i not in crossed]
 
 
-def _sub_ranges(count: int, crossings: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Maximal ranges of joins that no by-pass starts and ends in."""
+def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
+    """Maximal ranges of joins that no by-pass both starts and ends in.
+
+    A longer range has more by-passes, so its end is found by doubling and bisection: near-linear in all.
+    """
     ranges: list[tuple[int, int]] = []
-    start = 0
-    while start < count:
-        end = min((q - 1 for p, q in crossings if p >= start), default=count - 1)
-        ranges.append((start, end))
-        if end >= count - 1:
-            break
-        start = end if end > start else start + 1
+    start, last = 0, len(joins) - 1
+
+    def sound(end: int) -> bool:
+        return not _crossings(info, joins[start : end + 1])
+
+    while start < last:
+        good, step = start + 1, 2
+        bad = None
+        while bad is None and good < last:
+            trial = min(start + step, last)
+            if sound(trial):
+                good, step = trial, step * 2
+            else:
+                bad = trial
+        while bad is not None and bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if sound(middle) else (good, middle)
+        ranges.append((start, good))
+        start = good
     return ranges
 
 
@@ -156,6 +171,8 @@ def _build(
 
 
 def _check_shapes(before: State, after: State) -> None:
+    if len(before) != len(after):
+        raise NotALink(f"{len(before)} values cross one end of the link and {len(after)} the other")
     for a, b in zip(before, after, strict=True):
         if a is not None and b is not None:
             if shape_of(a) != shape_of(b):

@@ -84,12 +84,12 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], li
         if len(track.joins) + 2 < options.min_length:  # head and tail can add one link each
             continue
         chains, refused = check_separation(info, track)
-        refusals += refused
+        if len(track.joins) >= options.min_length:
+            refusals += refused
         found += _split_and_group(info, chains, options, refusals)
     used = {info.index[n] for candidate in found for n in candidate.nodes}
     for track in find_recurrences(info, used, max(options.min_length, _SHORTEST_RECURRENCE) - 1):
-        chains, refused = check_separation(info, track)
-        refusals += refused
+        chains, _ = check_separation(info, track)
         elementwise = [c for c in map(_regular_part, chains) if c is not None]
         found += _split_and_group(info, elementwise, options, refusals)
     found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))

@@ -292,6 +292,14 @@ class _ChainRewriter:
                 if node is not None and any(user not in inside for user in node.users):
                     done.replacements[node] = self.e.call(aten.select.int, rows[component], 0, self._row(i))
 
+        for component, i in enumerate(self.chain.links[-1].outputs):
+            if i in self.chain.links[-1].remainders:
+                root, terms = self.chain.links[-1].remainders[i]
+                total = self.e.call(aten.select.int, rows[component], 0, 0)
+                for term in terms:
+                    total = self.e.call(aten.add.Tensor, total, term)
+                done.replacements[root] = total
+
     def _inside(self) -> set[Node]:
         inside: set[Node] = set()
         for group in self.groups:

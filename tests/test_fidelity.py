@@ -14,7 +14,7 @@ from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
-from zoo import CASES
+from zoo import CASES, EVERYDAY
 
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.reference import reference_gradients
@@ -33,7 +33,13 @@ def fresh_state():
         yield
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(case, id=case.name, marks=[] if case.name in EVERYDAY else [pytest.mark.slow])
+        for case in CASES
+    ],
+)
 def case(request):
     return request.param
 

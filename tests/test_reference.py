@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from zoo import CASES
+from zoo import CASES, EVERYDAY
 
 from hwbp_compiler.testing.compare import (
     assert_gradients_close,
@@ -23,25 +23,6 @@ SEED = 7
 WITH_PROGRAM = [case for case in CASES if case.program is not None]
 WITH_CHAINS = [case for case in WITH_PROGRAM if case.chains]
 TRUNCATING = [case for case in WITH_CHAINS if not case.elementwise]
-
-# Enumeration is slow: in everyday runs one case of each kind, the rest with the slow tests.
-ONE_OF_EACH = {
-    "mlp_module_list",
-    "mlp_learnt_trunk",
-    "highway_network",
-    "resnet_postact_eval",
-    "resnet_norm_on_trunk_train",
-    "encoder_post_norm",
-    "encoder_parallel",
-    "gru_cell_every_step",
-    "lstm_cell_start_given",
-    "gru_2_layers_interleaved_every_step",
-    "encoder_decoder",
-    "activity_penalties",
-    "gru_gates_returned",
-}
-assert {case.name for case in WITH_CHAINS} >= ONE_OF_EACH
-
 
 def cases(which):
     return pytest.mark.parametrize("case", which, ids=str)
@@ -90,7 +71,7 @@ def test_iterations_equal_to_length_is_autograd_at_every_damping(case):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case.name, marks=[] if case.name in ONE_OF_EACH else [pytest.mark.slow])
+        pytest.param(case, id=case.name, marks=[] if case.name in EVERYDAY else [pytest.mark.slow])
         for case in WITH_CHAINS
     ],
 )

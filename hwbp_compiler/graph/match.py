@@ -40,6 +40,7 @@ class _Matcher:
         self.bound: list[Node | None] = [None] * len(template.statements)
         self.externals: list[Node | None] = [None] * len(template.externals)
         self.injections: dict[int, list[Node]] = {}
+        self.remainders: dict[int, tuple[Node, list[Node]]] = {}
         self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to settle once the rest is known
 
     def run(self, outputs: Sequence[Node]) -> Program:
@@ -62,6 +63,7 @@ class _Matcher:
             outputs=list(template.outputs),
             externals=[n if n is not None else template.externals[i] for i, n in enumerate(self.externals)],
             injections={i: terms for i, terms in self.injections.items() if terms},
+            remainders=dict(self.remainders),
         )
 
     def _match_statements(self, statements: Iterable[int]) -> None:
@@ -80,19 +82,30 @@ class _Matcher:
             self._settle(i, wanted)
         self.undecided.clear()
 
-    def try_statement(self, i: int, node: Node, needed: Sequence[int]) -> bool:
+    def try_statement(self, i: int, node: Node, needed: Sequence[int], output: bool = False) -> bool:
         """Match statement ``i`` and what it is computed from (``needed``, descending) against ``node``; on a
-        mismatch nothing is changed."""
+        mismatch nothing is changed. An ``output`` may be one part of the sum ``node``."""
         before = list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
         try:
             self._bind(i, node)
             self._match_statements(needed)
+            if output:
+                self._set_remainder_aside(i, node)
             self._check_distinct()
             return True
         except _Mismatch:
             self.bound, self.externals, self.injections = before
+            self.remainders.pop(i, None)
             self.undecided.clear()
             return False
+
+    def _set_remainder_aside(self, i: int, node: Node) -> None:
+        terms = self.injections.get(i, [])
+        inside = [t for t in terms if self.info.index[t] in self.forbidden]
+        if inside:
+            self.injections[i] = [t for t in terms if t not in inside]
+            self.remainders[i] = (node, inside)
+            self.bound[i] = None
 
     def _check_distinct(self) -> None:
         """One node per statement, a one-term sum and its term excepted; nothing from outside depends on the chain."""
@@ -207,9 +220,9 @@ def match_sides(
     for i in template.outputs:
         needed = sorted(closure(template, i), reverse=True)
         taken = set(matcher.bound)
-        any(n not in taken and matcher.try_statement(i, n, needed) for n in candidates)
+        any(n not in taken and matcher.try_statement(i, n, needed, output=True) for n in candidates)
     found = matcher.program()
-    if all(found.raw[i] is None for i in found.outputs):
+    if all(found.raw[i] is None and i not in found.remainders for i in found.outputs):
         found.outputs = []
     return found
 

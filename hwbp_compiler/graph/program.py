@@ -72,6 +72,8 @@ class Program:
     outputs      statement of each state component of the next state, () where nothing follows
     externals    node per external slot
     injections   statement -> nodes added to it (statements that are sums only)
+    remainders   output statement -> (node, terms): the node is that output plus terms that depend on the chain itself
+                 (a sum over links, as of the gradient of a context that every link reads); the output has no node
     """
 
     arity: int
@@ -80,6 +82,7 @@ class Program:
     outputs: list[int] = field(default_factory=list)
     externals: list[Node] = field(default_factory=list)
     injections: dict[int, list[Node]] = field(default_factory=dict)
+    remainders: dict[int, tuple[Node, list[Node]]] = field(default_factory=dict)
 
     @property
     def signature(self) -> tuple:

@@ -4,7 +4,7 @@
 //
 // Note [Row order]
 // A thread owns a range of columns and walks down the rows with the running u of its columns in a small
-// buffer that stays in L1. Going down one narrow column block at a time instead touches a new page, and with
+// buffer that stays in the cache. Going down one narrow column block at a time instead touches a new page, and with
 // power-of-two rows the same cache set, at every step; row order reads and writes whole pages one after another.
 // The running u is kept apart from the output, so the output can be written past the caches, and 16-bit types
 // carry float32 from row to row.
@@ -325,13 +325,9 @@ struct Scan {
 
   template <Result R>
   void pass(int64_t first, int64_t last, A* u, A* product) {
-    if (runs.size() == 1 && runs[0].n <= kFew) switch (runs[0].n) {
-      case 1: return few<R, 1>(first, last, u, product);
-      case 2: return few<R, 2>(first, last, u, product);
-      case 3: return few<R, 3>(first, last, u, product);
-      case 4: return few<R, 4>(first, last, u, product);
-      default: return few<R, 0>(first, last, u, product);
-    }
+    if constexpr (R != Result::streamed_output)
+      if (runs.size() == 1 && runs[0].n <= kFew)
+        return runs[0].n == 1 ? few<R, 1>(first, last, u, product) : few<R, 0>(first, last, u, product);
     for (int64_t i = first; i < last; ++i) {
       const T* a = p.a + i * p.a_row;
       const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
@@ -498,7 +494,7 @@ void scan(const void* a, const void* m, void* y, int64_t length, int64_t a_row, 
   p.m_row = sign * m_row;
   p.y_row = sign * p.columns;
   const int64_t bytes = length * p.columns * static_cast<int64_t>(sizeof(T));
-  p.stream = bytes >= kStreamBytes && p.run * static_cast<int64_t>(sizeof(T)) % kLine == 0 &&
+  p.stream = bytes >= kStreamBytes && p.columns > kFew && p.run * static_cast<int64_t>(sizeof(T)) % kLine == 0 &&
              reinterpret_cast<uintptr_t>(y) % kLine == 0;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   // Half the time of a large scan is the kernel handing out the output's pages; ask for large ones.

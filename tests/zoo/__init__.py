@@ -16,4 +16,35 @@ CASES: list[Case] = [
     *nothing.CASES,
 ]
 
-__all__ = ["CASES", "Case", "ExpectedChain"]
+# One of each kind, for everyday runs; the others go with the slow tests.
+EVERYDAY = {
+    "mlp_module_list",
+    "mlp_raw_input_without_grad",
+    "mlp_learnt_trunk",
+    "mlp_all_states",
+    "highway_network",
+    "resnet_preact_train",
+    "resnet_postact_eval",
+    "resnet_norm_on_trunk_train",
+    "decoder_causal",
+    "encoder_post_norm",
+    "encoder_parallel",
+    "torch_encoder_post_norm_dropout",
+    "gru_cell_every_step",
+    "lstm_cell_start_given",
+    "cat_gru_last_step",
+    "min_gru_every_step",
+    "gru_2_layers_interleaved_every_step",
+    "gru_bidirectional",
+    "encoder_decoder",
+    "mlp_stages",
+    "activity_penalties",
+    "gru_gates_returned",
+    "hf_gpt2_sdpa",
+    "hf_bert_eager",
+    "nothing_tanh_rnn",
+    "nothing_densenet",
+    "unet",
+}
+
+__all__ = ["CASES", "EVERYDAY", "Case", "ExpectedChain"]
