@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from hwbp_compiler.graph.batching import Emitter, Value
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
-from hwbp_compiler.graph.program import INPUT, SUM, sum_terms
+from hwbp_compiler.graph.program import INPUT, SUM, references, sum_terms
 from hwbp_compiler.graph.stacking import Stacker, stack
 
 from .group_links import inner_sums
@@ -292,13 +292,12 @@ class _ChainRewriter:
                 if node is not None and any(user not in inside for user in node.users):
                     done.replacements[node] = self.e.call(aten.select.int, rows[component], 0, self._row(i))
 
-        for component, i in enumerate(self.chain.links[-1].outputs):
-            if i in self.chain.links[-1].remainders:
-                root, terms = self.chain.links[-1].remainders[i]
-                total = self.e.call(aten.select.int, rows[component], 0, 0)
-                for term in terms:
-                    total = self.e.call(aten.add.Tensor, total, term)
-                done.replacements[root] = total
+        last = self.chain.links[-1]
+        for component, i in enumerate(last.outputs):
+            if i in last.remainders:
+                own = [last.raw[r] for r in references(last.statements[i].args)]
+                value = self.e.call(aten.select.int, rows[component], 0, 0)
+                self._add_to(_root_of(last.remainders[i][0]), value, own, done)  # type: ignore[arg-type]
 
     def _inside(self) -> set[Node]:
         inside: set[Node] = set()
@@ -353,13 +352,18 @@ def _accumulation(nodes: list[Node]) -> Node | None:
     """The root of the one addition tree that all of ``nodes`` are single-use terms of."""
     if len(nodes) < 2:
         return None
-    root = nodes[0]
-    while len(root.users) == 1 and (user := next(iter(root.users))).target is aten.add.Tensor and not user.kwargs:
-        root = user
+    root = _root_of(nodes[0])
     if root is nodes[0]:
         return None
     terms = sum_terms(root, None)  # type: ignore[arg-type]
     return root if set(nodes) <= set(terms) and len(set(nodes)) == len(nodes) else None
+
+
+def _root_of(node: Node) -> Node:
+    """The last of the single-use additions that ``node`` is a term of."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target is aten.add.Tensor and not user.kwargs:
+        node = user
+    return node
 
 
 def _runs(lanes: list[int]) -> list[tuple[int, int]]:

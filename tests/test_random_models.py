@@ -1,0 +1,109 @@
+"""Random residual models: whatever is drawn, the compiler's gradients are the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from eager_backend import capture, options
+from hypothesis import HealthCheck, given, settings
+
+from hwbp_compiler.testing import assert_gradients_close, models, reference_gradients, strategies, sum_over_paths
+from hwbp_compiler.testing.compare import assert_outputs_close
+
+everyday = settings(
+    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def autograd(spec):
+    model, args, loss = models.build(spec)
+    leaves = {name: p for name, p in model.named_parameters()}
+    leaves.update({0: args[0]} if spec.input_grad else {})
+    output = model(*args)
+    found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
+    zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
+    return output, {k: z if g is None else g for k, g, z in zip(leaves, found, zeros, strict=True)}
+
+
+def oracle(spec, iterations, damping, **kwargs):
+    model, args, loss = models.build(spec)
+    return reference_gradients(models.program(model), args, loss, iterations, damping, **kwargs)
+
+
+def compiled(spec, *settings):
+    """Gradients and records for each (iterations, damping), from one capture."""
+    captured = capture(*models.build(spec))
+    for iterations, damping in settings:
+        yield captured.gradients(options(iterations=iterations, damping=damping))
+
+
+@settings(everyday, max_examples=50)
+@given(strategies.models())
+def test_retold_models_compute_what_the_model_computes(spec):
+    output, exact = autograd(spec)
+    retold, found = oracle(spec, "exact", 0.3)
+    assert_outputs_close(retold, output, 1e-11)
+    assert_gradients_close(found, exact, 1e-9)
+
+
+@everyday
+@given(strategies.models(max_depth=4, max_width=3), strategies.iterations(), strategies.dampings())
+def test_retold_models_sum_over_paths(spec, iterations, damping):
+    _, found = oracle(spec, iterations, damping)
+    _, paths = oracle(spec, iterations, damping, solver=sum_over_paths)
+    assert_gradients_close(found, paths, 1e-8)
+
+
+def check_truncation(spec, iterations, damping):
+    ((output, found, _),) = compiled(spec, (iterations, damping))
+    expected_output, expected = oracle(spec, iterations, damping)
+    assert_outputs_close(output, expected_output, 1e-11)
+    assert_gradients_close(found, expected, 1e-6)
+
+
+def check_chains(spec):
+    ((_, _, records),) = compiled(spec, (1, 0.0))
+    found = sorted(record.length for record in records if record.decision == "rewritten")
+    lengths = list(spec.chain_lengths)
+    allowed = [sorted(lengths)]
+    if not (spec.input_grad or spec.stem):  # nothing below the first chain wants a gradient
+        allowed.append(sorted([lengths[0] - 1, *lengths[1:]]))
+    assert found in allowed
+
+
+@everyday
+@given(strategies.models(), strategies.iterations(), strategies.dampings())
+def test_gradients_match_the_oracle(spec, iterations, damping):
+    check_truncation(spec, iterations, damping)
+
+
+@everyday
+@given(strategies.models())
+def test_every_stack_is_one_chain(spec):
+    check_chains(spec)
+
+
+@everyday
+@given(strategies.models(skips=True), strategies.dampings())
+def test_enough_iterations_are_backprop_whatever_the_skips(spec, damping):
+    runs = compiled(spec, (1, damping), (10**6, damping))
+    output, exact = autograd(spec)
+    for (got, found, _), is_exact in zip(runs, (False, True), strict=True):
+        assert_outputs_close(got, output, 1e-11)
+        if is_exact:
+            assert_gradients_close(found, exact, 1e-9)
+
+
+@pytest.mark.slow
+@many
+@given(strategies.models(), strategies.iterations(), strategies.dampings())
+def test_many_gradients_match_the_oracle(spec, iterations, damping):
+    check_truncation(spec, iterations, damping)
+
+
+@pytest.mark.slow
+@many
+@given(strategies.models())
+def test_in_many_models_every_stack_is_one_chain(spec):
+    check_chains(spec)
