@@ -43,9 +43,17 @@ def highway(
     :class:`hwbp_compiler.OptionError` for anything else.
     """
     ours, patches = parse(options, mode)
+    register_lowerings()
     if ours.rewrite != "never":
         patches["joint_custom_pre_pass"] = _in_sequence(*user_joint_passes(patches), HighwayPass(ours))
     return compile_fx(gm, example_inputs, patches)
+
+
+def register_lowerings() -> None:
+    """Inductor's side of our operators. Here, not at import: it loads Inductor."""
+    from .scan import inductor
+
+    inductor.register()
 
 
 # torch.compile gives the options to this check at once, and to the backend only with the first graph.

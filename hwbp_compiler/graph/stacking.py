@@ -18,6 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
+import hwbp_compiler.stack  # noqa: F401  (defines torch.ops.highway.stack)
+
 from .batching import Emitter, Value
 from .program import _constant, _dtype_of
 from .rules import is_constant_fill, shape_of
@@ -152,12 +154,8 @@ class Stacker:
 
 
 def stack(e: Emitter, nodes: Sequence[Node]) -> Node:
-    """[links, ...] from one node per link: one concatenation, whose producers can write in place."""
-    shape = list(nodes[0].meta["val"].shape)
-    if not shape:
-        return e.call(aten.cat.default, [e.call(aten.unsqueeze.default, n, 0) for n in nodes])
-    node = e.call(aten.cat.default, list(nodes))
-    return e.reshape(node, [len(nodes), *shape])
+    """[links, ...] from one node per link."""
+    return e.call(torch.ops.highway.stack.default, list(nodes))
 
 
 def _shared(nodes: tuple[Node, ...]) -> bool:

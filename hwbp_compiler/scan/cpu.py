@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .fallback import linear_scan_torch
+from .reference import spread
 
 log = logging.getLogger("hwbp_compiler")
 
@@ -48,10 +49,12 @@ def linear_scan_out(values: Tensor, multipliers: Tensor | None, reverse: bool, *
     if kernel is None:
         out.copy_(linear_scan_torch(values, multipliers, reverse))
     elif not _launch(kernel, values, multipliers, out, reverse):
-        # The kernel wants neighbours in the last dimension; a multiplier is copied at its own size.
+        # The kernel wants neighbours in the last dimension, and few dimensions that do not merge.
         values = values.contiguous()
-        multipliers = None if multipliers is None else multipliers.contiguous()
-        _launch(kernel, values, multipliers, out, reverse)
+        if multipliers is not None:
+            multipliers = spread(multipliers, values).expand_as(values).contiguous()
+        taken = _launch(kernel, values, multipliers, out, reverse)
+        assert taken, "the kernel takes any contiguous tensors"
 
 
 def _launch(

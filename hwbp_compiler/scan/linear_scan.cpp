@@ -333,7 +333,7 @@ struct Scan {
       const T* m = M == Multiplier::none ? nullptr : p.m + i * p.m_row;
       T* y = p.y + i * p.y_row;
       for (const Run& r : runs)
-        step<T, A, M, R>(a + r.a, m + r.m, u + r.u, product + r.u, y + r.y, r.n);
+        step<T, A, M, R>(a + r.a, m + r.m, u + r.u, R == Result::product ? product + r.u : nullptr, y + r.y, r.n);
     }
   }
 
