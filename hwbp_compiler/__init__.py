@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .errors import HighwayError as HighwayError
     from .errors import OptionError as OptionError
     from .options import Options as Options
+    from .report import explain as explain
     from .scan import linear_scan as linear_scan
 
 # A public function must not be called like the module it stands in: importing a submodule binds its name
@@ -25,6 +26,7 @@ _HOME = {
     "OptionError": "errors",
     "Options": "options",
     "counters": "counting",
+    "explain": "report",
     "linear_scan": "scan",
     "reset_counters": "counting",
 }

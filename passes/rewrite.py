@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from hwbp_compiler.graph.batching import Emitter, Value
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
-from hwbp_compiler.graph.program import INPUT, SUM, references, sum_terms
+from hwbp_compiler.graph.program import INPUT, SUM, External, references, sum_terms
 from hwbp_compiler.graph.stacking import Stacker, stack
 
 from .group_links import inner_sums
@@ -131,6 +131,20 @@ class _ChainRewriter:
             total = value if total is None else stacker.e.apply(aten.add.Tensor, (total, value), {})  # type: ignore
         return total
 
+    def _direct_injections(self, component: int) -> Node | None:
+        """b where there is one group and only its outputs are injected into, one term each: the terms as they are
+        stacked (mostly rows of one tensor), without the tail, which would break the pattern."""
+        if len(self.groups) != 1:
+            return None
+        programs = [p for p, lane in zip(self.groups[0].programs, self.groups[0].lanes, strict=True) if lane < self.links]
+        output = self.groups[0].template.outputs[component]
+        if any(set(p.injections) - set(p.outputs) or len(p.injections.get(output, ())) != 1 for p in programs):
+            return None
+        if any(_has_additive(s.args) for s in self.groups[0].template.statements):
+            return None
+        value = Stacker(self.e)([p.injections[output][0] for p in programs])
+        return self.e.batch(value)
+
     def _rows(self, row: Node, lanes: list[int]) -> Node:
         """Rows ``lanes`` (ascending) of a [links + 1, ...] stack: a slice where they are evenly spaced."""
         count = row.meta["val"].shape[0]
@@ -162,6 +176,10 @@ class _ChainRewriter:
         evaluators = [self._evaluator(g, rows) for g in range(len(self.groups))]
         assembled: list[Node | None] = []
         for component in range(self.chain.width):
+            direct = self._direct_injections(component) if mode is Mode.INJECT else None
+            if direct is not None:
+                assembled.append(direct)
+                continue
             parts = [ev.value(mode, ev.program.outputs[component]) for ev in evaluators]
             if all(p is None for p in parts):
                 assembled.append(None)
@@ -364,6 +382,10 @@ def _root_of(node: Node) -> Node:
     while len(node.users) == 1 and (user := next(iter(node.users))).target is aten.add.Tensor and not user.kwargs:
         node = user
     return node
+
+
+def _has_additive(args) -> bool:
+    return any(_has_additive(a) if isinstance(a, tuple) else isinstance(a, External) and a.additive for a in args)
 
 
 def _runs(lanes: list[int]) -> list[tuple[int, int]]:

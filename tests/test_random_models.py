@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from eager_backend import capture, options
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 
 from hwbp_compiler.testing import assert_gradients_close, models, reference_gradients, strategies, sum_over_paths
 from hwbp_compiler.testing.compare import assert_outputs_close
 
+unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))
+# Always the same few small models, and no shrinking: it would take minutes, the slow tests do it.
 everyday = settings(
-    max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    unhurried, max_examples=8, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
-many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(unhurried, max_examples=300)
+small = strategies.models(max_stacks=2, max_depth=4)
 
 
 def autograd(spec):
@@ -73,19 +76,19 @@ def check_chains(spec):
 
 
 @everyday
-@given(strategies.models(), strategies.iterations(), strategies.dampings())
+@given(small, strategies.iterations(), strategies.dampings())
 def test_gradients_match_the_oracle(spec, iterations, damping):
     check_truncation(spec, iterations, damping)
 
 
 @everyday
-@given(strategies.models())
+@given(small)
 def test_every_stack_is_one_chain(spec):
     check_chains(spec)
 
 
 @everyday
-@given(strategies.models(skips=True), strategies.dampings())
+@given(strategies.models(max_stacks=2, max_depth=4, skips=True), strategies.dampings())
 def test_enough_iterations_are_backprop_whatever_the_skips(spec, damping):
     runs = compiled(spec, (1, damping), (10**6, damping))
     output, exact = autograd(spec)

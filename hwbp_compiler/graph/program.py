@@ -17,7 +17,7 @@ order of nodes in the graph, or on how additions are associated:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
@@ -166,7 +166,8 @@ class _Builder:
             if isinstance(value, Ref):
                 return ("ref", self.hash_of[value.id])
             if isinstance(value, External):
-                return ("ext", value.additive)
+                node = self.program.externals[value.slot]
+                return ("ext", value.additive, str(shape_of(node)), str(_dtype_of(node)))
             if isinstance(value, tuple):
                 return tuple(key(v) for v in value)
             return str(value)
@@ -184,7 +185,7 @@ class _Builder:
                 )
                 self.program.raw[i] = node
             self.program.outputs.append(i)
-        return self.program
+        return _numbered_from_outputs(self.program, self.hash_of)
 
     def _is_state(self, node: Node) -> bool:
         return node in self.dependent or node in self.input_nodes
@@ -250,6 +251,47 @@ class _Builder:
         if isinstance(value, (list, tuple)):
             return tuple(self._argument(v, additive) for v in value)
         return _constant(value)
+
+
+def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
+    """The same program in the normal form's numbering: sums visited in the order of their terms' structure."""
+    order = list(range(program.arity))
+    seen = set(order)
+    for output in program.outputs:
+        todo = [(output, False)]
+        while todo:
+            i, ready = todo.pop()
+            if ready:
+                order.append(i)
+            elif i not in seen:
+                seen.add(i)
+                todo.append((i, True))
+                children = list(references(program.statements[i].args))
+                if program.statements[i].target is SUM:
+                    children.sort(key=hash_of.__getitem__)
+                todo.extend((c, False) for c in reversed(children))
+    number = {old: new for new, old in enumerate(order)}
+    found = Program(program.arity, raw=[program.raw[i] for i in order])
+
+    def argument(value):
+        if isinstance(value, Ref):
+            return Ref(number[value.id])
+        if isinstance(value, External):
+            found.externals.append(program.externals[value.slot])
+            return External(len(found.externals) - 1, value.additive)
+        if isinstance(value, tuple):
+            return tuple(argument(v) for v in value)
+        return value
+
+    for i in order:
+        statement = program.statements[i]
+        args = statement.args
+        if statement.target is SUM:
+            args = tuple(sorted(args, key=lambda r: (hash_of[r.id], number[r.id])))
+        found.statements.append(replace(statement, args=tuple(argument(a) for a in args)))
+    found.outputs = [number[i] for i in program.outputs]
+    found.injections = {number[i]: terms for i, terms in program.injections.items()}
+    return found
 
 
 def references(args: Iterable) -> Iterator[int]:

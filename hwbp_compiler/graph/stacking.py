@@ -64,10 +64,12 @@ class Stacker:
     def __init__(self, emitter: Emitter) -> None:
         self.e = emitter
         self._made: dict[tuple[Node, ...], Value] = {}
+        self._announced: set[tuple[Node, ...]] = set()
+        self._costs: dict[tuple[Node, ...], int] = {}
         self.copied_bytes = 0
 
     def prepare(self, tuples: Sequence[tuple[Node, ...]]) -> None:
-        """Announce what will be asked for: bases before what is computed from them."""
+        """Announce what will be asked for: to compute one of them from another copies nothing."""
         self._announced = set(tuples)
 
     def __call__(self, nodes: Sequence[Node]) -> Value:
@@ -111,46 +113,62 @@ class Stacker:
 
     def _recomputed(self, nodes: tuple[Node, ...]) -> Value | None:
         """The function of the stacks of its operands, where that copies no more than stacking the results would."""
+        columns = _columns(nodes)
+        if columns is None or self._cost_of_operands(columns) > _bytes(nodes[0]):
+            return None
         first = nodes[0]
-        if first.op != "call_function" or first.target not in _CHEAP:
-            return None
-        if any(
-            n.target is not first.target
-            or len(n.args) != len(first.args)
-            or n.kwargs.keys() != first.kwargs.keys()
-            or any(_constant(n.kwargs[k]) != _constant(first.kwargs[k]) for k in first.kwargs)
-            or (shape_of(n), _dtype_of(n)) != (shape_of(first), _dtype_of(first))
-            for n in nodes
-        ):
-            return None
-        columns: list[tuple[int, tuple[Node, ...]]] = []
-        for position, argument in enumerate(first.args):
-            members = [n.args[position] for n in nodes]
-            if isinstance(argument, Node):
-                if not all(
-                    isinstance(m, Node) and (shape_of(m), _dtype_of(m)) == (shape_of(argument), _dtype_of(argument))
-                    for m in members
-                ):
-                    return None
-                columns.append((position, tuple(members)))  # type: ignore[arg-type]
-            elif _has_node(argument) or any(_constant(m) != _constant(argument) for m in members):
-                return None
-        fresh = {c for _, c in columns if c not in self._made and not _shared(c) and c not in self._announced}
-        if fresh and not (len(fresh) == 1 and _bytes(next(iter(fresh))[0]) <= _bytes(first)):
-            return None
-        if not columns:
-            return None
         stacked = {position: self(column) for position, column in columns}
         args = tuple(stacked.get(i, list(a) if isinstance(a, (list, tuple)) else a) for i, a in enumerate(first.args))
         result = self.e.apply(first.target, args, dict(first.kwargs))
         assert isinstance(result, Value)
         return result
 
+    def _cost_of_operands(self, columns: list[tuple[int, tuple[Node, ...]]]) -> int:
+        return sum(self._cost(c) for c in dict.fromkeys(column for _, column in columns))
+
+    def _cost(self, nodes: tuple[Node, ...]) -> int:
+        """Bytes per link that have to be copied for ``nodes`` beyond what is asked for anyway."""
+        if nodes in self._made or nodes in self._announced or _shared(nodes):
+            return 0
+        if nodes not in self._costs:
+            self._costs[nodes] = _bytes(nodes[0])  # a bound while we look deeper, and for what is not cheap
+            columns = _columns(nodes)
+            if columns is not None:
+                self._costs[nodes] = min(_bytes(nodes[0]), self._cost_of_operands(columns))
+        return self._costs[nodes]
+
     def _copied(self, nodes: tuple[Node, ...]) -> Value:
         if any((shape_of(n), _dtype_of(n)) != (shape_of(nodes[0]), _dtype_of(nodes[0])) for n in nodes):
             raise AssertionError("only equal shapes are stacked")
         self.copied_bytes += len(nodes) * _bytes(nodes[0])
         return Value(stack(self.e, nodes), True)
+
+
+def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | None:
+    """The operands, by argument position, of ``nodes`` that are one cheap function of them; None if they are not."""
+    first = nodes[0]
+    if first.op != "call_function" or first.target not in _CHEAP:
+        return None
+    if any(
+        n.target is not first.target
+        or len(n.args) != len(first.args)
+        or n.kwargs.keys() != first.kwargs.keys()
+        or any(_constant(n.kwargs[k]) != _constant(first.kwargs[k]) for k in first.kwargs)
+        or (shape_of(n), _dtype_of(n)) != (shape_of(first), _dtype_of(first))
+        for n in nodes
+    ):
+        return None
+    columns: list[tuple[int, tuple[Node, ...]]] = []
+    for position, argument in enumerate(first.args):
+        members = tuple(n.args[position] for n in nodes)
+        if isinstance(argument, Node):
+            description = (shape_of(argument), _dtype_of(argument))
+            if not all(isinstance(m, Node) and (shape_of(m), _dtype_of(m)) == description for m in members):
+                return None
+            columns.append((position, members))  # type: ignore[arg-type]
+        elif _has_node(argument) or any(_constant(m) != _constant(argument) for m in members):
+            return None
+    return columns or None
 
 
 def stack(e: Emitter, nodes: Sequence[Node]) -> Node:

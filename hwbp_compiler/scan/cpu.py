@@ -98,8 +98,9 @@ def _build(dtype: torch.dtype) -> Callable[..., bool]:
     # kernels, under a lock, into Inductor's cache directory, and returns a ctypes library.
     from torch._inductor.codecache import CppCodeCache
 
-    # Inductor switches fused multiply-add off to match eager mode; a scan has nothing to match.
-    flags = () if sys.platform == "win32" else ("-ffp-contract=fast",)
+    # Inductor switches fused multiply-add off to match eager mode; a scan has nothing to match. The loops are
+    # written out in vectors, and -O3 finds nothing more in them for half as much compile time again.
+    flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
     source = f"#define HIGHWAY_TYPE {_TYPES[dtype]}\n{_SOURCE.read_text()}"
     library = CppCodeCache.load(source, extra_flags=flags)
     # PyDLL keeps the interpreter lock, which making a Python object needs.

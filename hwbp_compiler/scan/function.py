@@ -70,7 +70,6 @@ def linear_scan(values, multipliers=None, *, reverse=False):
     if not isinstance(reverse, bool):
         raise TypeError(f"linear_scan: reverse is {reverse!r}; allowed are True and False")
     if isinstance(values, Tensor):
-        check_values(values)
         return operator(values, _tensor(multipliers, values, "multipliers"), reverse)
     if isinstance(values, (tuple, list)):
         return _scan_components(values, multipliers, reverse)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -96,16 +98,24 @@ def assert_closer(
     the precision of ``actual``. Tensors or mappings of tensors. One unit in the last place of ``actual``'s type,
     relative to the reference's largest entry, is always allowed.
     """
-    for key in reference if isinstance(reference, Mapping) else (None,):
-        exact, ours, theirs = (t if key is None else t[key] for t in (reference, actual, competitor))
-        exact = exact.detach().double()
-        distance, allowed = ((t.detach().double() - exact).norm().item() for t in (ours, theirs))
-        largest = exact.abs().max().item() if exact.numel() else 0.0
-        unit = torch.finfo(ours.dtype).eps * largest * max(1, exact.numel()) ** 0.5
-        assert distance <= slack * allowed + unit, (
-            f"{'' if key is None else f'{key}: '}{distance:.3e} from the float64 reference, "
-            f"the competitor {allowed:.3e} (slack {slack}, rounding {unit:.3e})"
-        )
+    if isinstance(reference, Mapping):
+        assert isinstance(actual, Mapping) and isinstance(competitor, Mapping)
+        for key, exact in reference.items():
+            _assert_closer(exact, actual[key], competitor[key], slack, f"{key}: ")
+    else:
+        assert isinstance(actual, Tensor) and isinstance(competitor, Tensor)
+        _assert_closer(reference, actual, competitor, slack, "")
+
+
+def _assert_closer(reference: Tensor, actual: Tensor, competitor: Tensor, slack: float, name: str) -> None:
+    exact = reference.detach().double()
+    distance, allowed = ((t.detach().double() - exact).norm().item() for t in (actual, competitor))
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    unit = torch.finfo(actual.dtype).eps * largest * max(1, exact.numel()) ** 0.5
+    assert distance <= slack * allowed + unit, (
+        f"{name}{distance:.3e} from the float64 reference, the competitor {allowed:.3e} "
+        f"(slack {slack}, rounding {unit:.3e})"
+    )
 
 
 def check(
@@ -123,28 +133,16 @@ def check(
     Without ``program`` there is no oracle for truncated gradients, and only the exact ones are checked.
     """
     claims: list[tuple[str, Callable[[], None]]] = [
-        ("forward unchanged", lambda: assert_forward_unchanged(model, args, options=options))
+        ("forward unchanged", partial(assert_forward_unchanged, model, args, options=options))
     ]
     for gamma in damping:
-        claims.append(
-            (
-                f"exact at full length, damping={gamma}",
-                lambda gamma=gamma: assert_exact_at_full_length(
-                    model, args, loss, options={**(options or {}), "damping": gamma}
-                ),
-            )
-        )
+        damped = {**(options or {}), "damping": gamma}
+        exact = partial(assert_exact_at_full_length, model, args, loss, options=damped)
+        claims.append((f"exact at full length, damping={gamma}", exact))
     if program is not None:
-        for k in iterations:
-            for gamma in damping:
-                claims.append(
-                    (
-                        f"iterations={k}, damping={gamma} as the oracle",
-                        lambda k=k, gamma=gamma: assert_matches_truncation(
-                            model, args, loss, program, k, gamma, options=options
-                        ),
-                    )
-                )
+        for k, gamma in product(iterations, damping):
+            matches = partial(assert_matches_truncation, model, args, loss, program, k, gamma, options=options)
+            claims.append((f"iterations={k}, damping={gamma} as the oracle", matches))
     failures = 0
     for name, claim in claims:
         try:

@@ -38,7 +38,8 @@ def assert_gradients_close(
     ``noise`` is for gradients that vanish for a reason (the key bias of an attention) and are rounding errors on
     both sides. Not a number, or infinite, in the same places counts as equal.
     """
-    assert set(actual) == set(reference), f"{what}: of {sorted(map(str, set(actual) ^ set(reference)))} on one side only"
+    unmatched = sorted(map(str, set(actual) ^ set(reference)))
+    assert not unmatched, f"{what}: only one side has {', '.join(unmatched)}"
     floor = noise * total_norm({k: g.nan_to_num(0.0, 0.0, 0.0) for k, g in reference.items()})
     worst, message = 1.0, ""
     for key, expected in reference.items():

@@ -1,0 +1,145 @@
+"""What ``hwbp_compiler.testing`` offers to users: the assertions hold on a right compiler and fail on a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import CASES
+
+from hwbp_compiler import testing
+from hwbp_compiler.testing import assertions
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def small():
+    """Four blocks, float32, and the same retold."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block() for _ in range(4)))
+    x = torch.randn(3, 4, requires_grad=True)
+
+    def program(model):
+        def forward(run, x):
+            return run([_link(block) for block in model], (x,)).states[-1][0]
+
+        return testing.Program(dict(model.named_parameters()), forward)
+
+    return model, (x,), program
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+def _link(block):
+    return testing.Link(lambda state, side, hold: ((state[0] + hold(torch.tanh(block.linear(state[0]))),), ()))
+
+
+def exact_backend(model, options):
+    """A compiler that ignores ``iterations``."""
+    return model
+
+
+def doubling_backend(model, options):
+    """A compiler with wrong gradients and a right forward."""
+
+    def step(*args):
+        out = model(*args)
+        return out.detach() + 2 * (out - out.detach())
+
+    return step
+
+
+def shifting_backend(model, options):
+    """A compiler with a wrong forward."""
+    return lambda *args: model(*args) + 1e-9
+
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    return lambda backend: monkeypatch.setattr(assertions, "_compile", backend)
+
+
+def test_a_right_compiler_passes(small, compile_with):
+    model, args, _ = small
+    compile_with(exact_backend)
+    testing.assert_forward_unchanged(model, args)
+    testing.assert_exact_at_full_length(model, args)
+
+
+def test_a_wrong_gradient_is_noticed(small, compile_with):
+    model, args, _ = small
+    compile_with(doubling_backend)
+    testing.assert_forward_unchanged(model, args)
+    with pytest.raises(AssertionError, match="is off by"):
+        testing.assert_exact_at_full_length(model, args)
+
+
+def test_a_wrong_output_is_noticed(small, compile_with):
+    model, args, _ = small
+    compile_with(shifting_backend)
+    with pytest.raises(AssertionError, match="outputs"):
+        testing.assert_forward_unchanged(model, args)
+
+
+def test_backprop_is_not_a_truncation(small, compile_with):
+    model, args, program = small
+    compile_with(exact_backend)
+    testing.assert_matches_truncation(model, args, testing.probe_loss, program, iterations=4)
+    with pytest.raises(AssertionError, match="iterations=1"):
+        testing.assert_matches_truncation(model, args, testing.probe_loss, program, iterations=1)
+
+
+def test_check_counts_the_claims_that_hold(small, compile_with, capsys):
+    model, args, program = small
+    compile_with(exact_backend)
+    assert not testing.check(model, args, program=program, iterations=(1, 4), damping=(0.0,))
+    assert "3 of 4 claims hold" in capsys.readouterr().out
+
+
+def test_assertions_leave_the_users_model_alone(small, compile_with):
+    model, args, _ = small
+    compile_with(exact_backend)
+    testing.assert_exact_at_full_length(model, args)
+    assert all(p.grad is None and p.dtype == torch.float32 for p in model.parameters())
+    assert args[0].grad is None
+
+
+def test_closer_means_no_further_than_the_competitor():
+    torch.manual_seed(0)
+    exact = torch.randn(100, dtype=torch.float64)
+    competitor = exact + 1e-3 * torch.randn(100, dtype=torch.float64)
+    testing.assert_closer(exact, exact + 0.9 * (competitor - exact), competitor)
+    with pytest.raises(AssertionError, match="from the float64 reference"):
+        testing.assert_closer(exact, exact + 2.0 * (competitor - exact), competitor)
+
+
+def test_closer_compares_mappings_entry_by_entry():
+    exact = {"a": torch.zeros(3), "b": torch.ones(3)}
+    with pytest.raises(AssertionError, match="^b: "):
+        testing.assert_closer(exact, {"a": torch.zeros(3), "b": torch.zeros(3)}, exact)
+
+
+def test_a_gradient_that_is_missing_or_not_a_number_is_noticed():
+    one = {"w": torch.ones(2)}
+    with pytest.raises(AssertionError, match="only one side has w"):
+        testing.assert_gradients_close({}, one, 1e-6)
+    with pytest.raises(AssertionError, match="is off by nan"):
+        testing.assert_gradients_close({"w": torch.tensor([1.0, float("nan")])}, one, 1e-6)
+    both = {"w": torch.tensor([1.0, float("nan"), float("inf")])}
+    testing.assert_gradients_close(both, both, 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp_module_list", "gru_cell_every_step", "torch_encoder_post_norm_dropout"])
+def test_the_compiler_passes_every_claim(name):
+    case = BY_NAME[name]
+    model, args, loss = case.build()
+    assert testing.check(model, args, loss, case.program, iterations=(0, 2), damping=(0.2,))
