@@ -118,7 +118,7 @@ def main() -> None:
             f"{r['step'] * 1e3:>6.2f} ms {exact / r['step']:>8.2f}x",
             flush=True,
         )
-    print("\ncosine: with the exact gradient of the same weights, first batch. The forward pass is the same in all runs.")
+    print("\ncosine: with the exact gradient of the same weights on the first batch.")
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
     """Chains with sound states along ``track``, first link included, and what had to be refused."""
     joins = list(track.joins)
     crossings = _crossings(info, joins)
+    options: list[list[list[State]]]
     if not crossings:
         options = [[[(info.nodes[j],) for j in joins]]]
     else:
@@ -145,9 +146,7 @@ def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
     return any(info.kind(info.index[term]) in arrived for term in sum_terms(node, info))
 
 
-def _build(
-    info: GraphInfo, track: Track, states: list[State], chains: list[Chain], refusals: list[Refusal]
-) -> None:
+def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chain], refusals: list[Refusal]) -> None:
     """Cut links between successive states; a stretch that is no link ends one chain and starts the next."""
     tainted = info.descendants({info.index[n] for n in states[0] if n is not None})
     current: list[State] = [states[0]]

@@ -33,7 +33,7 @@ from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
 
 
 def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
-    """Groups of ``chain``'s links, lanes in forward order. Sets ``chain.tail`` where one more, stateless link follows."""
+    """Groups of ``chain``'s links, lanes in forward order; adds the chain's last link where no join marks it."""
     by_signature: dict[Hashable, Group] = {}
     for position, link in enumerate(chain.links):
         group = by_signature.setdefault(link.signature, Group([], []))
@@ -216,8 +216,7 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
         inside = {n for n in program.raw if n is not None} | inner_sums(program)
         for i, node in enumerate(program.raw):
             if i >= program.arity and node is not None and node not in states:
-                if any(user not in inside for user in node.users):
-                    exported.add(i)
+                exported.update([i] if any(user not in inside for user in node.users) else [])
     return sorted(exported)
 
 

@@ -27,7 +27,6 @@ from .group_links import group_links
 from .rewrite import rewrite_chain
 from .split_links import Split, split_links
 
-
 # Two or three multiplications in a row occur everywhere; a recurrence is more than that.
 _SHORTEST_RECURRENCE = 4
 
@@ -61,9 +60,7 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
             return records
         candidates, refusals = _candidates(info, options)
         if not decided:
-            records += [
-                ChainRecord(r.length, "declined", r.reason, source=source_line(r.node)) for r in refusals
-            ]
+            records += [ChainRecord(r.length, "declined", r.reason, source=source_line(r.node)) for r in refusals]
         changed = False
         for candidate in candidates:
             if candidate.key in decided:

@@ -136,11 +136,12 @@ class _ChainRewriter:
         stacked (mostly rows of one tensor), without the tail, which would break the pattern."""
         if len(self.groups) != 1:
             return None
-        programs = [p for p, lane in zip(self.groups[0].programs, self.groups[0].lanes, strict=True) if lane < self.links]
-        output = self.groups[0].template.outputs[component]
+        group = self.groups[0]
+        programs = [p for p, lane in zip(group.programs, group.lanes, strict=True) if lane < self.links]
+        output = group.template.outputs[component]
         if any(set(p.injections) - set(p.outputs) or len(p.injections.get(output, ())) != 1 for p in programs):
             return None
-        if any(_has_additive(s.args) for s in self.groups[0].template.statements):
+        if any(_has_additive(s.args) for s in group.template.statements):
             return None
         value = Stacker(self.e)([p.injections[output][0] for p in programs])
         return self.e.batch(value)
@@ -245,7 +246,6 @@ class _ChainRewriter:
 
     def _scan(self, heads, injected, blocks, diagonals, rows) -> list[Node]:
         """W = scan([b + v, w_L], (1 - gamma) K), component after component (K is lower triangular)."""
-        e, width = self.e, self.chain.width
         keep = 1.0 - self.damping
         done: dict[int, Node] = {}
         for c in self.split.order:
@@ -260,7 +260,7 @@ class _ChainRewriter:
             values = self._with_head(heads[c], terms, self.like[c])
             k = diagonals.get((c, c))
             done[c] = values if k is None or not keep else self._linear_scan(values, k, keep)
-        return [done[c] for c in range(width)]
+        return [done[c] for c in range(self.chain.width)]
 
     def _before(self, row: Node) -> Node:
         """w_1..w_L: what each link is given."""

@@ -7,6 +7,7 @@ they left, and K must be lower triangular when the state has several components.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,8 @@ def _moved(link: Program, i: int, ref: Ref, order: torch.Tensor | None) -> torch
             return order
         raise NotALink("the state is permuted and has symbolic sizes")
     flat = torch.arange(_numel(shape)) if order is None else order
-    return statement.target(flat.reshape(shape), *statement.args[1:]).reshape(-1)
+    move: Callable[..., torch.Tensor] = statement.target  # type: ignore[assignment]
+    return move(flat.reshape(shape), *statement.args[1:]).reshape(-1)
 
 
 def _numel(shape: tuple) -> int:

@@ -76,7 +76,7 @@ class Emitter:
     # -- plain nodes --------------------------------------------------------------------------------------------
 
     def call(self, target, *args, **kwargs) -> Node:
-        """One operator; one that Inductor decomposes is decomposed here, since at this stage Inductor no longer does."""
+        """One operator, decomposed if Inductor decomposes it: at this stage Inductor no longer does."""
         if target in decompositions() and target not in _KEPT:
             return self._decomposed(target, args, kwargs)
         return self._append(target, args, kwargs)
@@ -191,9 +191,7 @@ class Emitter:
         in_dims = tuple(0 if v.batched else None for v in values)
         try:
             with self.fake_mode:
-                traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(
-                    *(v.tensor for v in values)
-                )
+                traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(*(v.tensor for v in values))
         except Exception as error:
             raise NoBatchingRule(f"operator {target} has no batching rule ({error})") from error
         result = self._inline(traced.graph, [v.node for v in values])
@@ -220,7 +218,7 @@ class Emitter:
     # -- sums over links ----------------------------------------------------------------------------------------
 
     def sum_links(self, value: Value) -> Node:
-        """The sum over links of a batched value: a matrix product becomes one long product, not ``count`` small ones."""
+        """The sum over links of a batched value; of matrix products, it is one long product."""
         node = value.node
         if node.target in _TRANSPARENT and self._is_ours(node):
             pushed = _TRANSPARENT[node.target](self, node)
@@ -490,10 +488,8 @@ def _attention_backward(e: Emitter, target, args, kwargs):
 
 
 if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
-    _RULES[aten._scaled_dot_product_flash_attention_for_cpu_backward.default] = (
-        lambda e, args, kwargs: _attention_backward(
-            e, aten._scaled_dot_product_flash_attention_for_cpu_backward.default, args, kwargs
-        )
+    _RULES[aten._scaled_dot_product_flash_attention_for_cpu_backward.default] = lambda e, args, kwargs: (
+        _attention_backward(e, aten._scaled_dot_product_flash_attention_for_cpu_backward.default, args, kwargs)
     )
 
 
@@ -526,7 +522,8 @@ def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
     weight_node = e.batch(weight)
     sizes = list(weight_node.meta["val"].shape)
     node = e.call(
-        target, to_channels(gradient), to_channels(inputs), e.reshape(weight_node, [count * sizes[1], *sizes[2:]]), None,
+        target, to_channels(gradient), to_channels(inputs),
+        e.reshape(weight_node, [count * sizes[1], *sizes[2:]]), None,
         list(stride), list(padding), list(dilation), transposed, list(output_padding), count * groups, mask,
     )  # fmt: skip
     result = e.call(operator.getitem, node, which)

@@ -83,8 +83,8 @@ def _statement(program: Program, i: int, values: list) -> sympy.Expr | None:
 
 
 def _name(target: object) -> str:
-    packet = getattr(target, "overloadpacket", None)
-    return getattr(packet, "__name__", None) or getattr(target, "__name__", str(target))
+    named = getattr(target, "overloadpacket", target)
+    return str(getattr(named, "__name__", named))
 
 
 def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:

@@ -279,7 +279,7 @@ class Evaluator:
                 like = self.program.raw[a.id].meta["val"]  # type: ignore[union-attr]
                 v = present.get(p)
                 if v is None or isinstance(v, float):
-                    v = Value(self.e.full(source.shape, v or 0.0, like, source.dtype), False)
+                    v = Value(self.e.full(source.shape or (), v or 0.0, like, source.dtype), False)
                 elif v.shape != tuple(like.shape):
                     v = self._expand(v, like)
                 args.append(v)

@@ -201,9 +201,12 @@ def match_sides(
     info: GraphInfo,
     tainted: Set[int],
 ) -> Program | None:
-    """``template``'s side outputs computed from ``state``: (statement, what it needs, descending) each, found among
-    ``candidates``. None unless all are there; nothing ``tainted`` may enter from outside. Outputs are matched where there are any: the first state of a model
-    may want a gradient in some of its components, or in none (``outputs`` is empty then)."""
+    """``template``'s side outputs, computed from ``state``; None unless all are found among ``candidates``.
+
+    ``sides`` are (statement, what it needs, descending). Nothing ``tainted`` may enter from outside. Outputs are
+    matched where there are any: the first state of a model may want a gradient in all its components, in some, or in
+    none (``outputs`` is empty then).
+    """
     matcher = _Matcher(template, info, tainted)
     matcher.bound[: template.arity] = list(state)
     for i, needed in sorted(sides, key=lambda side: -len(side[1])):
@@ -212,9 +215,9 @@ def match_sides(
         used = set(matcher.bound)
         shape, dtype = template.statements[i].shape, template.statements[i].dtype
         for node in candidates:
-            if node not in used and (shape_of(node), _dtype_of(node)) == (shape, dtype):
-                if matcher.try_statement(i, node, needed):
-                    break
+            fits = node not in used and (shape_of(node), _dtype_of(node)) == (shape, dtype)
+            if fits and matcher.try_statement(i, node, needed):
+                break
         else:
             return None
     for i in template.outputs:

@@ -180,9 +180,7 @@ class _Builder:
         for node in outputs:
             i = self.id_of[node]
             if self.program.statements[i].target is not SUM:
-                i = self._append(
-                    Statement(SUM, (Ref(i),), (), shape_of(node), _dtype_of(node)), None
-                )
+                i = self._append(Statement(SUM, (Ref(i),), (), shape_of(node), _dtype_of(node)), None)
                 self.program.raw[i] = node
             self.program.outputs.append(i)
         return _numbered_from_outputs(self.program, self.hash_of)

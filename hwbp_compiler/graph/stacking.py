@@ -82,7 +82,10 @@ class Stacker:
         first = nodes[0]
         if all(n is first for n in nodes):
             return Value(first, False)
-        if all(is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs) for n in nodes):
+        if all(
+            is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs)
+            for n in nodes
+        ):
             return Value(first, False)
         return self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)
 

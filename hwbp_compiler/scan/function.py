@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Number
-from typing import Union, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .operator import operator, previous
 from .reference import spread
 
 # What may multiply a component: None is one for every link.
-Multiplier = Union[Tensor, float, complex, None]
+Multiplier = Tensor | float | complex | None
 
 
 @overload
