@@ -155,13 +155,9 @@ def main() -> None:
         report(shape, entries, samples)
 
 
-def report(
-    shape: tuple[int, ...], entries: dict[str, tuple[Run, int]], samples: dict[str, list[float]]
-) -> None:
+def report(shape: tuple[int, ...], entries: dict[str, tuple[Run, int]], samples: dict[str, list[float]]) -> None:
     median = {name: statistics.median(times) for name, times in samples.items()}
-    copy = {
-        moved: median[name] for name, (_, moved) in entries.items() if name.startswith("copy of the same bytes")
-    }
+    copy = {moved: median[name] for name, (_, moved) in entries.items() if name.startswith("copy of the same bytes")}
     print(f"\n{list(shape)} float32", file=sys.stderr)
     print(f"{'':44}{'median ms':>10}{'quartiles':>19}{'GB/s':>8}{'of copy':>9}", file=sys.stderr)
     for name, times in samples.items():

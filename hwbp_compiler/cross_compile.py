@@ -172,9 +172,7 @@ def described_device(target: Target) -> Iterator[None]:
         yield
 
 
-def generate_kernels(
-    gm: GraphModule, fake_inputs: Sequence[Any], target: str | Target = "cuda:sm_90"
-) -> CodeText:
+def generate_kernels(gm: GraphModule, fake_inputs: Sequence[Any], target: str | Target = "cuda:sm_90") -> CodeText:
     """The code Inductor generates for an ATen graph on ``target``.
 
     Args:

@@ -273,14 +273,13 @@ def _left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
     module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     buffers = [(m, dict(m._buffers)) for m in modules]
-    kept: dict[int, tuple[Tensor, Tensor, int | None]] = {}
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(values: Any) -> None:
         for value in pytree.tree_leaves(values):
             # A parameter is changed by an optimizer, not by a forward pass, and may be large.
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and id(value) not in kept:
-                version = None if value.is_inference() else value._version
-                kept[id(value)] = (value, value.detach().clone(), version)
+                kept[id(value)] = (value, value.detach().clone())
 
     keep([b for _, found in buffers for b in found.values() if b is not None])
     with contextlib.ExitStack() as stack:
@@ -299,8 +298,8 @@ def _left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
             yield keep
         finally:
             with torch.no_grad():
-                for tensor, value, version in kept.values():
-                    if version is None or tensor._version != version:
+                for tensor, value in kept.values():
+                    if not torch.equal(tensor, value):  # BatchNorm changes its statistics without a new version
                         tensor.copy_(value)
             kept.clear()  # the compiled code, which Dynamo keeps, holds on to ``keep``
             for m, found in buffers:
@@ -332,7 +331,7 @@ def _text(report: Report) -> Iterator[str]:
         if graph.failure is not None:
             yield from _paragraph("failed", f"{graph.failure}. The graph is compiled as it is.", 2)
         elif not graph.chains and report.options.rewrite != "never":
-            yield from _paragraph("no chain", _NO_CHAIN, 2)
+            yield from _paragraph("no chain", _NO_CHAIN.format(report.options.min_length), 2)
         for chain in graph.chains:
             number += 1
             yield f"  chain {number}: {_count(chain.length, 'link')}, {chain.decision}"
@@ -340,8 +339,8 @@ def _text(report: Report) -> Iterator[str]:
 
 
 _NO_CHAIN = (
-    "nothing repeats that carries a gradient past its blocks element by element (a residual addition, a gate). "
-    "Every gradient here is exact."
+    "nothing that carries a gradient past a block element by element (a residual addition, a gate) repeats "
+    "min_length={} times or more. All gradients of this graph are exact."
 )
 
 
@@ -350,8 +349,7 @@ def _chain_text(chain: ChainRecord) -> Iterator[str]:
     if place:
         yield from _paragraph("source", place, 4)
         yield from _paragraph("", code, 4)
-    if chain.multiplier:
-        yield from _paragraph("multiplier", f"K = {chain.multiplier}", 4)
+    yield from _paragraph("multiplier", chain.multiplier, 4)
     for group in chain.groups:
         yield from _paragraph("group", _group_text(group), 4)
     yield from _paragraph("why", chain.reason, 4)
@@ -361,7 +359,8 @@ def _chain_text(chain: ChainRecord) -> Iterator[str]:
 
 def _group_text(group: GroupRecord) -> str:
     heavy = ", ".join(f"{times} {_short(name)}" for name, times in group.operators.items())
-    return f"{_count(group.links, 'link')} at once" + (f"; each: {heavy}" if heavy else "")
+    links = f"{group.links} links at once, each" if group.links > 1 else "1 link"
+    return f"{links}: {heavy or 'elementwise only'}"
 
 
 def _short(operator: str) -> str:
@@ -374,15 +373,16 @@ def _place_and_code(source: str) -> tuple[str, str]:
     if match is None:
         return source, ""
     path = Path(match[1])
-    with contextlib.suppress(ValueError, OSError):
-        path = path.relative_to(Path.cwd())
-    return f"{path}:{match[2]}", match[3]
+    roots = [root for root in map(Path, (os.getcwd(), *sys.path)) if path.is_relative_to(root) and root.is_absolute()]
+    shortest = min((str(path.relative_to(root)) for root in roots), key=len, default=match[1])
+    return f"{shortest}:{match[2]}", match[3]
 
 
 def _paragraph(label: str, text: str, indent: int = 2) -> list[str]:
     """``label`` in a column of its own, ``text`` beside it, no line wider than the terminal."""
     head = " " * indent + label.ljust(11) + " "
-    return textwrap.wrap(text, _COLUMNS, initial_indent=head, subsequent_indent=" " * len(head)) if text else []
+    rest = " " * len(head)
+    return textwrap.wrap(text, _COLUMNS, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
 
 
 def _count(number: int, what: str) -> str:

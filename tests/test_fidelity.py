@@ -19,6 +19,7 @@ from zoo import CASES, EVERYDAY
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.reference import reference_gradients
 
+BY_NAME = {case.name: case for case in CASES}
 SEED = 7
 DAMPINGS = (0.0, 0.2, 0.8, 1.0)
 # Every k and every gamma at least once, and both ends with each kind of damping.
@@ -102,6 +103,15 @@ def test_gradients_match_the_oracle_at_every_k_and_gamma(case, captured):
     compare(case, captured, [setting for setting in ALL if setting not in SOME])
 
 
+def test_a_final_norm_is_no_link_even_where_one_link_is_enough():
+    """``min_length=1`` must not turn a LayerNorm's own backward into a chain: it would be damped."""
+    case = BY_NAME["mlp_module_list"]
+    captured = capture(*case.build())
+    _, found, _ = captured.gradients(options(iterations=0, damping=0.2, min_length=1))
+    _, expected = oracle(case, 0, 0.2)
+    assert_gradients_close(found, expected, case.tolerance)
+
+
 def test_outputs_are_those_of_eager_mode(case, captured):
     torch.manual_seed(SEED)
     output, _, _ = captured.gradients(options(iterations=1))
@@ -160,7 +170,6 @@ PARTITIONED = (
     "gru_cell_every_step", "lstm_cell_start_given", "gru_2_layers_interleaved_every_step", "encoder_decoder",
     "activity_penalties", "partly_frozen", "checkpointed", "hf_gpt2_sdpa",
 )  # fmt: skip
-BY_NAME = {case.name: case for case in CASES}
 
 
 @pytest.mark.parametrize("name", [name for name in PARTITIONED if name in BY_NAME])

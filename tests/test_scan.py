@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import subprocess
 import sys
 import textwrap
@@ -68,9 +67,7 @@ def error_bound(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Te
     return error + precision(values.dtype) * states + smallest * values.shape[0]
 
 
-def assert_as_good_as_a_loop(
-    found: Tensor, values: Tensor, multipliers: Tensor | None, reverse: bool = False
-) -> None:
+def assert_as_good_as_a_loop(found: Tensor, values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> None:
     assert found.shape == values.shape and found.dtype == values.dtype and found.is_contiguous()
     want = exact(values, multipliers, reverse)
     error = (wide(found) - want).abs()
@@ -136,7 +133,7 @@ def scans(draw, dtypes=(*REAL, *COMPLEX)) -> tuple[Tensor, Tensor | None, bool]:
     return values, multipliers, draw(st.booleans())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(scans())
 def test_the_kernel_errs_no_more_than_a_loop_in_the_same_precision(scan):
     values, multipliers, reverse = scan
@@ -178,9 +175,7 @@ def test_a_reverse_scan_is_the_flipped_scan_of_what_is_flipped(scan):
     values, multipliers, _ = scan
     per_link = multipliers is not None and multipliers.ndim > 0 and multipliers.shape[0] == values.shape[0]
     flipped = multipliers.flip(0) if per_link else multipliers
-    assert torch.equal(
-        linear_scan(values, multipliers, reverse=True), linear_scan(values.flip(0), flipped).flip(0)
-    )
+    assert torch.equal(linear_scan(values, multipliers, reverse=True), linear_scan(values.flip(0), flipped).flip(0))
 
 
 def test_errors_are_on_average_those_of_a_float32_loop():
@@ -386,9 +381,7 @@ def test_vmap_is_a_stack_of_scans(kind, multipliers_dim, values_dim):
 def test_complex_conjugates_that_are_only_views_are_resolved():
     values, multipliers = (random((9, 4), torch.complex64, -1, 1, seed) for seed in range(2))
     assert values.conj().is_conj()
-    torch.testing.assert_close(
-        linear_scan(values.conj(), multipliers.conj()), linear_scan(values, multipliers).conj()
-    )
+    torch.testing.assert_close(linear_scan(values.conj(), multipliers.conj()), linear_scan(values, multipliers).conj())
 
 
 # ---- compiled -----------------------------------------------------------------------------------------------
@@ -437,27 +430,25 @@ PROCESS = """
     from hwbp_compiler.scan import inductor, linear_scan
 
     inductor.register()
-    a, m = (torch.linspace(0, 1, 12).reshape(4, 3).requires_grad_() for _ in range(2))
-    torch.compile(linear_scan)(a, m).backward(torch.ones(4, 3))
-    print(a.grad.sum().item(), m.grad.sum().item())
+    a = torch.linspace(0, 1, 12).reshape(4, 3).requires_grad_()
+    torch.compile(linear_scan)(a, reverse=True).backward(torch.ones(4, 3))
+    print(a.grad.tolist())
     print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
     print(counters["aot_autograd"]["autograd_cache_miss"], counters["aot_autograd"]["autograd_cache_hit"])
 """
 
 
-def test_a_second_process_finds_the_compiled_graph_in_both_caches(tmp_path):
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+def test_a_second_process_finds_the_compiled_graph_in_both_caches():
     first, second = (
         subprocess.run(
             [sys.executable, "-c", textwrap.dedent(PROCESS)],
-            env=environment,
             capture_output=True,
             text=True,
             check=True,
         ).stdout.split("\n")
         for _ in range(2)
     )
-    assert first[0] == second[0]
+    assert first[0] == second[0] == str([[float(i)] * 3 for i in range(1, 5)])
     assert first[1:3] == ["2 0", "1 0"] and second[1:3] == ["0 2", "0 1"]
 
 
@@ -512,7 +503,7 @@ V = torch.zeros(4, 3, 2)
     ("arguments", "error", "says"),
     [
         ((V.long(), None), TypeError, "values has dtype torch.int64; allowed are float16"),
-        ((V.bool(), None), TypeError, "values has dtype torch.bool"),
+        ((V.bool(), V), TypeError, "values has dtype torch.bool"),
         ((torch.tensor(1.0), None), ValueError, "values has no dimension"),
         (([1.0, 2.0], None), TypeError, "multipliers must be a lower-triangular tuple of 2 rows"),
         ((3.0, None), TypeError, "values is float"),
@@ -562,3 +553,11 @@ def test_meta_tensors_have_their_shape():
 
 def test_spread_gives_a_multiplier_per_link_the_missing_dimensions():
     assert spread(torch.zeros(4), V).shape == (4, 1, 1)
+
+
+def test_the_examples_in_the_documentation():
+    import doctest
+    import importlib
+
+    results = doctest.testmod(importlib.import_module("hwbp_compiler.scan.function"), extraglobs={"torch": torch})
+    assert results.attempted == 2 and not results.failed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Number
-from typing import overload
+from typing import TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .operator import operator, previous
 from .reference import spread
 
 # What may multiply a component: None is one for every link.
-Multiplier = Tensor | float | complex | None
+Multiplier: TypeAlias = "Tensor | float | complex | None"
 
 
 @overload
@@ -73,13 +73,11 @@ def linear_scan(values, multipliers=None, *, reverse=False):
         return operator(values, _tensor(multipliers, values, "multipliers"), reverse)
     if isinstance(values, (tuple, list)):
         return _scan_components(values, multipliers, reverse)
-    raise TypeError(
-        f"linear_scan: values is {type(values).__name__}; allowed are a tensor or a tuple of tensors"
-    )
+    raise TypeError(f"linear_scan: values is {type(values).__name__}; allowed are a tensor or a tuple of tensors")
 
 
 def _tensor(multiplier: object, values: Tensor, name: str) -> Tensor | None:
-    """A checked multiplier as the operator takes it."""
+    """A multiplier as the operator takes it: None or a tensor, whose shape and dtype it will check itself."""
     if multiplier is None:
         return None
     if isinstance(multiplier, Number) and not isinstance(multiplier, bool):
@@ -87,10 +85,15 @@ def _tensor(multiplier: object, values: Tensor, name: str) -> Tensor | None:
             raise TypeError(f"linear_scan: {name} is {multiplier!r}, values are {values.dtype}")
         return torch.full((), multiplier, dtype=values.dtype, device=values.device)  # type: ignore[arg-type]
     if not isinstance(multiplier, Tensor):
-        raise TypeError(
-            f"linear_scan: {name} is {type(multiplier).__name__}; allowed are None, a number or a tensor"
-        )
-    check_multipliers(values, multiplier, name)
+        raise TypeError(f"linear_scan: {name} is {type(multiplier).__name__}; allowed are None, a number or a tensor")
+    return multiplier
+
+
+def _entry(multipliers: Sequence[Sequence[object]], j: int, k: int, values: Tensor) -> Tensor | None:
+    name = f"multipliers[{j}][{k}]"
+    multiplier = _tensor(multipliers[j][k], values, name)
+    if multiplier is not None:
+        check_multipliers(values, multiplier, name)
     return multiplier
 
 
@@ -102,11 +105,11 @@ def _scan_components(values: Sequence[Tensor], multipliers: object, reverse: boo
         fed = component
         for k, state in enumerate(states):
             if not _is_zero(row[k]):
-                factor = _tensor(row[k], component, f"multipliers[{j}][{k}]")
+                factor = _entry(multipliers, j, k, component)
                 carried = state if factor is None else _moved(factor, state, reverse) * state
                 fed = fed + previous(carried, reverse)
         if not _is_zero(row[j]):
-            fed = operator(fed, _tensor(row[j], component, f"multipliers[{j}][{j}]"), reverse)
+            fed = operator(fed, _entry(multipliers, j, j, component), reverse)
         states.append(fed if fed is not component else component.clone(memory_format=torch.contiguous_format))
     return tuple(states)
 
@@ -135,11 +138,7 @@ def _check_components(values: Sequence[Tensor], multipliers: object) -> None:
             raise TypeError(f"linear_scan: values[{j}] is {type(component).__name__}; a tensor is needed")
         check_values(component, f"values[{j}]")
         first = values[0]
-        if (
-            component.shape != first.shape
-            or component.dtype != first.dtype
-            or component.device != first.device
-        ):
+        if component.shape != first.shape or component.dtype != first.dtype or component.device != first.device:
             raise ValueError(
                 f"linear_scan: values[{j}] is {list(component.shape)} {component.dtype} on {component.device}, "
                 f"values[0] is {list(first.shape)} {first.dtype} on {first.device}; they must agree"

@@ -8,9 +8,7 @@ from torch import Tensor
 from .reference import spread
 
 
-def linear_scan_hillis_steele(
-    values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False
-) -> Tensor:
+def linear_scan_hillis_steele(values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """:func:`hwbp_compiler.linear_scan` in ``log2(L)`` passes over everything (the paper's Algorithm 1).
 
     After the pass with stride d, ``u[i]`` sums the last 2d links and ``p[i]`` is the product of their

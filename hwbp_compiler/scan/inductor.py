@@ -41,6 +41,7 @@ from .operator import operator
 Index = Sequence[sympy.Expr]
 Loader = Callable[[Index], Any]
 
+_NEEDED = (BackendFeature.SCAN, BackendFeature.TUPLE_REDUCTION)
 _LONG = 2048  # links; shorter scans are not worth three kernels
 _COLUMNS_PER_MULTIPROCESSOR = 32  # fewer leave multiprocessors idle
 
@@ -53,16 +54,16 @@ def register() -> None:
 
 def lower(values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool = False) -> Any:
     device = values.get_device()
+    # Inductor generates no complex arithmetic, and a complex tensor may be a view that only says "conjugate",
+    # which the dispatcher resolves.
+    if values.get_dtype().is_complex:
+        return _as_operator(values, multipliers, reverse)
     if device.type == "cpu" and not V.graph.cpp_wrapper:
         return CpuScan.create(values, multipliers, reverse)
-    if not {BackendFeature.SCAN, BackendFeature.TUPLE_REDUCTION} <= _features(device):
+    if not all(V.graph.has_feature(device, feature) for feature in _NEEDED):
         return _as_operator(values, multipliers, reverse)
     scan = _Scan(values, multipliers, reverse)
     return scan.in_blocks() if scan.is_narrow() else scan.whole()
-
-
-def _features(device: torch.device) -> set[BackendFeature]:
-    return {feature for feature in BackendFeature if V.graph.has_feature(device, feature)}
 
 
 def _as_operator(values: Any, multipliers: Any, reverse: bool) -> Any:

@@ -223,7 +223,7 @@ template <bool Stream> inline void store(BFloat16* y, float v) { write(y, v); }
 
 constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr int64_t kTile = 16384;  // columns whose running u a thread keeps at a time, in L2
-constexpr int64_t kFew = 8;      // columns up to which the work of a row is too little for any bookkeeping
+constexpr int64_t kFew = 7;      // columns up to which the work of a row is too little for any bookkeeping
 
 enum class Multiplier { none, scalar, full };
 // What a pass over the rows leaves behind: the output, written through the caches or past them, or in a reduction

@@ -11,9 +11,7 @@ def spread(multipliers: Tensor, values: Tensor) -> Tensor:
     return multipliers.reshape(multipliers.shape + (1,) * (values.ndim - multipliers.ndim))
 
 
-def linear_scan_reference(
-    values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False
-) -> Tensor:
+def linear_scan_reference(values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """``u[i] = values[i] + multipliers[i] * u[i-1]`` (``u[i+1]`` if ``reverse``), one link after the other.
 
     Computes in the dtype it is given, whatever that is, and is differentiable by plain autograd. Shapes as in

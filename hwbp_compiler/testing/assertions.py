@@ -174,7 +174,7 @@ def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module
 
 def _compile(model: nn.Module, options: Mapping[str, Any] | None) -> Callable[..., Any]:
     torch._dynamo.reset()
-    merged = {"min_length": 1, "fallback_random": True, **(options or {}), "rewrite": "always"}
+    merged = {"min_length": 2, "fallback_random": True, **(options or {}), "rewrite": "always"}
     return torch.compile(model, backend="highway", options=merged)
 
 

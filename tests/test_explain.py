@@ -1,0 +1,349 @@
+"""``explain``: it tells what is found, in the user's own terms, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+
+import hwbp_compiler
+from hwbp_compiler import HighwayError, OptionError, explain, passes
+
+WIDTH, DEPTH = 4, 5
+ALWAYS = {"iterations": 1, "rewrite": "always"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(*(Block() for _ in range(DEPTH)))
+
+
+class ConvBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        return F.relu(x + self.norm(self.conv(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], WIDTH)
+        for x_t in x:
+            h = self.cell(x_t, h)
+        return h
+
+
+class Small(nn.Module):
+    """No chain; traced in a moment. Draws random numbers, updates buffers and changes its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        x.mul_(2.0)
+        self.calls = self.calls + 1
+        return F.dropout(self.norm(self.linear(x)), 0.5)
+
+
+def x() -> torch.Tensor:
+    return torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def mlp_report():
+    return explain(mlp(), x(), options=ALWAYS)
+
+
+@pytest.fixture(scope="module")
+def tanh_report():
+    return explain(Recurrent(nn.RNNCell(2, WIDTH)), torch.randn(6, 3, 2), options=ALWAYS)
+
+
+@pytest.fixture(scope="module")
+def broken_report():
+    """Two graphs, and only the second has a chain."""
+    linear, blocks = nn.Linear(WIDTH, WIDTH), mlp()
+
+    def model(x):
+        x = linear(x)
+        torch._dynamo.graph_break()
+        return blocks(x)
+
+    return explain(model, x(), options=ALWAYS)
+
+
+# -- what is found ----------------------------------------------------------------------------------------------
+
+
+def test_a_pre_norm_mlp_is_one_chain_with_multiplier_one(mlp_report):
+    (chain,) = mlp_report.chains
+    assert (chain.length, chain.multiplier, chain.decision) == (DEPTH, "1", "rewritten")
+    assert [group.links for group in chain.groups] == [DEPTH]
+    assert chain.estimate.substitution > 0
+
+
+def test_a_post_relu_resnet_has_the_mask_as_multiplier():
+    image = torch.randn(1, 2, 4, 4, requires_grad=True)
+    (chain,) = explain(nn.Sequential(*(ConvBlock() for _ in range(4))), image, options=ALWAYS).chains
+    assert (chain.length, chain.multiplier) == (4, "mask")
+
+
+def test_a_gru_has_its_gate_as_multiplier():
+    (chain,) = explain(Recurrent(nn.GRUCell(2, WIDTH)), torch.randn(6, 3, 2), options=ALWAYS).chains
+    assert (chain.length, chain.multiplier, chain.decision) == (6, "sigmoid(...)", "rewritten")
+
+
+def test_a_tanh_recurrence_has_no_chain(tanh_report):
+    assert tanh_report.chains == []
+    assert "All gradients of this graph are exact" in str(tanh_report)
+
+
+def test_a_chain_that_iterations_reach_is_declined_with_the_reason():
+    report = explain(mlp(), x(), options={"iterations": DEPTH, "rewrite": "always"})
+    (chain,) = report.chains
+    assert chain.decision == "declined"
+    assert f"iterations={DEPTH}" in chain.reason and "ordinary backprop" in chain.reason
+    assert report.graph_after.code == report.graph_before.code
+
+
+def test_rewrite_never_looks_for_nothing():
+    report = explain(mlp(), x(), options={"rewrite": "never"})
+    assert report.chains == [] and report.graph_after.code == report.graph_before.code
+    assert "plain Inductor" in report.notes[0]
+
+
+# -- the graphs -------------------------------------------------------------------------------------------------
+
+
+def test_before_and_after_differ_and_can_be_read(mlp_report):
+    before, after = (
+        graph.print_readable(print_output=False) for graph in (mlp_report.graph_before, mlp_report.graph_after)
+    )
+    assert before != after and mlp_report.graph_before.code != mlp_report.graph_after.code
+    assert "linear_scan" in after and "linear_scan" not in before
+
+
+def test_a_graph_without_chain_stays_as_it_is(tanh_report):
+    assert tanh_report.graph_after.code == tanh_report.graph_before.code
+
+
+def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
+    seen = []
+
+    def run(graph, options):
+        seen.append(str(graph))
+        raise StopIteration  # the compilation ends here: no code is generated
+
+    monkeypatch.setattr(passes, "run", run)
+    with pytest.raises(HighwayError):
+        torch.compile(mlp(), backend="highway", options={"strict": True})(x())
+    assert seen == [str(mlp_report.graph_before.graph)]
+
+
+def test_a_graph_break_gives_several_graphs_and_the_one_with_chains_is_shown(broken_report):
+    assert [len(graph.chains) for graph in broken_report.graphs] == [0, 1]
+    assert broken_report.graph_before is broken_report.graphs[1].before
+    assert broken_report.graph_after is broken_report.graphs[1].after
+    assert "traced in 2 pieces" in str(broken_report)
+
+
+# -- text, data, page -------------------------------------------------------------------------------------------
+
+
+def test_the_text_names_the_users_own_line(mlp_report):
+    code = Path(__file__).read_text().splitlines()
+    line = code.index("        return x + self.down(torch.relu(self.up(self.norm(x))))") + 1
+    text = str(mlp_report)
+    assert re.search(rf"\btest_explain.py:{line}\n\s+return x \+ self\.down\(", text)
+    assert "1 chain in 1 joint graph: 1 rewritten, 0 declined" in text
+
+
+def test_the_text_fits_a_terminal(mlp_report, tanh_report, broken_report):
+    for report in (mlp_report, tanh_report, broken_report):
+        assert max(map(len, str(report).splitlines())) <= 100
+
+
+def test_the_data_are_plain(broken_report):
+    data = broken_report.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert data["options"]["iterations"] == 1
+    (chain,) = data["chains"]
+    assert (chain["graph"], chain["length"], chain["multiplier"]) == (1, DEPTH, "1")
+    assert chain["groups"][0]["links"] == DEPTH and chain["estimate"]["copied_bytes"] > 0
+    assert [graph["nodes_after"] == graph["nodes_before"] for graph in data["graphs"]] == [True, False]
+
+
+def test_the_page_is_one_file_with_the_text_and_all_graphs(broken_report, tmp_path):
+    broken_report.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1 chain in 2 joint graphs" in page and page.count("<details>") == 4
+    assert "linear_scan" in page
+    assert "=&#x27;always&#x27;" in page  # escaped
+    assert not re.search(r"(src|href)=|url\(", page)
+
+
+# -- what it is given -------------------------------------------------------------------------------------------
+
+
+def test_options_are_refused_before_the_model_is_called():
+    with pytest.raises(OptionError, match="iterations"):
+        explain(lambda: pytest.fail("called"), options={"iterations": -1})
+
+
+def test_the_users_own_joint_pass_sees_the_graph_first():
+    def mine(graph):
+        for node in graph.nodes:
+            if node.op == "call_function":
+                node.meta["mine"] = True
+
+    report = explain(nn.Linear(2, 2), torch.ones(1, 2), options={"joint_custom_pre_pass": mine})
+    assert any(node.meta.get("mine") for node in report.graph_before.graph.nodes)
+
+
+def test_functions_and_keyword_arguments():
+    weight = torch.ones(2, requires_grad=True)
+    report = explain(lambda x, *, scale: (x * weight).sin() * scale, torch.ones(3, 2), scale=2.0)
+    assert len(report.graphs) == 1
+
+
+def test_a_compiled_model_is_the_same_model():
+    model = torch.compile(Block(), backend="eager")
+    assert len(explain(model, x()).graphs) == 1
+
+
+def test_a_model_compiled_in_place_stays_so():
+    counter, model = CompileCounter(), Block()
+    model.compile(backend=counter)
+    assert len(explain(model, x()).graphs) == 1
+    model(x())
+    assert counter.frame_count == 1
+
+
+def test_without_gradients_there_is_no_graph_and_the_report_says_why():
+    model = nn.Linear(2, 2).eval()
+    with torch.no_grad():
+        report = explain(model, torch.ones(1, 2))
+    assert report.graph_before is report.graph_after is None and report.chains == []
+    assert "torch.no_grad" in str(report)
+    assert len(explain(model, torch.ones(1, 2)).graphs) == 1  # eval mode alone changes nothing
+    assert "requires a gradient" in str(explain(model.requires_grad_(False), torch.ones(1, 2)))
+
+
+def test_without_any_graph_the_report_says_so():
+    hidden = torch._dynamo.disable(nn.Linear(2, 2))
+    report = explain(lambda x: hidden(x), torch.ones(1, 2))
+    assert report.graphs == [] and "found no graph" in str(report)
+
+
+def test_the_loss_must_be_one_number_that_wants_a_gradient():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"shape \(1, 2\)"):
+        explain(model, torch.ones(1, 2), loss=lambda output: output)
+    report = explain(model, torch.ones(1, 2), loss=lambda output: output.detach().sum())
+    assert "does not depend on anything" in str(report)
+    assert explain(model, torch.ones(1, 2), loss=torch.sum).notes == []
+
+
+# -- what it leaves behind --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_model_its_inputs_and_the_random_numbers_are_left_as_they_were(as_function):
+    model, given = Small(), x()
+    grad = torch.ones(WIDTH, WIDTH)
+    model.linear.weight.grad = grad
+    before = {name: (tensor, tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+    def loss(output):
+        return output.sum() * (random.random() + np.random.rand())
+
+    explain((lambda x: model(x)) if as_function else model, given, loss=loss)
+    if as_function:
+        del before["calls"]  # a function's module cannot be seen; what it changes in place can
+    after = model.state_dict(keep_vars=True)
+    for name, (tensor, value) in before.items():
+        assert after[name] is tensor and torch.equal(tensor, value), name
+    assert model.linear.weight.grad is grad and torch.equal(grad, torch.ones(WIDTH, WIDTH))
+    assert model.linear.bias.grad is None
+    assert torch.equal(given, x())
+    assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == python_state
+    assert np.array_equal(np.random.get_state()[1], numpy_state[1]) and np.random.get_state()[2] == numpy_state[2]
+
+
+def test_a_model_that_raises_is_left_as_it_was_too():
+    model = Small()
+    with pytest.raises(ZeroDivisionError):
+        explain(model, x(), loss=lambda output: 1 / 0)
+    assert model.calls == 0 and model.norm.num_batches_tracked == 0
+
+
+def test_compilations_of_the_users_are_neither_dropped_nor_made_dynamic():
+    counter = CompileCounter()
+    model = nn.Linear(WIDTH, WIDTH)
+    step = torch.compile(model, backend=counter)
+    step(torch.ones(2, WIDTH))
+    for batch in range(3, 13):  # more often than Dynamo compiles one function
+        report = explain(model, torch.ones(batch, WIDTH))
+        assert report.graph_before.graph.find_nodes(op="placeholder")[-1].meta["val"].shape == (batch, WIDTH)
+    step(torch.ones(2, WIDTH))
+    assert counter.frame_count == 1
+
+
+def test_a_second_look_sees_as_much_although_there_are_caches():
+    with inductor_config.patch(fx_graph_cache=True), functorch_config.patch(enable_autograd_cache=True):
+        for _ in range(2):
+            assert len(explain(nn.Linear(2, 2), torch.ones(1, 2)).graphs) == 1
+
+
+def test_nothing_is_counted():
+    explain(nn.Linear(2, 2), torch.ones(1, 2))
+    assert set(hwbp_compiler.counters().values()) == {0}
+
+
+# -- failures ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_pass(monkeypatch):
+    def run(graph, options):
+        raise KeyError("a broken step")
+
+    monkeypatch.setattr(passes, "run", run)
+
+
+def test_a_failing_pass_is_told(broken_pass):
+    report = explain(nn.Linear(2, 2), torch.ones(1, 2))
+    assert report.graphs[0].failure == report.to_dict()["graphs"][0]["failure"] == "KeyError: 'a broken step'"
+    assert "a broken step" in str(report)
+
+
+def test_a_failing_pass_raises_where_strict(broken_pass):
+    with pytest.raises(HighwayError, match="a broken step"):
+        explain(nn.Linear(2, 2), torch.ones(1, 2), options={"strict": True})
