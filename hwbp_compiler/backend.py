@@ -22,6 +22,7 @@ from .counting import count
 from .errors import HighwayError
 from .graph.info import is_tangent
 from .options import Options, parse
+from .passes.decide import cores
 from .torch_private import CustomGraphPass, check_when_configured, compile_fx, user_joint_passes
 
 log = logging.getLogger(__name__)
@@ -90,13 +91,17 @@ class HighwayPass(CustomGraphPass):
         for record in records:
             count("chains_found")
             count(f"chains_{record.decision}")
+            if record.failed:
+                count("failures")
+                _warn_once(record.reason)
             if record.decision == "declined":
                 count(f"declined: {record.reason}")
             log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
 
     def uuid(self) -> str:
-        """Changes with every option, every source file of the package and the torch version."""
-        return f"{source_digest()} {self.options} torch {torch.__version__}"
+        """Changes with every option, every source file of the package, the torch version, and the number of cores,
+        which the cost model reads."""
+        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}"
 
 
 @dataclass(frozen=True)

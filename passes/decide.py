@@ -36,9 +36,13 @@ class Device:
 
 def device_figures(device: torch.device) -> Device:
     if device.type == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return Device(flops=25e9 * cores, bytes=8e9, launch=6e-6)
+        return Device(flops=25e9 * cores(), bytes=8e9, launch=6e-6)
     return Device(flops=15e12, bytes=1.0e12, launch=6e-6)
+
+
+def cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from .group_links import group_links
 from .rewrite import rewrite_chain
 from .split_links import Split, split_links
 
+log = logging.getLogger(__name__)
+
 # Two or three multiplications in a row occur everywhere; a recurrence is more than that.
 _SHORTEST_RECURRENCE = 4
 
@@ -49,7 +52,8 @@ class _Candidate:
 def run(graph: Graph, options: Options) -> list[ChainRecord]:
     """Rewrite every chain of the joint ``graph`` that ``options`` ask for, in place; returns what was decided.
 
-    On an exception the graph is as it was.
+    A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
+    raised. Any other exception comes before the graph is changed.
     """
     records: list[ChainRecord] = []
     decided: set[tuple] = set()
@@ -176,10 +180,13 @@ def _treat(
         )
     except Exception as error:
         discard(graph, list(graph.nodes)[before - 1 : -1])
-        if isinstance(error, (NotALink, NoBatchingRule)):
-            record.reason = str(error)
-            return record, False
-        raise
+        record.failed = not isinstance(error, (NotALink, NoBatchingRule))
+        if record.failed and options.strict:
+            raise
+        record.reason = f"{type(error).__name__}: {error}" if record.failed else str(error)
+        if record.failed:
+            log.debug("rewriting a chain failed", exc_info=error)
+        return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
     try:
         apply(graph, rewriting, removable)

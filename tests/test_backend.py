@@ -41,6 +41,7 @@ class Record:
     decision: str
     reason: str = "because"
     length: int = 4
+    failed: bool = False
 
 
 class NamedPass(CustomGraphPass):

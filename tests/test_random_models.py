@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eager_backend import capture, options
+from eager_backend import capture, options, trace
 from hypothesis import HealthCheck, Phase, given, settings
 
 from hwbp_compiler.testing import assert_gradients_close, models, reference_gradients, strategies, sum_over_paths
@@ -13,7 +13,7 @@ from hwbp_compiler.testing.compare import assert_outputs_close
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))
 # Always the same few small models, and no shrinking: it would take minutes, the slow tests do it.
 everyday = settings(
-    unhurried, max_examples=8, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
+    unhurried, max_examples=12, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
 many = settings(unhurried, max_examples=300)
 small = strategies.models(max_stacks=2, max_depth=4)
@@ -34,11 +34,10 @@ def oracle(spec, iterations, damping, **kwargs):
     return reference_gradients(models.program(model), args, loss, iterations, damping, **kwargs)
 
 
-def compiled(spec, *settings):
-    """Gradients and records for each (iterations, damping), from one capture."""
-    captured = capture(*models.build(spec))
-    for iterations, damping in settings:
-        yield captured.gradients(options(iterations=iterations, damping=damping))
+def compiled(spec, *settings, through=trace):
+    """Output, gradients and records for each (iterations, damping), from one traced joint graph."""
+    traced = through(*models.build(spec))
+    return [traced.gradients(options(iterations=k, damping=gamma)) for k, gamma in settings]
 
 
 @settings(everyday, max_examples=50)
@@ -58,33 +57,32 @@ def test_retold_models_sum_over_paths(spec, iterations, damping):
     assert_gradients_close(found, paths, 1e-8)
 
 
-def check_truncation(spec, iterations, damping):
-    ((output, found, _),) = compiled(spec, (iterations, damping))
-    expected_output, expected = oracle(spec, iterations, damping)
-    assert_outputs_close(output, expected_output, 1e-11)
-    assert_gradients_close(found, expected, 1e-6)
-
-
-def check_chains(spec):
-    ((_, _, records),) = compiled(spec, (1, 0.0))
-    found = sorted(record.length for record in records if record.decision == "rewritten")
+def check(spec, iterations, damping, through=trace):
+    """The gradients are the oracle's, and every stack is one chain."""
+    settings = ((iterations, damping), (1, 0.0))
+    runs = compiled(spec, *settings, through=through)
+    for (k, gamma), (output, found, _) in zip(settings, runs, strict=True):
+        expected_output, expected = oracle(spec, k, gamma)
+        assert_outputs_close(output, expected_output, 1e-11)
+        assert_gradients_close(found, expected, 1e-6, what=f"k={k}, gamma={gamma}")
+    rewritten = sorted(record.length for record in runs[-1][2] if record.decision == "rewritten")
     lengths = list(spec.chain_lengths)
     allowed = [sorted(lengths)]
     if not (spec.input_grad or spec.stem):  # nothing below the first chain wants a gradient
         allowed.append(sorted([lengths[0] - 1, *lengths[1:]]))
-    assert found in allowed
+    assert rewritten in allowed
 
 
 @everyday
 @given(small, strategies.iterations(), strategies.dampings())
 def test_gradients_match_the_oracle(spec, iterations, damping):
-    check_truncation(spec, iterations, damping)
+    check(spec, iterations, damping)
 
 
-@everyday
-@given(small)
-def test_every_stack_is_one_chain(spec):
-    check_chains(spec)
+@settings(everyday, max_examples=2)
+@given(strategies.models(), strategies.iterations(), strategies.dampings())
+def test_through_dynamo_gradients_match_the_oracle(spec, iterations, damping):
+    check(spec, iterations, damping, through=capture)
 
 
 @everyday
@@ -102,11 +100,4 @@ def test_enough_iterations_are_backprop_whatever_the_skips(spec, damping):
 @many
 @given(strategies.models(), strategies.iterations(), strategies.dampings())
 def test_many_gradients_match_the_oracle(spec, iterations, damping):
-    check_truncation(spec, iterations, damping)
-
-
-@pytest.mark.slow
-@many
-@given(strategies.models())
-def test_in_many_models_every_stack_is_one_chain(spec):
-    check_chains(spec)
+    check(spec, iterations, damping)

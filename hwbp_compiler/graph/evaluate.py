@@ -253,7 +253,7 @@ class Evaluator:
         assert rule is not None
         numbers = {p: v for p, v in present.items() if isinstance(v, float)}
         target = statement.target
-        if len(numbers) == 1 and len(present) == 1:
+        if len(numbers) == 1 and len(present) == 1 and not (target is aten.sub.Tensor and statement.kwargs):
             ((position, number),) = numbers.items()
             if rule.kind is Kind.LAYOUT or target in _IDENTITY:
                 return number

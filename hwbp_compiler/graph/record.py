@@ -25,6 +25,7 @@ class ChainRecord:
     groups        links evaluated together
     source        ``file:line: code`` of the user's line where the last link (in forward order) ends
     estimate      expected seconds link after link and rewritten, and bytes stacked; None where nothing was estimated
+    failed        declined because a pass broke, not because of the model
     """
 
     length: int
@@ -34,6 +35,7 @@ class ChainRecord:
     groups: list[GroupRecord] = field(default_factory=list)
     source: str = ""
     estimate: Any = None
+    failed: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
