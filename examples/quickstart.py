@@ -70,7 +70,7 @@ def train(name: str, options: dict, args: argparse.Namespace, data) -> dict:
     order = torch.Generator().manual_seed(args.seed)
     steps = len(train_x) // args.batch
     times = []
-    with tqdm(total=args.epochs * steps, desc=f"{name:>8}", unit="step", leave=False) as bar:
+    with tqdm(total=args.epochs * steps, desc=f"{name:>8}", unit="step", leave=False, disable=None) as bar:
         for _ in range(args.epochs):
             for rows in torch.randperm(len(train_x), generator=order)[: steps * args.batch].view(steps, -1):
                 start = time.perf_counter()

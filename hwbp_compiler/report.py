@@ -334,7 +334,8 @@ def _text(report: Report) -> Iterator[str]:
             yield from _paragraph("no chain", _NO_CHAIN.format(report.options.min_length), 2)
         for chain in graph.chains:
             number += 1
-            yield f"  chain {number}: {_count(chain.length, 'link')}, {chain.decision}"
+            became = "left as it is: a pass failed" if chain.failed else chain.decision
+            yield f"  chain {number}: {_count(chain.length, 'link')}, {became}"
             yield from _chain_text(chain)
 
 

@@ -243,9 +243,10 @@ def test_a_million_links(four_threads):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    # Second links, so that numbers pass through the loop over vectors, and a sum that has to be rounded.
-    values = torch.stack([every.roll(12345), every])
-    for multiplier in (0.0, 1.0):
+    # Second links, so that numbers pass through the loop over vectors; and sums with a number of about the same
+    # size, which ends half-way between two others as often as not, or of another, which leaves a long tail.
+    for distance, multiplier in itertools.product([77, 1000], [0.0, 1.0]):
+        values = torch.stack([every.roll(distance), every])
         found = linear_scan(values, torch.full((2,), multiplier, dtype=dtype))[1]
         want = (every.float() + multiplier * values[0].float()).to(dtype)
         assert torch.equal(found.isnan(), want.isnan())
