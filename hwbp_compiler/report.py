@@ -194,9 +194,7 @@ def _copy(graph: fx.Graph) -> fx.GraphModule:
         return fx.GraphModule(graph.owning_module, copy.deepcopy(graph), "JointGraph")
 
 
-def _traced(
-    model: Callable[..., Any], patches: dict[str, Any], keep: Callable[[Any], None]
-) -> Callable[..., Any]:
+def _traced(model: Callable[..., Any], patches: dict[str, Any], keep: Callable[[Any], None]) -> Callable[..., Any]:
     """``model``, such that running it shows every graph to Inductor's passes and then runs the graph as it stands."""
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

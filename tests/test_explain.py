@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, explain, passes
+from hwbp_compiler.graph.record import ChainRecord
 
 WIDTH, DEPTH = 4, 5
 ALWAYS = {"iterations": 1, "rewrite": "always"}
@@ -345,3 +346,8 @@ def test_a_failing_pass_is_told(broken_pass):
 def test_a_failing_pass_raises_where_strict(broken_pass):
     with pytest.raises(HighwayError, match="a broken step"):
         explain(nn.Linear(2, 2), torch.ones(1, 2), options={"strict": True})
+
+
+def test_a_chain_on_which_a_pass_failed_is_told_from_one_that_was_declined(monkeypatch):
+    monkeypatch.setattr(passes, "run", lambda graph, options: [ChainRecord(4, "declined", "KeyError: 1", failed=True)])
+    assert "4 links, left as it is: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
