@@ -95,7 +95,7 @@ class HighwayPass(CustomGraphPass):
                 count("failures")
                 _warn_once(record.reason)
             if record.decision == "declined":
-                count(f"declined: {record.reason}")
+                count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
             log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
 
     def uuid(self) -> str:

@@ -18,6 +18,7 @@ _TRANSPARENT = {"clone", "alias", "detach", "_to_copy", "convert_element_type", 
 _TRANSPARENT |= {"reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "getitem", "select", "slice"}
 _TRANSPARENT |= {"split", "split_with_sizes", "unbind", "chunk"}
 _MASKS = {"le", "lt", "ge", "gt", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_not", "bernoulli"}
+_COMPLEMENTS = {"le", "lt", "logical_not", "bitwise_not", "eq"}
 _DEPTH = 4
 
 
@@ -73,7 +74,13 @@ def _statement(program: Program, i: int, values: list) -> sympy.Expr | None:
             return value
         return value * other if name == "mul" else value / other
     if name == "where":
-        return value * sympy.Symbol("mask")
+        condition = statement.args[0]
+        chosen = program.externals[condition.slot] if isinstance(condition, External) else node
+        assert chosen is not None
+        mask = _symbol("mask", chosen)
+        # where(x <= 0, 0, g) keeps what the mask of a ReLU keeps: its condition is the mask's complement.
+        kept = position == 2 if _name(chosen.target) in _COMPLEMENTS else position == 1
+        return value * (mask if kept else 1 - mask)
     if name == "fma":
         a, b, _ = statement.args
         product = [argument(x) for x in (a, b)]
@@ -90,18 +97,18 @@ def _name(target: object) -> str:
 def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
     """A factor by what made it: ``sigmoid(...)``, ``mask``, ``weight``, ``1/sigma``."""
     if node.op != "call_function":
-        return sympy.Symbol("weight")
+        return _symbol("weight", node)
     name = _name(node.target)
     if name in _MASKS:
-        return sympy.Symbol("mask")
+        return _symbol("mask", node)
     if name in _TRANSPARENT and isinstance(node.args[0], Node):
         return describe(node.args[0], depth)
     if name in ("full", "scalar_tensor") and isinstance(node.args[-1], (int, float)):
         return sympy.sympify(node.args[-1])
     if name == "rsqrt":
-        return 1 / sympy.Symbol("sigma", positive=True)
+        return 1 / _symbol("sigma", node)
     if name == "sqrt":
-        return sympy.Symbol("sigma", positive=True)
+        return _symbol("sigma", node)
     if depth and name in ("add", "sub", "mul", "div", "neg", "reciprocal") and len(node.args) <= 2:
         parts = [
             describe(a, depth - 1) if isinstance(a, Node) else sympy.sympify(a)
@@ -110,7 +117,12 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
         ]
         if len(parts) == len(node.args):
             return _combine(name, parts)
-    return sympy.Symbol(f"{name}(...)@{node.name}")  # two sigmoids are two factors; the text shows no names
+    return _symbol(f"{name}(...)", node)
+
+
+def _symbol(name: str, node: Node | None) -> sympy.Symbol:
+    """Two sigmoids, or two masks, are two factors, though the text calls them alike."""
+    return sympy.Symbol(f"{name}@{node.name if node is not None else ''}", positive=True)
 
 
 def _combine(name: str, parts: list) -> sympy.Expr:
@@ -144,8 +156,9 @@ def _component_names(width: int, support: frozenset[tuple[int, int]]) -> list[st
 
 
 def _text(expression: sympy.Expr) -> str:
-    text = re.sub(r"@\w+", "", str(expression.evalf(6) if expression.atoms(sympy.Float) else expression))
-    return re.sub(r"(?<![\d.])1\.0+\*|\*1\.0+(?!\d)", "", text) if text not in ("1.0", "1.00000") else "1"
+    text = re.sub(r"@\w*", "", str(expression))
+    text = re.sub(r"\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):g}", text)
+    return re.sub(r"(?<![\w.)])1\*", "", text)
 
 
 def source_line(node: Node) -> str:
