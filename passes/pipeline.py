@@ -133,6 +133,8 @@ def _regular_part(chain: Chain) -> Chain | None:
     end = start
     while end < len(alike) and alike[end]:
         end += 1
+    if end - start < _SHORTEST_RECURRENCE - 1:  # a first or last link may yet be found
+        return None
     link = chain.links[start]
     if any(_is_heavy(link, i) for i in range(link.arity, len(link.statements))) or not _multiplies(link):
         return None

@@ -17,6 +17,7 @@ from torch import Tensor
 from hwbp_compiler.scan import cpu, linear_scan
 from hwbp_compiler.scan.fallback import linear_scan_torch
 from hwbp_compiler.scan.hillis_steele import linear_scan_hillis_steele
+from hwbp_compiler.scan.operator import previous
 from hwbp_compiler.scan.reference import linear_scan_reference, spread
 
 OPERATOR = torch.ops.highway.linear_scan.default
@@ -335,6 +336,12 @@ def test_derivatives_of_the_shortest_scans(length):
     multipliers = torch.rand(length, dtype=torch.float64, requires_grad=True)
     linear_scan(values, multipliers).sum().backward()
     assert torch.equal(values.grad, torch.ones(length, 3)) and torch.equal(multipliers.grad, torch.zeros(length))
+
+
+@pytest.mark.parametrize(("states", "moved"), [([], []), ([5.0], [0.0]), ([1.0, 2.0, 3.0], [0.0, 1.0, 2.0])])
+def test_the_states_before_each_link(states, moved):
+    assert previous(torch.tensor(states), reverse=False).tolist() == moved
+    assert previous(torch.tensor(states[::-1]), reverse=True).tolist() == moved[::-1]
 
 
 def test_derivatives_of_a_tuple():

@@ -86,7 +86,8 @@ class Program:
 
     @property
     def signature(self) -> tuple:
-        return (self.arity, tuple(self.statements), tuple(self.outputs))
+        outside = tuple((shape_of(n), _dtype_of(n)) for n in self.externals)
+        return (self.arity, tuple(self.statements), tuple(self.outputs), outside)
 
     @property
     def inputs(self) -> State:
