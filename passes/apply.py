@@ -17,10 +17,11 @@ def discard(graph: Graph, created: list[Node]) -> None:
         graph.erase_node(node)
 
 
-def apply(graph: Graph, rewriting: Rewriting, removable: set[Node]) -> None:
+def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: set[Node]) -> None:
     """Replace uses, sort, and erase those of ``removable`` (and of the created nodes) that have no users left.
 
-    Raises NotALink, with the graph as before the emission, if the result would be cyclic.
+    Raises NotALink, with the graph as before the emission, if the result would be cyclic, or if anything still used
+    one of the ``superseded`` nodes: two versions of a link would be mixed then, which no k stands for.
     """
     journal: list[tuple[Node, tuple, dict]] = []
     for old, new in rewriting.replacements.items():
@@ -28,11 +29,16 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node]) -> None:
             journal.append((user, user.args, dict(user.kwargs)))
             user.replace_input_with(old, new)
     order = _topological_order(graph)
+    reason = None
     if order is None:
+        reason = "what a link sends sideways comes back into the chain"
+    elif superseded & _alive(order):
+        reason = "a value inside a link is used in a way that is not understood"
+    if order is None or reason is not None:
         for user, args, kwargs in reversed(journal):
             user.args, user.kwargs = args, kwargs
         discard(graph, rewriting.created)
-        raise NotALink("what a link sends sideways comes back into the chain")
+        raise NotALink(reason)
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     for node in order:
         if node is not output:
@@ -41,6 +47,15 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node]) -> None:
     for node in reversed(order):
         if not node.users and (node in created or node in removable):
             graph.erase_node(node)
+
+
+def _alive(order: list[Node]) -> set[Node]:
+    """Nodes that the output depends on."""
+    alive = {node for node in order if node.op == "output"}
+    for node in reversed(order):
+        if node in alive:
+            alive.update(node.all_input_nodes)
+    return alive
 
 
 def _topological_order(graph: Graph) -> list[Node] | None:

@@ -117,6 +117,8 @@ class _Lane:
             return None
         if any(isinstance(v, (Ref, External)) for _, v in kwargs):
             return None
+        if self.info.is_sum(self.info.index[node]) and any(self.info.carries[self.info.index[e]] for e in externals):
+            return None  # an accumulation: its other terms may be another link's
         return Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), externals
 
 

@@ -191,7 +191,7 @@ def _treat(
         return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
     try:
-        apply(graph, rewriting, removable)
+        apply(graph, rewriting, removable, candidate.nodes - set(candidate.chain.states[0]))
     except NotALink as error:
         record.reason = str(error)
         return record, False

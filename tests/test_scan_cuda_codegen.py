@@ -86,6 +86,13 @@ def test_sixteen_bit_scans_accumulate_in_float32(dtype):
         assert re.search(rf"{source} = \w+\.to\(tl\.float32\)", body(kernel))
 
 
+def test_what_blocks_of_sixteen_bit_numbers_hand_on_is_float32():
+    shape = (65536, 1, 64)
+    code = generate(lambda a, m: scan(a, m), shape, shape, dtype=torch.bfloat16)
+    dtypes = re.findall(r"empty_strided_cuda\(.*, torch\.(\w+)\)", code.source)
+    assert sorted(dtypes) == ["bfloat16", "float32", "float32"]
+
+
 def test_double_precision_stays_double():
     (kernel,) = generate(lambda a, m: scan(a, m), FULL, FULL, dtype=torch.float64).kernels
     assert ".to(tl.float64)" in body(kernel) and ".to(tl.float32)" not in body(kernel)
