@@ -36,7 +36,7 @@ _TYPES = {
 
 def linear_scan_cpu(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
     """:func:`hwbp_compiler.linear_scan` on CPU tensors; the output is contiguous and new."""
-    out = values.new_empty(values.shape)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
     linear_scan_out(values, multipliers, reverse, out=out)
     return out
 

@@ -3,16 +3,17 @@
 // Complex<float>, Complex<double>.
 //
 // Note [Row order]
-// A thread owns a range of columns and walks down the rows with the running u of its columns in a small
-// buffer that stays in the cache. Going down one narrow column block at a time instead touches a new page, and with
+// A thread owns a range of columns and walks down the rows with the running u of its columns in a small buffer
+// that stays in the cache. Going down one narrow column block at a time instead touches a new page, and with
 // power-of-two rows the same cache set, at every step; row order reads and writes whole pages one after another.
 // The running u is kept apart from the output, so the output can be written past the caches, and 16-bit types
 // carry float32 from row to row.
 //
 // Note [Few columns]
-// A scan over few columns and many rows has no parallelism across columns. The rows are then cut into one block
-// per thread: every block is reduced on its own to (value, product of multipliers), the carries are passed from
-// block to block, and every block is scanned again from its true carry. This reads the inputs twice.
+// Threads that share short rows hinder one another: each fetches, ahead of its columns, those of the next. Where
+// rows are too short for all threads, a scan of many rows is cut into one block of rows per thread: every block
+// is reduced on its own to (value, product of multipliers), the carries are passed from block to block, and every
+// block is scanned again from its true carry. This reads the inputs twice.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -373,7 +374,6 @@ template <typename T, typename A, Multiplier M>
 void by_columns(const Problem<T>& p, int threads) {
   const int64_t per_line = kLine / static_cast<int64_t>(sizeof(T));
   const int64_t lines = (p.columns + per_line - 1) / per_line;
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, lines)));
   auto work = [&](int thread) {
     const int64_t begin = std::min(p.columns, lines * thread / threads * per_line);
     const int64_t end = std::min(p.columns, lines * (thread + 1) / threads * per_line);
@@ -418,14 +418,15 @@ bool by_blocks(const Problem<T>& p, int blocks) {
 template <typename T, Multiplier M>
 void run(const Problem<T>& p, int threads) {
   using A = typename Accumulator<T>::type;
-  constexpr int64_t kGrain = 32768;      // elements worth a thread
-  constexpr int64_t kBlockedColumns = 1024;
-  const int64_t elements = p.length * p.columns;
-  threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, elements / kGrain)));
-  const int64_t lines = (p.columns * sizeof(T) + kLine - 1) / kLine;
-  const bool few = 2 * lines <= threads && p.columns <= kBlockedColumns && p.length >= 64 * threads;
-  if (few && by_blocks<T, A, M>(p, threads)) return;
-  by_columns<T, A, M>(p, threads);
+  constexpr int64_t kGrain = 32768;  // elements worth a thread
+  constexpr int64_t kPage = 4096;    // bytes of a row worth a thread: prefetchers follow whole pages
+  constexpr int64_t kBlock = 64;     // rows worth a block
+  const int64_t most = std::clamp<int64_t>(p.length * p.columns / kGrain, 1, threads);
+  const int64_t sharing_rows = std::clamp<int64_t>(p.columns * sizeof(T) / kPage, 1, most);
+  const int64_t blocks = std::min(most, p.length / kBlock);
+  // Blocks read the inputs twice, and so have to be many more than the threads they keep busy otherwise.
+  if (blocks >= 3 * sharing_rows && by_blocks<T, A, M>(p, static_cast<int>(blocks))) return;
+  by_columns<T, A, M>(p, static_cast<int>(sharing_rows));
 }
 
 // ---- from Python -------------------------------------------------------------------------------------------
