@@ -29,16 +29,21 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
             journal.append((user, user.args, dict(user.kwargs)))
             user.replace_input_with(old, new)
     order = _topological_order(graph)
-    reason = None
+    refused = None
     if order is None:
-        reason = "what a link sends sideways comes back into the chain"
+        refused = NotALink(
+            "what a step gives to the rest of the model comes back into a later step (attention over all earlier "
+            "states, for example)",
+            "Later steps may see earlier ones through the state alone.",
+        )
     elif superseded & _alive(order):
-        reason = "a value inside a link is used in a way that is not understood"
-    if order is None or reason is not None:
+        refused = NotALink("a value inside a block is used elsewhere in a way that is not understood")
+    if order is None or refused is not None:
         for user, args, kwargs in reversed(journal):
             user.args, user.kwargs = args, kwargs
         discard(graph, rewriting.created)
-        raise NotALink(reason)
+        assert refused is not None
+        raise refused
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
     for node in order:
         if node is not output:

@@ -20,19 +20,24 @@ from torch.fx import Node
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.match import match_backward
-from hwbp_compiler.graph.program import NotALink, Program, State, extract, sum_terms
+from hwbp_compiler.graph.program import BY_PASS, BY_PASS_ADVICE, NotALink, Program, State, extract, sum_terms
 from hwbp_compiler.graph.rules import Kind, shape_of
 
 from .find_chains import Track
 
+# The most tensors that together are one state.
+_WIDEST = 3
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """A stretch of a track that is no chain; ``node`` says where it stands in the user's source."""
+    """A stretch that is no chain: why, what to change, and some of its nodes, which say where in the user's source
+    it stands. ``length`` counts the joins it would have been."""
 
-    node: Node
+    nodes: tuple[Node, ...]
     length: int
     reason: str
+    advice: str = ""
 
 
 def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[Refusal]]:
@@ -57,7 +62,38 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
                 _build(info, track, states, chains, refusals)
         if _score(chains) > _score(best[0]) or not (best[0] or best[1]):
             best = (chains, refusals)
-    return best
+    chains, refusals = best
+    if crossings and _score(chains) == 0:
+        refusals = [r for r in refusals if r.reason != BY_PASS] or [_too_wide(info, joins)]
+    return chains, refusals
+
+
+def _too_wide(info: GraphInfo, joins: list[int]) -> Refusal:
+    inside = info.between({joins[0]}, {joins[-1]})
+    nodes = tuple(info.nodes[i] for i in sorted(inside))
+    width = _width(info, joins, inside)
+    if width <= _WIDEST:
+        return Refusal(nodes, len(joins), BY_PASS, BY_PASS_ADVICE)
+    return Refusal(
+        nodes,
+        len(joins),
+        f"{width} tensors pass from each step to the next; a state of more than {_WIDEST} is not handled",
+        f"Carry at most {_WIDEST} tensors from step to step; what depends on the input alone can go before the loop.",
+    )
+
+
+def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
+    """How many gradients cross from one step to the next, at the narrowest place of a typical step."""
+    ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
+    alive: list[int] = []  # last uses of what crosses the present position
+    narrowest = [len(inside)] * len(joins)
+    for i in sorted(inside):
+        alive = [end for end in alive if end > i]
+        if ends[i] > i:
+            alive.append(ends[i])
+        step = bisect_left(joins, i)
+        narrowest[step] = min(narrowest[step], len(alive)) if alive else narrowest[step]
+    return sorted(narrowest[1:])[len(joins) // 2 - 1]
 
 
 def _score(chains: list[Chain]) -> int:
@@ -132,7 +168,7 @@ def _widened(info: GraphInfo, join: int) -> State | None:
             light.append(term)
     # Heavy terms first: K is lower triangular then in the order the model's own state has, (h, c).
     ordered = tuple(dict.fromkeys([*heavy, *light]))
-    return ordered if 2 <= len(ordered) <= 3 else None
+    return ordered if 2 <= len(ordered) <= _WIDEST else None
 
 
 def _is_own(info: GraphInfo, node: Node) -> bool:
@@ -157,7 +193,7 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
             _check_shapes(before, after)
             link = extract(info, before, [n for n in after if n is not None], tainted)
         except NotALink as reason:
-            refusals.append(Refusal(_first(after), 1, str(reason)))
+            refusals.append(Refusal(_between(info, before, after), 1, str(reason), reason.advice))
             pieces.append((current, links))
             current, links = [after], []
             continue
@@ -171,17 +207,31 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
 
 def _check_shapes(before: State, after: State) -> None:
     if len(before) != len(after):
-        raise NotALink(f"{len(before)} values cross one end of the link and {len(after)} the other")
+        raise NotALink(f"{len(before)} tensors pass into a step and {len(after)} out of it")
     for a, b in zip(before, after, strict=True):
         if a is not None and b is not None:
+            # The gradient goes backward: in the model the state has the shape of ``b`` first.
             if shape_of(a) != shape_of(b):
-                raise NotALink(f"the state changes its shape from {shape_of(a)} to {shape_of(b)}")
+                raise NotALink(
+                    f"the residual stream changes its shape from {_sizes(b)} to {_sizes(a)}",
+                    "Such a step is left exact; the blocks of one shape on either side form chains of their own.",
+                )
             if a.meta["val"].dtype != b.meta["val"].dtype:
-                raise NotALink(f"the state changes its dtype from {a.meta['val'].dtype} to {b.meta['val'].dtype}")
+                raise NotALink(
+                    f"the residual stream changes its dtype from {b.meta['val'].dtype} to {a.meta['val'].dtype}",
+                    "Keep the residual stream in one dtype; autocast inside the blocks does no harm.",
+                )
 
 
-def _first(state: State) -> Node:
-    return next(n for n in state if n is not None)
+def _sizes(node: Node) -> str:
+    return "[" + ", ".join(map(str, shape_of(node) or ())) + "]"
+
+
+def _between(info: GraphInfo, before: State, after: State) -> tuple[Node, ...]:
+    starts = {info.index[n] for n in before if n is not None}
+    ends = {info.index[n] for n in after if n is not None}
+    inside = [info.nodes[i] for i in sorted(info.between(starts, ends) - starts)]
+    return tuple(inside or (n for n in after if n is not None))
 
 
 def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:

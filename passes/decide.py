@@ -87,7 +87,7 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
         rewritten += rounds * _cost(program, block, figures, lanes) + _cost(program, sides, figures, lanes)
         copied += _copied(group)
     rows = len(chain.links) + 1
-    scan = figures.launch * 2 + 3 * rows * _bytes_of(like) / figures.bytes
+    scan = figures.launch * 2 + 3 * rows * bytes_of(like) / figures.bytes
     rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
@@ -112,9 +112,9 @@ def _cost(program: Program, statements: set[int], figures: Device, lanes: int) -
         node = program.raw[i]
         if node is None:
             continue
-        size = _bytes_of(node.meta.get("val"))
+        size = bytes_of(node.meta.get("val"))
         if _kind(program, i) is Kind.HEAVY:
-            moved = size + sum(_bytes_of(n.meta.get("val")) for n in node.all_input_nodes)
+            moved = size + sum(bytes_of(n.meta.get("val")) for n in node.all_input_nodes)
             total += figures.launch + lanes * max(_flops(node) / figures.flops, moved / (4 * figures.bytes))
             kernels += 1
         else:
@@ -130,17 +130,18 @@ def _flops(node: Node) -> float:
     formula: Callable | None = flop_registry.get(packet)
     value = node.meta.get("val")
     if formula is None or isinstance(value, torch.SymInt):
-        return 2.0 * _bytes_of(value)
+        return 2.0 * bytes_of(value)
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     try:
         return float(formula(*args, **kwargs, out_val=value))
     except Exception:  # a formula may refuse shapes it does not know; the estimate does without it
-        return 2.0 * _bytes_of(value)
+        return 2.0 * bytes_of(value)
 
 
-def _bytes_of(value: object) -> int:
+def bytes_of(value: object) -> int:
+    """Bytes of a node's value; a symbolic size counts as its hint."""
     if isinstance(value, (tuple, list)):
-        return sum(_bytes_of(v) for v in value)
+        return sum(bytes_of(v) for v in value)
     if not isinstance(value, torch.Tensor):
         return 0
     total = value.element_size()
@@ -159,5 +160,5 @@ def _copied(group: Group) -> int:
             continue
         seen.add(nodes)
         if not all(n.target is aten.select.int for n in nodes):
-            total += sum(_bytes_of(n.meta.get("val")) for n in nodes)
+            total += sum(bytes_of(n.meta.get("val")) for n in nodes)
     return total

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch.fx import Graph, Node
@@ -12,20 +13,21 @@ from torch.fx import Graph, Node
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
 from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.describe import multiplier_text, source_line
+from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, modules_of, name_range
 from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
-from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
 from hwbp_compiler.options import Options
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
-from .decide import estimate
-from .find_chains import find_chains
+from .decide import bytes_of, estimate
+from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
-from .rewrite import rewrite_chain
+from .rewrite import Rewriting, rewrite_chain
 from .split_links import Split, split_links
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,9 @@ _SHORTEST_RECURRENCE = 4
 
 
 @dataclass
-class _Candidate:
+class Candidate:
+    """A sound chain with all that is known before it is decided upon."""
+
     chain: Chain
     groups: list[Group]
     split: Split
@@ -49,7 +53,17 @@ class _Candidate:
         return {n for g in self.groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
 
 
-def run(graph: Graph, options: Options) -> list[ChainRecord]:
+class Watcher(Protocol):
+    """Looks on while chains are treated; changes nothing."""
+
+    def found(self, record: ChainRecord, candidate: Candidate, origins: list[Origin]) -> None:
+        """Before ``candidate`` is decided upon; ``origins`` of its links, in forward order."""
+
+    def rewritten(self, record: ChainRecord, candidate: Candidate, rewriting: Rewriting) -> None:
+        """After it was rewritten."""
+
+
+def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[ChainRecord]:
     """Rewrite every chain of the joint ``graph`` that ``options`` ask for, in place; returns what was decided.
 
     A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
@@ -58,19 +72,21 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
     records: list[ChainRecord] = []
     decided: set[tuple] = set()
     settled: set[Node] = set()
+    origins = Origins(graph)
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
             return records
-        candidates, refusals = _candidates(info, options)
+        candidates, refusals, short = _candidates(info, options)
         if not decided:
-            records += [ChainRecord(r.length, "declined", r.reason, source=source_line(r.node)) for r in refusals]
+            declined = [_refused(r, origins) for r in refusals]
+            records += collapsed(declined + [_short(s, origins, options) for s in short])
         changed = False
         for candidate in candidates:
             if candidate.key in decided:
                 continue
             decided.add(candidate.key)
-            record, changed = _treat(graph, info, candidate, options, settled)
+            record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
             records.append(record)
             if changed:
                 break
@@ -78,23 +94,29 @@ def run(graph: Graph, options: Options) -> list[ChainRecord]:
             return records
 
 
-def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], list[Refusal]]:
-    found: list[_Candidate] = []
+def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list[Refusal], list[Candidate]]:
+    """What may be rewritten, what was refused, and chains below ``min_length``."""
+    found: list[Candidate] = []
     refusals: list[Refusal] = []
+    short: list[Candidate] = []
     for track in find_chains(info):
         if len(track.joins) + 2 < options.min_length:  # head and tail can add one link each
+            refusals.append(_too_short(info, track, options))
             continue
         chains, refused = check_separation(info, track)
         if len(track.joins) >= options.min_length:
-            refusals += refused
-        found += _split_and_group(info, chains, options, refusals)
+            refusals += _of_one_track(refused, len(track.joins))
+        more, too_short = _split_and_group(info, chains, options, refusals)
+        found, short = found + more, short + too_short
+        if not (refused or more or too_short):
+            refusals.append(_too_short(info, track, options))
     used = {info.index[n] for candidate in found for n in candidate.nodes}
     for track in find_recurrences(info, used, max(options.min_length, _SHORTEST_RECURRENCE) - 1):
         chains, _ = check_separation(info, track)
         elementwise = [c for c in map(_regular_part, chains) if c is not None]
-        found += _split_and_group(info, elementwise, options, refusals)
+        found += _split_and_group(info, elementwise, options, refusals)[0]
     found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))
-    kept: list[_Candidate] = []
+    kept: list[Candidate] = []
     taken: set[Node] = set()
     for candidate in found:
         if candidate.nodes.isdisjoint(taken):
@@ -102,25 +124,50 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[_Candidate], li
             taken |= candidate.nodes
     # From the loss towards the input: a chain's side outputs are injections of the next one.
     kept.sort(key=lambda c: info.index[_any(c)])
-    return kept, refusals
+    return kept, refusals, [s for s in short if s.nodes.isdisjoint(taken)]
+
+
+def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
+    start = track.joins[-2] if len(track.joins) > 1 else max(track.branches, default=track.joins[-1])
+    inside = info.between({start}, {track.joins[-1]}) - {start}
+    nodes = tuple(info.nodes[i] for i in sorted(inside))
+    return Refusal(nodes, len(track.joins), *_shorter(len(track.joins), options))
+
+
+def _shorter(length: int, options: Options) -> tuple[str, str]:
+    return f"shorter than min_length={options.min_length}", f"min_length={length} lets it be considered."
+
+
+def _of_one_track(refused: list[Refusal], joins: int) -> list[Refusal]:
+    """One refusal per reason; where every link but the first is refused, so is the first."""
+    merged: dict[str, Refusal] = {}
+    for r in refused:
+        before = merged.get(r.reason)
+        length = r.length + (before.length if before is not None else 0)
+        merged[r.reason] = Refusal((*before.nodes, *r.nodes) if before else r.nodes, length, r.reason, r.advice)
+    if len(merged) == 1 and sum(r.length for r in merged.values()) == joins - 1:
+        merged = {k: replace(r, length=joins) for k, r in merged.items()}
+    return list(merged.values())
 
 
 def _split_and_group(
     info: GraphInfo, chains: list[Chain], options: Options, refusals: list[Refusal]
-) -> list[_Candidate]:
-    found: list[_Candidate] = []
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Candidates, and those that are too short."""
+    found: list[Candidate] = []
+    short: list[Candidate] = []
     for chain in chains:
         if not chain.links:
             continue
         try:
             split = split_links(chain)
         except NotALink as reason:
-            refusals.append(Refusal(_first(chain), chain.length, str(reason)))
+            inside = tuple(n for link in chain.links for n in link.raw[link.arity :] if n is not None)
+            refusals.append(Refusal(inside, chain.length, str(reason), reason.advice))
             continue
-        candidate = _Candidate(chain, group_links(info, chain), split)
-        if chain.length >= options.min_length:
-            found.append(candidate)
-    return found
+        candidate = Candidate(chain, group_links(info, chain), split)
+        (found if chain.length >= options.min_length else short).append(candidate)
+    return found, short
 
 
 def _regular_part(chain: Chain) -> Chain | None:
@@ -154,7 +201,7 @@ def _multiplies(link: Program) -> bool:
     return any(s.target in products for s in link.statements)
 
 
-def _any(candidate: _Candidate) -> Node:
+def _any(candidate: Candidate) -> Node:
     return _first(candidate.chain)
 
 
@@ -163,9 +210,18 @@ def _first(chain: Chain) -> Node:
 
 
 def _treat(
-    graph: Graph, info: GraphInfo, candidate: _Candidate, options: Options, settled: set[Node]
+    graph: Graph,
+    info: GraphInfo,
+    candidate: Candidate,
+    options: Options,
+    settled: set[Node],
+    origins: Origins,
+    watcher: Watcher | None,
 ) -> tuple[ChainRecord, bool]:
-    record = _described(candidate)
+    found = [origins.of_link(link) for link in _forward_links(candidate)]
+    record = _described(candidate, found)
+    if watcher is not None:
+        watcher.found(record, candidate, found)
     reason = _decline(candidate, options, record)
     if reason is not None:
         record.reason = reason
@@ -186,6 +242,9 @@ def _treat(
         if record.failed and options.strict:
             raise
         record.reason = f"{type(error).__name__}: {error}" if record.failed else str(error)
+        record.advice = getattr(
+            error, "advice", "A defect of ours: report.save_repro(path) writes a script for a report."
+        )
         if record.failed:
             log.debug("rewriting a chain failed", exc_info=error)
         return record, False
@@ -193,20 +252,27 @@ def _treat(
     try:
         apply(graph, rewriting, removable, candidate.nodes - set(candidate.chain.states[0]))
     except NotALink as error:
-        record.reason = str(error)
+        record.reason, record.advice = str(error), error.advice
         return record, False
     graph.lint()
     settled.update(rewriting.created)
     record.decision = "rewritten"
+    # The stacks, and the last W beside the block results it is made from.
+    state = sum(bytes_of(n.meta["val"]) for n in candidate.chain.states[-1] if n is not None)
+    record.added_bytes = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * state
+    if watcher is not None:
+        watcher.rewritten(record, candidate, rewriting)
     return record, True
 
 
-def _decline(candidate: _Candidate, options: Options, record: ChainRecord) -> str | None:
-    """Why the chain is left to ordinary backprop, or None. Puts the estimate into ``record``."""
+def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> str | None:
+    """Why the chain is left to ordinary backprop, or None. Puts estimate and advice into ``record``."""
     length = candidate.chain.length
     if options.iterations == "exact":
+        record.advice = f"Any iterations below {length}."
         return 'iterations="exact" asks for ordinary backprop'
     if options.iterations >= length:
+        record.advice = f"iterations below {length}, or leave it: these gradients are exact."
         return f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
     expected = estimate(candidate.chain, candidate.groups, int(options.iterations))
     record.estimate = expected
@@ -215,26 +281,79 @@ def _decline(candidate: _Candidate, options: Options, record: ChainRecord) -> st
     elif expected.pays:
         record.reason = f"expected to be faster: {expected}"
     else:
-        return f'not expected to be faster: {expected}; rewrite="always" rewrites it all the same'
+        record.advice = 'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.'
+        return f"not expected to be faster: {expected}"
     return None
 
 
-def _described(candidate: _Candidate) -> ChainRecord:
+# -- records ----------------------------------------------------------------------------------------------------
+
+
+def _forward_links(candidate: Candidate) -> list[Program]:
+    """The chain's links in forward order, one that has no next state included."""
+    by_position = {lane: p for group in candidate.groups for lane, p in zip(group.lanes, group.programs, strict=True)}
+    return [by_position[lane] for lane in sorted(by_position, reverse=True)]
+
+
+def _described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
     chain = candidate.chain
-    texts = Counter[str]()
-    groups: list[GroupRecord] = []
-    for group in candidate.groups:
-        program = group.template
-        texts[multiplier_text(program, candidate.split.support)] += len(group.lanes)
-        heavy = Counter(
-            str(program.statements[i].target) for i in range(len(program.statements)) if _is_heavy(program, i)
-        )
-        groups.append(GroupRecord(len(group.lanes), dict(heavy)))
-    return ChainRecord(
-        chain.length,
-        "declined",
-        "",
-        " | ".join(text for text, _ in texts.most_common()),
-        groups,
-        source_line(_first(chain)),
+    length = len(origins)
+    modules = modules_of(origins)
+    sources = by_frequency(o.source for o in origins)
+    record = ChainRecord(
+        chain.length, "declined", "", source=sources[0] if sources else "", module=name_range(modules), sources=sources
     )
+    texts = Counter[str]()
+    members = [0] * length
+    for number, group in enumerate(candidate.groups):
+        program = group.template
+        text = multiplier_text(program, candidate.split.support)
+        texts[text] += len(group.lanes)
+        heavy = Counter(
+            operator_name(node).removeprefix("aten::")
+            for i, node in enumerate(program.raw)
+            if node is not None and _is_heavy(program, i)
+        )
+        mine = sorted(len(origins) - 1 - lane for lane in group.lanes)
+        for i in mine:
+            members[i] = number
+        lines = by_frequency(origins[i].source for i in mine)
+        record.groups.append(
+            GroupRecord(len(mine), dict(heavy), text, name_range([modules[i] for i in mine]), lines[0] if lines else "")
+        )
+    record.multiplier = " | ".join(text for text, _ in texts.most_common())
+    record.members = members
+    record.side_losses = [i for i, link in enumerate(_forward_links(candidate)) if any(link.injections.values())]
+    return record
+
+
+def _refused(refusal: Refusal, origins: Origins) -> ChainRecord:
+    origin = origins.of_nodes(refusal.nodes)
+    return ChainRecord(
+        refusal.length,
+        "declined",
+        refusal.reason,
+        source=origin.source,
+        module=origin.module or origin.inside,
+        sources=[origin.source] if origin.source else [],
+        advice=refusal.advice,
+    )
+
+
+def _short(candidate: Candidate, origins: Origins, options: Options) -> ChainRecord:
+    record = _described(candidate, [origins.of_link(link) for link in _forward_links(candidate)])
+    record.reason, record.advice = _shorter(record.length, options)
+    return record
+
+
+def collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
+    """Equal refusals of equal lines as one record that counts them."""
+    kept: dict[tuple, ChainRecord] = {}
+    for record in records:
+        key = (record.length, record.reason, record.source, record.multiplier)
+        if key in kept:
+            kept[key].times += 1
+            kept[key].module = name_range([*kept[key].module.split(".."), *record.module.split("..")])
+        else:
+            kept[key] = record
+    return list(kept.values())

@@ -18,6 +18,8 @@ from hwbp_compiler.graph.rules import Kind, rule_of
 
 aten = torch.ops.aten
 
+_LAYOUT_ADVICE = "Keep the residual stream in one layout: transpose inside the block, and back before the addition."
+
 
 @dataclass(frozen=True)
 class Split:
@@ -59,14 +61,16 @@ def _support(link: Program) -> set[tuple[int, int]]:
             for component, order in layouts[ref.id].items():
                 moved = _moved(link, i, ref, order)
                 if component in mine and not _same_order(mine[component], moved):
-                    raise NotALink("elementwise paths through the link arrive in different element orders")
+                    raise NotALink("the state meets itself with its elements in another order", _LAYOUT_ADVICE)
                 mine[component] = moved
         layouts.append(mine)
     found: set[tuple[int, int]] = set()
     for component, i in enumerate(link.outputs):
         for source, order in layouts[i].items():
             if not _same_order(order, None):
-                raise NotALink("the link permutes the elements of its state")
+                raise NotALink(
+                    "a block returns its state with the elements in another order than it was given", _LAYOUT_ADVICE
+                )
             found.add((component, source))
     return found
 
@@ -87,7 +91,11 @@ def _moved(link: Program, i: int, ref: Ref, order: torch.Tensor | None) -> torch
         dims = statement.args[1] if statement.target is aten.permute.default else None
         if dims is not None and [d for d in dims if shape[d] != 1] == sorted(d for d in dims if shape[d] != 1):
             return order
-        raise NotALink("the state is permuted and has symbolic sizes")
+        raise NotALink(
+            "a block permutes its state, and with sizes known only at run time (dynamic shapes) the order cannot be "
+            "followed",
+            "Compile with dynamic=False, or keep the residual stream in one layout.",
+        )
     flat = torch.arange(_numel(shape)) if order is None else order
     move: Callable[..., torch.Tensor] = statement.target  # type: ignore[assignment]
     return move(flat.reshape(shape), *statement.args[1:]).reshape(-1)
@@ -126,6 +134,10 @@ def _triangular_order(width: int, support: set[tuple[int, int]]) -> tuple[int, .
             if c not in order and all(source in order or source == c for to, source in support if to == c)
         ]
         if not free:
-            raise NotALink("the components of the state feed each other elementwise in a circle")
+            raise NotALink(
+                "the tensors of the state feed one another element by element in a circle (a complex multiplication "
+                "written with real parts, for example)",
+                "Let each tensor of the state carry on itself and those after it only.",
+            )
         order.append(free[0])
     return tuple(order)

@@ -22,7 +22,9 @@ prims = torch.ops.prims
 
 
 class NoBatchingRule(Exception):
-    """An operator cannot be evaluated for several links at once; the message names it."""
+    """An operator cannot be evaluated for several links at once; the message names it, for a user."""
+
+    advice = "Write that part of the block with other operators, or report it: report.save_repro(path) writes a script."
 
 
 @functools.cache
@@ -193,7 +195,8 @@ class Emitter:
             with self.fake_mode:
                 traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(*(v.tensor for v in values))
         except Exception as error:
-            raise NoBatchingRule(f"operator {target} has no batching rule ({error})") from error
+            name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target
+            raise NoBatchingRule(f"{name} cannot be evaluated for several blocks at once") from error
         result = self._inline(traced.graph, [v.node for v in values])
         if isinstance(result, (tuple, list)):
             return [Value(r, True) for r in result]
@@ -212,8 +215,10 @@ class Emitter:
             elif node.op == "output":
                 return torch.fx.map_arg(node.args[0], environment.__getitem__)
             else:
-                raise NoBatchingRule(f"a traced constant ({node.target}) cannot be inlined")
-        raise NoBatchingRule("empty trace")
+                raise NoBatchingRule(
+                    "a block makes a constant tensor inside, which cannot be evaluated for several blocks at once"
+                )
+        raise NoBatchingRule("a block's backward is empty")
 
     # -- sums over links ----------------------------------------------------------------------------------------
 
@@ -517,7 +522,7 @@ def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
         )  # fmt: skip
         return _unfold(e, e.call(operator.getitem, node, 0))
     if transposed and groups != 1:
-        raise NoBatchingRule("a grouped transposed convolution has no batching rule")
+        raise NoBatchingRule("a grouped transposed convolution cannot be evaluated for several blocks at once")
     count = e.count
 
     def to_channels(value: Value) -> Node:
@@ -568,4 +573,6 @@ def symbol_node(graph: Graph, value) -> Node:
         found = node.meta.get("val")
         if isinstance(found, torch.SymInt) and found.node.expr == expression:
             return node
-    raise NoBatchingRule(f"no node in the graph carries the symbolic size {expression}")
+    raise NoBatchingRule(
+        f"the size {expression}, known only at run time (dynamic shapes), is not at hand in the backward pass"
+    )

@@ -1,4 +1,4 @@
-"""K as readable text, and where in the user's source a node comes from."""
+"""K as readable text."""
 
 from __future__ import annotations
 
@@ -159,14 +159,3 @@ def _text(expression: sympy.Expr) -> str:
     text = re.sub(r"@\w*", "", str(expression))
     text = re.sub(r"\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):g}", text)
     return re.sub(r"(?<![\w.)])1\*", "", text)
-
-
-def source_line(node: Node) -> str:
-    """``file:line: code`` of the user's line that made ``node``; "" if unknown."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]*)', trace)
-    own = [f for f in frames if "/torch/" not in f[0]] or frames
-    if not own:
-        return ""
-    path, line, code = own[-1]
-    return f"{path}:{line}: {code.strip()}"

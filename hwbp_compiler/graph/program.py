@@ -23,7 +23,7 @@ import torch
 from torch.fx import Node
 
 from .info import GraphInfo
-from .rules import is_elementwise_edge, linear_arguments, operands, rule_of, shape_of
+from .rules import is_elementwise_edge, linear_arguments, operands, operator_name, rule_of, shape_of
 
 SUM = "sum"
 INPUT = "input"
@@ -33,8 +33,17 @@ State = tuple["Node | None", ...]
 """The nodes that together are one state of a chain; None stands for a component that is zero."""
 
 
+BY_PASS = "a connection skips steps: what an earlier block computed enters a later one directly"
+BY_PASS_ADVICE = "Add what later blocks need to the residual stream, or carry it along as part of the state."
+
+
 class NotALink(Exception):
-    """A stretch of the graph that is no link; the message says why, for the user."""
+    """A stretch of the graph that is no link. The message says why and ``advice`` what to change, both for a user who
+    knows PyTorch and not this compiler: neither may name a node."""
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: se
     dependent = {info.nodes[i] for i in info.between(starts, ends)} - {n for n in inputs if n is not None}
     for node in outputs:
         if node not in dependent and node not in inputs:
-            raise NotALink(f"{node.name} does not depend on the state before it")
+            raise NotALink("a step takes nothing from the step before it")
     builder = _Builder(info, dependent, inputs, tainted)
     return builder.build(outputs)
 
@@ -213,7 +222,7 @@ class _Builder:
 
     def _check_outside(self, node: Node) -> None:
         if self.info.index[node] in self.tainted:
-            raise NotALink(f"a path by-passes the state: {node.name} enters the link from an earlier one")
+            raise NotALink(BY_PASS, BY_PASS_ADVICE)
 
     def _add_sum(self, node: Node, terms: list[Node]) -> None:
         inside = [t for t in terms if self._is_state(t)]
@@ -229,14 +238,26 @@ class _Builder:
     def _add_operation(self, node: Node) -> None:
         positions = {p for p, n in operands(node) if self._is_state(n)}
         if rule_of(node) is None:
-            raise NotALink(f"operator {node.target} is not described: add a rule for it in graph/rules.py")
+            raise NotALink(
+                f"a block uses {operator_name(node)}, an operator that the compiler has no rule for, so it cannot "
+                "tell how a gradient passes through it",
+                "Write that part with PyTorch's own operators, or keep it outside the residual blocks; a rule for an "
+                "operator is one line in hwbp_compiler/graph/rules.py.",
+            )
         linear = linear_arguments(node, positions)
         if linear is None:
-            raise NotALink(f"operator {node.target} is not linear in the gradient where {node.name} uses it")
+            raise NotALink(
+                f"the gradient goes into {operator_name(node)} in a place where the result is not linear in it",
+                "Backward formulas that use the incoming gradient in such a way cannot be iterated; a custom "
+                "autograd.Function is the usual cause.",
+            )
         args = tuple(self._argument(a, p in linear) for p, a in enumerate(node.args))
         for p in linear - positions:
             if p < len(node.args) and isinstance(node.args[p], (int, float)) and node.args[p] != 0:
-                raise NotALink(f"{node.name} adds the constant {node.args[p]} to the gradient")
+                raise NotALink(
+                    f"a block's backward adds the constant {node.args[p]} to the gradient",
+                    "A custom autograd.Function is the usual cause: let its backward be linear in what it is given.",
+                )
         kwargs = tuple(sorted((k, _constant(v)) for k, v in node.kwargs.items()))
         self._append(Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), node)
 

@@ -8,10 +8,22 @@ from typing import Any
 
 @dataclass
 class GroupRecord:
-    """Links evaluated together. ``operators`` counts the heavy operators of one link, by name."""
+    """Links evaluated together.
+
+    links        how many
+    operators    the heavy operators of one link, by name, and how often
+    multiplier   K of these links as text
+    module       the modules they stand in, ``"blocks.0..blocks.23"``
+    source       ``file:line: code`` of their residual addition or gated update
+    batched      how they are evaluated at once, one phrase per heavy operator; filled by ``explain`` alone
+    """
 
     links: int
     operators: dict[str, int] = field(default_factory=dict)
+    multiplier: str = ""
+    module: str = ""
+    source: str = ""
+    batched: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -23,9 +35,17 @@ class ChainRecord:
     reason        why, for a user who has not read our source
     multiplier    K as text, one entry per kind of link, most frequent first, joined by " | "
     groups        links evaluated together
-    source        ``file:line: code`` of the user's line where the last link (in forward order) ends
+    source        ``file:line: code`` of the user's line with the residual addition or gated update; of the most
+                  frequent one where links differ
     estimate      expected seconds link after link and rewritten, and bytes stacked; None where nothing was estimated
     failed        declined because a pass broke, not because of the model
+    module        the modules the links stand in, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``
+    sources       all such lines, most frequent first
+    advice        what to change to have it rewritten; "" where there is nothing
+    times         how many equal ones this record stands for (declined ones only)
+    members       group of each link, in forward order; empty where it never came to groups
+    side_losses   links, in forward order, at whose state something besides the chain adds a gradient
+    added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
     """
 
     length: int
@@ -36,6 +56,13 @@ class ChainRecord:
     source: str = ""
     estimate: Any = None
     failed: bool = False
+    module: str = ""
+    sources: list[str] = field(default_factory=list)
+    advice: str = ""
+    times: int = 1
+    members: list[int] = field(default_factory=list)
+    side_losses: list[int] = field(default_factory=list)
+    added_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

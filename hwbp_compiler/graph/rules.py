@@ -106,6 +106,14 @@ def rule_of(node: Node) -> Rule | None:
     return _RULES.get(node.target)
 
 
+def operator_name(node: Node) -> str:
+    """The operator as users write it: ``aten::mm``, ``mylib::fancy``; higher-order operators by their name alone."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    return str(getattr(target, "__name__", target))
+
+
 def operands(node: Node) -> list[tuple[int, Node]]:
     """``(argument position, node)`` for every node among the arguments, lists flattened; keyword arguments as -1."""
     found: list[tuple[int, Node]] = []

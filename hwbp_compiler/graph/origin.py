@@ -1,0 +1,199 @@
+"""Where in the user's model a link comes from: its source line and its module.
+
+Autograd numbers the calls of the forward pass, and the backward nodes of a call carry the number of that call
+(``meta["seq_nr"]``). So the nodes of a link name the forward nodes of its block, and the residual addition or gated
+update is the addition that the block's result runs into.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .program import Program
+from .rules import Kind, rule_of
+
+aten = torch.ops.aten
+
+_ADDITIONS = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.lerp.Tensor,
+    aten.lerp.Scalar,
+    aten.addcmul.default,
+    torch.ops.prims.fma.default,
+}
+# Between a block's last call and the addition there may be a view, a cast, a dropout mask, a scale.
+_STEPS_TO_ADDITION = 12
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one link comes from; empty where nothing is known.
+
+    source    ``file:line: code`` of the residual addition or gated update
+    module    dotted name of the module whose code adds
+    inside    dotted name of the module that holds the block
+    forward   the block's forward nodes in order
+    """
+
+    source: str = ""
+    module: str = ""
+    inside: str = ""
+    forward: tuple[Node, ...] = ()
+
+
+class Origins:
+    """The forward nodes of a joint graph by the number of their call. Made once, before anything is rewritten."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.order: dict[Node, int] = {}
+        self.by_call: dict[int, list[Node]] = {}
+        for i, node in enumerate(graph.nodes):
+            self.order[node] = i
+            call = node.meta.get("seq_nr")
+            if node.op == "call_function" and call is not None and not _is_backward(node):
+                self.by_call.setdefault(call, []).append(node)
+
+    def of_link(self, link: Program) -> Origin:
+        return self.of_nodes(n for n in link.raw[link.arity :] if n is not None)
+
+    def of_nodes(self, nodes: Iterable[Node]) -> Origin:
+        """The origin of a block, from some of its backward nodes."""
+        nodes = list(nodes)
+        calls = {n.meta.get("seq_nr") for n in nodes if not _accumulates(n)}
+        forward = sorted((n for c in calls for n in self.by_call.get(c, ())), key=self.order.__getitem__)
+        if not forward:
+            return Origin(next(filter(None, map(source_line, nodes)), ""))
+        addition = self._addition(forward)
+        heavy = [n for n in forward if _kind(n) is Kind.HEAVY] or forward
+        return Origin(
+            source_line(addition) or source_line(forward[-1]),
+            module_of(addition),
+            _common([module_of(n) for n in heavy]),
+            tuple(forward),
+        )
+
+    def _addition(self, forward: Sequence[Node]) -> Node:
+        """The residual addition or gated update of a block: what its last value is added in, or was added in."""
+        last = node = forward[-1]
+        for _ in range(_STEPS_TO_ADDITION):
+            users = [u for u in node.users if u in self.order and not _is_backward(u)]
+            if len(users) != 1 or _kind(users[0]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
+                break
+            node = users[0]
+            if _adds(node):
+                return node
+        inside = set(forward)
+        first = self.order[forward[0]]
+        todo, seen = [last], {last}
+        while todo:
+            # The latest first: of several sums that lead to the last value, the one nearest to it.
+            node = todo.pop(max(range(len(todo)), key=lambda i: self.order[todo[i]]))
+            if _adds(node):
+                return node
+            for source in node.all_input_nodes:
+                if source not in seen and (source in inside or self.order.get(source, -1) > first):
+                    seen.add(source)
+                    if _kind(source) is not Kind.HEAVY:
+                        todo.append(source)
+        return last
+
+
+def _kind(node: Node) -> Kind | None:
+    if node.target in _FORWARD_HEAVY:
+        return Kind.HEAVY
+    if node.target in _ADDITIONS:
+        return Kind.ELEMENTWISE
+    rule = rule_of(node)
+    return None if rule is None else rule.kind
+
+
+# The rule table is about gradients; these occur in the forward pass only.
+_FORWARD_HEAVY = {aten.convolution.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def _adds(node: Node) -> bool:
+    """True for a sum of two tensors of one shape: neither a bias nor the epsilon of a norm."""
+    if node.target not in _ADDITIONS:
+        return False
+    shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    mine = node.meta.get("val")
+    return isinstance(mine, torch.Tensor) and sum(s == tuple(mine.shape) for s in shapes) >= 2 and mine.dim() > 0
+
+
+def _is_backward(node: Node) -> bool:
+    return bool(node.meta.get("autograd_backward")) or node.meta.get("partitioner_tag") == "is_backward"
+
+
+def _accumulates(node: Node) -> bool:
+    """Autograd's own additions stand for no call of the forward pass, whatever number they carry."""
+    return bool(node.meta.get("is_gradient_acc")) or _ACCUMULATION in (node.meta.get("stack_trace") or "")
+
+
+_ACCUMULATION = "Gradient addition node"
+
+
+# -- names ------------------------------------------------------------------------------------------------------
+
+
+def source_line(node: Node) -> str:
+    """``file:line: code`` of the user's innermost line that made ``node``; "" if unknown."""
+    lines = source_lines(node)
+    return lines[-1] if lines else ""
+
+
+def source_lines(node: Node) -> list[str]:
+    """All of the user's own lines that led to ``node``, outermost first."""
+    trace = (node.meta.get("stack_trace") or "").partition(_ACCUMULATION)[0]
+    frames = re.findall(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n(?!\s*File ")\s*([^\n]*))?', trace)
+    own = [f for f in frames if "/torch/" not in f[0]] or frames
+    return [f"{path}:{line}: {code.strip()}" for path, line, code in own]
+
+
+def module_of(node: Node) -> str:
+    """The dotted name of the innermost module whose forward made ``node``; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    names = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry]
+    return _plain(names[-1]) if names else ""
+
+
+def _plain(name: str) -> str:
+    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._modules['0']`` too."""
+    name = re.sub(r"(\._modules)?\[['\"]?([^'\"\]]+)['\"]?\]", r".\2", name)
+    name = re.sub(r"^(L|G)\.\w+", "", name)
+    return re.sub(r"@\d+", "", name).strip(".")
+
+
+def _common(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    parts = [name.split(".") for name in names]
+    shared: list[str] = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)
+
+
+def modules_of(origins: Sequence[Origin]) -> list[str]:
+    """One module name per link: the module that adds where it tells links apart, else the one that holds the block."""
+    adding, inside = [o.module for o in origins], [o.inside for o in origins]
+    return adding if len(set(adding)) > 1 or len(set(inside)) == 1 and adding[0] else inside
+
+
+def name_range(names: Sequence[str]) -> str:
+    """``blocks.0..blocks.23`` for many, ``cell`` for one, "" for none."""
+    distinct = list(dict.fromkeys(filter(None, names)))
+    return "" if not distinct else distinct[0] if len(distinct) == 1 else f"{distinct[0]}..{distinct[-1]}"
+
+
+def by_frequency(lines: Iterable[str]) -> list[str]:
+    """Distinct, most frequent first; among equals in the order given."""
+    return [line for line, _ in Counter(filter(None, lines)).most_common()]
