@@ -1,28 +1,26 @@
-"""Unrolled chains against stock Inductor: ``python -m benchmarks.unrolled [--case stack] [--iterations 0 2]``
+"""Unrolled chains against stock Inductor: ``python -m benchmarks run --suite deep``
 
-Two models, one per regime: a narrow deep residual stack (64 blocks, width 64, batch 8), whose blocks have their own
-weights, and a loop over GRUCell (256 steps, batch 4, hidden 128), whose steps share them. Every k is compiled first;
-then all of them and stock Inductor take turns, so that a busy machine slows all alike. Reported: median and
-interquartile range of the backward and of the whole step (forward and backward), seconds of a cold compile, ratios
-to stock Inductor's median, and the cosine of all parameter gradients with stock's. One JSON object a line on standard
-output, the table on standard error. ``k = auto`` is rewrite="profitable" at k = 2.
+Models whose backward is a long sequence of small steps, and some where it is not: deep residual stacks, whose blocks
+have their own weights; loops over GRUCell, whose steps share them; a pre-norm Transformer and a pre-activation ResNet.
+Every k is compiled first; then all of them and stock Inductor take turns. Reported: the backward and the whole step
+(forward and backward), seconds of a cold compile, peak memory of a step, and the cosine of all parameter gradients
+with stock's. ``auto`` is rewrite="profitable" at k = 2.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .harness import in_turns, peak_memory, say, summary, synchronize
+
+ITERATIONS = (0, 1, 2, 4, 8)
 
 
 class Block(nn.Module):
@@ -48,115 +46,162 @@ class Loop(nn.Module):
         return torch.stack(states)
 
 
-def stack(size: int) -> tuple[nn.Module, torch.Tensor]:
-    return nn.Sequential(*(Block(64) for _ in range(size))), torch.randn(8, 64)
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // 32)
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        query, key, value = self.mix(self.before(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.out(mixed)
+        return x + self.down(F.gelu(self.up(self.between(x))))
 
 
-def loop(size: int) -> tuple[nn.Module, torch.Tensor]:
-    return Loop(128), torch.randn(size, 4, 128)
+class ConvolutionBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(2))
+        self.convolutions = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        branch = x
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            branch = convolution(F.relu(norm(branch)))
+        return x + branch
 
 
-CASES = {"stack": (stack, 64), "loop": (loop, 256)}
+@dataclass(frozen=True)
+class Case:
+    """``size`` blocks or steps, a model and its input; ``why`` says what the case is there for."""
+
+    name: str
+    why: str
+    build: Callable[[], tuple[nn.Module, torch.Tensor]]
+    size: int
+    quick: bool = False
+
+
+def stack(blocks: int, batch: int, width: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
+    return lambda: (nn.Sequential(*(Block(width) for _ in range(blocks))), torch.randn(batch, width))
+
+
+def loop(steps: int, batch: int, hidden: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
+    return lambda: (Loop(hidden), torch.randn(steps, batch, hidden))
+
+
+def transformer(blocks: int, batch: int, width: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
+    return lambda: (nn.Sequential(*(TransformerBlock(width) for _ in range(blocks))), torch.randn(batch, 32, width))
+
+
+def resnet(blocks: int, batch: int, channels: int) -> Callable[[], tuple[nn.Module, torch.Tensor]]:
+    return lambda: (
+        nn.Sequential(*(ConvolutionBlock(channels) for _ in range(blocks))),
+        torch.randn(batch, channels, 16, 16),
+    )
+
+
+CASES = [
+    Case("stack, 64 blocks, batch 8, width 64", "deep and narrow, own weights", stack(64, 8, 64), 64),
+    Case("GRUCell loop, 256 steps, batch 4, hidden 128", "small steps, shared weights", loop(256, 4, 128), 256),
+    Case("GRUCell loop, 64 steps, batch 4, hidden 128", "the same, shorter", loop(64, 4, 128), 64, quick=True),
+    Case("GRUCell loop, 64 steps, batch 64, hidden 256", "steps that fill the machine", loop(64, 64, 256), 64),
+    Case("stack, 16 blocks, batch 512, width 256", "blocks that fill the machine", stack(16, 512, 256), 16),
+    Case("pre-norm Transformer, 8 blocks, batch 4, width 128", "16 links of two kinds", transformer(8, 4, 128), 8),
+    Case("pre-activation ResNet, 12 blocks, batch 16, 16 channels", "convolutions", resnet(12, 16, 16), 12),
+]
 
 
 class Contender:
-    """One way to compile the model: its own copy of the compiled code, the same weights."""
+    """One way to compile a model: its own copy of the compiled code, the same weights."""
 
-    def __init__(self, name: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor, **how: Any) -> None:
-        self.name, self.model, self.x, self.target = name, model, x, target
-        self.forward_times: list[float] = []
-        self.backward_times: list[float] = []
+    def __init__(
+        self, name: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor, device: str, **how: Any
+    ) -> None:
+        self.name, self.model, self.x, self.target, self.device = name, model, x, target, device
+        self.options = how.get("options", {})
         self.function = torch.compile(lambda x: model(x), **how)
         start = time.perf_counter()
         loss = (self.function(x) * target).sum()
         middle = time.perf_counter()
         model.zero_grad()
         loss.backward()
-        self.compile_forward, self.compile_backward = middle - start, time.perf_counter() - middle
-        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+        synchronize(device)
+        self.compile = {"compile_forward_s": middle - start, "compile_backward_s": time.perf_counter() - middle}
+        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
 
-    def step(self) -> None:
+    def step(self) -> dict[str, float]:
+        """Seconds of the backward and of forward and backward together."""
         self.model.zero_grad()
+        synchronize(self.device)
         start = time.perf_counter()
         loss = (self.function(self.x) * self.target).sum()
+        synchronize(self.device)
         middle = time.perf_counter()
         loss.backward()
-        self.forward_times.append(middle - start)
-        self.backward_times.append(time.perf_counter() - middle)
+        synchronize(self.device)
+        end = time.perf_counter()
+        return {"backward": end - middle, "step": end - start}
 
-    @property
-    def steps(self) -> list[float]:
-        return [a + b for a, b in zip(self.forward_times, self.backward_times, strict=True)]
-
-
-def spread(times: list[float]) -> tuple[float, float]:
-    """Median and interquartile range, in milliseconds."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return middle * 1e3, (high - low) * 1e3
+    def memory(self) -> float | None:
+        self.model.zero_grad()
+        with peak_memory(self.device) as peak:
+            (self.function(self.x) * self.target).sum().backward()
+            return peak()
 
 
-def measure(case: str, iterations: list[int], size: int, repeats: int) -> None:
+def contenders(case: Case, device: str, iterations: tuple[int, ...] = ITERATIONS) -> list[Contender]:
+    """Stock Inductor, every k, and what the cost model makes of k = 2; all compiled."""
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    model, x = CASES[case][0](size)
+    model, x = case.build()
+    model, x = model.to(device), x.to(device)
     with torch.no_grad():
         target = torch.randn_like(model(x))
-    contenders = [Contender("inductor", model, x, target, backend="inductor")]
+    ways: dict[str, dict[str, Any]] = {"inductor": {"backend": "inductor"}}
     for k in iterations:
-        options = {"iterations": k, "rewrite": "always"}
-        contenders.append(Contender(f"k={k}", model, x, target, backend="highway", options=options))
-        print(f"{case}: k={k} compiled", file=sys.stderr, flush=True)
-    contenders.append(Contender("k=auto", model, x, target, backend="highway", options={"iterations": 2}))
-    for _ in range(repeats):
-        for contender in contenders:
-            contender.step()
-    stock = contenders[0]
-    head = "backward ms (iqr)  ratio | step ms (iqr)  ratio | compile forward, backward s | cosine"
-    print(f"\n{case} of {size}: {head}", file=sys.stderr)
-    for c in contenders:
-        backward, backward_iqr = spread(c.backward_times)
-        step, step_iqr = spread(c.steps)
-        row = {
-            "benchmark": "unrolled",
-            "case": case,
-            "size": size,
-            "run": c.name,
-            "backward_ms": backward,
-            "backward_iqr_ms": backward_iqr,
-            "step_ms": step,
-            "step_iqr_ms": step_iqr,
-            "backward_ratio": spread(stock.backward_times)[0] / backward,
-            "step_ratio": spread(stock.steps)[0] / step,
-            "compile_forward_s": c.compile_forward,
-            "compile_backward_s": c.compile_backward,
-            "cosine": F.cosine_similarity(c.gradient, stock.gradient, dim=0).item(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "machine": platform.machine(),
-            "cores": os.cpu_count(),
-        }
-        print(json.dumps(row), flush=True)
-        print(
-            f"{c.name:>9}: {backward:8.2f} ({backward_iqr:.2f}) {row['backward_ratio']:6.2f}x | {step:8.2f} "
-            f"({step_iqr:.2f}) {row['step_ratio']:6.2f}x | {c.compile_forward:6.1f} {c.compile_backward:6.1f} | "
-            f"{row['cosine']:.6f}",
-            file=sys.stderr,
-            flush=True,
+        ways[f"k={k}"] = {"backend": "highway", "options": {"iterations": k, "rewrite": "always"}}
+    ways["auto"] = {"backend": "highway", "options": {"iterations": 2}}
+    made = []
+    for name, how in ways.items():
+        made.append(Contender(name, model, x, target, device, **how))
+        say(f"{case.name}: {name} compiled in {sum(made[-1].compile.values()):.1f} s")
+    return made
+
+
+def measured(case: Case, made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
+    """One row per contender; ratios are of stock Inductor's median to the contender's."""
+    samples = in_turns({c.name: c.step for c in made}, repeats)
+    stock = samples["inductor"]
+    base = {what: summary(what, stock[what])[f"{what}_ms"] for what in stock}
+    for c in made:
+        row: dict[str, Any] = {"case": case.name, "why": case.why, "run": c.name, "k": c.options.get("iterations")}
+        for what, seconds in samples[c.name].items():
+            row |= summary(what, seconds)
+            row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
+        row["cosine"] = F.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
+        yield row | c.compile | {"peak_memory_mb": c.memory()}
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    say(f"\n{rows[0]['case']}: backward ms (iqr)  ratio | step ms (iqr)  ratio | compile fwd, bwd s | cosine")
+    for r in rows:
+        say(
+            f"{r['run']:>9}: {r['backward_ms']:8.2f} ({r['backward_iqr_ms']:.2f}) {r['backward_ratio']:6.2f}x | "
+            f"{r['step_ms']:8.2f} ({r['step_iqr_ms']:.2f}) {r['step_ratio']:6.2f}x | "
+            f"{r['compile_forward_s']:6.1f} {r['compile_backward_s']:6.1f} | {r['cosine']:.6f}"
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=sorted(CASES), nargs="*", default=sorted(CASES, reverse=True))
-    parser.add_argument("--iterations", type=int, nargs="*", default=[0, 1, 2, 4, 8])
-    parser.add_argument("--size", type=int, default=None, help="blocks or steps, in place of 64 and 256")
-    parser.add_argument("--repeats", type=int, default=30)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # every compile is a cold one
-        for case in args.case:
-            torch._dynamo.reset()
-            measure(case, args.iterations, args.size or CASES[case][1], args.repeats)
-
-
-if __name__ == "__main__":
-    main()
+def run(device: str, quick: bool, repeats: int = 30) -> Iterator[dict[str, Any]]:
+    """The suite: rows of all cases, or of the short ones."""
+    for case in CASES:
+        if quick and not case.quick:
+            continue
+        rows = list(measured(case, contenders(case, device), repeats))
+        table(rows)
+        yield from rows

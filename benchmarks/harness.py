@@ -1,0 +1,126 @@
+"""What every suite shares: where it ran, competitors that take turns, medians and spread, one JSON object a line."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, threads, versions, commit, load and date: what a figure means nothing without."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "device": device,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", "hwbp_compiler")},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def commit() -> str | None:
+    """The short hash of the checkout, with a + where it has been changed; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    return None
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, budget: float = float("inf")
+) -> dict[str, dict[str, list[float]]]:
+    """Run everything in turn ``repeats`` times, so that a busy machine slows all alike; each run returns seconds by
+    name. One that has used up ``budget`` seconds drops out, but not before its third turn."""
+    samples: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
+    for turn in range(repeats):
+        for name, run in runs.items():
+            if turn >= 3 and spent[name] > budget:
+                continue
+            start = time.perf_counter()
+            for what, seconds in run().items():
+                samples[name].setdefault(what, []).append(seconds)
+            spent[name] += time.perf_counter() - start
+    return samples
+
+
+def summary(what: str, seconds: list[float]) -> dict[str, float]:
+    """Median and interquartile range in milliseconds."""
+    if len(seconds) < 2:
+        return {f"{what}_ms": seconds[0] * 1e3, f"{what}_iqr_ms": 0.0}
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {f"{what}_ms": middle * 1e3, f"{what}_iqr_ms": (high - low) * 1e3}
+
+
+@contextlib.contextmanager
+def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
+    """Megabytes beyond what was held on entering, at the highest: of the device, or of the process on a CPU.
+
+    None where the system does not tell (Linux does). On a CPU the resolution is that of the allocator: megabytes.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    start = _resident("VmRSS")
+
+    def peak() -> float | None:
+        high = _resident("VmHWM")
+        return None if start is None or high is None else (high - start) / 1e3
+
+    yield peak
+
+
+def _resident(field: str) -> int | None:
+    with contextlib.suppress(OSError), open("/proc/self/status") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+    return None
+
+
+def say(*words: object) -> None:
+    """Progress and tables go to standard error; standard output is for the rows."""
+    print(*words, file=sys.stderr, flush=True)

@@ -1,0 +1,136 @@
+"""Committed results -> ``docs/benchmarks.md`` and the table of README.md: ``python -m benchmarks report``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .harness import ROOT, say
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+START, END = "<!-- results: python -m benchmarks report -->", "<!-- end of results -->"
+
+Row = dict[str, Any]
+
+
+def rows(suite: str) -> list[Row]:
+    """All committed rows of a suite, of every device."""
+    found: list[Row] = []
+    for path in sorted(RESULTS.glob(f"{suite}-*.jsonl")):
+        if "-quick" not in path.name:
+            found += [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return found
+
+
+def write() -> None:
+    """Rewrite the page, and what stands between the two marks in README.md."""
+    parts = [HEAD]
+    for section in SECTIONS:
+        text = section()
+        if text:
+            parts.append(text)
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"README.md lacks the marks {START!r} and {END!r}")
+    README.write_text(f"{before}{START}\n\n{in_short()}\n\n{END}{after}", encoding="utf-8")
+    say(f"written: {PAGE.relative_to(ROOT)}, {README.relative_to(ROOT)}")
+
+
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks report` from `benchmarks/results/`; `python -m benchmarks run` measures anew. All
+competitors of a table ran in one process and took turns. Given are medians, the interquartile range in brackets, and
+ratios to the baseline's median: above 1 is faster. Cases that lose are listed like those that win."""
+
+
+def markdown(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    head = list(head)
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    out += ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
+    return "\n".join(out)
+
+
+def where(row: Row) -> str:
+    """One line that says what a table was measured on."""
+    return (
+        f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
+    )
+
+
+def time(row: Row, what: str) -> str:
+    return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f})"
+
+
+def by(found: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    grouped: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        grouped.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    return grouped
+
+
+# -- sections -------------------------------------------------------------------------------------------------------
+
+
+def deep() -> str | None:
+    found = rows("deep")
+    if not found:
+        return None
+    parts = [
+        "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. Baseline: `torch.compile` with Inductor. "
+        '`auto` is what `rewrite="profitable"`, the default, makes of k = 2. Cosine: of all parameter gradients with '
+        "the exact ones. Times in milliseconds, compilation (cold) in seconds."
+    ]
+    for (case, why, _), group in by(found, "case", "why", "device").items():
+        lines = [
+            (
+                r["run"], time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
+                f"{r['step_ratio']:.2f}x", f"{r['cosine']:.4f}",
+                f"{r['compile_forward_s']:.0f} + {r['compile_backward_s']:.1f}",
+                "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.1f}",
+            )
+            for r in group
+        ]  # fmt: skip
+        head = ("run", "backward", "", "whole step", "", "cosine", "compile forward + backward", "peak MB")
+        parts.append(f"### {case}\n\n{why}. {where(group[0])}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def compile_time() -> str | None:
+    found = rows("compile")
+    if not found:
+        return None
+    lines = [
+        (r["case"], r["size"], r["nodes_before"], r["nodes_after"], r["backward_before"], r["backward_after"],
+         f"{r['pass_s']:.2f}")
+        for r in found
+    ]  # fmt: skip
+    head = ("model", "links", "nodes before", "after", "of the backward", "after", "pass, seconds")
+    return (
+        f"## The pass\n\n`python -m benchmarks run --suite compile`. {where(found[0])}\n\n{markdown(head, lines)}\n\n"
+        "Nodes of the backward: operators on gradients, taking a row out of a stack (`select`) not counted."
+    )
+
+
+SECTIONS: list[Callable[[], str | None]] = [deep, compile_time]
+
+
+def in_short() -> str:
+    """README's table: k = 2 of every unrolled case, with what the cost model decided."""
+    lines = []
+    found = rows("deep")
+    for (case, _), group in by(found, "case", "device").items():
+        chosen = {r["run"]: r for r in group}
+        two, auto = chosen["k=2"], chosen["auto"]
+        lines.append(
+            (case, f"{two['backward_ratio']:.2f}x", f"{two['step_ratio']:.2f}x", f"{two['cosine']:.4f}",
+             "rewritten" if auto["cosine"] < 1 - 1e-9 else "left alone")
+        )  # fmt: skip
+    head = ("unrolled, k = 2, against Inductor", "backward", "whole step", "cosine", "by default")
+    device = where(found[0]) if found else "nothing measured yet"
+    return f"{markdown(head, lines)}\n\n{device}. All tables: [docs/benchmarks.md](docs/benchmarks.md)."
