@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, SUM, Program, closure
+from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
 from hwbp_compiler.graph.rules import Kind, is_constant_fill, rule_of
 
 aten = torch.ops.aten
@@ -27,17 +27,19 @@ _MARGIN = 0.8
 
 @dataclass(frozen=True)
 class Device:
-    """flops per second of a large product, bytes per second of memory, seconds to launch a library call or kernel."""
+    """flops per second of a large product, bytes per second of memory and of caches, seconds to launch a library
+    call or kernel."""
 
     flops: float
     bytes: float
+    cache_bytes: float
     launch: float
 
 
 def device_figures(device: torch.device) -> Device:
     if device.type == "cpu":
-        return Device(flops=25e9 * cores(), bytes=8e9, launch=6e-6)
-    return Device(flops=15e12, bytes=1.0e12, launch=6e-6)
+        return Device(flops=80e9 * cores(), bytes=8e9, cache_bytes=30e9 * cores(), launch=3e-6)
+    return Device(flops=15e12, bytes=1.0e12, cache_bytes=4.0e12, launch=6e-6)
 
 
 def cores() -> int:
@@ -82,9 +84,9 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
         heavy = any(_kind(program, i) is Kind.HEAVY for i in block)
         blocks = blocks or heavy
         lanes = len(group.lanes)
-        substitution += lanes * _cost(program, block | sides, figures, 1)
+        substitution += lanes * _cost(group, block | sides, figures, 1)
         rounds = iterations if heavy else 0
-        rewritten += rounds * _cost(program, block, figures, lanes) + _cost(program, sides, figures, lanes)
+        rewritten += rounds * _cost(group, block, figures, lanes) + _cost(group, sides, figures, lanes)
         copied += _copied(group)
     rows = len(chain.links) + 1
     scan = figures.launch * 2 + 3 * rows * bytes_of(like) / figures.bytes
@@ -102,9 +104,13 @@ def _kind(program: Program, i: int) -> Kind | None:
     return None if rule is None else rule.kind
 
 
-def _cost(program: Program, statements: set[int], figures: Device, lanes: int) -> float:
-    """Seconds for ``statements``, once, for ``lanes`` links at a time. Cheap operators fuse into one loop per heavy
-    one or reduction: they cost a launch together, and their bytes at cache speed."""
+def _cost(group: Group, statements: set[int], figures: Device, lanes: int) -> float:
+    """Seconds for ``statements``, once, for ``lanes`` links at a time.
+
+    Cheap operators fuse into one loop per heavy one or reduction: they cost a launch together, and their bytes at
+    cache speed. What all links share (an RNN's weights) is read once, however many lanes there are.
+    """
+    program = group.template
     total = 0.0
     fused = 0
     kernels = 1
@@ -114,13 +120,29 @@ def _cost(program: Program, statements: set[int], figures: Device, lanes: int) -
             continue
         size = bytes_of(node.meta.get("val"))
         if _kind(program, i) is Kind.HEAVY:
-            moved = size + sum(bytes_of(n.meta.get("val")) for n in node.all_input_nodes)
-            total += figures.launch + lanes * max(_flops(node) / figures.flops, moved / (4 * figures.bytes))
+            moved = lanes * size
+            for argument in program.statements[i].args:
+                moved += _bytes_of_argument(group, argument, lanes)
+            total += figures.launch + max(lanes * _flops(node) / figures.flops, moved / figures.cache_bytes)
             kernels += 1
         else:
             fused += size
             kernels += node.target is aten.sum.dim_IntList
-    return total + kernels * figures.launch + lanes * fused / (4 * figures.bytes)
+    return total + kernels * figures.launch + lanes * fused / figures.cache_bytes
+
+
+def _bytes_of_argument(group: Group, argument: object, lanes: int) -> int:
+    """What is read of one operand for ``lanes`` links."""
+    if isinstance(argument, tuple):
+        return sum(_bytes_of_argument(group, a, lanes) for a in argument)
+    if isinstance(argument, Ref):
+        node = group.template.raw[argument.id]
+        return 0 if node is None else lanes * bytes_of(node.meta.get("val"))
+    if isinstance(argument, External):
+        nodes = group.external(argument.slot)
+        shared = all(n is nodes[0] for n in nodes)
+        return (1 if shared else lanes) * bytes_of(nodes[0].meta.get("val"))
+    return 0
 
 
 def _flops(node: Node) -> float:
