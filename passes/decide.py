@@ -1,7 +1,7 @@
 """Is the rewritten backward expected to be faster? A cost model in bytes, flops and launches.
 
-The numbers per device are round figures of the right size, not measurements of this machine: the decision is about
-factors of two, and ``rewrite="always"`` overrides it. What it weighs: substitution launches every operator once per
+The numbers per device are figures of the right size, not measurements of this machine: the decision is about clear
+gains, and ``rewrite="always"`` overrides it. What it weighs: substitution launches every operator once per
 link, the rewritten form once per group and iteration; but it computes every block ``iterations`` times more, and it
 copies what has to be stacked (saved tensors, and the weights of links that have their own).
 """
@@ -16,8 +16,9 @@ import torch
 from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
-from hwbp_compiler.graph.rules import Kind, is_constant_fill, rule_of
+from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
+from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.stacking import StackPlan
 
 aten = torch.ops.aten
 
@@ -27,24 +28,42 @@ _MARGIN = 0.8
 
 @dataclass(frozen=True)
 class Device:
-    """flops per second of a large product, bytes per second of memory and of caches, seconds to launch a library
-    call or kernel."""
+    """What a device does in a second, and what it costs to ask it.
+
+    flops         of a large product, per core
+    bytes         of memory, read or written
+    cache_bytes   of what was touched just before, per core
+    launch        seconds to launch a library call or a kernel
+    piece         seconds to pass one link's tensor into a stack or out of one
+    cores         that share the work of one launch, where it is long enough
+    grain         seconds of work that are worth sharing
+    """
 
     flops: float
     bytes: float
     cache_bytes: float
     launch: float
+    piece: float
+    cores: int = 1
+    grain: float = 0.0
+
+    def seconds(self, work: float) -> float:
+        """For what takes ``work`` seconds on one core."""
+        shared = min(1.0, work / self.grain) if self.grain else 1.0
+        return work / (1 + (self.cores - 1) * shared)
 
 
 def device_figures(device: torch.device) -> Device:
+    """Measured on current server cores; for accelerators round figures that nobody has measured."""
     if device.type == "cpu":
-        return Device(flops=80e9 * cores(), bytes=8e9, cache_bytes=30e9 * cores(), launch=3e-6)
-    return Device(flops=15e12, bytes=1.0e12, cache_bytes=4.0e12, launch=6e-6)
+        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, cores(), 3e-5)
+    return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6)
 
 
 def cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that torch's threads may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -84,12 +103,15 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
         heavy = any(_kind(program, i) is Kind.HEAVY for i in block)
         blocks = blocks or heavy
         lanes = len(group.lanes)
-        substitution += lanes * _cost(group, block | sides, figures, 1)
+        summed = _summed(group)
+        substitution += lanes * (_cost(group, block | sides, figures, 1) + _accumulating(group, figures))
         rounds = iterations if heavy else 0
-        rewritten += rounds * _cost(group, block, figures, lanes) + _cost(group, sides, figures, lanes)
-        copied += _copied(group)
+        rewritten += rounds * _cost(group, block, figures, lanes) + _cost(group, sides, figures, lanes, summed)
+        bytes_copied, pieces = _copied(group)
+        copied += bytes_copied
+        rewritten += (pieces + _handed_out(group)) * figures.piece
     rows = len(chain.links) + 1
-    scan = figures.launch * 2 + 3 * rows * bytes_of(like) / figures.bytes
+    scan = 2 * figures.launch + figures.seconds(3 * rows * bytes_of(like) / figures.cache_bytes)
     rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
@@ -104,8 +126,10 @@ def _kind(program: Program, i: int) -> Kind | None:
     return None if rule is None else rule.kind
 
 
-def _cost(group: Group, statements: set[int], figures: Device, lanes: int) -> float:
-    """Seconds for ``statements``, once, for ``lanes`` links at a time.
+def _cost(
+    group: Group, statements: set[int], figures: Device, lanes: int, summed: frozenset[int] = frozenset()
+) -> float:
+    """Seconds for ``statements``, once, for ``lanes`` links at a time; ``summed`` ones leave one sum over links.
 
     Cheap operators fuse into one loop per heavy one or reduction: they cost a launch together, and their bytes at
     cache speed. What all links share (an RNN's weights) is read once, however many lanes there are.
@@ -119,16 +143,43 @@ def _cost(group: Group, statements: set[int], figures: Device, lanes: int) -> fl
         if node is None:
             continue
         size = bytes_of(node.meta.get("val"))
-        if _kind(program, i) is Kind.HEAVY:
-            moved = lanes * size
+        kind = _kind(program, i)
+        if kind is Kind.LAYOUT:
+            continue
+        if kind is Kind.HEAVY:
+            moved = size if i in summed else lanes * size
             for argument in program.statements[i].args:
                 moved += _bytes_of_argument(group, argument, lanes)
-            total += figures.launch + max(lanes * _flops(node) / figures.flops, moved / figures.cache_bytes)
+            work = max(lanes * _flops(node) / figures.flops, moved / figures.cache_bytes)
+            total += figures.launch + figures.seconds(work)
             kernels += 1
         else:
             fused += size
             kernels += node.target is aten.sum.dim_IntList
-    return total + kernels * figures.launch + lanes * fused / figures.cache_bytes
+    return total + kernels * figures.launch + figures.seconds(lanes * fused / figures.cache_bytes)
+
+
+def _summed(group: Group) -> frozenset[int]:
+    """Exports of which only the sum over links is wanted (an RNN's weight gradients), through changes of layout."""
+    found: set[int] = set()
+    for i in group.exports:
+        if all(n is None or _is_accumulated(n) for n in group.raw(i)):
+            while i not in found:
+                found.add(i)
+                arguments = list(references(group.template.statements[i].args))
+                if _kind(group.template, i) is Kind.LAYOUT and arguments:
+                    i = arguments[0]
+    return frozenset(found)
+
+
+def _is_accumulated(node: Node) -> bool:
+    return len(node.users) == 1 and next(iter(node.users)).target is aten.add.Tensor
+
+
+def _accumulating(group: Group, figures: Device) -> float:
+    """Seconds to add one link's summed exports to those of the others, as substitution does."""
+    nodes = [n for i in group.exports if (n := group.template.raw[i]) is not None and _is_accumulated(n)]
+    return sum(figures.seconds(bytes_of(n.meta.get("val")) / figures.cache_bytes) for n in nodes)
 
 
 def _bytes_of_argument(group: Group, argument: object, lanes: int) -> int:
@@ -172,15 +223,13 @@ def bytes_of(value: object) -> int:
     return total
 
 
-def _copied(group: Group) -> int:
-    """Bytes of externals that differ from link to link, each tuple once."""
-    seen: set[tuple[Node, ...]] = set()
-    total = 0
-    for slot in range(len(group.template.externals)):
-        nodes = tuple(group.external(slot))
-        if nodes in seen or all(n is nodes[0] for n in nodes) or is_constant_fill(nodes[0]):
-            continue
-        seen.add(nodes)
-        if not all(n.target is aten.select.int for n in nodes):
-            total += sum(bytes_of(n.meta.get("val")) for n in nodes)
-    return total
+def _copied(group: Group) -> tuple[int, int]:
+    """Bytes and number of the tensors that are copied into stacks."""
+    copies = StackPlan(group.external_tuples).copies()
+    return sum(bytes_of(n.meta.get("val")) for nodes in copies for n in nodes), sum(map(len, copies))
+
+
+def _handed_out(group: Group) -> int:
+    """Tensors that the rest of the graph takes from the group link by link; sums over links leave it as one."""
+    nodes = [n for i in group.exports for n in group.raw(i) if n is not None]
+    return sum(not _is_accumulated(n) for n in nodes)

@@ -21,7 +21,7 @@ from hwbp_compiler.graph.batching import Emitter, Value
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.program import INPUT, SUM, External, references, sum_terms
-from hwbp_compiler.graph.stacking import Stacker, stack
+from hwbp_compiler.graph.stacking import Stacker, StackPlan, stack
 
 from .group_links import inner_sums
 from .split_links import Split
@@ -61,9 +61,7 @@ class _ChainRewriter:
     def run(self) -> Rewriting:
         e = self.e
         for group in self.groups:
-            stacker = Stacker(e.for_count(len(group.lanes)))
-            stacker.prepare([tuple(group.external(s)) for s in range(len(group.template.externals))])
-            self.stackers.append(stacker)
+            self.stackers.append(Stacker(e.for_count(len(group.lanes)), StackPlan(group.external_tuples)))
         heads = [self._head(c) for c in range(self.chain.width)]
         diagonals = self._diagonals()
         injected = self._assemble_all(Mode.INJECT, None)
@@ -257,10 +255,18 @@ class _ChainRewriter:
                     terms.append(self._scaled(self._before(rows[source]), k, self.damping))
                 if source != c and keep:
                     terms.append(self._scaled(self._before(done[source]), k, keep))
-            values = self._with_head(heads[c], terms, self.like[c])
             k = diagonals.get((c, c))
+            if not terms and isinstance(k, float) and k * keep == 1.0:
+                done[c] = self._repeated(heads[c], self.like[c])
+                continue
+            values = self._with_head(heads[c], terms, self.like[c])
             done[c] = values if k is None or not keep else self._linear_scan(values, k, keep)
         return [done[c] for c in range(self.chain.width)]
+
+    def _repeated(self, head: Node, like: torch.Tensor) -> Node:
+        """W where nothing is injected and K is one: every row is the head."""
+        sizes = [self.links + 1, *(self.e.size(s) for s in like.shape)]
+        return self.e.call(aten.expand.default, self.e.call(aten.unsqueeze.default, head, 0), sizes)
 
     def _before(self, row: Node) -> Node:
         """w_1..w_L: what each link is given."""

@@ -63,3 +63,8 @@ class Group:
 
     def external(self, slot: int) -> list[Node]:
         return [p.externals[slot] for p in self.programs]
+
+    @property
+    def external_tuples(self) -> list[tuple[Node, ...]]:
+        """What the links take from outside: per slot one node for each lane."""
+        return [tuple(self.external(slot)) for slot in range(len(self.template.externals))]

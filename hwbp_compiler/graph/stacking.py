@@ -58,19 +58,63 @@ _CHEAP = _VIEWS | {
 }
 
 
-class Stacker:
-    """Values of tuples of nodes, made once each."""
+class StackPlan:
+    """How each tuple is made a stack; makes nothing.
 
-    def __init__(self, emitter: Emitter) -> None:
-        self.e = emitter
-        self._made: dict[tuple[Node, ...], Value] = {}
-        self._announced: set[tuple[Node, ...]] = set()
+    ``announced`` are all tuples that will be asked for: to compute one of them from another copies nothing.
+    """
+
+    def __init__(self, announced: Sequence[tuple[Node, ...]] = ()) -> None:
+        self._announced = dict.fromkeys(announced)
         self._costs: dict[tuple[Node, ...], int] = {}
-        self.copied_bytes = 0
 
-    def prepare(self, tuples: Sequence[tuple[Node, ...]]) -> None:
-        """Announce what will be asked for: to compute one of them from another copies nothing."""
-        self._announced = set(tuples)
+    def copies(self) -> list[tuple[Node, ...]]:
+        """The tuples that are copied when everything announced is made."""
+        found: list[tuple[Node, ...]] = []
+        seen: set[tuple[Node, ...]] = set()
+        todo = list(self._announced)
+        while todo:
+            nodes = todo.pop()
+            if nodes in seen:
+                continue
+            seen.add(nodes)
+            if is_shared(nodes) or rows_of_one(nodes) is not None:
+                continue
+            columns = self.operands(nodes)
+            if columns is None:
+                found.append(nodes)
+            else:
+                todo += [column for _, column in columns]
+        return found
+
+    def operands(self, nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | None:
+        """The operands to compute ``nodes`` from, where stacking them copies no more than stacking the results."""
+        columns = _columns(nodes)
+        return None if columns is None or self._cost_of_operands(columns) > _bytes(nodes[0]) else columns
+
+    def _cost_of_operands(self, columns: list[tuple[int, tuple[Node, ...]]]) -> int:
+        return sum(self._cost(c) for c in dict.fromkeys(column for _, column in columns))
+
+    def _cost(self, nodes: tuple[Node, ...]) -> int:
+        """Bytes per link that have to be copied for ``nodes`` beyond what is asked for anyway."""
+        if nodes in self._announced or is_shared(nodes):
+            return 0
+        if nodes not in self._costs:
+            self._costs[nodes] = _bytes(nodes[0])  # a bound while we look deeper, and for what is not cheap
+            columns = _columns(nodes)
+            if columns is not None:
+                self._costs[nodes] = min(_bytes(nodes[0]), self._cost_of_operands(columns))
+        return self._costs[nodes]
+
+
+class Stacker:
+    """Values of tuples of nodes, made once each, as ``plan`` says."""
+
+    def __init__(self, emitter: Emitter, plan: StackPlan | None = None) -> None:
+        self.e = emitter
+        self.plan = plan or StackPlan()
+        self._made: dict[tuple[Node, ...], Value] = {}
+        self.copied_bytes = 0
 
     def __call__(self, nodes: Sequence[Node]) -> Value:
         key = tuple(nodes)
@@ -79,66 +123,34 @@ class Stacker:
         return self._made[key]
 
     def _make(self, nodes: tuple[Node, ...]) -> Value:
-        first = nodes[0]
-        if all(n is first for n in nodes):
-            return Value(first, False)
-        if all(
-            is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs)
-            for n in nodes
-        ):
-            return Value(first, False)
-        return self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)
+        if is_shared(nodes):
+            return Value(nodes[0], False)
+        rows = rows_of_one(nodes)
+        if rows is not None:
+            return self._sliced(*rows)
+        columns = self.plan.operands(nodes)
+        return self._recomputed(nodes, columns) if columns is not None else self._copied(nodes)
 
-    def _rows_of_one(self, nodes: tuple[Node, ...]) -> Value | None:
-        """``base[i0], base[i0 + 1], ...``, also downward."""
-        first = nodes[0]
-        if any(n.target is not aten.select.int or n.args[:2] != first.args[:2] for n in nodes):
-            return None
-        base, dim = first.args[0], first.args[1]
-        size = base.meta["val"].shape[dim]  # type: ignore[union-attr]
-        if not isinstance(size, int):
-            return None
-        rows = [n.args[2] % size for n in nodes]  # type: ignore[operator]
-        step = rows[1] - rows[0]
-        if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
-            return None
-        low, high = min(rows), max(rows) + 1
-        node: Node = base  # type: ignore[assignment]
-        if (low, high) != (0, size) or abs(step) != 1:
-            node = self.e.call(aten.slice.Tensor, node, dim, low, high, abs(step))
-        if dim != 0:
-            rank = node.meta["val"].dim()
-            dim = dim % rank  # type: ignore[operator]
-            node = self.e.permute(node, [dim, *(d for d in range(rank) if d != dim)])
-        if step < 0:
+    def _sliced(self, base: Node, dim: int, rows: range) -> Value:
+        """``base[rows]`` along ``dim``, that dimension first."""
+        node = base
+        low, high, step = min(rows), max(rows) + 1, abs(rows.step)
+        if (low, high, step) != (0, base.meta["val"].shape[dim], 1):
+            node = self.e.call(aten.slice.Tensor, node, dim, low, high, step)
+        rank = node.meta["val"].dim()
+        if dim % rank != 0:
+            node = self.e.permute(node, [dim % rank, *(d for d in range(rank) if d != dim % rank)])
+        if rows.step < 0:
             node = self.e.call(aten.flip.default, node, [0])
         return Value(node, True)
 
-    def _recomputed(self, nodes: tuple[Node, ...]) -> Value | None:
-        """The function of the stacks of its operands, where that copies no more than stacking the results would."""
-        columns = _columns(nodes)
-        if columns is None or self._cost_of_operands(columns) > _bytes(nodes[0]):
-            return None
+    def _recomputed(self, nodes: tuple[Node, ...], columns: list[tuple[int, tuple[Node, ...]]]) -> Value:
         first = nodes[0]
         stacked = {position: self(column) for position, column in columns}
         args = tuple(stacked.get(i, list(a) if isinstance(a, (list, tuple)) else a) for i, a in enumerate(first.args))
         result = self.e.apply(first.target, args, dict(first.kwargs))
         assert isinstance(result, Value)
         return result
-
-    def _cost_of_operands(self, columns: list[tuple[int, tuple[Node, ...]]]) -> int:
-        return sum(self._cost(c) for c in dict.fromkeys(column for _, column in columns))
-
-    def _cost(self, nodes: tuple[Node, ...]) -> int:
-        """Bytes per link that have to be copied for ``nodes`` beyond what is asked for anyway."""
-        if nodes in self._made or nodes in self._announced or _shared(nodes):
-            return 0
-        if nodes not in self._costs:
-            self._costs[nodes] = _bytes(nodes[0])  # a bound while we look deeper, and for what is not cheap
-            columns = _columns(nodes)
-            if columns is not None:
-                self._costs[nodes] = min(_bytes(nodes[0]), self._cost_of_operands(columns))
-        return self._costs[nodes]
 
     def _copied(self, nodes: tuple[Node, ...]) -> Value:
         if any((shape_of(n), _dtype_of(n)) != (shape_of(nodes[0]), _dtype_of(nodes[0])) for n in nodes):
@@ -179,8 +191,29 @@ def stack(e: Emitter, nodes: Sequence[Node]) -> Node:
     return e.call(torch.ops.highway.stack.default, list(nodes))
 
 
-def _shared(nodes: tuple[Node, ...]) -> bool:
-    return all(n is nodes[0] for n in nodes)
+def is_shared(nodes: tuple[Node, ...]) -> bool:
+    """The same for all links: one node, or constants made alike."""
+    first = nodes[0]
+    return all(n is first for n in nodes) or all(
+        is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs) for n in nodes
+    )
+
+
+def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
+    """``base[i0], base[i0 + 1], ...`` along one dimension, also downward: base, dimension, rows."""
+    first = nodes[0]
+    if len(nodes) < 2 or any(n.target is not aten.select.int or n.args[:2] != first.args[:2] for n in nodes):
+        return None
+    base, dim = first.args[0], first.args[1]
+    assert isinstance(base, Node) and isinstance(dim, int)
+    size = base.meta["val"].shape[dim]
+    if not isinstance(size, int):
+        return None
+    rows = [n.args[2] % size for n in nodes]  # type: ignore[operator]
+    step = rows[1] - rows[0]
+    if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
+        return None
+    return base, dim, range(rows[0], rows[-1] + (1 if step > 0 else -1), step)
 
 
 def _has_node(value: object) -> bool:
