@@ -19,12 +19,13 @@ library.define("stack(Tensor[] tensors) -> Tensor", tags=(torch.Tag.pt2_complian
 operator = torch.ops.highway.stack.default
 
 
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors)
-
-
 def _fake(tensors: list[Tensor]) -> Tensor:
     return tensors[0].new_empty((len(tensors), *tensors[0].shape))
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    # Into a given result: left to itself, torch.stack hands on the strides of images that are channels-last.
+    return torch.stack(tensors, out=_fake(tensors))
 
 
 library.impl("stack", _stack, "CompositeExplicitAutograd")
