@@ -17,7 +17,7 @@ import torch
 from .harness import ROOT, environment, say
 
 RESULTS = ROOT / "benchmarks" / "results"
-SUITES = {"deep": "unrolled", "compile": "compile_time"}
+SUITES = {"deep": "unrolled", "compile": "compile_time", "accuracy": "accuracy"}
 
 
 def run(suite: str, device: str, quick: bool) -> None:
@@ -27,8 +27,10 @@ def run(suite: str, device: str, quick: bool) -> None:
     say(", ".join(f"{key} {value}" for key, value in where.items()))
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{suite}-{device}{'-quick' if quick else ''}.jsonl"
-    with path.open("w") as file:
-        for row in module.run(device, quick):
+    resumes = getattr(module, "RESUMES", False)  # such a suite measures what the file lacks
+    done = [json.loads(line) for line in path.read_text().splitlines()] if resumes and path.exists() else []
+    with path.open("a" if resumes else "w") as file:
+        for row in module.run(device, quick, done) if resumes else module.run(device, quick):
             line = json.dumps(where | row)
             print(line, flush=True)
             file.write(line + "\n")

@@ -92,7 +92,7 @@ def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Ten
         compiled = torch.compile(model, backend="highway", options=compile_options(args))
     watch = Watch(task) if args.watch else None
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
-    out = args.out or Path("out") / f"{Path(sys.argv[0]).stem}-{name(args)}-seed{args.seed}"
+    out = folder(args)
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)  # of dropout masks, and the like
     done, rows, losses = load(out, model, optimizer, args) if args.resume else (0, [], [])
@@ -126,15 +126,18 @@ def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Ten
                 save(out, model, optimizer, args, step, rows, losses)
             bar.update()
     if times:
-        words = ", ".join(f"{key} {value:.4g}" for key, value in rows[-1].items() if value is not None) if rows else ""
-        print(f"{name(args)}: {words}; {statistics.median(times) * 1e3:.1f} ms a step, the first {times[0]:.1f} s")
-        print(f"written to {out}")
-    plot([out], out / "log.png")
+        say = f"{statistics.median(times) * 1e3:.1f} ms a step, the first {times[0]:.1f} s"
+        last_row = ", ".join(f"{key} {value:.4g}" for key, value in (rows or [{}])[-1].items() if value is not None)
+        tqdm.write(f"{name(args)}: {last_row}; {say}", file=sys.stderr)
     return rows
 
 
 def name(args: argparse.Namespace) -> str:
     return args.method if args.method == "exact" else f"{args.method}-k{args.iterations}"
+
+
+def folder(args: argparse.Namespace) -> Path:
+    return args.out or Path("out") / f"{Path(sys.argv[0]).stem}-{name(args)}-seed{args.seed}"
 
 
 def evaluate(task: Task) -> dict[str, float]:
@@ -160,6 +163,8 @@ def main(task: Task, args: argparse.Namespace) -> None:
     """Train, or with --explain print what the compiler finds in the model."""
     if not args.explain:
         train(task, args)
+        plot([folder(args)], folder(args) / "log.png")
+        print(f"written to {folder(args)}: log.csv, log.png, checkpoint.pt")
         return
     import hwbp_compiler
 
@@ -179,16 +184,16 @@ class Watch:
         self.exact = torch.compile(task.model, backend="highway", options={"iterations": "exact"})
 
     def cosine(self, compiled: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> float:
-        ours, exact = (self.gradient(function, x, target) for function in (compiled, self.exact))
+        ours, exact = (gradient(self.task, function, x, target) for function in (compiled, self.exact))
         return F.cosine_similarity(ours, exact, dim=0).item()
 
-    def gradient(self, function: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
-        """Of all parameters, as one vector in double precision."""
-        parameters = list(self.task.model.parameters())
-        with unchanged(self.task.model):
-            loss = self.task.loss(function(x), target)
-            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten().double() for g in found])
+
+def gradient(task: Task, function: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+    """Of the loss with respect to all parameters, as one vector in double precision. ``function``: the task's model."""
+    with unchanged(task.model):
+        loss = task.loss(function(x), target)
+        found = torch.autograd.grad(loss, list(task.model.parameters()), allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten().double() for g in found])
 
 
 @contextlib.contextmanager
@@ -249,19 +254,19 @@ def load(
     return state["step"], state["rows"], [loss.to(args.device) for loss in state["losses"]]
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    with (folder / "log.csv").open(newline="") as file:
+def read_log(run: Path) -> list[dict[str, float]]:
+    with (run / "log.csv").open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def plot(folders: list[Path], to: Path) -> None:
+def plot(runs: list[Path], to: Path) -> None:
     """The columns of one or several logs against the step."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    logs = {folder.name: read_log(folder) for folder in folders}
+    logs = {run.name: read_log(run) for run in runs}
     columns = list(dict.fromkeys(key for log in logs.values() for row in log for key in row if key != "step"))
     if not columns:
         return
@@ -278,7 +283,7 @@ def plot(folders: list[Path], to: Path) -> None:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="what --out was")
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="what --out was")
     p.add_argument("--to", type=Path, default=Path("runs.png"))
     arguments = p.parse_args()
-    plot(arguments.folders, arguments.to)
+    plot(arguments.runs, arguments.to)
