@@ -67,7 +67,10 @@ class Case:
 
 
 CASES = [
-    Case("ResNet110, digits", "resnet_cifar", ("--depth", "110", "--epochs", "12"), "accuracy", (EXACT, *HIGHWAY, *FPI)),
+    Case(
+        "ResNet110, digits", "resnet_cifar", ("--depth", "110", "--epochs", "12"),
+        "accuracy", (EXACT, *HIGHWAY, *FPI),
+    ),
     Case(
         "Transformer, text", "char_lm", ("--cell", "transformer", "--steps", "600"),
         "held_out_loss", (EXACT, *HIGHWAY, *UNDAMPED, *FPI),

@@ -117,7 +117,65 @@ def compile_time() -> str | None:
     )
 
 
-SECTIONS: list[Callable[[], str | None]] = [deep, compile_time]
+def scaling() -> str | None:
+    found = rows("scaling")
+    if not found:
+        return None
+    draw_scaling(found)
+    lines = []
+    for (curve, axis, size), group in by(found, "curve", "axis", "size").items():
+        runs = {r["run"]: r for r in group}
+        two, stock = runs["k=2"], runs["inductor"]
+        auto = "rewritten" if runs["auto"]["cosine"] < 1 - 1e-9 else "left alone"
+        compiling = " / ".join(f"{r['compile_forward_s'] + r['compile_backward_s']:.1f}" for r in (stock, two))
+        ratio = f"{two['step_ratio']:.2f}x"
+        lines.append((curve, f"{size} {axis}", time(stock, "step"), time(two, "step"), ratio, auto, compiling))
+    head = ("model", "size", "Inductor, step", "k = 2, step", "", "by default", "compile, s: Inductor / k = 2")
+    return (
+        f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {where(found[0])}\n\n"
+        f"![Step time against size](scaling.svg)\n\n{markdown(head, lines)}"
+    )
+
+
+def draw_scaling(found: list[Row]) -> None:
+    """Step time (solid) and compile time (dotted) against size, one panel a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "hwbp"  # the same results give the same file
+    from matplotlib import pyplot
+
+    curves = by(found, "curve", "axis")
+    columns = min(4, len(curves))
+    lines = -(-len(curves) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(3.4 * columns, 3 * lines), squeeze=False, layout="constrained"
+    )
+    for panel in axes.flat[len(curves) :]:
+        panel.set_visible(False)
+    for ((curve, axis), group), panel in zip(curves.items(), axes.flat, strict=False):
+        for i, run in enumerate(("inductor", "k=2")):
+            points = sorted(
+                (r["size"], r["step_ms"], 1e3 * (r["compile_forward_s"] + r["compile_backward_s"]))
+                for r in group if r["run"] == run
+            )  # fmt: skip
+            sizes, steps, compiling = zip(*points, strict=True)
+            panel.loglog(sizes, steps, color=f"C{i}", marker="o", markersize=4, label=f"{run}, step")
+            panel.loglog(sizes, compiling, ":", color=f"C{i}", marker=".", label=f"{run}, cold compile")
+        panel.set_title(curve, fontsize="medium")
+        panel.set(xlabel=axis, ylabel="ms")
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(PAGE.parent / "scaling.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def accuracy() -> str | None:
+    from .accuracy_report import section
+
+    return section(rows("accuracy"))
+
+
+SECTIONS: list[Callable[[], str | None]] = [deep, compile_time, scaling, accuracy]
 
 
 def in_short() -> str:

@@ -1,0 +1,223 @@
+"""The section of ``docs/benchmarks.md`` on quality, its two figures, and the paper's claims beside the numbers."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from .accuracy import CASES, FPI, HIGHWAY, SEEDS
+from .report import PAGE, Row, by, markdown, where
+
+HIGHER_IS_BETTER = {"accuracy": True, "held_out_loss": False}
+WORDS = {"accuracy": "held-out accuracy", "held_out_loss": "held-out loss, nats per character"}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One method in one case: what its runs reached, seed by seed."""
+
+    metric: str
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def __str__(self) -> str:
+        if self.metric == "accuracy":
+            return f"{self.mean:.1%} ± {self.spread:.1%}"
+        return f"{self.mean:.3f} ± {self.spread:.3f}"
+
+    def better_than(self, other: Quality) -> bool:
+        return self.mean > other.mean if HIGHER_IS_BETTER[self.metric] else self.mean < other.mean
+
+    def as_good_as(self, other: Quality) -> bool:
+        """Better, or no further behind than the larger of the two spreads."""
+        return self.better_than(other) or abs(self.mean - other.mean) <= max(self.spread, other.spread)
+
+
+class Results:
+    def __init__(self, found: list[Row]) -> None:
+        self.rows = found
+        self.quality: dict[tuple[str, str], Quality] = {}
+        self.cosines: dict[tuple[str, str], Row] = {}
+        for (kind, case, run), group in by(found, "kind", "case", "run").items():
+            if kind == "quality":
+                self.quality[case, run] = Quality(group[0]["metric"], [row["value"] for row in group])
+            else:
+                self.cosines[case, run] = group[-1]
+        self.cases = [case for case in CASES if (case.name, "exact") in self.quality]
+
+
+def section(found: list[Row]) -> str | None:
+    if not found:
+        return None
+    results = Results(found)
+    figures(results)
+    seeds = len(SEEDS)
+    parts = [
+        "## Quality\n\n`python -m benchmarks run --suite accuracy`. The models, data and schedules of `examples/`, "
+        f"mean ± standard deviation over {seeds} seeds; the same seed gives the same weights and batches to all "
+        "methods. FPI is fixed-point iteration (damping 1). Cosine: of each method's gradient with the exact one, "
+        "along the exact run of the first seed, before training, and at its end.\n\n"
+        "![Held-out accuracy or loss against k](accuracy.svg)\n\n![Cosine with the exact gradient](cosine.svg)",
+        claims(results),
+    ]
+    for case in results.cases:
+        group = [row for row in found if row["case"] == case.name and row["kind"] == "quality"]
+        lines = []
+        for method in case.methods:
+            if (case.name, method.label) not in results.quality:
+                continue
+            row = next(row for row in group if row["run"] == method.label)
+            cosines = results.cosines.get((case.name, method.label), {}).get("cosines")
+            seen = (f"{cosines[0]:.3f}", f"{min(cosines):.3f}", f"{cosines[-1]:.3f}") if cosines else ("", "", "")
+            damping = "" if method.iterations is None else f"{row['damping']:g}"
+            quality = results.quality[case.name, method.label]
+            n = "" if len(quality.values) == seeds else f" ({len(quality.values)} seeds)"
+            lines.append((method.label, damping, f"{quality}{n}", *seen))
+        head = ("run", "damping", WORDS[case.metric], "cosine: start", "lowest", "end")
+        command = next(row["command"] for row in group if row["run"] == "exact")
+        parts.append(f"### {case.name}\n\n`{command}`. {where(group[0])}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
+# -- the paper's claims ---------------------------------------------------------------------------------------------
+
+
+def claims(results: Results) -> str:
+    checks = [small_k(results), beats_fpi(results), fpi_fails(results), later(results)]
+    text = [f"* **{claim}** {verdict}. {numbers}" for claim, verdict, numbers in filter(None, checks)]
+    if not text:
+        return ""
+    return (
+        '### What the paper claims\n\n"As good as": better, or behind by no more than the larger standard deviation '
+        "of the two.\n\n" + "\n".join(text)
+    )
+
+
+def verdict(right: int, of: int) -> str:
+    return (
+        "Confirmed" if right == of else "Not confirmed" if right == 0 else f"Confirmed in {right} of {of} comparisons"
+    )
+
+
+def small_k(results: Results) -> tuple[str, str, str] | None:
+    found = []
+    for case in results.cases:
+        exact = results.quality[case.name, "exact"]
+        tried = [(m, results.quality.get((case.name, m.label))) for m in HIGHWAY]
+        first = next(((m, q) for m, q in tried if q is not None and q.as_good_as(exact)), None)
+        found.append((case.name, exact, first))
+    if not found:
+        return None
+    resnet = next((first for name, _, first in found if name.startswith("ResNet")), None)
+    numbers = "; ".join(
+        f"{name}: exact {exact}, " + (f"k = {first[0].iterations} {first[1]}" if first else "no k up to 10")
+        for name, exact, first in found
+    )
+    good = resnet is not None and (resnet[0].iterations or 0) <= 5
+    return (
+        "A small k suffices for a deep ResNet (the paper: k = 4 of 54 links).",
+        "Confirmed" if good else "Not confirmed",
+        f"The smallest k that is as good as exact backprop: {numbers}.",
+    )
+
+
+def beats_fpi(results: Results) -> tuple[str, str, str] | None:
+    pairs = []
+    for case in results.cases:
+        for fpi in FPI:
+            ours, theirs = (results.quality.get((case.name, label)) for label in (f"k={fpi.iterations}", fpi.label))
+            if ours is not None and theirs is not None:
+                pairs.append((case.name, fpi.iterations, ours, theirs))
+    if not pairs:
+        return None
+    numbers = "; ".join(f"{name}, k = {k}: {ours} against {theirs}" for name, k, ours, theirs in pairs)
+    wins = sum(ours.better_than(theirs) for _, _, ours, theirs in pairs)
+    return "Highway-BP beats FPI at equal k.", verdict(wins, len(pairs)), f"{numbers}."
+
+
+def fpi_fails(results: Results) -> tuple[str, str, str] | None:
+    name = "GRU, pixel by pixel"
+    wanted = [results.quality.get((name, label)) for label in ("exact", "k=10", "FPI k=10")]
+    if None in wanted:
+        return None
+    exact, ours, fpi = (quality for quality in wanted if quality is not None)
+    fails, holds = not fpi.as_good_as(exact), ours.as_good_as(exact)
+    said = "Confirmed" if fails and holds else "Not confirmed" if not fails else "Confirmed for FPI"
+    return (
+        "FPI fails where only the last state has a loss; Highway-BP with k = 10 does not.",
+        said,
+        f"{name}, 64 steps: exact {exact}, Highway-BP k = 10 {ours}, FPI k = 10 {fpi}.",
+    )
+
+
+def later(results: Results) -> tuple[str, str, str] | None:
+    falls = []
+    for case in results.cases:
+        for method in HIGHWAY:
+            row = results.cosines.get((case.name, method.label))
+            if row is not None and method.iterations in (1, 3, 5):
+                falls.append((case.name, method.iterations, row["cosines"][0], row["cosines"][-1]))
+    if not falls:
+        return None
+    numbers = "; ".join(f"{name}, k = {k}: {start:.3f} to {end:.3f}" for name, k, start, end in falls)
+    lower = sum(end < start for _, _, start, end in falls)
+    return (
+        "More iterations are needed late in training.",
+        verdict(lower, len(falls)),
+        f"Cosine with the exact gradient before training and at its end: {numbers}.",
+    )
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def figures(results: Results) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "hwbp"  # the same results give the same file
+    from matplotlib import pyplot
+
+    count = len(results.cases)
+    if not count:
+        return
+    how: dict[str, Any] = {"figsize": (3.4 * count, 3.2), "squeeze": False, "layout": "constrained"}
+    figure, axes = pyplot.subplots(1, count, **how)
+    for case, axis in zip(results.cases, axes[0], strict=True):
+        exact = results.quality[case.name, "exact"]
+        axis.axhline(exact.mean, color="black", linewidth=1, label="exact")
+        axis.axhspan(exact.mean - exact.spread, exact.mean + exact.spread, color="black", alpha=0.1)
+        for label, methods in (("Highway-BP", HIGHWAY), ("FPI", FPI)):
+            points = [
+                (m.iterations, q.mean, q.spread)
+                for m in methods
+                if (q := results.quality.get((case.name, m.label))) is not None
+            ]
+            if points:
+                ks, means, spreads = zip(*points, strict=True)
+                axis.errorbar(ks, means, spreads, marker="o", markersize=4, capsize=3, label=label)
+        axis.set(title=case.name, xlabel="k", ylabel=WORDS[case.metric])
+    axes[0, 0].legend()
+    figure.savefig(PAGE.parent / "accuracy.svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+    figure, axes = pyplot.subplots(1, count, **how)
+    for case, axis in zip(results.cases, axes[0], strict=True):
+        for i, method in enumerate([*HIGHWAY, *FPI]):
+            row = results.cosines.get((case.name, method.label))
+            if row is not None:
+                style = "--" if method in FPI else "-"
+                axis.plot(row["steps"], row["cosines"], style, color=f"C{i}", marker=".", label=method.label)
+        axis.set(title=case.name, xlabel="training step", ylabel="cosine with the exact gradient", ylim=(None, 1.02))
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(PAGE.parent / "cosine.svg", metadata={"Date": None})
+    pyplot.close(figure)
