@@ -79,7 +79,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
             return records
         candidates, refusals, short = _candidates(info, options)
         if not decided:
-            declined = [_refused(r, origins) for r in refusals]
+            declined = [refused(r, origins) for r in refusals]
             records += collapsed(declined + [_short(s, origins, options) for s in short])
         changed = False
         for candidate in candidates:
@@ -322,12 +322,15 @@ def _described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
             GroupRecord(len(mine), dict(heavy), text, name_range([modules[i] for i in mine]), lines[0] if lines else "")
         )
     record.multiplier = " | ".join(text for text, _ in texts.most_common())
+    # Of one link the block itself is of interest: `h.0.attn` where `h.0` adds.
     record.members = members
+    record.modules = [o.inside if o.inside.startswith(m) else m for o, m in zip(origins, modules, strict=True)]
     record.side_losses = [i for i, link in enumerate(_forward_links(candidate)) if any(link.injections.values())]
     return record
 
 
-def _refused(refusal: Refusal, origins: Origins) -> ChainRecord:
+def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
+    """A refusal as it is told, with the user's line and module."""
     origin = origins.of_nodes(refusal.nodes)
     return ChainRecord(
         refusal.length,

@@ -29,13 +29,20 @@ from .split_links import Split
 aten = torch.ops.aten
 
 
+_STACKED = "what the links need, stacked"
+
+
 @dataclass
 class Rewriting:
-    """New nodes for old ones. Nothing in the graph uses the new nodes before ``passes.apply`` replaces the old."""
+    """New nodes for old ones. Nothing in the graph uses the new nodes before ``passes.apply`` replaces the old.
+
+    ``sections`` says what the nodes are for, in order: (title, group or None, position of its first node).
+    """
 
     replacements: dict[Node, Node] = field(default_factory=dict)
     created: list[Node] = field(default_factory=list)
     copied_bytes: int = 0
+    sections: list[tuple[str, int | None, int]] = field(default_factory=list)
 
 
 def rewrite_chain(
@@ -53,6 +60,7 @@ class _ChainRewriter:
         like = next(n for n in chain.states[0] if n is not None)
         self.e = Emitter(graph, output, like.meta["val"].fake_mode, len(chain.links))
         self.stackers: list[Stacker] = []
+        self.sections: list[tuple[str, int | None, int]] = []
         self._made_multipliers: dict[Node | float, Node | None] = {}
         self.like: list[torch.Tensor] = []
         for component in range(chain.width):
@@ -63,20 +71,28 @@ class _ChainRewriter:
         for group in self.groups:
             self.stackers.append(Stacker(e.for_count(len(group.lanes)), StackPlan(group.external_tuples)))
         heads = [self._head(c) for c in range(self.chain.width)]
+        self._section("K of all links")
         diagonals = self._diagonals()
         injected = self._assemble_all(Mode.INJECT, None)
+        self._section("w^0: one scan along the highway")
         rows = self._scan(heads, injected, [None] * self.chain.width, diagonals, None)
-        for _ in range(self.iterations):
-            blocks = self._assemble_all(Mode.REST, rows)
+        for k in range(1, self.iterations + 1):
+            blocks = self._assemble_all(Mode.REST, rows, f"iteration {k}")
             if all(b is None for b in blocks) and not self.damping:
                 break  # no block at all: exact without iterating (a diagonal recurrence)
+            self._section(f"w^{k}: one scan along the highway")
             rows = self._scan(heads, injected, blocks, diagonals, rows)
-        replaced = Rewriting(created=e.created)
+        replaced = Rewriting(created=e.created, sections=self.sections)
+        self._section("the states that something else uses")
         self._replace_states(rows, replaced)
-        for group, stacker in zip(self.groups, self.stackers, strict=True):
+        for number, (group, stacker) in enumerate(zip(self.groups, self.stackers, strict=True)):
+            self._section("parameter and side gradients, once", number)
             self._replace_sides(group, stacker, rows, replaced)
         replaced.copied_bytes = sum(s.copied_bytes for s in self.stackers)
         return replaced
+
+    def _section(self, title: str, group: int | None = None) -> None:
+        self.sections.append((title, group, len(self.e.created)))
 
     @property
     def links(self) -> int:
@@ -171,7 +187,7 @@ class _ChainRewriter:
                 found[to, source] = self._assemble(parts, self.like[to])
         return found
 
-    def _assemble_all(self, mode: Mode, rows: list[Node] | None) -> list[Node | None]:
+    def _assemble_all(self, mode: Mode, rows: list[Node] | None, title: str = _STACKED) -> list[Node | None]:
         evaluators = [self._evaluator(g, rows) for g in range(len(self.groups))]
         assembled: list[Node | None] = []
         for component in range(self.chain.width):
@@ -179,7 +195,11 @@ class _ChainRewriter:
             if direct is not None:
                 assembled.append(direct)
                 continue
-            parts = [ev.value(mode, ev.program.outputs[component]) for ev in evaluators]
+            parts = []
+            for number, ev in enumerate(evaluators):
+                self._section(title, number)
+                parts.append(ev.value(mode, ev.program.outputs[component]))
+            self._section(title)
             if all(p is None for p in parts):
                 assembled.append(None)
             else:

@@ -32,8 +32,8 @@ def script(tmp_path, monkeypatch) -> Path:
 
 
 def without_estimates(text: str) -> str:
-    """Times depend on the machine, node counts on every detail of the passes."""
-    return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+\s+MB|\d+ nodes|\d+ after", "#", text)
+    """Times depend on the machine, node counts on every detail of the passes, line ends on both."""
+    return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
 
 
 def assert_prints_what_the_readme_says(output: str) -> None:
@@ -54,7 +54,7 @@ def test_the_snippets_run(script, monkeypatch, capsys):
     found = runpy.run_path(str(script))
     assert_prints_what_the_readme_says(capsys.readouterr().out)
     assert all(parameter.grad is not None for parameter in found["model"].parameters())
-    assert "<details>" in Path("report.html").read_text()
+    assert "<details" in Path("report.html").read_text()
 
 
 @pytest.mark.slow

@@ -160,12 +160,12 @@ def module_of(node: Node) -> str:
     """The dotted name of the innermost module whose forward made ``node``; "" for the model itself."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     names = [str(entry[0]) for entry in stack.values() if isinstance(entry, tuple) and entry]
-    return _plain(names[-1]) if names else ""
+    return plain_name(names[-1]) if names else ""
 
 
-def _plain(name: str) -> str:
-    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._modules['0']`` too."""
-    name = re.sub(r"(\._modules)?\[['\"]?([^'\"\]]+)['\"]?\]", r".\2", name)
+def plain_name(name: str) -> str:
+    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too."""
+    name = re.sub(r"(\._(modules|parameters|buffers))?\[['\"]?([^'\"\]]+)['\"]?\]", r".\3", name)
     name = re.sub(r"^(L|G)\.\w+", "", name)
     return re.sub(r"@\d+", "", name).strip(".")
 

@@ -44,6 +44,7 @@ class ChainRecord:
     advice        what to change to have it rewritten; "" where there is nothing
     times         how many equal ones this record stands for (declined ones only)
     members       group of each link, in forward order; empty where it never came to groups
+    modules       module of each link, in forward order
     side_losses   links, in forward order, at whose state something besides the chain adds a gradient
     added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
     """
@@ -61,6 +62,7 @@ class ChainRecord:
     advice: str = ""
     times: int = 1
     members: list[int] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
     side_losses: list[int] = field(default_factory=list)
     added_bytes: int = 0
 

@@ -1,0 +1,17 @@
+"""Looking at what the compiler does: ``explain`` and its report as text, data, page, drawings and repro script.
+
+capture    trace a model and run the passes on copies of its joint graphs
+restore    leave the model as it was
+programs   blocks as their forward source and their backward program, before and after
+data       the report
+text       for a terminal
+page       for a browser, with the pictures of ``picture``
+measure    step times; the error of w^k against k
+draw       graphs as DOT and SVG
+repro      a script that stands alone
+"""
+
+from .capture import explain
+from .data import ExplainedGraph, Report
+
+__all__ = ["ExplainedGraph", "Report", "explain"]

@@ -1,0 +1,250 @@
+"""``explain``: what the compiler finds in a model and what it does about it, before anything is compiled."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from hwbp_compiler import passes
+from hwbp_compiler.backend import PassSequence, register_lowerings
+from hwbp_compiler.errors import HighwayError
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.origin import plain_name
+from hwbp_compiler.options import Options, parse
+from hwbp_compiler.passes.near_misses import near_misses
+from hwbp_compiler.torch_private import CustomGraphPass, user_joint_passes
+
+from . import measure as measuring
+from .data import ExplainedGraph, Report, copy_of
+from .programs import Programs
+from .restore import left_as_it_was
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    measure: bool = False,
+    errors: bool | Iterable[int] = False,
+    **kwargs: Any,
+) -> Report:
+    """Say what ``torch.compile(model, backend="highway", options=options)`` would do on these inputs.
+
+    ``model(*args, **kwargs)`` is run once, in eager mode, and traced on the way as ``torch.compile`` traces it; no
+    code is generated. The model is left as it was: parameters and their ``.grad``, buffers, inputs, and the states
+    of the random number generators.
+
+    Args:
+        model: a module or function, compiled already or not. Options it was compiled with are not known here.
+        options: those of ``torch.compile``, checked in the same way.
+        loss: ``loss(output) -> scalar``; the sum of all floating outputs if absent. What ``torch.compile`` sees is
+            the model, so no graph depends on the loss: it is evaluated once, and the report says so where no
+            gradient can start from it.
+        measure: also compile the model with ``backend="inductor"`` and with ``backend="highway"`` and time a training
+            step of both (``report.measured``). Takes as long as two compilations.
+        errors: also compare the parameter gradient of w^k with the exact one on these inputs, for the given values
+            of k, or for a ladder of them if True (``report.graphs[i].errors``). One eager run of the joint graph each.
+
+    Raises:
+        OptionError: a key or a value in ``options`` that is not allowed.
+        ValueError: ``loss(output)`` is not one number.
+        HighwayError: a pass failed and ``strict`` is set; otherwise the failure stands in the report.
+
+    >>> report = explain(model, x, options={"iterations": 1})
+    >>> print(report)
+    """
+    ours, patches = parse(options)
+    looking = _Looking(ours)
+    inductor_options = dict(patches)
+    patches["joint_custom_pre_pass"] = PassSequence((*user_joint_passes(patches), looking))
+    wanted = errors if isinstance(errors, bool) else tuple(errors)
+    times = None
+    with left_as_it_was(model) as keep:
+        output = _traced(model, patches, keep, looking, bool(wanted))(*args, **kwargs)
+        total = _sum_of_outputs(output) if loss is None else loss(output)
+        notes = _notes(looking, total)
+        can_run = isinstance(total, Tensor) and total.requires_grad
+        if wanted and can_run:
+            assert total is not None
+            measuring.backward(total)
+            _measure_errors(looking, wanted)
+        if measure and can_run:
+            register_lowerings()
+            times = measuring.step_times(
+                model, args, kwargs, options, inductor_options, loss or _sum_of_outputs, _isolated()
+            )
+    return Report(ours, looking.graphs, notes, times, _name_of(model))
+
+
+def _name_of(model: Any) -> str:
+    inner = getattr(model, "_orig_mod", model)
+    return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, "__qualname__", "model")
+
+
+def _measure_errors(looking: _Looking, wanted: Any) -> None:
+    for graph, run in zip(looking.graphs, looking.runs, strict=True):
+        longest = max((c.length for c in graph.chains if c.members), default=0)
+        if run.primals and run.tangents and longest:
+            graph.errors = measuring.errors(graph.before, run, looking.options, wanted, longest)
+
+
+# -- tracing ----------------------------------------------------------------------------------------------------
+
+
+class _Looking(CustomGraphPass):
+    """Stands where the highway's pass stands, and rewrites copies of what it is shown."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.graphs: list[ExplainedGraph] = []
+        self.runs: list[measuring.Run] = []
+        self.inference_graphs = 0
+        self.names: list[str] = []  # of the inputs of the graph that is being compiled
+
+    def __call__(self, graph: fx.Graph) -> None:
+        if not any(is_tangent(node) for node in graph.nodes):
+            self.inference_graphs += 1
+            return
+        found = ExplainedGraph(copy_of(graph), copy_of(graph))
+        self.graphs.append(found)
+        self.runs.append(measuring.Run())
+        if self.options.rewrite == "never":
+            return
+        programs = Programs(_inputs_by_name(graph, self.names))
+        try:
+            found.chains = passes.run(found.after.graph, self.options, programs)
+            found.chains += near_misses(found.before.graph, found.chains)
+            programs.finish()
+        except Exception as error:
+            found.failure = f"{type(error).__name__}: {error}"
+            if self.options.strict:
+                raise HighwayError(
+                    f"the highway rewrite failed and strict=True: {found.failure}",
+                    inner_exception=error,
+                    first_useful_frame=inspect.currentframe(),
+                ).with_traceback(error.__traceback__) from error
+        found.programs = [programs.blocks.get(id(chain), []) for chain in found.chains]
+        found.rest = [programs.rest.get(id(chain), "") for chain in found.chains]
+        found.after.recompile()
+
+    def uuid(self) -> None:
+        """None keeps the graph out of torch.compile's caches: found there, it would not be shown to a pass."""
+        return None
+
+
+def _traced(
+    model: Callable[..., Any], patches: dict[str, Any], keep: Callable[[Any], None], looking: _Looking, recorded: bool
+) -> Callable[..., Any]:
+    """``model``, such that running it shows every graph to Inductor's passes and then runs the graph as it stands.
+
+    With ``recorded``, forward and backward graphs are run instead, and what they are given is kept in ``runs``."""
+
+    def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        # Private, checked on torch 2.13.0. Inductor owns the module it is given and may change it.
+        from torch._inductor.compile_fx import compile_fx
+
+        eager = fx.GraphModule(module, copy.deepcopy(module.graph))
+        looking.names = _names(module.graph)
+        inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
+        halves = compile_fx(module, inputs, inner_compile=inner, config_patches=patches)
+
+        def run(*values: Any) -> Any:
+            keep(values)
+            return halves(*values) if recorded else eager(*values)
+
+        return run
+
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Shapes seen here must not make later compilations of the same code dynamic.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            return compiled(*args, **kwargs)
+
+    return run
+
+
+def _names(graph: fx.Graph) -> list[str]:
+    """What the user calls the inputs of a Dynamo graph: ``blocks.0.up.weight``."""
+    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.find_nodes(op="placeholder")]
+    # A method of Dynamo's before torch 2.12, an attribute since.
+    names = [getattr(source, "name", "") for source in sources]
+    return [plain_name(str(name() if callable(name) else name)) for name in names]
+
+
+def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:
+    """The joint graph's inputs are the Dynamo graph's, in order, unless AOTAutograd has made some of its own."""
+    primals = [n.name for n in joint.find_nodes(op="placeholder") if not is_tangent(n)]
+    return dict(zip(primals, names, strict=True)) if len(primals) == len(names) else {}
+
+
+def _isolated() -> dict[str, Any]:
+    """The user's own compilations of the same code are not touched, where torch can keep them apart."""
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if known else {}
+
+
+def _no_code(module: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Callable[..., Any]:
+    return module.forward
+
+
+def _recording(
+    looking: _Looking, number: int, module: fx.GraphModule, example_inputs: Any, **kwargs: Any
+) -> Callable[..., Any]:
+    """No code either; the halves of joint graph ``number`` write down what they are given."""
+    is_backward = bool(kwargs.get("is_backward"))
+    tangents = sum(is_tangent(node) for node in module.graph.nodes)
+
+    def half(values: list[Any]) -> Any:
+        given = list(values)
+        values.clear()
+        if number < len(looking.runs) and not kwargs.get("is_inference"):
+            run = looking.runs[number]
+            run.backward(given, tangents) if is_backward else run.forward(given)
+        with torch.no_grad():
+            return module(*given)
+
+    half._boxed_call = True  # type: ignore[attr-defined]
+    return half
+
+
+def _sum_of_outputs(output: Any) -> Tensor | None:
+    tensors = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return sum((t.sum() for t in tensors[1:]), tensors[0].sum()) if tensors else None
+
+
+def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
+    if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+        raise ValueError(f"explain: loss(output) is {what}; it must be one number")
+    if not looking.graphs and not looking.inference_graphs:
+        return [
+            "torch.compile's front end, Dynamo, found no graph to compile: all of it runs in eager mode. "
+            'TORCH_LOGS="graph_breaks" tells why.'
+        ]
+    if not looking.graphs:
+        if not torch.is_grad_enabled():
+            return ["Gradients are switched off (torch.no_grad), so there is no backward pass to rewrite."]
+        return ["No parameter or input requires a gradient, so there is no backward pass to rewrite."]
+    notes = []
+    if looking.options.rewrite == "never":
+        notes.append('rewrite="never" asks for plain Inductor: nothing was looked for.')
+    pieces = len(looking.graphs) + looking.inference_graphs
+    if pieces > 1:
+        notes.append(
+            f"The model was traced in {pieces} pieces: a chain ends where a graph does. "
+            'TORCH_LOGS="graph_breaks" tells where and why.'
+        )
+    if loss is None:
+        notes.append("The output has no floating tensor that the report could see: give loss=.")
+    elif not loss.requires_grad:
+        notes.append("The loss does not depend on anything that requires a gradient.")
+    return notes

@@ -1,0 +1,179 @@
+"""The report: what was found, as data. How it is shown stands in files of its own."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.options import Options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def copy_of(graph: fx.Graph) -> fx.GraphModule:
+    """A module of its own over a copy of ``graph``."""
+    assert graph.owning_module is not None
+    with warnings.catch_warnings():  # copying a graph warns of how torch itself copies the layout of its inputs
+        warnings.simplefilter("ignore", FutureWarning)
+        return fx.GraphModule(graph.owning_module, copy.deepcopy(graph), "JointGraph")
+
+
+@dataclass
+class BlockPrograms:
+    """One group of a chain for a reader.
+
+    forward   the user's own lines of one block, ``file:line: code``, in the order they run
+    before    the backward of one block, as ordinary backprop runs it
+    after     the backward of all blocks of the group at once; "" where the chain is not rewritten
+    """
+
+    forward: list[str] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
+
+
+@dataclass
+class ErrorAt:
+    """The parameter gradient at ``iterations`` against the exact one: cosine, and norm of the difference relative to
+    the norm of the exact one. Both over all parameters of the chain's graph together."""
+
+    iterations: int
+    cosine: float
+    relative_error: float
+
+
+@dataclass
+class ExplainedGraph:
+    """One joint graph (forward and backward of one piece of the model).
+
+    before, after   the graph as it was traced and as the passes leave it
+    chains          what was found in it
+    failure         the exception that ended the passes; the graph is then compiled as it is. None if there was none
+    programs        per chain, one entry per group
+    rest            per chain, what of its rewritten form belongs to no group: multipliers, scans, states
+    errors          error of w^k against k; empty where it was not asked for
+    """
+
+    before: fx.GraphModule
+    after: fx.GraphModule
+    chains: list[ChainRecord] = field(default_factory=list)
+    failure: str | None = None
+    programs: list[list[BlockPrograms]] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+    errors: list[ErrorAt] = field(default_factory=list)
+
+
+@dataclass
+class StepTimes:
+    """Median seconds of one training step (forward, loss, backward) on the inputs given to ``explain``."""
+
+    inductor: float
+    highway: float
+
+
+@dataclass
+class Report:
+    """What :func:`hwbp_compiler.explain` found. ``print(report)`` for people, :meth:`to_dict` for programs,
+    :meth:`to_html` for a browser.
+
+    options    the highway's own options in force
+    graphs     one entry per joint graph, in the order they were traced; several where Dynamo broke the graph
+    notes      what is to be said about the model as a whole, such as why there is no graph
+    measured   step times, where they were asked for
+    name       what the model is called: its class or function
+    """
+
+    options: Options
+    graphs: list[ExplainedGraph]
+    notes: list[str] = field(default_factory=list)
+    measured: StepTimes | None = None
+    name: str = "model"
+
+    @property
+    def chains(self) -> list[ChainRecord]:
+        """All chains of all graphs, the declined ones too."""
+        return [chain for graph in self.graphs for chain in graph.chains]
+
+    @property
+    def graph_before(self) -> fx.GraphModule | None:
+        """The joint graph as traced: the first with a chain that was rewritten, else the first with any chain, else
+        the first; None if there is no joint graph. ``print_readable()`` prints it."""
+        graph = self._shown()
+        return None if graph is None else graph.before
+
+    @property
+    def graph_after(self) -> fx.GraphModule | None:
+        """The same graph as the passes leave it: what Inductor would compile."""
+        graph = self._shown()
+        return None if graph is None else graph.after
+
+    def _shown(self) -> ExplainedGraph | None:
+        rewritten = (g for g in self.graphs if any(c.decision == "rewritten" for c in g.chains))
+        with_chains = (g for g in self.graphs if g.chains)
+        return next(rewritten, None) or next(with_chains, None) or next(iter(self.graphs), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON: ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number
+        of their graph. Times are in seconds, sizes in bytes."""
+        return {
+            "options": asdict(self.options),
+            "notes": list(self.notes),
+            "measured": None if self.measured is None else asdict(self.measured),
+            "graphs": [
+                {
+                    "nodes_before": len(graph.before.graph.nodes),
+                    "nodes_after": len(graph.after.graph.nodes),
+                    "chains": len(graph.chains),
+                    "failure": graph.failure,
+                    "errors": [asdict(error) for error in graph.errors],
+                }
+                for graph in self.graphs
+            ],
+            "chains": [
+                {"graph": number, **chain.to_dict()}
+                for number, graph in enumerate(self.graphs)
+                for chain in graph.chains
+            ],
+        }
+
+    def __str__(self) -> str:
+        from .text import plain
+
+        return plain(self)
+
+    def __rich__(self) -> RenderableType:
+        """For ``rich.print(report)``: the same text, coloured."""
+        from .text import coloured
+
+        return coloured(self)
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one page that needs no network: every chain as a picture whose blocks open on a click."""
+        from .page import write
+
+        write(self, path)
+
+    def draw(self, path: str | os.PathLike[str], after: bool = True) -> None:
+        """Draw ``graph_after`` (or ``graph_before``) with torch's ``FxGraphDrawer``, as ``.dot``, ``.svg`` or ``.png``.
+
+        Raises ImportError where pydot is missing and, for pictures, FileNotFoundError where graphviz is; ValueError
+        for another suffix or where there is no graph."""
+        from .draw import draw
+
+        draw(self.graph_after if after else self.graph_before, path)
+
+    def save_repro(self, path: str | os.PathLike[str], graph: int | None = None) -> None:
+        """Write a script that needs this package alone: it rebuilds a joint graph, draws inputs of the same shapes,
+        runs the passes, and compares the gradients. ``graph`` counts from 0; the one shown if absent.
+
+        Raises ValueError where there is no graph, or where it holds sub-graphs that no script can spell out."""
+        from .repro import write
+
+        write(self._shown() if graph is None else self.graphs[graph], self.options, path)

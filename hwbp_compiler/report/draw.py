@@ -1,0 +1,33 @@
+"""Graphs as DOT, SVG or PNG, drawn by torch's own drawer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from torch import fx
+from torch.fx.passes.graph_drawer import FxGraphDrawer
+
+_SUFFIXES = (".dot", ".svg", ".png")
+
+
+def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Report.draw`."""
+    path = Path(path)
+    if path.suffix not in _SUFFIXES:
+        raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it takes one of {', '.join(_SUFFIXES)}")
+    if module is None:
+        raise ValueError("draw: the report has no joint graph to draw; print(report) says why")
+    try:
+        import pydot  # noqa: F401
+    except ImportError:
+        raise ImportError("draw: torch's graph drawer needs pydot: pip install pydot") from None
+    if path.suffix != ".dot" and shutil.which("dot") is None:
+        raise FileNotFoundError(
+            f"draw: {path.suffix} pictures need graphviz's program `dot` on the PATH (apt-get install graphviz); a "
+            ".dot file needs nothing"
+        )
+    # What an attribute of the module is, or a call's stack trace, is in print_readable() already.
+    drawing = FxGraphDrawer(module, path.stem, ignore_getattr=True, ignore_parameters_and_buffers=True)
+    drawing.get_dot_graph().write(str(path), format={".dot": "raw"}.get(path.suffix, path.suffix[1:]))

@@ -1,0 +1,134 @@
+"""What can be measured on the inputs at hand: a training step's time, and the error of w^k against k."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hwbp_compiler import passes
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.options import Options
+
+from .data import ErrorAt, StepTimes, copy_of
+
+_REPEATS, _WARM_UP = 5, 2
+# Iterations tried where none are named: dense where the error falls, few altogether.
+_LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+# -- the error of w^k -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What one joint graph was given when the model ran: its inputs, the gradients of its outputs, and which of the
+    inputs are parameters."""
+
+    primals: list[Any] = field(default_factory=list)
+    tangents: list[Any] = field(default_factory=list)
+    parameters: list[bool] = field(default_factory=list)
+
+    def forward(self, values: Sequence[Any]) -> None:
+        self.parameters = [isinstance(v, nn.Parameter) for v in values]
+        self.primals = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+
+    def backward(self, values: Sequence[Any], tangents: int) -> None:
+        self.tangents = [v.detach().clone() if isinstance(v, Tensor) else v for v in values[-tangents:]]
+
+
+def errors(
+    joint: fx.GraphModule, run: Run, options: Options, wanted: Iterable[int] | bool, length: int
+) -> list[ErrorAt]:
+    """The parameter gradient of w^k for every k in ``wanted`` (True: a ladder up to ``length``) against the exact one.
+
+    Runs ``joint`` in eager mode once per k, all chains rewritten whether it pays or not, with one seed for all.
+    """
+    ks = [k for k in _LADDER if k < length] if wanted is True else sorted({int(k) for k in wanted or ()})
+    if wanted is True and isinstance(options.iterations, int) and options.iterations < length:
+        ks = sorted({*ks, options.iterations})
+    exact = _gradient(joint, run)
+    found: list[ErrorAt] = []
+    for k in ks:
+        rewritten = copy_of(joint.graph)
+        chosen = dataclasses.replace(options, iterations=k, rewrite="always", strict=False)
+        passes.run(rewritten.graph, chosen)
+        rewritten.recompile()
+        approximate = _gradient(rewritten, run)
+        norm = exact.norm()
+        cosine = torch.dot(approximate, exact) / (approximate.norm() * norm)
+        found.append(ErrorAt(k, float(cosine), float((approximate - exact).norm() / norm)))
+    return found
+
+
+def _gradient(joint: fx.GraphModule, run: Run) -> Tensor:
+    """All parameter gradients as one float64 vector; of all inputs where none is a parameter."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        inputs = [v.clone() if isinstance(v, Tensor) else v for v in (*run.primals, *run.tangents)]
+        outputs = fx.Interpreter(joint).run(*inputs, enable_io_processing=False)
+    gradients = list(outputs)[-len(run.primals) :]
+    chosen = [g for g, is_parameter in zip(gradients, run.parameters, strict=True) if is_parameter and g is not None]
+    chosen = chosen or [g for g in gradients if g is not None]
+    return torch.cat([g.double().flatten() for g in chosen if isinstance(g, Tensor)])
+
+
+def tangent_count(graph: fx.Graph) -> int:
+    return sum(is_tangent(node) for node in graph.nodes)
+
+
+# -- step times -------------------------------------------------------------------------------------------------
+
+
+def step_times(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    inductor_options: Mapping[str, Any],
+    loss: Callable[[Any], Any],
+    isolated: Mapping[str, Any],
+) -> StepTimes:
+    """Compile ``model`` with both backends and time a step; the two take turns, so that noise hits both."""
+    steps = []
+    for backend, chosen in (("inductor", dict(inductor_options)), ("highway", dict(options or {}))):
+        compiled = torch.compile(model, backend=backend, options=chosen or None, **isolated)  # type: ignore[call-overload]
+        steps.append(_step(compiled, args, kwargs, loss))
+    times: list[list[float]] = [[], []]
+    for turn in range(_WARM_UP + _REPEATS):
+        for step, mine in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            if turn >= _WARM_UP:
+                mine.append(time.perf_counter() - start)
+    return StepTimes(statistics.median(times[0]), statistics.median(times[1]))
+
+
+def _step(compiled: Any, args: Any, kwargs: Any, loss: Callable[[Any], Any]) -> Callable[[], None]:
+    def step() -> None:
+        backward(loss(compiled(*args, **kwargs)))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    return step
+
+
+def backward(total: Tensor) -> None:
+    """Run the backward pass of ``total`` and keep no gradient: nobody's ``.grad`` changes."""
+    leaves, seen, todo = [], set(), [total.grad_fn]
+    while todo:
+        function = todo.pop()
+        if function is None or function in seen:
+            continue
+        seen.add(function)
+        if hasattr(function, "variable"):
+            leaves.append(function.variable)
+        todo.extend(f for f, _ in function.next_functions)
+    if leaves:
+        torch.autograd.grad(total, leaves, allow_unused=True)

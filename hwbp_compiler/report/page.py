@@ -1,0 +1,104 @@
+"""The report as one page: ``page.html`` filled in. No network, no script but the few lines that open a block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from torch import fx
+
+from . import picture, text
+from .data import ExplainedGraph, Report
+
+# A browser shows a few thousand lines at ease; print_readable() has the rest.
+_MOST_LINES = 1500
+
+
+def write(report: Report, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Report.to_html`."""
+    environment = Environment(
+        loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.get_template("page.html")
+    graphs = list(_graphs(report))
+    page = template.render(
+        name=report.name,
+        title=text.title(report),
+        options=asdict(report.options),
+        measured=text.measured_text(report) if report.measured is not None else "",
+        notes=report.notes,
+        graphs=graphs,
+        plain=str(report),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _graphs(report: Report) -> Iterator[dict[str, Any]]:
+    number = 0
+    for position, graph in enumerate(report.graphs):
+        chains = []
+        for i, chain in enumerate(graph.chains):
+            number += 1
+            chains.append(
+                {
+                    "number": number,
+                    "record": chain,
+                    "heading": text.heading(chain),
+                    "entries": _joined(text.entries(chain)),
+                    "sources": [text.place_and_code(source) for source in chain.sources],
+                    "picture": picture.chain_svg(chain, number) if chain.members else "",
+                    "groups": list(_groups(graph, i)),
+                    "rest": _cut(graph.rest[i]) if i < len(graph.rest) else "",
+                }
+            )
+        yield {
+            "number": position + 1,
+            "sizes": text.sizes(graph),
+            "failure": graph.failure,
+            "chains": chains,
+            "no_chain": text.NO_CHAIN if not chains and report.options.rewrite != "never" else "",
+            "errors": graph.errors,
+            "plot": picture.errors_svg(graph.errors) if len(graph.errors) > 1 else "",
+            "programs": [("before", _readable(graph.before)), ("after", _readable(graph.after))],
+        }
+
+
+def _groups(graph: ExplainedGraph, chain: int) -> Iterator[dict[str, Any]]:
+    record = graph.chains[chain]
+    programs = graph.programs[chain] if chain < len(graph.programs) else []
+    for group, program in zip(record.groups, programs, strict=False):
+        yield {
+            "record": group,
+            "text": text.group_text(group),
+            "forward": [text.place_and_code(line) for line in program.forward],
+            "before": _cut(program.before),
+            "after": _cut(program.after),
+        }
+
+
+def _joined(entries: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Labels with all their lines; sources apart."""
+    found: list[tuple[str, list[str]]] = []
+    for label, line in entries:
+        if label:
+            found.append((label, [line]))
+        elif line:
+            found[-1][1].append(line.strip())
+    return found
+
+
+def _readable(module: fx.GraphModule) -> str:
+    return _cut(module.print_readable(print_output=False))
+
+
+def _cut(program: str) -> str:
+    lines = program.splitlines()
+    if len(lines) <= _MOST_LINES:
+        return program
+    return "\n".join(
+        [*lines[:_MOST_LINES], "", f"# {len(lines) - _MOST_LINES} more lines: print_readable() shows them all"]
+    )

@@ -1,0 +1,211 @@
+"""Pictures as SVG text: a chain with its track and blocks, and the error of w^k against k.
+
+Colours are variables that the page defines for light and for dark; nothing here names one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from hwbp_compiler.graph.record import ChainRecord
+
+from .data import ErrorAt
+from .text import short
+
+# -- which links are drawn --------------------------------------------------------------------------------------
+
+# Chains up to this length are drawn whole.
+_WHOLE = 8
+_LONGEST_PERIOD = 8
+
+
+@dataclass(frozen=True)
+class Fold:
+    """``links`` links from ``start`` on that repeat the ``period`` before them."""
+
+    start: int
+    links: int
+    period: int
+
+
+def folded(kinds: Sequence[object]) -> list[int | Fold]:
+    """What is drawn of a chain whose links are of these kinds: positions, and folds for what repeats.
+
+    >>> folded("ab" * 500)
+    [0, 1, Fold(start=2, links=996, period=2), 998, 999]
+    """
+    return _folded(kinds, 0, len(kinds))
+
+
+def _folded(kinds: Sequence[object], start: int, end: int) -> list[int | Fold]:
+    if end - start <= _WHOLE:
+        return list(range(start, end))
+    best = (0, 0, 1)
+    for period in range(1, min(_LONGEST_PERIOD, (end - start) // 3) + 1):
+        run = start
+        for i in range(start, end - period + 1):
+            if i < end - period and kinds[i] == kinds[i + period]:
+                continue
+            length = i + period - run  # kinds repeat with this period over [run, run + length)
+            hidden = (length - 2 * period) // period * period
+            if hidden > best[1]:
+                best = (run + period, hidden, period)
+            run = i + 1
+    first, hidden, period = best
+    if hidden < 2:  # nothing repeats: the middle is left out all the same
+        hidden = end - start - _WHOLE
+        first, period = start + _WHOLE // 2, 0
+        return [*range(start, first), Fold(first, hidden, 0), *range(first + hidden, end)]
+    return [*_folded(kinds, start, first), Fold(first, hidden, period), *_folded(kinds, first + hidden, end)]
+
+
+# -- a chain ----------------------------------------------------------------------------------------------------
+
+_WIDTH = 360
+_TRACK = 112
+_BOX, _BOX_WIDTH, _BOX_HEIGHT = 164, 188, 46
+_LINK, _FOLD, _TOP = 84, 60, 40
+COLOURS = 6
+
+
+def chain_svg(chain: ChainRecord, number: int) -> str:
+    """The track from top (input) to bottom (loss), blocks to its right, K and side losses to its left.
+
+    Every block is ``<g class="block" data-chain data-group data-link>``; a click on it is the page's business.
+    """
+    losses = set(chain.side_losses)
+    kinds = [(member, i in losses) for i, member in enumerate(chain.members)]
+    y = _TOP
+    lines = [f'<circle class="state" cx="{_TRACK}" cy="{y}" r="5"/>', _label(_TRACK - 14, y, "h0", "state-name")]
+    lines.append(_label(_TRACK, y - 18, "input", "end", "middle"))
+    for item in folded(kinds):
+        if isinstance(item, Fold):
+            lines.append(_fold(item, y))
+            y += _FOLD
+            lines.append(_join(y, item.start + item.links))
+        else:
+            lines.append(_link(chain, number, item, y))
+            y += _LINK
+            lines.append(_join(y, item + 1))
+            if item in losses and item < len(kinds) - 1:
+                lines.append(_side_loss(y))
+    lines.append(_label(_TRACK, y + 28, "to the loss", "end", "middle"))
+    label = escape(f"chain of {chain.length} links: track, blocks beside it, K on its edges")
+    return (
+        f'<svg class="chain" viewBox="0 0 {_WIDTH} {y + 40}" role="group" aria-label="{label}">'
+        + "".join(lines)
+        + "</svg>"
+    )
+
+
+def _link(chain: ChainRecord, number: int, i: int, y: int) -> str:
+    group = chain.members[i]
+    record = chain.groups[group]
+    middle, end = y + _LINK // 2, y + _LINK
+    k = record.multiplier or chain.multiplier
+    module = (chain.modules[i] if i < len(chain.modules) else "") or "block"
+    heavy = " · ".join(f"{times} {short(name)}" for name, times in record.operators.items()) or "elementwise"
+    title = escape(f"link {i + 1} of {len(chain.members)}: {module}; K = {k}")
+    up, down = middle - 12, middle + 12
+    leaves = f"M{_TRACK},{y + 6} C{_TRACK},{up} {_TRACK + 20},{up} {_BOX},{up}"
+    returns = f"M{_BOX},{down} C{_TRACK + 20},{down} {_TRACK},{down} {_TRACK},{end - 8}"
+    size = f'width="{_BOX_WIDTH}" height="{_BOX_HEIGHT}" rx="8"'
+    box = (
+        f'<g class="block g{group % COLOURS}" tabindex="0" role="button" aria-label="{title}" '
+        f'data-chain="{number}" data-group="{group}" data-link="{i + 1}" data-module="{escape(module)}">'
+        f'<title>{title}</title><path class="branch" d="{leaves}"/><path class="branch" d="{returns}"/>'
+        f'<rect x="{_BOX}" y="{middle - _BOX_HEIGHT // 2}" {size}/>'
+        f"{_label(_BOX + 12, middle - 8, _cut(module, 25, True), 'block-name', 'start')}"
+        f"{_label(_BOX + 12, middle + 11, _cut(heavy, 29), 'block-operators', 'start')}"
+        "</g>"
+    )
+    edge = f'<line class="track" x1="{_TRACK}" y1="{y}" x2="{_TRACK}" y2="{end}"/>'
+    return (
+        edge
+        + f'<g class="edge"><title>K = {escape(k)}</title>{_label(_TRACK - 12, middle, _cut(k, 15), "k")}</g>'
+        + box
+    )
+
+
+def _fold(fold: Fold, y: int) -> str:
+    times = fold.links // fold.period if fold.period else 0
+    text = f"{fold.links} more links" if not times else f"the same {times} times more"
+    if fold.period > 1:
+        text = f"the {fold.period} above, {times} times more"
+    return (
+        f'<line class="track folded" x1="{_TRACK}" y1="{y}" x2="{_TRACK}" y2="{y + _FOLD}"/>'
+        + f'<g class="fold" data-links="{fold.links}">{_label(_BOX, y + _FOLD // 2, text, "fold-text", "start")}</g>'
+    )
+
+
+def _join(y: int, state: int) -> str:
+    cross = f"M{_TRACK - 4},{y} h8 M{_TRACK},{y - 4} v8"
+    return f'<circle class="join" cx="{_TRACK}" cy="{y}" r="8"/><path class="plus" d="{cross}"/>' + _label(
+        _TRACK - 14, y, f"h{state}", "state-name"
+    )
+
+
+def _side_loss(y: int) -> str:
+    return (
+        f'<g class="side-loss"><title>a gradient of its own arrives here</title>'
+        f'<line class="side" x1="46" y1="{y}" x2="{_TRACK - 44}" y2="{y}"/>{_label(40, y, "loss", "side-name")}</g>'
+    )
+
+
+def _label(x: float, y: float, text: str, kind: str, anchor: str = "end") -> str:
+    return (
+        f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}" dominant-baseline="central">{escape(text)}</text>'
+    )
+
+
+def _cut(text: str, size: int, keep_end: bool = False) -> str:
+    if len(text) <= size:
+        return text
+    return "…" + text[1 - size :] if keep_end else text[: size - 1] + "…"
+
+
+# -- the error of w^k -------------------------------------------------------------------------------------------
+
+_PLOT_WIDTH, _PLOT_HEIGHT, _LEFT, _BOTTOM = 360, 220, 56, 36
+
+
+def errors_svg(errors: Sequence[ErrorAt]) -> str:
+    """Relative error and 1 - cosine of the parameter gradient against k, on a logarithmic axis."""
+    curves = {
+        "error": [max(e.relative_error, 1e-12) for e in errors],
+        "cosine": [max(1 - e.cosine, 1e-12) for e in errors],
+    }
+    values = [v for curve in curves.values() for v in curve if math.isfinite(v)]
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    high = max(high, low + 1)
+
+    def x(i: int) -> float:
+        return _LEFT + 12 + i * (_PLOT_WIDTH - _LEFT - 32) / max(1, len(errors) - 1)
+
+    def y(value: float) -> float:
+        share = (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
+        return 16 + (1 - share) * (_PLOT_HEIGHT - _BOTTOM - 16)
+
+    parts = []
+    for decade in range(low, high + 1, max(1, (high - low) // 5)):
+        at = y(10.0**decade)
+        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{at:.1f}" x2="{_PLOT_WIDTH - 12}" y2="{at:.1f}"/>')
+        parts.append(_label(_LEFT - 8, at, f"1e{decade}", "axis"))
+    for i, error in enumerate(errors):
+        parts.append(_label(x(i), _PLOT_HEIGHT - _BOTTOM + 16, str(error.iterations), "axis", "middle"))
+    parts.append(_label((_LEFT + _PLOT_WIDTH) / 2, _PLOT_HEIGHT - 6, "k", "axis", "middle"))
+    for name, curve in curves.items():
+        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(curve))
+        parts.append(f'<polyline class="curve {name}" points="{points}"/>')
+        for i, (v, e) in enumerate(zip(curve, errors, strict=True)):
+            shown = f"k = {e.iterations}: relative error {e.relative_error:.3g}, cosine {e.cosine:.6f}"
+            parts.append(
+                f'<circle class="point {name}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.5"><title>{shown}</title></circle>'
+            )
+    return (
+        f'<svg class="errors" viewBox="0 0 {_PLOT_WIDTH} {_PLOT_HEIGHT}" role="img" '
+        f'aria-label="error of the parameter gradient against k">' + "".join(parts) + "</svg>"
+    )

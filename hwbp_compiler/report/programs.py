@@ -1,0 +1,175 @@
+"""The blocks of a chain as programs a reader can follow: the user's own lines, and the backward before and after."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch.fx import Node, map_arg
+
+from hwbp_compiler.graph.origin import Origin, source_line
+from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.passes.pipeline import Candidate
+from hwbp_compiler.passes.rewrite import Rewriting
+
+from .data import BlockPrograms
+
+_SHORT = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "b8",
+    torch.complex64: "c64",
+}
+
+
+class Programs:
+    """A watcher of the passes that writes down the programs of each chain. ``names``: the user's, of graph inputs."""
+
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.names = names or {}
+        self.blocks: dict[int, list[BlockPrograms]] = {}
+        self.rest: dict[int, str] = {}
+        self._rewritten: list[tuple[ChainRecord, Candidate, Rewriting]] = []
+
+    def found(self, record: ChainRecord, candidate: Candidate, origins: list[Origin]) -> None:
+        self.blocks[id(record)] = [
+            BlockPrograms(
+                _forward_lines(_sample(record, origins, number)), _before(group.template, group.exports, self.names)
+            )
+            for number, group in enumerate(candidate.groups)
+        ]
+
+    def rewritten(self, record: ChainRecord, candidate: Candidate, rewriting: Rewriting) -> None:
+        self._rewritten.append((record, candidate, rewriting))
+
+    def finish(self) -> None:
+        """After the last chain: what a later rewriting dropped of an earlier one is not shown."""
+        for record, _, rewriting in self._rewritten:
+            parts: dict[int | None, list[str]] = {}
+            bounds = [start for _, _, start in rewriting.sections] + [len(rewriting.created)]
+            heavy: dict[int, Counter[str]] = {}
+            for (title, group, start), end in zip(rewriting.sections, bounds[1:], strict=True):
+                nodes = [n for n in rewriting.created[start:end] if not n._erased]
+                if nodes:
+                    parts.setdefault(group, []).append("\n".join([f"# {title}", *map(_line, nodes)]))
+                if group is not None and title == "iteration 1":
+                    heavy[group] = Counter(_name(n.target) for n in nodes if _is_heavy(n))
+            for number, blocks in enumerate(self.blocks[id(record)]):
+                blocks.after = "\n\n".join(parts.get(number, ()))
+                record.groups[number].batched = [f"{times} {name}" for name, times in heavy.get(number, {}).items()]
+            self.rest[id(record)] = "\n\n".join(parts.get(None, ()))
+        self._rewritten.clear()
+
+
+def _sample(record: ChainRecord, origins: list[Origin], group: int) -> Origin:
+    """A link of the group, not the first or last of the chain where there is another: those may be cut short."""
+    mine = [i for i, member in enumerate(record.members) if member == group]
+    return origins[mine[len(mine) // 2]] if mine else Origin()
+
+
+def _forward_lines(origin: Origin) -> list[str]:
+    lines = dict.fromkeys(filter(None, map(source_line, origin.forward)))
+    lines.pop(origin.source, None)
+    return [*lines, *([origin.source] if origin.source else [])]
+
+
+# -- a link's program, before -----------------------------------------------------------------------------------
+
+
+def _before(program: Program, exports: Iterable[int], given: Mapping[str, str]) -> str:
+    """State to state first, then what leaves sideways."""
+    track = set().union(*(closure(program, i) for i in program.outputs)) if program.outputs else set()
+    sides = set().union(*(closure(program, i) for i in exports)) - track if exports else set()
+    names = {i: _state(program, i) for i in range(program.arity)}
+    lines = [f"def backward({', '.join(_typed(names[i], program.statements[i]) for i in names)}):"]
+    for title, chosen in (("the gradient on to the state before the block", track), ("what leaves sideways", sides)):
+        if not chosen:
+            continue
+        lines.append(f"    # {title}")
+        for i in sorted(chosen):
+            names[i] = f"v{i}"
+            lines.append(f"    {_typed(names[i], program.statements[i])} = {_call(program, i, names, given)}")
+        if chosen is track:
+            lines.append(f"    # -> {', '.join(names[i] for i in program.outputs)}")
+    return "\n".join(lines)
+
+
+def _state(program: Program, i: int) -> str:
+    return "g" if program.arity == 1 else f"g{i + 1}"
+
+
+def _typed(name: str, statement) -> str:
+    if statement.shape is None:
+        return name
+    return f"{name}: {_SHORT.get(statement.dtype, statement.dtype)}[{', '.join(map(str, statement.shape))}]"
+
+
+def _call(program: Program, i: int, names: dict[int, str], given: Mapping[str, str]) -> str:
+    statement = program.statements[i]
+
+    def text(value) -> str:
+        if isinstance(value, Ref):
+            return names.get(value.id, f"v{value.id}")
+        if isinstance(value, External):
+            return _external(program.externals[value.slot], given)
+        if isinstance(value, tuple):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return str(value)
+
+    if statement.target is INPUT:
+        return "0"
+    if statement.target is SUM:
+        terms = [text(a) for a in statement.args] + [n.name for n in program.injections.get(i, ())]
+        return " + ".join(terms)
+    args = [text(a) for a in statement.args] + [f"{k}={text(v)}" for k, v in statement.kwargs]
+    return f"{_name(statement.target)}({', '.join(args)})"
+
+
+def _external(node: Node, given: Mapping[str, str]) -> str:
+    """A weight by its own name, through views of it; anything else as the graph calls it."""
+    source, transposed = node, ""
+    for _ in range(4):
+        rule = rule_of(source)
+        if rule is None or rule.kind is not Kind.LAYOUT or not isinstance(source.args[0], Node):
+            break
+        if source.target in (torch.ops.aten.permute.default, torch.ops.aten.t.default):
+            transposed = "" if transposed else ".T"
+        source = source.args[0]
+    return given[source.name] + transposed if given.get(source.name) else node.name
+
+
+# -- nodes, after -----------------------------------------------------------------------------------------------
+
+
+def _line(node: Node) -> str:
+    args = [_text(a) for a in node.args] + [f"{k}={_text(v)}" for k, v in node.kwargs.items()]
+    value = node.meta.get("val")
+    kind = ""
+    if isinstance(value, torch.Tensor):
+        kind = f": {_SHORT.get(value.dtype, value.dtype)}[{', '.join(map(str, value.shape))}]"
+    return f"{node.name}{kind} = {_name(node.target)}({', '.join(args)})"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 8:
+        head = ", ".join(str(map_arg(v, lambda n: n.name)) for v in value[:3])
+        return f"[{head}, ... {len(value)} in all]"
+    return str(map_arg(value, lambda n: n.name))
+
+
+def _name(target: object) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::")
+    return str(getattr(target, "__name__", target))
+
+
+def _is_heavy(node: Node) -> bool:
+    rule = rule_of(node)
+    return rule is not None and rule.kind is Kind.HEAVY

@@ -1,0 +1,55 @@
+"""Leave a model, its inputs and the random number generators as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+
+@contextlib.contextmanager
+def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
+    """Undo on leaving what running ``model`` does to buffers, to tensors given to the yielded function, and to
+    random number generators."""
+    module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+    modules = list(module.modules()) if isinstance(module, nn.Module) else []
+    buffers = [(m, dict(m._buffers)) for m in modules]
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(values: Any) -> None:
+        for value in pytree.tree_leaves(values):
+            # A parameter is changed by an optimizer, not by a forward pass, and may be large.
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and id(value) not in kept:
+                kept[id(value)] = (value, value.detach().clone())
+
+    keep([b for _, found in buffers for b in found.values() if b is not None])
+    with contextlib.ExitStack() as stack:
+        for kind in ("cuda", "xpu"):
+            devices = list(range(getattr(torch, kind).device_count()))
+            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
+        # module.compile() replaces what a call does; the module's own code is to be traced.
+        for m in modules[:1]:
+            if m.__dict__.get("_compiled_call_impl") is not None:
+                stack.callback(setattr, m, "_compiled_call_impl", m._compiled_call_impl)
+                m._compiled_call_impl = None
+        try:
+            yield keep
+        finally:
+            with torch.no_grad():
+                for tensor, value in kept.values():
+                    if not torch.equal(tensor, value):  # BatchNorm changes its statistics without a new version
+                        tensor.copy_(value)
+            kept.clear()  # the compiled code, which Dynamo keeps, holds on to ``keep``
+            for m, found in buffers:
+                if any(m._buffers.get(name) is not b for name, b in found.items()) or len(m._buffers) != len(found):
+                    m._buffers.clear()
+                    m._buffers.update(found)

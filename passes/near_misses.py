@@ -1,0 +1,135 @@
+"""What looks like a chain and is none: for ``explain`` alone, nothing else depends on it.
+
+``find_chains`` passes in silence over what has no elementwise path. A user who expected a chain there wants to know
+why: features that are concatenated, shortcuts with a layer in them, loops whose steps are not in the graph.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.fx import Graph
+
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.origin import Origins
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.rules import Kind, operator_name, shape_of
+
+from .check_separation import Refusal
+from .find_chains import find_chains, root_of_sum
+from .pipeline import collapsed, refused
+
+aten = torch.ops.aten
+
+_CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
+_LOOPS = {"scan", "while_loop", "associative_scan", "map_impl"}
+_PROJECTIONS = {aten.convolution_backward.default: "a convolution", aten.mm.default: "a linear layer"}
+# Two concatenations in a row occur everywhere (gates, heads); a densely connected network has more.
+_SHORTEST_CONCATENATION = 3
+_LARGEST_STEP = 2_000
+
+
+def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord]:
+    """Records of what was refused in silence; ``chains`` are those that were recorded."""
+    info = GraphInfo(graph)
+    if not info.has_tangents:
+        return []
+    origins = Origins(graph)
+    found = [*_concatenations(info), *_projections(info), *_loops(info)]
+    lines = {(c.source, c.reason) for c in chains}
+    return [r for r in collapsed([refused(f, origins) for f in found]) if (r.source, r.reason) not in lines]
+
+
+class _ThroughCuts(GraphInfo):
+    """A look at the graph in which cutting a piece off counts as elementwise."""
+
+    def elementwise(self, source: int, i: int) -> bool:
+        return super().elementwise(source, i) or self.nodes[i].target in _CUTS
+
+
+def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
+    proper = {j for track in find_chains(info) for j in track.joins}
+    loose = _ThroughCuts(info.graph)
+    for track in find_chains(loose):
+        joins = [j for j in track.joins if j not in proper]
+        shapes = {shape_of(info.nodes[j]) for j in joins}
+        if len(joins) >= _SHORTEST_CONCATENATION and len(shapes) > 1:
+            yield Refusal(
+                tuple(info.nodes[i] for i in sorted(info.between({joins[0]}, {joins[-1]}))),
+                len(joins),
+                "features are concatenated (torch.cat, as in a DenseNet), not added: the state grows from block to "
+                "block, so no element of it leads straight to one of the next",
+                "Only x + f(x) and gates make a highway; a block that adds to a state of fixed width would.",
+            )
+
+
+def _projections(info: GraphInfo) -> Iterator[Refusal]:
+    """Where a track ends because both ways to the state before pass through a layer."""
+    for track in find_chains(info):
+        start = _branch(info, track.joins[-1])
+        meeting = None if start is None else _meeting(info, start)
+        if start is None or meeting is None:
+            continue
+        join, counts, layers = meeting
+        if sorted(counts)[0] != 1 or sorted(counts)[-1] < 2 or not layers:
+            continue
+        before, after = (_sizes(info, i) for i in (join, start))
+        change = f" and changes its shape from {before} to {after}" if before != after else ""
+        yield Refusal(
+            tuple(info.nodes[i] for i in sorted(info.between({start}, {join}) - {start})),
+            1,
+            f"the shortcut of this block has {layers} in it{change}: no element of the state leads straight to one of "
+            "the next",
+            "Nothing, if it is a strided or widening block: it is left exact, and the blocks on either side are chains "
+            "of their own.",
+        )
+
+
+def _branch(info: GraphInfo, node: int) -> int | None:
+    """The first node from ``node`` on with more than one way on."""
+    while len(info.users[node]) == 1:
+        node = info.users[node][0]
+    return node if info.users[node] else None
+
+
+def _meeting(info: GraphInfo, start: int) -> tuple[int, list[int], str] | None:
+    """Where all ways from ``start`` meet again in a sum: that sum, for each of its terms the most layers on a way to
+    it, and the layer of the term that has the fewest."""
+    layers = {start: (0, "")}
+    waiting = list(info.users[start])
+    heapq.heapify(waiting)
+    queued = set(waiting)
+    while waiting and len(layers) < _LARGEST_STEP:
+        node = heapq.heappop(waiting)
+        sources = [layers[p] for p in info.sources[node] if p in layers]
+        if not waiting and info.is_sum(node) and len(sources) > 1:
+            return root_of_sum(info, node), [depth for depth, _ in sources], min(sources)[1]
+        depth, name = max(sources)
+        if info.kind(node) in (Kind.HEAVY, None):
+            depth, name = depth + 1, _PROJECTIONS.get(info.nodes[node].target, name)
+        layers[node] = (depth, name)
+        for user in info.users[node]:
+            if user not in queued:
+                queued.add(user)
+                heapq.heappush(waiting, user)
+    return None
+
+
+def _sizes(info: GraphInfo, i: int) -> str:
+    return "[" + ", ".join(map(str, shape_of(info.nodes[i]) or ())) + "]"
+
+
+def _loops(info: GraphInfo) -> Iterator[Refusal]:
+    for i, node in enumerate(info.nodes):
+        name = operator_name(node) if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
+        if info.carries[i] and name in _LOOPS:
+            yield Refusal(
+                (node,),
+                0,
+                f"a loop written with torch's {name} may have any length: its steps are inside one operator, not in "
+                "the graph",
+                "hwbp_compiler.recurrent, nn.GRU, nn.LSTM, or a Python loop over a fixed number of steps.",
+            )
