@@ -1,0 +1,169 @@
+"""The examples run, methods start alike, and an interrupted run ends as one that was not."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+# script and arguments of a small run; "slow" where compiling takes long
+SMALL = {
+    "resnet_cifar": ["--depth", "32", "--width", "4", "--batch", "8"],
+    "resnet_cifar_strided": ["--depth", "32", "--width", "4", "--batch", "8", "--shortcut", "strided"],
+    "pixel_gru": ["--hidden", "8", "--batch", "8"],
+    "char_lm_gru": ["--cell", "gru", "--layers", "2", "--width", "16", "--length", "12", "--batch", "4"],
+    "char_lm_lstm": ["--cell", "lstm", "--width", "16", "--length", "12", "--batch", "4"],
+    "char_lm_transformer": [
+        "--cell", "transformer", "--layers", "2", "--width", "32", "--length", "12", "--batch", "4",
+    ],
+    "finetune_bert": ["--layers", "2", "--width", "32", "--batch", "8"],
+}  # fmt: skip
+SLOW = {"resnet_cifar", "resnet_cifar_strided", "finetune_bert"}
+
+
+def script(case: str) -> str:
+    return next(name for name in ("resnet_cifar", "pixel_gru", "char_lm", "finetune_bert") if case.startswith(name))
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Import a module of examples/ as the scripts do."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def run(case: str, *words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(EXAMPLES / f"{script(case)}.py"), *SMALL[case], *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in SMALL])
+def test_the_script_trains_and_leaves_log_plot_and_checkpoint(case, tmp_path):
+    run(case, "--iterations", "1", "--steps", "2", "--every", "1", "--out", str(tmp_path))
+    log = (tmp_path / "log.csv").read_text().splitlines()
+    assert log[0].startswith("step,loss,cosine,") and len(log) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "log.png", "checkpoint.pt"}
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_was_interrupted_logs_what_one_that_was_not_logs(tmp_path):
+    words = ["--iterations", "1", "--steps", "6", "--every", "2", "--watch", "3"]
+    run("char_lm_transformer", *words, "--out", str(tmp_path / "whole"))
+    run("char_lm_transformer", *words, "--out", str(tmp_path / "parts"), "--stop", "3")
+    run("char_lm_transformer", *words, "--out", str(tmp_path / "parts"), "--resume")
+    assert (tmp_path / "parts" / "log.csv").read_text() == (tmp_path / "whole" / "log.csv").read_text()
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_resuming_is_exact_to_the_last_bit(case, load, tmp_path):
+    """Dropout, BatchNorm's statistics, Adam's moments and the mean of losses not logged yet are carried over."""
+    training, example = load("training"), load(script(case))
+
+    def train(out: str, *words: str) -> list[dict]:
+        words = (*SMALL[case], "--steps", "7", "--every", "3", "--out", str(tmp_path / out), *words)
+        args = example.arguments([*words, "--device", "cpu"])
+        task = example.task(args)
+        return training.train(task, args, task.model)  # in eager mode
+
+    whole = train("whole")
+    assert [row["step"] for row in whole] == [3, 6, 7]
+    train("parts", "--stop", "4")
+    assert train("parts", "--resume") == whole
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_methods_start_from_the_same_weights_and_see_the_same_batches(case, load):
+    example = load(script(case))
+    tasks = [
+        example.task(example.arguments([*SMALL[case], "--method", method, "--seed", "3", "--device", "cpu"]))
+        for method in ("exact", "highway", "fpi")
+    ]
+    for other in tasks[1:]:
+        for ours, theirs in zip(tasks[0].model.parameters(), other.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        for step in (1, 2, 500):
+            assert all(map(torch.equal, tasks[0].batch(step), other.batch(step)))
+
+
+def test_methods_are_one_option_apart(load):
+    training = load("training")
+    parse = training.parser("", damping=0.2).parse_args
+    assert training.compile_options(parse(["--method", "exact"])) == {"iterations": "exact"}
+    assert training.compile_options(parse(["--iterations", "5"])) == {
+        "iterations": 5, "damping": 0.2, "rewrite": "always",
+    }  # fmt: skip
+    assert training.compile_options(parse(["--method", "fpi", "--iterations", "5"]))["damping"] == 1.0
+
+
+def test_watching_leaves_statistics_and_random_numbers_as_they_were(load):
+    training, example = load("training"), load("resnet_cifar")
+    task = example.task(example.arguments(SMALL["resnet_cifar"]))
+    before = {key: value.clone() for key, value in task.model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = training.gradient(task, torch.nn.Sequential(task.model, torch.nn.Dropout(0.1)), *task.batch(1))
+    assert len(found) == sum(p.numel() for p in task.model.parameters()) and found.norm() > 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[key]) for key, value in task.model.state_dict().items())
+
+
+def test_a_run_is_not_resumed_with_other_options(load, tmp_path):
+    training, example = load("training"), load("pixel_gru")
+
+    def train(*words: str) -> None:
+        args = example.arguments([*SMALL["pixel_gru"], "--steps", "1", "--out", str(tmp_path), *words])
+        task = example.task(args)
+        training.train(task, args, task.model)
+
+    train()
+    with pytest.raises(SystemExit, match=r"--iterations 10 \(now 3\)"):
+        train("--resume", "--iterations", "3")
+
+
+def test_the_schedule_warms_up_for_a_tenth_and_falls_to_a_tenth(load):
+    rates = [load("training").learning_rate(step, 100, 1.0) for step in range(1, 101)]
+    assert rates[0] == 0.1 and rates[9] == 1.0 == max(rates)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_augmentation_moves_and_mirrors_whole_images(load):
+    data = load("data")
+    x = torch.rand(16, 3, 8, 8) + 1  # no zeros but the padding's
+    moved = data.flipped_and_shifted(x, data.generator(0, 1))
+    padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+    for image, result in zip(padded, moved, strict=True):
+        places = [side[:, i : i + 8, j : j + 8] for side in (image, image.flip(2)) for i in range(9) for j in range(9)]
+        assert any(torch.equal(place, result) for place in places)
+
+
+def test_cifar_is_read_from_a_folder(load, tmp_path):
+    import pickle
+
+    data = load("data")
+    with pytest.raises(SystemExit, match="data_batch_1"):
+        data.cifar("cifar10", str(tmp_path))
+    for i, part in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        pixels = torch.full((2, 3072), i, dtype=torch.uint8).numpy()
+        (tmp_path / part).write_bytes(pickle.dumps({b"data": pixels, b"labels": [i, i]}))
+    x, test_x, labels, test_labels = data.cifar("cifar10", str(tmp_path))
+    assert x.shape == (10, 3, 32, 32) and test_x.shape == (2, 3, 32, 32)
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and test_labels.tolist() == [5, 5]
+    assert x[9].unique().item() == pytest.approx(4 / 255)
+
+
+def test_the_results_claim_nothing_that_the_gradients_did_not_earn(monkeypatch):
+    """A run whose chains were not rewritten is exact backprop: it must not enter the table as Highway-BP."""
+    from benchmarks import accuracy
+
+    monkeypatch.setattr(torch, "compile", lambda model, **how: model)
+    case = next(case for case in accuracy.CASES if case.example == "pixel_gru")
+    with pytest.raises(LookupError, match="no chain was rewritten"):
+        accuracy.Trained(case, accuracy.HIGHWAY[1], "cpu", quick=True)
