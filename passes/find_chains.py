@@ -21,9 +21,11 @@ _CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_ele
 
 _ELEMENTWISE, _HEAVY = 1, 2
 
-# A search that has seen this many nodes without meeting a join is given up: no block is that large, and without
-# a limit a purely elementwise recurrence of T steps would cost T searches of T steps.
+# A search that has seen this many nodes without meeting a join is given up, or this many that are reached element by
+# element: no block is that large, no highway that long within one link. Without the second limit a recurrence that is
+# elementwise altogether would cost T searches of T steps.
 _SEARCH_LIMIT = 20_000
+_ELEMENTWISE_LIMIT = 250
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def next_join(info: GraphInfo, start: int) -> int | None:
                 elementwise_waiting.add(user)
 
     push(start)
-    while heap and elementwise_waiting and len(flags) < _SEARCH_LIMIT:
+    smoothly_reached = 0
+    while heap and elementwise_waiting and len(flags) < _SEARCH_LIMIT and smoothly_reached < _ELEMENTWISE_LIMIT:
         node = heapq.heappop(heap)
         elementwise_waiting.discard(node)
         reached = [p for p in info.sources[node] if p in flags]
@@ -110,6 +113,7 @@ def next_join(info: GraphInfo, start: int) -> int | None:
         heavy = [p for p in reached if flags[p] & _HEAVY]
         if info.is_sum(node) and any(p != q for p in smooth for q in heavy):
             return root_of_sum(info, node)
+        smoothly_reached += bool(smooth)
         flags[node] = (_ELEMENTWISE if smooth else 0) | (_HEAVY if heavy else 0)
         if info.kind(node) in (Kind.HEAVY, None):
             flags[node] |= _HEAVY

@@ -46,23 +46,32 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
         _grow(info, group, states, tainted)
     for group in groups:
         group.exports = _exports(group, states)
-    for group in sorted(groups, key=lambda g: -g.lanes[-1])[:4]:
-        tail = _tail(info, group, chain, tainted)
-        if tail is not None:
-            group.lanes.append(len(chain.links))
-            group.programs.append(tail)
-            if tail.outputs:
-                chain.links.append(tail)
-                chain.states.append(tuple(tail.raw[i] for i in tail.outputs))
-                states |= {n for n in chain.states[-1] if n is not None}
-                group.exports = _exports(group, states)
-            else:
-                chain.tail = True
-            break
+    while _add_tail(info, chain, groups, states, tainted):
+        pass
     for group in groups:  # forward order, as the model itself stacks things
         group.lanes.reverse()
         group.programs.reverse()
     return groups
+
+
+def _add_tail(info: GraphInfo, chain: Chain, groups: list[Group], states: set[Node], tainted: set[int]) -> bool:
+    """Add the link behind the last state to ``chain`` and to its group; True where yet another may follow it."""
+    for group in sorted(groups, key=lambda g: -g.lanes[-1])[:4]:
+        tail = _tail(info, group, chain, tainted)
+        if tail is None:
+            continue
+        group.lanes.append(len(chain.links))
+        group.programs.append(tail)
+        if not tail.outputs:
+            chain.tail = True
+            return False
+        chain.links.append(tail)
+        chain.states.append(tuple(tail.raw[i] for i in tail.outputs))
+        states |= {n for n in chain.states[-1] if n is not None}
+        group.exports = _exports(group, states)
+        # A state that is only a part of a larger sum, or lacks a component, ends the chain.
+        return all(n is not None for n in chain.states[-1])
+    return False
 
 
 def _tainted(info: GraphInfo, chain: Chain) -> set[int]:

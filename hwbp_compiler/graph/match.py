@@ -220,14 +220,22 @@ def match_sides(
                 break
         else:
             return None
+    # A state is the whole of a sum: the root of its additions comes before its terms.
+    roots_first = sorted(candidates, key=_is_term)
     for i in template.outputs:
         needed = sorted(closure(template, i), reverse=True)
         taken = set(matcher.bound)
-        any(n not in taken and matcher.try_statement(i, n, needed, output=True) for n in candidates)
+        any(n not in taken and matcher.try_statement(i, n, needed, output=True) for n in roots_first)
     found = matcher.program()
     if all(found.raw[i] is None and i not in found.remainders for i in found.outputs):
         found.outputs = []
     return found
+
+
+def _is_term(node: Node) -> bool:
+    """True for a single-use term of an addition."""
+    user = next(iter(node.users), None)
+    return user is not None and len(node.users) == 1 and user.target is ADD and shape_of(user) == shape_of(node)
 
 
 def _alike(a: object, b: object, depth: int) -> bool:

@@ -21,17 +21,10 @@ class ExpectedChain:
 
     length        links
     multiplier    K in words: "1", "mask", "gate", "scale", "weight/sigma"
-    start_gradient  whether anything below the chain's first state wants a gradient. Where nothing does, the first
-                  link's K and J take part in no gradient, so a length one shorter is as right.
     """
 
     length: int
     multiplier: str
-    start_gradient: bool = True
-
-    @property
-    def lengths(self) -> set[int]:
-        return {self.length} if self.start_gradient else {self.length, self.length - 1}
 
 
 @dataclass(frozen=True)

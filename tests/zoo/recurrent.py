@@ -354,7 +354,7 @@ def _loops(name, cell, step, multiplier="gate", width=1, elementwise=False):
             f"{name}_{'every_step' if every_step else 'last_step'}",
             setup(lambda every_step=every_step: loop(cell(), every_step), SEQUENCE),
             program,
-            (ExpectedChain(STEPS, multiplier, start_gradient=False),),
+            (ExpectedChain(STEPS, multiplier),),
             elementwise=elementwise,
         )
     yield Case(
@@ -379,7 +379,7 @@ def _stacked(layers: int):
                     SEQUENCE,
                 ),
                 _stacked_program(gru_step),
-                (ExpectedChain(STEPS, "gate", start_gradient=False),) * layers,
+                (ExpectedChain(STEPS, "gate"),) * layers,
             )
 
 
@@ -396,7 +396,7 @@ CASES = [
         "masked_gru",
         setup(MaskedGRU, SEQUENCE),
         _masked_program,
-        (ExpectedChain(STEPS, "gate", start_gradient=False),),
+        (ExpectedChain(STEPS, "gate"),),
     ),
     *_stacked(2),
     *_stacked(3),
@@ -405,7 +405,7 @@ CASES = [
             f"lstm_2_layers_{'interleaved' if interleaved else 'layer_by_layer'}",
             setup(lambda interleaved=interleaved: StackedLSTM(interleaved), SEQUENCE),
             _stacked_program(lstm_step, width=2),
-            (ExpectedChain(STEPS, "gate", start_gradient=False),) * 2,
+            (ExpectedChain(STEPS, "gate"),) * 2,
         )
         for interleaved in (False, True)
     ),

@@ -276,8 +276,8 @@ def _all_states(model):
     return program_of(model, forward)
 
 
-def _chain(multiplier="1", **kwargs):
-    return (ExpectedChain(DEPTH, multiplier, **kwargs),)
+def _chain(multiplier="1"):
+    return (ExpectedChain(DEPTH, multiplier),)
 
 
 def _sequential():
@@ -312,7 +312,7 @@ CASES = [
         "mlp_raw_input_without_grad",
         setup(_raw, RAW, grad=False),
         _raw_program,
-        _chain(start_gradient=False),
+        _chain(),
     ),
     Case("mlp_functional", setup(Functional, RAW), _functional, _chain()),
     Case("mlp_add_in_place", setup(AddInPlace, X), _looped, _chain()),

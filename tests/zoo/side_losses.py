@@ -272,7 +272,7 @@ CASES = [
         "gru_gates_returned",
         setup(GatesReturned, (STEPS, SEQUENCES, INPUT)),
         _gates_program,
-        (ExpectedChain(STEPS, "gate", start_gradient=False),),
+        (ExpectedChain(STEPS, "gate"),),
     ),
     Case("partly_frozen", setup(PartlyFrozen, X), _looped_program, ONE),
     Case("checkpointed", setup(Checkpointed, X), _looped_program, ONE),
