@@ -113,6 +113,8 @@ def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Ten
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
+            if x.is_cuda:
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
 
             due = step % every == 0 or step == steps
