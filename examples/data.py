@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -122,23 +121,15 @@ def windows(stream: Tensor, length: int, batch: int, seed: int) -> Callable[[int
     return at
 
 
-def sentence_pairs(path: str | None, count: int = 4000) -> list[tuple[int, str, str]]:
-    """Label, sentence, sentence: the lines of a file, separated by tabs. Without a file: are two sentences of
-    Python's language reference from the same page of it (1), or not (0)?"""
+def sentence_pairs(path: str | None) -> list[tuple[int, str, str]]:
+    """Label, sentence, sentence: the lines of a file, separated by tabs. Without a file: the two halves of each
+    sentence in Python's language reference, in their order (1) or swapped (0)."""
     if path is not None:
         rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         wrong = next((i for i, row in enumerate(rows, 1) if len(row) != 3 or not row[0].isdigit()), None)
         if wrong is not None:
             raise SystemExit(f"{path}, line {wrong}: expected LABEL<tab>SENTENCE<tab>SENTENCE with a label 0, 1, ...")
         return [(int(label), first, second) for label, first, second in rows]
-    from pydoc_data.topics import topics
-
-    pages = [re.findall(r"[A-Z][^.:*|]{30,150}\.", " ".join(topics[key].split())) for key in sorted(topics)]
-    pages = [page for page in pages if len(page) >= 10]
-    rng = random.Random(0)
-    pairs = []
-    for i in range(count):
-        page, other = rng.sample(pages, 2)
-        first, second = rng.sample(page, 2)
-        pairs.append((1, first, second) if i % 2 else (0, first, rng.choice(other)))
-    return pairs
+    words = [found.split() for found in re.findall(r"\b[A-Z][^.:*|]{40,200}(?=\.)", " ".join(text(None).split()))]
+    halves = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words]
+    return [(1, a, b) if i % 2 else (0, b, a) for i, (a, b) in enumerate(dict.fromkeys(halves))]

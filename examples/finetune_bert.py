@@ -3,9 +3,10 @@
     python examples/finetune_bert.py                                            # small, random weights
     python examples/finetune_bert.py --pairs pairs.tsv --weights bert-base-uncased/ --lr 2e-5 --batch 32
 
-``--pairs`` is a file of lines LABEL<tab>SENTENCE<tab>SENTENCE. Without one, the question is whether two sentences of
-Python's language reference stand on the same page of it. ``--weights`` is a folder that transformers can load, weights
-and tokenizer; without one, a BERT of 6 layers with random weights, and a vocabulary of the pairs' own words.
+``--pairs`` is a file of lines LABEL<tab>SENTENCE<tab>SENTENCE. Without one, the question is whether two halves of a
+sentence, from Python's language reference, come in the right order. ``--weights`` is a folder that
+transformers can load, weights and tokenizer; without one, a BERT of 6 layers with random weights, and a vocabulary of
+the pairs' own words.
 
 After every residual addition there is a LayerNorm, so K is no identity but weight / sigma. The paper damps it by 0.8
 (RoBERTa), the default here.
@@ -24,7 +25,7 @@ from data import sentence_pairs, shuffled
 from torch import Tensor, nn
 from training import Task, accuracy, main, parser
 
-LENGTH = 64  # tokens in a pair
+LENGTH = 48  # tokens in a pair
 Pair = tuple[int, str, str]
 
 
@@ -66,7 +67,7 @@ def with_tokenizer(folder: str, pairs: list[Pair]) -> Tensor:
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    p = parser(__doc__, damping=0.8, epochs=5, batch=32, lr=5e-4)
+    p = parser(__doc__, damping=0.8, epochs=8, batch=16, lr=5e-4)
     p.add_argument("--pairs", help="a file of labelled pairs")
     p.add_argument("--weights", help="a folder with weights and tokenizer")
     p.add_argument("--layers", type=int, default=6, help="without --weights (default: 6)")
