@@ -88,6 +88,18 @@ def section(found: list[Row]) -> str | None:
     return "\n\n".join(parts)
 
 
+def in_short(found: list[Row]) -> str:
+    """For ``examples/README.md``: exact, Highway-BP and FPI at k = 3."""
+    results = Results(found)
+    lines = []
+    for case in results.cases:
+        command = " ".join(["python", f"examples/{case.example}.py", *case.words])
+        cells = [results.quality.get((case.name, run)) for run in ("exact", "k=3", "FPI k=3")]
+        if None not in cells:
+            lines.append((f"`{command}`", WORDS[case.metric], *cells))
+    return markdown(("command", "measured", "exact", "Highway-BP, k = 3", "FPI, k = 3"), lines)
+
+
 # -- the paper's claims ---------------------------------------------------------------------------------------------
 
 

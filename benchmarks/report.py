@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from .harness import ROOT, say
@@ -11,6 +12,7 @@ from .harness import ROOT, say
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
+EXAMPLES = ROOT / "examples" / "README.md"
 START, END = "<!-- results: python -m benchmarks report -->", "<!-- end of results -->"
 
 Row = dict[str, Any]
@@ -26,20 +28,25 @@ def rows(suite: str) -> list[Row]:
 
 
 def write() -> None:
-    """Rewrite the page, and what stands between the two marks in README.md."""
+    """Rewrite the page, and what stands between the two marks in README.md and examples/README.md."""
     parts = [HEAD]
     for section in SECTIONS:
         text = section()
         if text:
             parts.append(text)
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    readme = README.read_text(encoding="utf-8")
-    before, _, rest = readme.partition(START)
+    between_marks(README, in_short())
+    between_marks(EXAMPLES, expected())
+    say(f"written: {', '.join(str(path.relative_to(ROOT)) for path in (PAGE, README, EXAMPLES))}")
+
+
+def between_marks(path: Path, text: str) -> None:
+    whole = path.read_text(encoding="utf-8")
+    before, _, rest = whole.partition(START)
     _, _, after = rest.partition(END)
     if not after:
-        raise SystemExit(f"README.md lacks the marks {START!r} and {END!r}")
-    README.write_text(f"{before}{START}\n\n{in_short()}\n\n{END}{after}", encoding="utf-8")
-    say(f"written: {PAGE.relative_to(ROOT)}, {README.relative_to(ROOT)}")
+        raise SystemExit(f"{path.name} lacks the marks {START!r} and {END!r}")
+    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 HEAD = """# Benchmarks
@@ -173,6 +180,12 @@ def accuracy() -> str | None:
     from .accuracy_report import section
 
     return section(rows("accuracy"))
+
+
+def expected() -> str:
+    from .accuracy_report import in_short
+
+    return in_short(rows("accuracy"))
 
 
 SECTIONS: list[Callable[[], str | None]] = [deep, compile_time, scaling, accuracy]
