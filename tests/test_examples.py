@@ -24,7 +24,7 @@ SMALL = {
     ],
     "finetune_bert": ["--layers", "2", "--width", "32", "--batch", "8"],
 }  # fmt: skip
-SLOW = {"resnet_cifar", "resnet_cifar_strided", "finetune_bert"}
+SLOW = {"resnet_cifar", "resnet_cifar_strided", "char_lm_gru", "finetune_bert"}
 
 
 def script(case: str) -> str:
