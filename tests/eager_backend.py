@@ -1,254 +1,27 @@
-"""Run the rewritten joint graph without generating any code: seconds less per test than Inductor.
+"""The rewritten joint graph without generated code, see ``hwbp_compiler.testing.capture``."""
 
-Three ways, all with Inductor's decompositions and with the passes applied where Inductor would apply them:
+from hwbp_compiler.testing.capture import (
+    Capture,
+    JointGraph,
+    Trace,
+    capture,
+    decompositions,
+    eager_highway,
+    leaves_of,
+    options,
+    run_passes,
+    trace,
+)
 
-``eager_highway(options)`` is a backend for ``torch.compile``: rewrite, partition, run both halves as they stand.
-
-``capture(model, args, loss)`` compiles once and then gives the gradients for as many options as asked for: each
-rewrites its own copy of the joint graph and runs it as a whole.
-
-``trace(model, args, loss)`` is the same without Dynamo and AOTAutograd, four times cheaper, for models that are a
-plain function of their parameters (no mutation, no random numbers): the joint graph is traced directly.
-
-The first two draw random numbers as eager mode does, so that a seed gives the same dropout masks as the model itself.
-"""
-
-from __future__ import annotations
-
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
-from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor import config as inductor_config
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
-
-# What a Record of passes.run says about one chain: .length, .decision, .reason.
-Record = Any
-
-
-def options(**kwargs: Any) -> Any:
-    """Options for tests: rewrite whatever is sound, however short, and let no failure pass in silence."""
-    from hwbp_compiler.options import Options
-
-    return Options(**{"rewrite": "always", "min_length": 2, "strict": True, **kwargs})
-
-
-def decompositions() -> dict[Any, Any]:
-    """Inductor's, less those that draw random numbers differently from eager mode."""
-    with inductor_config.patch(fallback_random=True):
-        return select_decomp_table()
-
-
-def run_passes(graph: fx.Graph, options: Any) -> list[Record]:
-    from hwbp_compiler import passes
-
-    return passes.run(graph, options)
-
-
-def eager_highway(
-    options: Any,
-    *,
-    records: list[Record] | None = None,
-    graphs: list[fx.GraphModule] | None = None,
-    partition: Callable[..., Any] = min_cut_rematerialization_partition,
-) -> Callable[..., Any]:
-    """A backend: the passes under ``options`` (None: no passes), then ``partition``, then no compilation.
-
-    Found chains are appended to ``records``, the joint graph before and after to ``graphs``.
-    """
-
-    def partition_fn(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-        if graphs is not None:
-            graphs.append(copy.deepcopy(joint))
-        if options is not None:
-            found = run_passes(joint.graph, options)
-            joint.recompile()
-            if records is not None:
-                records.extend(found)
-        if graphs is not None:
-            graphs.append(copy.deepcopy(joint))
-        return partition(joint, joint_inputs, **kwargs)
-
-    return aot_autograd(
-        fw_compiler=_as_it_stands,
-        bw_compiler=_as_it_stands,
-        partition_fn=partition_fn,
-        decompositions=decompositions(),
-    )
-
-
-def _as_it_stands(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-    return make_boxed_func(graph.forward)
-
-
-@dataclass
-class JointGraph:
-    """One captured joint graph with what it was run on."""
-
-    module: fx.GraphModule
-    forward_outputs: int
-    primals: list[Any] = field(default_factory=list)
-    rng_state: Tensor | None = None
-
-    def rewritten(self, options: Any) -> tuple[fx.GraphModule, list[Record]]:
-        module = copy.deepcopy(self.module)
-        records = run_passes(module.graph, options) if options is not None else []
-        module.graph.lint()
-        module.recompile()
-        return module, records
-
-
-@dataclass
-class Capture:
-    """A model compiled once; see :func:`capture`."""
-
-    compiled: Callable[..., Any]
-    leaves: dict[str | int, Tensor]
-    args: tuple[Any, ...]
-    loss: Callable[[Any], Tensor]
-    joints: list[JointGraph]
-    _options: Any = None
-    _records: list[Record] = field(default_factory=list)
-
-    def gradients(self, options: Any) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
-        """Output, gradients by parameter name and argument position, and what the passes found.
-
-        ``options`` None runs the joint graph as it was captured.
-        """
-        self._options, self._records = options, []
-        output = self.compiled(*self.args)
-        found = torch.autograd.grad(self.loss(output), list(self.leaves.values()), allow_unused=True)
-        gradients = {
-            key: torch.zeros_like(leaf) if gradient is None else gradient
-            for (key, leaf), gradient in zip(self.leaves.items(), found, strict=True)
-        }
-        return output, gradients, self._records
-
-    def backward(self, joint: JointGraph, tangents: list[Any]) -> list[Any]:
-        module, records = joint.rewritten(self._options)
-        self._records.extend(records)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            if joint.rng_state is not None:
-                torch.set_rng_state(joint.rng_state)  # the forward is run again: the same dropout masks
-            # Without io processing: the flat inputs and outputs of the graph itself.
-            outputs = fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
-        return list(outputs)[joint.forward_outputs :]
-
-
-def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor]:
-    """Everything that wants a gradient, keyed as the oracle keys it."""
-    leaves: dict[str | int, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    leaves.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
-    return leaves
-
-
-def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]) -> Capture:
-    """Trace ``model(*args)`` and keep its joint graph (each of them, if the graph breaks)."""
-    result = Capture(lambda *a: None, leaves_of(model, args), args, loss, [])
-
-    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
-        here: list[JointGraph] = []
-
-        def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            here.append(JointGraph(copy.deepcopy(joint), num_fwd_outputs))
-            result.joints.append(here[0])
-            return default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
-
-        def forward_compiler(module: fx.GraphModule, example_inputs: Any) -> Any:
-            def run(*primals: Any) -> Any:
-                if here:  # otherwise nothing wants a gradient
-                    here[0].primals = [p.detach().clone() if isinstance(p, Tensor) else p for p in primals]
-                    here[0].rng_state = torch.get_rng_state()
-                with torch.no_grad():
-                    return module(*primals)
-
-            return make_boxed_func(run)
-
-        def backward_compiler(module: fx.GraphModule, example_inputs: Any) -> Any:
-            tangents = len([n for n in module.graph.find_nodes(op="placeholder") if "tangents" in n.name])
-            return make_boxed_func(lambda *args: result.backward(here[0], list(args[-tangents:])))
-
-        return aot_autograd(
-            fw_compiler=forward_compiler,
-            bw_compiler=backward_compiler,
-            partition_fn=partition_fn,
-            decompositions=decompositions(),
-        )(graph, inputs)
-
-    torch._dynamo.reset()
-    result.compiled = torch.compile(model, backend=backend)
-    return result
-
-
-@dataclass
-class Trace:
-    """A joint graph traced directly; see :func:`trace`."""
-
-    joint: JointGraph
-    tangents: list[Tensor]
-    leaves: dict[str | int, Tensor]
-    output_spec: pytree.TreeSpec
-
-    def gradients(self, options: Any) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
-        """As :meth:`Capture.gradients`."""
-        module, records = self.joint.rewritten(options)
-        with torch.no_grad():
-            inputs = (*self.joint.primals, *self.tangents)
-            results = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
-        outputs, found = results[: self.joint.forward_outputs], results[self.joint.forward_outputs :]
-        gradients = {
-            key: torch.zeros_like(leaf) if gradient is None else gradient
-            for (key, leaf), gradient in zip(self.leaves.items(), found, strict=True)
-        }
-        return pytree.tree_unflatten(outputs, self.output_spec), gradients, records
-
-
-def trace(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]) -> Trace:
-    """The joint graph of ``model(*args)`` at the gradient of ``loss``, without Dynamo and AOTAutograd."""
-    leaves = leaves_of(model, args)
-    flat, output_spec = pytree.tree_flatten(model(*args))
-    wanted = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.requires_grad]
-    ends = [value.detach().requires_grad_(i in wanted) for i, value in enumerate(flat)]
-    found = torch.autograd.grad(
-        loss(pytree.tree_unflatten(ends, output_spec)), [ends[i] for i in wanted], allow_unused=True
-    )
-    tangents = [torch.zeros_like(ends[i]) if g is None else g for i, g in zip(wanted, found, strict=True)]
-
-    # Everything the model reads is an input of the graph, as it is under Dynamo.
-    constants: dict[str | int, Tensor] = dict(model.named_buffers())
-    constants.update((n, p) for n, p in model.named_parameters() if n not in leaves)
-    constants.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and i not in leaves)
-
-    def joint(primals: list[Tensor], tangents: list[Tensor]) -> tuple[Any, ...]:
-        values = dict(zip((*leaves, *constants), primals, strict=True))
-        inputs = [values.pop(i, arg) for i, arg in enumerate(args)]
-        outputs = pytree.tree_leaves(torch.func.functional_call(model, values, tuple(inputs)))
-        gradients = torch.autograd.grad(
-            [outputs[i] for i in wanted], primals[: len(leaves)], tangents, allow_unused=True
-        )
-        return (*outputs, *gradients)
-
-    primals = [leaf.detach().clone().requires_grad_() for leaf in leaves.values()]
-    primals += [constant.detach() for constant in constants.values()]
-    module = make_fx(joint, decompositions(), tracing_mode="fake")(primals, tangents)
-    _functionalise(module.graph)
-    primals = [primal.detach() for primal in primals]
-    return Trace(JointGraph(module, len(flat), primals), tangents, leaves, output_spec)
-
-
-def _functionalise(graph: fx.Graph) -> None:
-    """Some decompositions end in ``x.add_(eps)`` on a fresh tensor; AOTAutograd would have made that ``add``."""
-    for node in graph.nodes:
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name.split(".")[0].endswith("_"):
-            assert list(node.args[0].users) == [node], f"{node.format_node()} mutates what is used elsewhere"
-            packet, overload = name.split(".")
-            node.target = getattr(getattr(torch.ops.aten, packet.removesuffix("_")), overload)
-    graph.eliminate_dead_code()
+__all__ = [
+    "Capture",
+    "JointGraph",
+    "Trace",
+    "capture",
+    "decompositions",
+    "eager_highway",
+    "leaves_of",
+    "options",
+    "run_passes",
+    "trace",
+]

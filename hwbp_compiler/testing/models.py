@@ -1,25 +1,23 @@
-"""Residual models made from plain data, each paired with its program for the oracle.
+"""Residual and recurrent models made from plain data, each paired with its programs for the oracle.
 
-A :class:`Model` is a few stacks of equal links with heavy steps between them. Its ``repr`` names only what
-differs from the simplest model, so a failing example can be read, and pasted back.
+A :class:`Model` is a few stages, stacks of links or loops over time, with heavy steps between them. Its ``repr``
+names only what differs from the simplest model, so a failing example can be read, and pasted back.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import After, Block, BlockKind, Cell, CellKind, Learnt, Norm, Normal, Update, activated, updated
 from .losses import probe_loss
-from .reference import Hold, Link, Program, RunChain, Tensors
+from .reference import Hold, Link, Program, RunChain, Tensors, keep
 
-BlockKind = Literal["mlp", "glu", "conv", "attention"]
-Update = Literal["add", "scaled", "vector", "gate", "input_gate", "lerp", "self_gate"]
-PreNorm = Literal["none", "layer", "rms"]
-After = Literal["none", "relu", "layer", "rms", "mask"]
+PreNorm = Norm
 
 
 class _ReadableRepr:
@@ -36,18 +34,22 @@ class _ReadableRepr:
 class Stack(_ReadableRepr):
     """``depth`` links of width ``width``; link i is ``after(update(x, block(pre(x))) + vector)``.
 
-    blocks      kinds of block, taken in turn
-    update      how block output z and state x join:
-                "add" x + z; "scaled" 0.8 x + z; "vector" a x + z, a learnt;
+    blocks      kinds of block, taken in turn, see :class:`.blocks.Block`
+    update      how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
+                "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
                 "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
-                "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z)
+                "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
+                "curved" x + z + 0.3 tanh x
     pre         normalisation in front of the block (in J)
-    after       what follows the addition, within the link: nothing, ReLU, a norm, a fixed 0/1 mask
-    shared      one set of weights for all links
+    after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
+    shared      0: every link has its own weights; p: links i and i + p share theirs
     vectors     a learnt vector is added to every state (not a link)
-    taps        states, 1..depth, that the model returns
+    taps        states, 1..depth, that the model returns; ``heads``: through a linear layer each
     penalties   links, 1..depth, whose hidden activity the model returns
     skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
+    unet        the skips (0, depth), (1, depth - 1), ...
+    layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
+    frozen      links, 1..depth, whose parameters want no gradient
     """
 
     depth: int = 3
@@ -56,129 +58,214 @@ class Stack(_ReadableRepr):
     update: Update = "add"
     pre: PreNorm = "none"
     after: After = "none"
-    shared: bool = False
+    shared: int = 0
     vectors: bool = False
     taps: tuple[int, ...] = ()
+    heads: bool = False
     penalties: tuple[int, ...] = ()
     skip: tuple[int, int] | None = None
+    unet: bool = False
+    layout: Literal["none", "flat", "swap"] = "none"
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """(i, j): state i is added to the input of link j."""
+        if self.unet:
+            return tuple((i, self.depth - i) for i in range(self.depth) if self.depth - i > i + 1)
+        return () if self.skip is None else (self.skip,)
+
+
+@dataclass(frozen=True, repr=False)
+class Recurrence(_ReadableRepr):
+    """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
+
+    cell         see :class:`.blocks.Cell`
+    every_step   hands on the states of all steps, else of the last
+    start        the first state is "zeros" or "learnt"
+    masked       past its end a sequence keeps its state: where(mask, new, old)
+    """
+
+    width: int = 3
+    cell: CellKind = "gru"
+    layers: int = 1
+    every_step: bool = True
+    start: Literal["zeros", "learnt"] = "zeros"
+    reverse: bool = False
+    masked: bool = False
+    frozen: bool = False
+
+
+Stage = Stack | Recurrence
 
 
 @dataclass(frozen=True, repr=False)
 class Model(_ReadableRepr):
-    """Stacks in a row with ``tanh(linear(x))`` between them, on inputs [batch, length, stacks[0].width].
+    """Stages in a row with ``tanh(linear(x))`` between them, on inputs [batch, length, stacks[0].width].
 
     stem        start with a linear layer too
     head        end with one
     input_grad  the input requires a gradient
     dead_ends   every state is used for something that nobody wants, and one such thing is returned but not in the
                 loss
+    parallel    stages side by side: each reads the input, and all outputs are returned
+    dtype       of parameters and input
     """
 
-    stacks: tuple[Stack, ...] = (Stack(),)
+    stacks: tuple[Stage, ...] = (Stack(),)
     batch: int = 2
     length: int = 2
     stem: bool = False
     head: bool = False
     input_grad: bool = True
     dead_ends: bool = False
+    parallel: bool = False
+    dtype: Literal["float64", "float32"] = "float64"
     seed: int = 0
 
     @property
     def pinned(self) -> bool:
         """Whether the contract says what the chains are, so that truncated gradients can be predicted."""
-        return all(stack.skip is None for stack in self.stacks)
+        return not any(isinstance(stage, Stack) and stage.skips for stage in self.stacks)
 
     @property
     def chain_lengths(self) -> list[int]:
-        return [stack.depth for stack in self.stacks]
+        """The length of every chain, in forward order."""
+        return [len(chain) for chain in _chains(self)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of every stage's input: a recurrence can hand on its last state alone."""
+        found, length = [], self.length
+        for stage in self.stacks:
+            found.append(length)
+            if isinstance(stage, Recurrence) and not stage.every_step and not self.parallel:
+                length = 1
+        return found
 
 
-# ---------------------------------------------------------------------------------------------- the module
+def _chains(spec: Model) -> Iterator[range]:
+    for stage, length in zip(spec.stacks, spec.lengths, strict=True):
+        if isinstance(stage, Stack):
+            yield range(stage.depth)
+        elif stage.cell != "tanh":
+            yield from [range(length)] * stage.layers
 
 
-class Block(nn.Module):
-    """``forward(x) -> (z, hidden activity)``; mixes elements."""
-
-    def __init__(self, kind: BlockKind, width: int) -> None:
-        super().__init__()
-        self.kind = kind
-        hidden = width + 2
-        if kind == "conv":
-            self.first, self.second = (nn.Conv1d(width, width, 3, padding=1) for _ in range(2))
-        elif kind == "attention":
-            self.first, self.second = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        else:
-            self.first = nn.Linear(width, hidden if kind == "mlp" else 2 * hidden)
-            self.second = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.kind == "conv":
-            hidden = torch.relu(self.first(x.transpose(1, 2)))
-            return self.second(hidden).transpose(1, 2), hidden
-        if self.kind == "attention":
-            q, k, v = self.first(x).chunk(3, -1)
-            hidden = torch.softmax(q @ k.transpose(1, 2) / x.shape[-1] ** 0.5, -1)
-            return self.second(hidden @ v), hidden
-        hidden = self.first(x)
-        hidden = F.gelu(hidden) if self.kind == "mlp" else F.glu(hidden)
-        return self.second(hidden), hidden
-
-
-def _norm(kind: str, width: int) -> nn.Module:
-    norm = {"layer": nn.LayerNorm, "rms": lambda w: nn.RMSNorm(w, eps=1e-5)}.get(kind)
-    if norm is None:
-        return nn.Identity()
-    made = norm(width)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return made
+# ---------------------------------------------------------------------------------------------- the modules
 
 
 class Residual(nn.Module):
-    """One link as a user would write it; ``forward(x) -> (next state, hidden activity)``."""
+    """One link; ``forward(x, context) -> (next state, hidden activity)`` as a user would write it."""
 
-    def __init__(self, stack: Stack, kind: BlockKind, spec: Model) -> None:
+    def __init__(self, stack: Stack, kind: BlockKind, batch: int, length: int, context: int) -> None:
         super().__init__()
         width = stack.width
-        self.update, self.after = stack.update, stack.after
-        self.pre, self.block = _norm(stack.pre, width), Block(kind, width)
-        self.post = _norm(stack.after, width)
-        if stack.update in ("gate", "lerp"):
-            self.gate = nn.Linear(width, width)
-        if stack.update in ("vector", "input_gate"):
-            self.factor = nn.Parameter(0.7 + 0.3 * torch.randn(width))
+        self.update, self.after, self.layout = stack.update, stack.after, stack.layout
+        self.pre = Normal(stack.pre, width)
+        self.block = Block(kind, width, length, context)
+        self.learnt = Learnt(stack.update, width, batch, length)
+        self.post = Normal(stack.after, width)
         self.vector = nn.Parameter(0.3 * torch.randn(width)) if stack.vectors else None
         if stack.after == "mask":
-            self.register_buffer("mask", (torch.rand(spec.batch, spec.length, 1) < 0.7).double())
+            self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, hidden = self.block(self.pre(x))
-        if self.update == "add":
-            x = x + z
-        elif self.update == "scaled":
-            x = 0.8 * x + z
-        elif self.update == "vector":
-            x = self.factor * x + z
-        elif self.update == "gate":
-            g = torch.sigmoid(self.gate(x))
-            x = g * x + (1 - g) * torch.tanh(z)
-        elif self.update == "input_gate":
-            g = torch.sigmoid(self.factor)
-            x = g * x + (1 - g) * torch.tanh(z)
-        elif self.update == "lerp":
-            x = torch.lerp(x, torch.tanh(z), torch.sigmoid(self.gate(x)))
-        elif self.update == "self_gate":
-            x = x + x * torch.sigmoid(z)
-        if self.after == "relu":
-            x = torch.relu(x)
-        elif self.after == "mask":
-            x = self.mask * x
+    def forward(self, x: Tensor, context: Tensor, hold: Hold = keep) -> tuple[Tensor, Tensor]:
+        if self.layout == "swap":
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        z, hidden = self.block(self.pre(x), context)
+        if self.layout == "flat" and self.update != "kept" and self.after != "mask":
+            shape = x.shape
+            found = self._joined(x.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]), hold).view(shape)
         else:
-            x = self.post(x)
-        if self.vector is not None:
-            x = x + self.vector
-        return x, hidden
+            found = self._joined(x, z, hold)
+        return found, hidden
+
+    def _joined(self, x: Tensor, z: Tensor, hold: Hold) -> Tensor:
+        x = activated(self.after, updated(self.update, x, z, self.learnt, hold))
+        x = self.post(x, hold)
+        if self.after == "mask":
+            x = self.mask.to(x.dtype) * x
+        return x if self.vector is None else x + self.vector
+
+
+class Links(nn.Module):
+    """A stack; ``forward(x, context) -> (states 0..depth, taps, penalties)``."""
+
+    def __init__(self, spec: Stack, batch: int, length: int, context: int) -> None:
+        super().__init__()
+        self.spec = spec
+        kinds = [spec.blocks[i % len(spec.blocks)] for i in range(spec.depth)]
+        links: list[nn.Module] = []
+        for i, kind in enumerate(kinds):
+            again = spec.shared and i >= spec.shared
+            made = links[i - spec.shared] if again else Residual(spec, kind, batch, length, context)
+            links.append(made)
+            if i + 1 in spec.frozen:
+                made.requires_grad_(False)
+        self.links = nn.ModuleList(links)
+        self.heads = nn.ModuleList(nn.Linear(spec.width, 2) for _ in spec.taps if spec.heads)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        states, penalties = [x], []
+        for i, link in enumerate(self.links, start=1):
+            for start, end in self.spec.skips:
+                if end == i:
+                    x = x + states[start]
+            x, hidden = link(x, context)
+            states.append(x)
+            if i in self.spec.penalties:
+                penalties.append(hidden)
+        return states, self.taps(states), penalties
+
+    def taps(self, states: list[Tensor]) -> list[Tensor]:
+        found = [states[i] for i in self.spec.taps]
+        return [head(tap) for head, tap in zip(self.heads, found, strict=True)] if self.spec.heads else found
+
+
+class Loop(nn.Module):
+    """A recurrence; ``forward(x) -> [batch, length or 1, width]``."""
+
+    def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
+        super().__init__()
+        self.spec = spec
+        widths = [inputs, *[spec.width] * (spec.layers - 1)]
+        self.cells = nn.ModuleList(Cell(spec.cell, width, spec.width) for width in widths)
+        if spec.start == "learnt":
+            self.first = nn.Parameter(0.5 * torch.randn(spec.layers, 2, spec.width))
+        if spec.masked:
+            ends = torch.randint(1, length + 1, (batch, 1))
+            self.register_buffer("mask", torch.arange(length) < ends)
+        if spec.frozen:
+            self.requires_grad_(False)
+
+    def start(self, x: Tensor, layer: int) -> Tensors:
+        count = self.cells[layer].components
+        if self.spec.start == "learnt":
+            return tuple(self.first[layer, i].expand(x.shape[0], -1) for i in range(count))
+        return tuple(x.new_zeros(x.shape[0], self.spec.width) for _ in range(count))
+
+    def times(self, x: Tensor) -> list[int]:
+        steps = list(range(x.shape[1]))
+        return steps[::-1] if self.spec.reverse else steps
+
+    def step(self, layer: int, t: int, x_t: Tensor, state: Tensors, hold: Hold = keep) -> Tensors:
+        new = self.cells[layer](x_t, state, hold)
+        if not self.spec.masked:
+            return new
+        mask = self.mask[:, t, None]
+        return tuple(torch.where(mask, a, b) for a, b in zip(new, state, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = [self.start(x, layer) for layer in range(self.spec.layers)]
+        outputs = []
+        for t in self.times(x):
+            value = x[:, t]
+            for layer in range(self.spec.layers):
+                states[layer] = self.step(layer, t, value, states[layer])
+                value = states[layer][0]
+            outputs.append(value)
+        return torch.stack(outputs, 1) if self.spec.every_step else outputs[-1].unsqueeze(1)
 
 
 class ResidualModel(nn.Module):
@@ -187,38 +274,46 @@ class ResidualModel(nn.Module):
     def __init__(self, spec: Model) -> None:
         super().__init__()
         self.spec = spec
-        widths = [stack.width for stack in spec.stacks]
+        widths = [stage.width for stage in spec.stacks]
+        inputs = widths[:1] * len(widths) if spec.parallel else [widths[0], *widths]
         self.stem = nn.Linear(widths[0], widths[0]) if spec.stem else nn.Identity()
-        self.between = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.between = nn.ModuleList(nn.Linear(a, b) for a, b in zip(inputs[1:], widths[1:], strict=False))
         self.head = nn.Linear(widths[-1], 2) if spec.head else nn.Identity()
         self.stacks = nn.ModuleList()
-        for stack in spec.stacks:
-            kinds = [stack.blocks[i % len(stack.blocks)] for i in range(stack.depth)]
-            links = [Residual(stack, kinds[0], spec)]
-            links += [links[0] if stack.shared else Residual(stack, kind, spec) for kind in kinds[1:]]
-            self.stacks.append(nn.ModuleList(links))
+        for stage, length in zip(spec.stacks, spec.lengths, strict=True):
+            if isinstance(stage, Stack):
+                self.stacks.append(Links(stage, spec.batch, length, widths[0]))
+            else:
+                self.stacks.append(Loop(stage, stage.width, spec.batch, length))
 
     def forward(self, x: Tensor) -> dict[str, Any]:
-        taps, penalties = [], []
+        found: dict[str, Any] = {"taps": [], "penalties": []}
         ignored = x
-        x = self.stem(x)
-        for number, (stack, links) in enumerate(zip(self.spec.stacks, self.stacks, strict=True)):
+        context = x = first = self.stem(x)
+        finals = []
+        for number, stage in enumerate(self.stacks):
             if number:
-                x = torch.tanh(self.between[number - 1](x))
-            states = [x]
-            for i, link in enumerate(links, start=1):
-                if stack.skip is not None and stack.skip[1] == i:
-                    x = x + states[stack.skip[0]]
-                x, hidden = link(x)
-                states.append(x)
+                x = torch.tanh(self.between[number - 1](first if self.spec.parallel else x))
+            if isinstance(stage, Loop):
+                x = stage(x)
+            else:
+                states, taps, penalties = stage(x, context)
+                found["taps"] += taps
+                found["penalties"] += penalties
+                x = states[-1]
                 if self.spec.dead_ends:
-                    torch.cosh(x)
-                    ignored = torch.sin(x)
-                if i in stack.taps:
-                    taps.append(x)
-                if i in stack.penalties:
-                    penalties.append(hidden)
-        found = {"final": self.head(x), "taps": taps, "penalties": penalties}
+                    for state in states:
+                        torch.cosh(state)
+            if number == 0 and not self.spec.parallel:
+                context = x
+            ignored = torch.sin(x)
+            finals.append(x)
+        return self.returned(found, finals, ignored)
+
+    def returned(self, found: dict[str, Any], finals: list[Tensor], ignored: Tensor) -> dict[str, Any]:
+        found["final"] = self.head(finals[-1])
+        if self.spec.parallel:
+            found["others"] = finals[:-1]
         return {**found, "ignored": ignored} if self.spec.dead_ends else found
 
 
@@ -228,11 +323,12 @@ def loss(output: dict[str, Any]) -> Tensor:
 
 
 def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
-    """``(model, args, loss)`` in float64; the same numbers every time."""
+    """``(model, args, loss)``; the same numbers every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = ResidualModel(spec).double()
-        x = torch.randn(spec.batch, spec.length, spec.stacks[0].width, dtype=torch.float64)
+        dtype = getattr(torch, spec.dtype)
+        model = ResidualModel(spec).to(dtype)
+        x = torch.randn(spec.batch, spec.length, spec.stacks[0].width, dtype=torch.float64).to(dtype)
     return model, (x.requires_grad_(spec.input_grad),), loss
 
 
@@ -241,66 +337,189 @@ def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
 
 def program(model: ResidualModel) -> Program:
     """The model of a pinned :class:`Model`, retold for the oracle on the same parameters."""
+    if not model.spec.pinned:
+        raise ValueError(f"which chains {model.spec} has is left open: there is no single program for it")
+    return next(programs(model))
+
+
+def programs(model: ResidualModel) -> Iterator[Program]:
+    """Every way of reading chains into the model: one where it is pinned, several where links are skipped.
+
+    Highway-BP of any of them is sound; which one a compiler chooses is its own affair.
+    """
+    skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
+    if len(skipped) > 1:
+        raise ValueError(f"{model.spec} skips links in more than one stack: too many ways to read chains into it")
+    for way in _ways(skipped[0]) if skipped else [("none",)]:
+        yield Program(dict(model.named_parameters()), lambda run, x, way=way: _retold(model, way, run, x))
+
+
+Way = tuple[Any, ...]
+
+
+def _ways(stack: Stack) -> Iterator[Way]:
+    """How long skips can be read: see :func:`_run_skipping`."""
+    first, last = min(i for i, _ in stack.skips), max(j for _, j in stack.skips)
+    for cut in range(first, last):
+        if all(i <= cut < j for i, j in stack.skips):
+            yield ("cut", cut, True)
+            yield ("cut", cut, False)
+    yield ("merged", True)
+    yield ("merged", False)
+    yield ("carried",)
+
+
+def _retold(model: ResidualModel, way: Way, run: RunChain, x: Tensor) -> dict[str, Any]:
     spec = model.spec
-    if not spec.pinned:
-        raise ValueError(f"which chains {spec} has is left open: there is no program for it")
+    found: dict[str, Any] = {"taps": [], "penalties": []}
+    ignored = x
+    context = x = first = model.stem(x)
+    finals = []
+    for number, stage in enumerate(model.stacks):
+        if number:
+            x = torch.tanh(model.between[number - 1](first if spec.parallel else x))
+        if isinstance(stage, Loop):
+            x = _run_loop(stage, run, x)
+        elif stage.spec.skips:
+            states, penalties = _run_skipping(stage, way, run, x, context)
+            found["taps"] += stage.taps(states)
+            found["penalties"] += penalties
+            x = states[-1]
+        else:
+            links = [_link(link, i in stage.spec.penalties, context) for i, link in enumerate(stage.links, start=1)]
+            chain = run(links, (x,))
+            states = [state for (state,) in chain.states]
+            found["taps"] += stage.taps(states)
+            found["penalties"] += [outputs[0] for outputs in chain.outputs if outputs]
+            x = states[-1]
+        if number == 0 and not spec.parallel:
+            context = x
+        ignored = torch.sin(x)
+        finals.append(x)
+    return model.returned(found, finals, ignored)
 
-    def forward(run: RunChain, x: Tensor) -> dict[str, Any]:
-        taps, penalties = [], []
-        ignored = x
-        x = model.stem(x)
-        for number, (stack, links) in enumerate(zip(spec.stacks, model.stacks, strict=True)):
-            if number:
-                x = torch.tanh(model.between[number - 1](x))
-            chain = run([_link(link, i in stack.penalties) for i, link in enumerate(links, start=1)], (x,))
-            taps += [chain.states[i][0] for i in range(1, stack.depth + 1) if i in stack.taps]
-            penalties += [outputs[0] for outputs in chain.outputs if outputs]
-            (x,) = chain.states[-1]
-            if spec.dead_ends:
-                ignored = torch.sin(x)
-        found = {"final": model.head(x), "taps": taps, "penalties": penalties}
-        return {**found, "ignored": ignored} if spec.dead_ends else found
 
-    return Program(dict(model.named_parameters()), forward)
+def _link(link: Residual, penalised: bool, context: Tensor, before: Tensors = (), behind: Tensors = ()) -> Link:
+    """``before``, ``behind``: what skips add to the link's input, or to its output."""
 
-
-def _link(link: Residual, penalised: bool) -> Link:
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-        (x,) = state
-        z, hidden = link.block(link.pre(x))
-        x = _updated(link, x, z, hold)
-        if link.after == "relu":
-            x = x.clamp_min(0.0)
-        elif link.after == "mask":
-            x = x * link.mask
-        elif link.after == "layer":
-            centred = x - hold(x.mean(-1, keepdim=True))
-            deviation = torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + link.post.eps)
-            x = centred / hold(deviation) * link.post.weight + link.post.bias
-        elif link.after == "rms":
-            x = x / hold(torch.sqrt(x.square().mean(-1, keepdim=True) + link.post.eps)) * link.post.weight
-        if link.vector is not None:
-            x = x + link.vector
-        return (x,), (hidden,) if penalised else ()
+        x = state[0]
+        for added in side[1 : 1 + len(before)]:
+            x = x + added
+        found, hidden = link(x, side[0], hold)
+        for added in side[1 + len(before) :]:
+            found = found + added
+        return (found,), (hidden,) if penalised else ()
 
-    return Link(step)
+    return Link(step, (context, *before, *behind))
 
 
-def _updated(link: Residual, x: Tensor, z: Tensor, hold: Hold) -> Tensor:
-    if link.update == "add":
-        return x + hold(z)
-    if link.update == "scaled":
-        return 0.8 * x + hold(z)
-    if link.update == "vector":
-        return link.factor * x + hold(z)
-    if link.update == "gate":
-        g = torch.sigmoid(link.gate(x))
-        return hold(g) * x + hold((1 - g) * torch.tanh(z))
-    if link.update == "input_gate":
-        g = torch.sigmoid(link.factor)
-        return g * x + hold((1 - g) * torch.tanh(z))
-    if link.update == "lerp":
-        g = torch.sigmoid(link.gate(x))
-        return hold(1 - g) * x + hold(g * torch.tanh(z))
-    assert link.update == "self_gate"
-    return x + x * hold(torch.sigmoid(z))
+def _run_loop(loop: Loop, run: RunChain, x: Tensor) -> Tensor:
+    times = loop.times(x)
+    values = [x[:, t] for t in times]
+    for layer in range(loop.spec.layers):
+        start = loop.start(x, layer)
+        if loop.spec.cell == "tanh":  # no highway, no chain
+            states = [start]
+            for t, value in zip(times, values, strict=True):
+                states.append(loop.step(layer, t, value, states[-1]))
+        else:
+            links = [_time_step(loop, layer, t, value) for t, value in zip(times, values, strict=True)]
+            states = run(links, start).states
+        values = [state[0] for state in states[1:]]
+    return torch.stack(values, 1) if loop.spec.every_step else values[-1].unsqueeze(1)
+
+
+def _time_step(loop: Loop, layer: int, t: int, value: Tensor) -> Link:
+    def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
+        return loop.step(layer, t, side[0], state, hold), ()
+
+    return Link(step, (value,))
+
+
+def _run_skipping(
+    stage: Links, way: Way, run: RunChain, x: Tensor, context: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Three ways to make sound chains of a stack with long skips; states 0..depth and penalties.
+
+    ("cut", a, early)     two chains, links 1..a and the others; what a skip brings is added by the link before
+                          (``early``: nothing else sees the state before the addition), or by its own link
+    ("merged", early)     all links between the outermost ends of the skips are one, the last of them not if ``early``
+    ("carried",)          one chain whose state carries what skips hand on
+    """
+    spec, depth = stage.spec, stage.spec.depth
+    wanted = spec.penalties
+
+    def into(i: int) -> list[int]:
+        return [start for start, end in spec.skips if end == i]
+
+    if way[0] == "cut":
+        _, cut, early = way
+        states, outputs = [(x,)], []
+        if cut:
+            chain = run([_link(stage.links[i - 1], i in wanted, context) for i in range(1, cut + 1)], (x,))
+            states, outputs = list(chain.states), list(chain.outputs)
+        brought = {i: tuple(states[j][0] for j in into(i)) for i in range(cut + 1, depth + 1)}
+        (start,) = states[-1]
+        if early:
+            for added in brought[cut + 1]:
+                start = start + added
+        rest = []
+        for i in range(cut + 1, depth + 1):
+            before, behind = ((), brought.get(i + 1, ())) if early else (brought[i], ())
+            rest.append(_link(stage.links[i - 1], i in wanted, context, before, behind))
+        chain = run(rest, (start,))
+        # Early, a state is known with what is added to it: who looks at it before that sees the difference.
+        for i, (state,) in enumerate(chain.states[1:], start=cut + 1):
+            for added in brought.get(i + 1, ()) if early else ():
+                state = state - added
+            states.append((state,))
+        outputs += chain.outputs
+        return [state[0] for state in states], [o[0] for o in outputs if o]
+
+    first, last = min(i for i, _ in spec.skips), max(j for _, j in spec.skips)
+    if way[0] == "merged":
+        end = last - 1 if way[1] else last  # links first + 1..end are one
+
+        def merged(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
+            inner, outputs = {first: state[0]}, []
+            for i in range(first + 1, end + 1):
+                value = inner[i - 1]
+                for j in into(i):
+                    value = value + inner[j]
+                inner[i], hidden = stage.links[i - 1](value, side[0], hold)
+                outputs += [hidden] if i in wanted else []
+            found = inner[end]
+            for j in into(last) if way[1] else ():
+                found = found + inner[j]
+            return (found,), (*(inner[i] for i in range(first + 1, end + way[1])), *outputs)
+
+        before = [_link(stage.links[i - 1], i in wanted, context) for i in range(1, first + 1)]
+        behind = [_link(stage.links[i - 1], i in wanted, context) for i in range(end + 1, depth + 1)]
+        chain = run([*before, Link(merged, (context,)), *behind], (x,))
+        count = end - first - 1 + way[1]
+        inside = chain.outputs[first][:count]
+        penalties = [*chain.outputs[:first], chain.outputs[first][count:], *chain.outputs[first + 1 :]]
+        plain = [state[0] for state in chain.states]
+        known = [*plain[: first + 1], *inside, *plain[first + 1 + way[1] :]]
+        return known, [o for each in penalties for o in each]
+
+    def carrying(i: int) -> Link:
+        def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
+            value, *carried = state
+            for slot, (start, end) in enumerate(spec.skips):
+                if start == 0 and i == 1:
+                    carried[slot] = carried[slot] + value
+                if end == i:
+                    value = value + carried[slot]
+            found, hidden = stage.links[i - 1](value, side[0], hold)
+            for slot, (start, _) in enumerate(spec.skips):
+                if start == i:
+                    carried[slot] = carried[slot] + found
+            return (found, *carried), (hidden,) if i in wanted else ()
+
+        return Link(step, (context,))
+
+    start = (x, *(torch.zeros_like(x) for _ in spec.skips))
+    chain = run([carrying(i) for i in range(1, depth + 1)], start)
+    return [state[0] for state in chain.states], [o[0] for o in chain.outputs if o]

@@ -14,7 +14,7 @@ serves the one nearest the loss first.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -76,12 +76,14 @@ def reference_gradients(
     damping: float = 0.0,
     *,
     solver: Solver | None = None,
+    exact: Collection[int] = (),
 ) -> tuple[Any, dict[str | int, Tensor]]:
     """The output of ``program(*args)`` and the Highway-BP gradients of ``loss(output) -> scalar``.
 
     iterations  k: gradient paths that cross at most k blocks of a chain; ``"exact"`` or k >= L is backprop
     damping     gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``
     solver      how a chain's w is found: :func:`highway_bp` unless told otherwise
+    exact       chains, numbered in the order in which ``program`` runs them, that are left to backprop
 
     The gradients are keyed by parameter name, and by position for those of ``args`` that require a gradient;
     zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``.
@@ -92,8 +94,11 @@ def reference_gradients(
             leaves[position] = value
     weights = tuple(p for p in program.parameters.values() if p.requires_grad)
 
+    numbers = itertools.count()
+
     def run_chain(links: Sequence[Link], state: Tensors) -> ChainRun:
-        chain = _Chain(tuple(links), weights, iterations, damping, solver or highway_bp)
+        rounds = "exact" if next(numbers) in exact else iterations
+        chain = _Chain(tuple(links), weights, rounds, damping, solver or highway_bp)
         return chain.run(tuple(state))
 
     output = program.forward(run_chain, *args)
@@ -122,7 +127,7 @@ class LinkAt:
                 torch.set_rng_state(rng_state)  # the dropout masks of the forward run
                 return link.step(self._state, self._side, hold)
 
-        self._whole, self._outputs = again(_keep)
+        self._whole, self._outputs = again(keep)
         self._highway, _ = again(torch.Tensor.detach)
 
     def whole(self, w: Tensors) -> Tensors:
@@ -241,7 +246,7 @@ class _Chain:
         steps = []
         for link in self.links:
             rng_state = torch.get_rng_state()
-            state, outputs = link.step(state, link.side, _keep)
+            state, outputs = link.step(state, link.side, keep)
             steps.append(_Taken(state, outputs, rng_state))
         return steps
 
@@ -298,7 +303,7 @@ class _HighwayChain(torch.autograd.Function):
 # Tuples of tensors as vectors.
 
 
-def _keep(t: Tensor) -> Tensor:
+def keep(t: Tensor) -> Tensor:
     return t
 
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for random residual models; shrinks to ``Model()``, three residual MLP blocks of width 3.
+"""Hypothesis strategies for random models; shrinks to ``Model()``, three residual MLP blocks of width 3.
 
     @given(testing.strategies.models())
     def test_something(spec):
@@ -12,47 +12,86 @@ from typing import get_args
 
 from hypothesis import strategies as st
 
-from .models import After, BlockKind, Model, PreNorm, Stack, Update
+from .blocks import After, BlockKind, CellKind, Norm, Update
+from .models import Model, Recurrence, Stack
+
+_often_false = st.sampled_from((False, False, False, True))
 
 
 @st.composite
 def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False) -> Stack:
-    """One stack of links. ``skips``: some have a long skip over links, and with it no predictable chains."""
+    """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains."""
     depth = draw(st.integers(3, max_depth))
-    links = st.lists(st.integers(1, depth), unique=True, max_size=depth).map(lambda found: tuple(sorted(found)))
+    some = st.lists(st.integers(1, depth), unique=True, max_size=depth).map(lambda found: tuple(sorted(found)))
+    links = st.one_of(st.just(()), some)
     skip = None
-    if skips and draw(st.booleans()):
+    unet = skips and depth > 3 and draw(_often_false)
+    if skips and not unet and draw(st.booleans()):
         start = draw(st.integers(0, depth - 2))
         skip = (start, draw(st.integers(start + 2, depth)))
+    blocks = tuple(draw(st.lists(st.sampled_from(get_args(BlockKind)), min_size=1, max_size=3)))
     return Stack(
         depth=depth,
-        width=draw(st.integers(3, max_width)),
-        blocks=tuple(draw(st.lists(st.sampled_from(get_args(BlockKind)), min_size=1, max_size=3))),
+        width=draw(st.integers(min(2, max_width), max_width)),
+        blocks=blocks,
         update=draw(st.sampled_from(get_args(Update))),
-        pre=draw(st.sampled_from(get_args(PreNorm))),
-        after=draw(st.sampled_from(get_args(After))),
-        shared=draw(st.booleans()),
-        vectors=draw(st.booleans()),
+        pre=draw(st.sampled_from(get_args(Norm))),
+        after=draw(st.one_of(st.just("none"), st.sampled_from(get_args(After)))),
+        # Links that share weights are of the same kind.
+        shared=draw(st.sampled_from((0, 0, len(blocks)))),
+        vectors=draw(_often_false),
         taps=draw(links),
+        heads=draw(st.booleans()),
         penalties=draw(links),
         skip=skip,
+        unet=unet,
+        layout=draw(st.sampled_from(("none", "none", "flat", "swap"))),
+        frozen=draw(st.one_of(st.just(()), st.just(()), links)),
+    )
+
+
+@st.composite
+def recurrences(draw: st.DrawFn, max_width: int = 6) -> Recurrence:
+    """A loop over time."""
+    return Recurrence(
+        width=draw(st.integers(min(2, max_width), max_width)),
+        cell=draw(st.sampled_from(get_args(CellKind))),
+        layers=draw(st.sampled_from((1, 1, 2))),
+        every_step=draw(st.sampled_from((True, False))),
+        start=draw(st.sampled_from(("zeros", "learnt"))),
+        reverse=draw(_often_false),
+        masked=draw(_often_false),
+        frozen=draw(_often_false),
     )
 
 
 @st.composite
 def models(
-    draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False
-) -> Model:
-    """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` can retell it."""
-    stack = stacks(max_depth, max_width, skips)
+    draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
+    loops: bool = False, dtypes: bool = False,
+) -> Model:  # fmt: skip
+    """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` can retell it.
+
+    ``loops``: with recurrences too; ``dtypes``: in float32 too.
+    """
+    stage: st.SearchStrategy = stacks(max_depth, max_width)
+    if loops:
+        stage = st.one_of(stage, stage, recurrences(max_width))
+    stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
+    if skips and draw(st.booleans()):  # one stack at most: each has several ways to be read
+        stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True))
+    recurrent = any(isinstance(found, Recurrence) for found in stages)
+    batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(
-        stacks=tuple(draw(st.lists(stack, min_size=1, max_size=max_stacks))),
-        batch=draw(st.integers(1, 3)),
-        length=draw(st.integers(1, 4)),
+        stacks=tuple(stages),
+        batch=draw(st.integers(2 if batched else 1, 3)),  # the variance of one value is refused
+        length=draw(st.integers(3, 7) if recurrent else st.integers(1, 4)),
         stem=draw(st.booleans()),
         head=draw(st.booleans()),
         input_grad=draw(st.booleans().map(lambda flag: not flag)),
-        dead_ends=draw(st.booleans()),
+        dead_ends=draw(_often_false),
+        parallel=len(stages) > 1 and draw(_often_false),
+        dtype="float32" if dtypes and draw(st.integers(0, 9)) == 9 else "float64",
         seed=draw(st.integers(0, 3)),
     )
 

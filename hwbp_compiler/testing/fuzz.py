@@ -1,0 +1,329 @@
+"""Random programs, each rewritten with random options and compared with the float64 oracle.
+
+    python -m hwbp_compiler.testing.fuzz --seconds 60 --seed 0
+
+Draws models from :mod:`.strategies` and settings (k, gamma, ``min_length``), rewrites the joint graph without
+generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd, and a smaller
+one through Inductor. A failure is minimised by hypothesis and saved as a script that repeats it. The exit status is 1
+if anything failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis import strategies as st
+
+from . import models, strategies
+from .capture import capture, leaves_of, options, trace
+from .judge import Verdict, judge
+from .models import Model, Recurrence, Stack
+
+Route = Literal["trace", "dynamo", "inductor"]
+BATCH = 200
+SHRINKING_SECONDS = 90.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    iterations: int
+    damping: float
+    min_length: int = 2
+    rewrite: str = "always"
+
+
+@st.composite
+def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
+    """One setting for a traced program, sometimes two."""
+    one = st.builds(
+        Setting,
+        strategies.iterations(),
+        strategies.dampings(),
+        st.sampled_from((2, 2, 2, 1, 3, 4)),
+        st.sampled_from(("always",) * 15 + ("profitable",)),
+    )
+    return tuple(draw(st.lists(one, min_size=1, max_size=2)))
+
+
+def programs() -> st.SearchStrategy[Model]:
+    """Small ones mostly: what they are made of matters, not their size."""
+    wide = strategies.models(max_stacks=3, skips=True, loops=True, dtypes=True)
+    small = strategies.models(max_stacks=2, max_depth=4, max_width=3, skips=True, loops=True, dtypes=True)
+    single = strategies.models(max_stacks=1, max_depth=5, max_width=4, skips=True, loops=True, dtypes=True)
+    return st.one_of(single, small, single, wide)
+
+
+def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> list[tuple[Verdict, list[Any]]]:
+    """The gradients of ``spec`` under each setting are the oracle's, or AssertionError.
+
+    Empty where nothing in the model wants a gradient.
+    """
+    model, args, loss = models.build(spec)
+    if not any(leaf.requires_grad for leaf in leaves_of(model, args).values()):
+        return []
+    low = spec.dtype == "float32" or any(_casts(stage) for stage in spec.stacks)
+    reference = model.double()  # the same numbers
+    wide_args = tuple(a.detach().double().requires_grad_(a.requires_grad) for a in args)
+    # A loop of very few steps has more ends than middle, and may be passed over.
+    least = 5 if any(isinstance(stage, Recurrence) for stage in spec.stacks) else 3
+    found = []
+    results = {"trace": _traced, "dynamo": _through_dynamo, "inductor": _through_inductor}[route](spec, chosen)
+    for setting, (output, gradients, records) in zip(chosen, results, strict=True):
+        verdict = judge(
+            models.programs(reference), wide_args, loss, _widened(output), gradients, records,
+            iterations=setting.iterations, damping=setting.damping, least=max(setting.min_length, least),
+            tolerance=5e-3 if low else 1e-6, noise=1e-4 if low else 1e-12, forward_tolerance=1e-3 if low else 1e-11,
+        )  # fmt: skip
+        found.append((verdict, records))
+        assert not (verdict.missed and spec.pinned), (
+            f"{verdict.missed} chains were passed over without a record: of lengths {verdict.lengths}, "
+            f"rewritten {verdict.rewritten}"
+        )
+        failed = [record.reason for record in records if record.failed]
+        assert not failed, f"rewriting failed: {failed[0]}"
+    return found
+
+
+def _casts(stage: models.Stage) -> bool:
+    return isinstance(stage, Stack) and (stage.after == "cast" or "cast" in stage.blocks)
+
+
+def _widened(output: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda t: t.double(), output)
+
+
+def _options(setting: Setting) -> Any:
+    return options(
+        iterations=setting.iterations, damping=setting.damping, min_length=setting.min_length, rewrite=setting.rewrite
+    )
+
+
+def _traced(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    traced = trace(*models.build(spec))
+    for setting in chosen:
+        yield traced.gradients(_options(setting))
+
+
+def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    captured = capture(*models.build(spec))
+    for setting in chosen:
+        yield captured.gradients(_options(setting))
+
+
+def _through_inductor(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    from hwbp_compiler import passes
+
+    for setting in chosen:
+        model, args, loss = models.build(spec)
+        records: list[Any] = []
+        run = passes.run
+
+        def noting(graph: Any, options: Any, run=run, records=records) -> Any:
+            found = run(graph, options)
+            records.extend(found)
+            return found
+
+        torch._dynamo.reset()
+        ours = {"strict": True, **vars(setting), "fx_graph_cache": False}
+        with mock.patch.object(passes, "run", noting), torch._functorch.config.patch(enable_autograd_cache=False):
+            output = torch.compile(model, backend="highway", options=ours)(*args)
+            leaves = leaves_of(model, args)
+            found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
+        gradients = {
+            key: torch.zeros_like(leaf) if g is None else g
+            for (key, leaf), g in zip(leaves.items(), found, strict=True)
+        }
+        yield output, gradients, records
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Report:
+    """What a run has seen. ``programs``: distinct models; ``checks``: settings compared with the oracle."""
+
+    programs: int = 0
+    checks: int = 0
+    nothing: int = 0
+    routes: Counter[str] = field(default_factory=Counter)
+    chains: Counter[str] = field(default_factory=Counter)
+    declined: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    failures: list[Path] = field(default_factory=list)
+
+    def add(self, spec: Model, route: Route, found: list[tuple[Verdict, list[Any]]]) -> None:
+        self.programs += 1
+        self.nothing += not found
+        self.routes[route] += 1
+        for stage in spec.stacks:
+            self.kinds["loops" if isinstance(stage, Recurrence) else "skips" if stage.skips else "stacks"] += 1
+        for verdict, records in found:
+            self.checks += 1
+            self.chains["drawn"] += len(verdict.lengths)
+            self.chains["rewritten"] += sum(verdict.rewritten)
+            for record in records:
+                if record.decision == "declined":
+                    self.declined[_general(record.reason)] += 1
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.programs} programs ({_listed(self.routes)}), {self.checks} comparisons with the oracle, "
+            f"{self.nothing} programs without any gradient",
+            f"stages: {_listed(self.kinds)}",
+            f"chains: {_listed(self.chains)}",
+            *(f"  declined {count:6d}: {reason}" for reason, count in self.declined.most_common()),
+            f"{len(self.failures)} failures",
+            *(f"  {path}" for path in self.failures),
+        ]
+        return "\n".join(lines)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def _general(reason: str) -> str:
+    """A reason without the names and figures of one program."""
+    reason = reason.partition(":")[0]
+    return re.sub(r"\([\d, ]*\)|\b\w+_\d+\b|\d+", "..", reason)
+
+
+class _OutOfTime(Exception):
+    pass
+
+
+class Fuzzer:
+    def __init__(self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float) -> None:
+        self.seed, self.folder = seed, folder
+        self.end = time.monotonic() + seconds
+        self.shares = {"inductor": inductor, "dynamo": dynamo}
+        self.report = Report()
+        self.seen: set[int] = set()
+        self.known: set[str] = set()
+
+    def run(self, max_programs: int | None = None, progress: float = 60.0) -> Report:
+        said = time.monotonic()
+        batch = 0
+        while time.monotonic() < self.end and not (max_programs and self.report.programs >= max_programs):
+            self._batch(batch)
+            batch += 1
+            if batch % 8 == 0:
+                gc.collect()
+            if time.monotonic() - said > progress:
+                said = time.monotonic()
+                print(f"{self.report.programs} programs, {self.report.checks} comparisons, "
+                      f"{len(self.report.failures)} failures", flush=True)  # fmt: skip
+        return self.report
+
+    def _batch(self, number: int) -> None:
+        failed: dict[str, tuple[Model, tuple[Setting, ...], Route, BaseException]] = {}
+        passed: set[str] = set()
+        first_failure: list[float] = []
+
+        @seeded(self.seed * 1_000_003 + number)
+        @settings(
+            max_examples=BATCH, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck), print_blob=False,
+        )  # fmt: skip
+        @given(programs(), all_settings(), st.floats(0.0, 1.0, exclude_max=True))
+        def one(spec: Model, chosen: tuple[Setting, ...], lot: float) -> None:
+            route: Route = "trace"
+            lot = (hash((repr(spec), lot)) % 100_000) / 100_000  # hypothesis favours round numbers
+            if not first_failure:
+                if lot < self.shares["inductor"]:
+                    route = "inductor"
+                elif lot < self.shares["inductor"] + self.shares["dynamo"]:
+                    route = "dynamo"
+            key = repr((spec, chosen))
+            if key in failed:
+                raise failed[key][3]
+            late = time.monotonic() > (first_failure[0] + SHRINKING_SECONDS if first_failure else self.end)
+            if key in passed or late:
+                return
+            name = hash(repr(spec))
+            if not first_failure and name in self.seen:
+                return
+            try:
+                found = check(spec, chosen, route)
+            except Exception as error:
+                if _signature(error) in self.known:
+                    return
+                failed[key] = (spec, chosen, route, error)
+                first_failure.append(time.monotonic())
+                raise
+            passed.add(key)
+            if not first_failure:
+                self.seen.add(name)
+                self.report.add(spec, route, found)
+
+        with contextlib.suppress(_OutOfTime):
+            try:
+                one()
+            except BaseException as error:
+                if not failed or isinstance(error, KeyboardInterrupt):
+                    raise
+                self._save(min(failed.values(), key=lambda f: len(repr(f[0])) + len(repr(f[1]))))
+
+    def _save(self, failure: tuple[Model, tuple[Setting, ...], Route, BaseException]) -> None:
+        spec, chosen, route, error = failure
+        if not isinstance(error, AssertionError):  # a crash is told apart by where it happened
+            self.known.add(_signature(error))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"failure_{self.seed}_{len(self.report.failures)}.py"
+        text = "".join(traceback.format_exception(error))
+        comment = "\n".join(f"# {line}" for line in text.splitlines()[-25:])
+        path.write_text(
+            f"{comment}\nfrom hwbp_compiler.testing.fuzz import Setting, check\n"
+            "from hwbp_compiler.testing.models import Model, Recurrence, Stack\n\n"
+            f"check(\n    {spec!r},\n    {chosen!r},\n    {route!r},\n)\n"
+        )
+        self.report.failures.append(path)
+        print(f"FAILURE {path}: {type(error).__name__}: {str(error)[:300]}\n  {spec!r}\n  {chosen!r}", flush=True)
+
+
+def _signature(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__} {place}" if not isinstance(error, AssertionError) else str(error)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hwbp_compiler.testing.fuzz", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--programs", type=int, help="stop after so many")
+    parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
+    parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
+    parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
+    given_ = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    logging.getLogger("hwbp_compiler").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    fuzzer = Fuzzer(given_.seed, given_.seconds, given_.output, given_.dynamo, given_.inductor)
+    report = fuzzer.run(given_.programs)
+    print(report)
+    return 1 if report.failures else 0
+
+
+__all__ = ["Fuzzer", "Report", "Setting", "check", "main", "replace"]
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""Whether gradients are w^k's for the chains that were rewritten, and backprop's for all others.
+
+Where the chains are is known from the oracle's :class:`Program`, by construction; what was rewritten is told by the
+compiler's records. The two meet here: the gradients must be those of some choice of chains as long as the records say.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compare import Gradients, assert_gradients_close, assert_outputs_close, relative_error
+from .reference import ChainRun, Link, Program, Tensors, keep, reference_gradients
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Each chain of the program that matched: the lengths it can be said to have, and whether it was rewritten.
+
+    ``missed``: chains of at least ``least`` links for which there is no record at all.
+    """
+
+    lengths: tuple[frozenset[int], ...]
+    rewritten: tuple[bool, ...]
+    missed: int
+
+
+def chain_lengths(program: Program, args: Sequence[Any]) -> list[frozenset[int]]:
+    """The lengths each chain of ``program`` can be said to have, in the order in which they are run.
+
+    L links, and only those behind the first state that wants a gradient: where the input and the first parameters
+    want none, the links below take no part. The link that leads to that state is one of the chain's, or its own
+    gradient is computed outside: both are right.
+    """
+    found: list[frozenset[int]] = []
+
+    def run(links: Sequence[Link], state: Tensors) -> ChainRun:
+        states, outputs = [state], []
+        for link in links:
+            state, sideways = link.step(state, link.side, keep)
+            states.append(state)
+            outputs.append(sideways)
+        idle = sum(not any(t.requires_grad for t in state) for state in states)
+        length = len(links) - idle
+        found.append(frozenset({length, length + 1} if idle else {length}))
+        return ChainRun(states, outputs)
+
+    program.forward(run, *args)
+    return found
+
+
+def judge(
+    programs: Iterable[Program],
+    args: Sequence[Any],
+    loss: Callable[[Any], Tensor],
+    output: Any,
+    gradients: Gradients,
+    records: Collection[Any],
+    *,
+    iterations: int,
+    damping: float,
+    least: int = 2,
+    tolerance: float = 1e-6,
+    noise: float = 1e-12,
+    forward_tolerance: float = 1e-11,
+) -> Verdict:
+    """Raises AssertionError unless one of ``programs`` explains ``gradients`` and what ``records`` say.
+
+    programs   the model retold; several where it is open which chains it has
+    least      the shortest chain that has to be found (``min_length``, or longer)
+    records    ``.length``, ``.decision``, ``.reason`` of every chain the compiler has found
+    """
+    rewritten = sorted(record.length for record in records if record.decision == "rewritten")
+    closest: tuple[float, str] = (float("inf"), f"no choice of chains has the lengths {rewritten} that were rewritten")
+    for program in programs:
+        lengths = chain_lengths(program, args)
+        for chosen in _choices(lengths, rewritten):
+            exact = [i for i in range(len(lengths)) if i not in chosen]
+            torch.manual_seed(0)
+            expected_output, expected = reference_gradients(program, args, loss, iterations, damping, exact=exact)
+            assert_outputs_close(output, expected_output, forward_tolerance)
+            try:
+                assert_gradients_close(gradients, expected, tolerance, noise, what=f"k={iterations}, gamma={damping}")
+            except AssertionError as error:
+                distance = relative_error(gradients, expected)
+                if not distance >= closest[0]:  # also where it is not a number
+                    closest = (distance, f"{error}; rewritten {rewritten}, chains {[sorted(n) for n in lengths]}")
+                continue
+            eligible = sum(min(n) >= least for i, n in enumerate(lengths) if i in exact)
+            declined = sum(record.decision == "declined" for record in records)
+            flags = tuple(i in chosen for i in range(len(lengths)))
+            return Verdict(tuple(lengths), flags, max(0, eligible - declined))
+    raise AssertionError(closest[1])
+
+
+def _choices(lengths: Sequence[frozenset[int]], rewritten: list[int]) -> Iterator[frozenset[int]]:
+    """Sets of chains whose lengths are, in some order, those of ``rewritten``."""
+    for chosen in itertools.combinations(range(len(lengths)), len(rewritten)):
+        options = itertools.product(*(lengths[i] for i in chosen))
+        if any(sorted(option) == rewritten for option in options):
+            yield frozenset(chosen)
