@@ -258,7 +258,9 @@ def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
         outside = [*program.externals, *(t for terms in program.injections.values() for t in terms)]
         if any(info.index[n] in tainted for n in outside):
             return False
-    return True
+    # What the state itself reaches by another way is a block of this link: a neighbour of fewer blocks has matched.
+    reached = info.descendants({info.index[n] for n in inputs})
+    return not any(info.index[t] in reached for terms in head.injections.values() for t in terms)
 
 
 def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:

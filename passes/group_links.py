@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.match import match_sides
+from hwbp_compiler.graph.match import match_sides, same_value
 from hwbp_compiler.graph.program import (
     SUM,
     External,
@@ -242,7 +242,16 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     if not sides or heavy and not any(_is_heavy(template, c) for _, needed in sides for c in needed):
         return None
     reached = sorted(_near(info, state, 8 * len(template.statements)))
-    return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted)
+    return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted, _shared(group))
+
+
+def _shared(group: Group) -> dict[int, Node]:
+    """What all links of the group take from outside (an RNN's weights), by slot."""
+    if len(group.lanes) < 2:
+        return {}
+    slots = range(len(group.template.externals))
+    columns = {slot: group.external(slot) for slot in slots}
+    return {slot: nodes[0] for slot, nodes in columns.items() if all(same_value(n, nodes[0]) for n in nodes[1:])}
 
 
 def _near(info: GraphInfo, state: State, limit: int) -> set[int]:

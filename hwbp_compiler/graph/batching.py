@@ -34,8 +34,17 @@ def decompositions() -> dict:
     return dict(select_decomp_table())
 
 
-# Inductor's decomposition of these only treats special cases (empty operands, batch 1) and else keeps the operator.
-_KEPT = {aten.cat.default, aten.mm.default, aten.bmm.default, aten.addmm.default, aten.convolution_backward.default}
+# Inductor's decomposition of these only treats special cases (empty operands, batch 1, complex numbers, no dtype) and
+# else keeps the operator.
+_KEPT = {
+    aten.cat.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.convolution_backward.default,
+    aten.add.Tensor,
+    aten.full.default,
+}
 
 
 @dataclass(frozen=True)
@@ -405,7 +414,7 @@ def _stack(e: Emitter, target, args, kwargs):
     return Value(e.call(aten.cat.default, [e.call(aten.unsqueeze.default, e.batch(v), dim) for v in values], dim), True)
 
 
-@_rule(aten.flip.default)
+@_rule(aten.flip.default, prims.rev.default)
 def _flip(e: Emitter, target, args, kwargs):
     return Value(e.call(target, args[0].node, [_shifted(d, args[0].rank) for d in args[1]]), True)
 

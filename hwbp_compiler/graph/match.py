@@ -7,7 +7,7 @@ belongs to the link (a ReLU or LayerNorm after the last addition) and takes in n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 from torch.fx import Node
 
@@ -33,8 +33,15 @@ def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) 
 
 
 class _Matcher:
-    def __init__(self, template: Program, info: GraphInfo, forbidden: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        template: Program,
+        info: GraphInfo,
+        forbidden: Set[int] = frozenset(),
+        shared: Mapping[int, Node] | None = None,
+    ) -> None:
         self.template = template
+        self.shared = shared or {}
         self.forbidden = forbidden
         self.info = info
         self.bound: list[Node | None] = [None] * len(template.statements)
@@ -152,6 +159,8 @@ class _Matcher:
                 _dtype_of(known),
             ):
                 raise _Mismatch
+            if expected.slot in self.shared and not same_value(actual, self.shared[expected.slot]):
+                raise _Mismatch
             self.externals[expected.slot] = actual
         elif isinstance(expected, tuple):
             if not isinstance(actual, (list, tuple)) or len(actual) != len(expected):
@@ -200,14 +209,16 @@ def match_sides(
     candidates: Sequence[Node],
     info: GraphInfo,
     tainted: Set[int],
+    shared: Mapping[int, Node],
 ) -> Program | None:
     """``template``'s side outputs, computed from ``state``; None unless all are found among ``candidates``.
 
     ``sides`` are (statement, what it needs, descending). Nothing ``tainted`` may enter from outside. Outputs are
     matched where there are any: the first state of a model may want a gradient in all its components, in some, or in
-    none (``outputs`` is empty then).
+    none (``outputs`` is empty then). ``shared``: what all links take from outside, by slot; where input and state are
+    of one size, only the weights tell the gradient of the one from that of the other.
     """
-    matcher = _Matcher(template, info, tainted)
+    matcher = _Matcher(template, info, tainted, shared)
     matcher.bound[: template.arity] = list(state)
     for i, needed in sorted(sides, key=lambda side: -len(side[1])):
         if matcher.bound[i] is not None:
@@ -251,3 +262,17 @@ def _alike(a: object, b: object, depth: int) -> bool:
     if depth == 0 or a.op != "call_function":
         return True
     return len(a.args) == len(b.args) and all(_alike(x, y, depth - 1) for x, y in zip(a.args, b.args, strict=True))
+
+
+def same_value(a: object, b: object, depth: int = 8) -> bool:
+    """The same node, or the same function of the same nodes: every step transposes an RNN's weights anew."""
+    if a is b:
+        return True
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return not isinstance(a, Node) and not isinstance(b, Node) and _constant(a) == _constant(b)
+    if depth == 0 or a.op != "call_function" or b.op != "call_function" or a.target is not b.target:
+        return False
+    if len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():
+        return False
+    pairs = [*zip(a.args, b.args, strict=True), *((a.kwargs[k], b.kwargs[k]) for k in a.kwargs)]
+    return all(same_value(x, y, depth - 1) for x, y in pairs)

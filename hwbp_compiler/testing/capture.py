@@ -203,10 +203,13 @@ class Trace:
 
     def gradients(self, options: Any) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
         """As :meth:`Capture.gradients`."""
-        module, records = self.joint.rewritten(options)
+        root, graph = self.joint.module, fx.Graph()
+        graph.output(graph.graph_copy(root.graph, {}))
+        records = run_passes(graph, options) if options is not None else []
         with torch.no_grad():
             inputs = (*self.joint.primals, *self.tangents)
-            results = fx.Interpreter(module).run(*inputs, enable_io_processing=False)
+            # Neither copied nor printed as code: that would take longer than the passes do.
+            results = fx.Interpreter(root, graph=graph).run(*inputs, enable_io_processing=False)
         outputs, found = results[: self.joint.forward_outputs], results[self.joint.forward_outputs :]
         gradients = {
             key: torch.zeros_like(leaf) if gradient is None else gradient

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import logging
 import re
@@ -19,6 +20,7 @@ import sys
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -33,12 +35,13 @@ from hypothesis import strategies as st
 
 from . import models, strategies
 from .capture import capture, leaves_of, options, trace
+from .compare import total_norm
 from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
+from .reference import reference_gradients
 
 Route = Literal["trace", "dynamo", "inductor"]
 BATCH = 200
-SHRINKING_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,15 @@ class Setting:
     damping: float
     min_length: int = 2
     rewrite: str = "always"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Model, tuple[Setting, ...]]:
+    spec, chosen = draw(programs()), draw(all_settings())
+    if any(isinstance(stage, Recurrence) or stage.skips for stage in spec.stacks):
+        # Inside a cell, or where a skip ends, there can be what looks like a chain of one link, and is one.
+        chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
+    return spec, chosen
 
 
 @st.composite
@@ -64,10 +76,11 @@ def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
 
 def programs() -> st.SearchStrategy[Model]:
     """Small ones mostly: what they are made of matters, not their size."""
-    wide = strategies.models(max_stacks=3, skips=True, loops=True, dtypes=True)
-    small = strategies.models(max_stacks=2, max_depth=4, max_width=3, skips=True, loops=True, dtypes=True)
-    single = strategies.models(max_stacks=1, max_depth=5, max_width=4, skips=True, loops=True, dtypes=True)
-    return st.one_of(single, small, single, wide)
+    all_kinds = {"skips": True, "loops": True, "dtypes": True}
+    single = strategies.models(max_stacks=1, max_depth=4, max_width=3, **all_kinds)
+    double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **all_kinds)
+    wide = strategies.models(max_stacks=3, max_depth=6, max_width=6, **all_kinds)
+    return st.integers(0, 15).flatmap(lambda lot: wide if lot == 15 else double if lot > 11 else single)
 
 
 def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> list[tuple[Verdict, list[Any]]]:
@@ -79,26 +92,57 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     if not any(leaf.requires_grad for leaf in leaves_of(model, args).values()):
         return []
     low = spec.dtype == "float32" or any(_casts(stage) for stage in spec.stacks)
-    reference = model.double()  # the same numbers
+    reference = copy.deepcopy(model).double()  # the same numbers
     wide_args = tuple(a.detach().double().requires_grad_(a.requires_grad) for a in args)
-    # A loop of very few steps has more ends than middle, and may be passed over.
-    least = 5 if any(isinstance(stage, Recurrence) for stage in spec.stacks) else 3
+    # A loop of few steps has more ends than middle, and one without blocks is exact as it is: they may be passed over.
+    loops = any(isinstance(stage, Recurrence) for stage in spec.stacks)
     found = []
     results = {"trace": _traced, "dynamo": _through_dynamo, "inductor": _through_inductor}[route](spec, chosen)
     for setting, (output, gradients, records) in zip(chosen, results, strict=True):
+        tolerance = 1e-6
+        if low:
+            loose = _rounding(model, args, reference, wide_args, loss, setting)
+            if not loose < 1e-3:
+                continue  # float32 says nothing about this one
+            tolerance = max(5e-3, 50 * loose)
         verdict = judge(
             models.programs(reference), wide_args, loss, _widened(output), gradients, records,
-            iterations=setting.iterations, damping=setting.damping, least=max(setting.min_length, least),
-            tolerance=5e-3 if low else 1e-6, noise=1e-4 if low else 1e-12, forward_tolerance=1e-3 if low else 1e-11,
+            iterations=setting.iterations, damping=setting.damping, least=max(setting.min_length, 3),
+            tolerance=tolerance, noise=1e-4 if low else 1e-12, forward_tolerance=1e-3 if low else 1e-11,
         )  # fmt: skip
         found.append((verdict, records))
-        assert not (verdict.missed and spec.pinned), (
+        assert not verdict.missed or loops or not spec.pinned, (
             f"{verdict.missed} chains were passed over without a record: of lengths {verdict.lengths}, "
             f"rewritten {verdict.rewritten}"
         )
         failed = [record.reason for record in records if record.failed]
         assert not failed, f"rewriting failed: {failed[0]}"
     return found
+
+
+def _rounding(
+    model: Any, args: tuple[Any, ...], reference: Any, wide_args: tuple[Any, ...], loss: Any, setting: Setting
+) -> float:
+    """How far the oracle itself is off in float32, relative to the worst of the gradients that are not noise."""
+    pair = [
+        reference_gradients(next(models.programs(m)), a, loss, setting.iterations, setting.damping)[1]
+        for m, a in ((model, args), (_other_rounding(reference), wide_args))
+    ]
+    whole = total_norm(pair[1])
+    worst = 0.0
+    for key, exact in pair[1].items():
+        if float(exact.norm()) > 1e-3 * whole:
+            worst = max(worst, float((pair[0][key].double() - exact).norm() / exact.norm()))
+    return worst
+
+
+def _other_rounding(model: Any) -> Any:
+    """The same model with every parameter one float32 rounding away: casts inside then round differently."""
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.mul_(1.0 + 1e-7 * torch.sign(torch.sin(1e3 * parameter)))
+    return moved
 
 
 def _casts(stage: models.Stage) -> bool:
@@ -179,6 +223,7 @@ class Report:
             self.checks += 1
             self.chains["drawn"] += len(verdict.lengths)
             self.chains["rewritten"] += sum(verdict.rewritten)
+            self.chains["passed over without a record"] += verdict.missed
             for record in records:
                 if record.decision == "declined":
                     self.declined[_general(record.reason)] += 1
@@ -211,7 +256,10 @@ class _OutOfTime(Exception):
 
 
 class Fuzzer:
-    def __init__(self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float) -> None:
+    def __init__(
+        self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0
+    ) -> None:
+        self.shrinking = shrinking
         self.seed, self.folder = seed, folder
         self.end = time.monotonic() + seconds
         self.shares = {"inductor": inductor, "dynamo": dynamo}
@@ -243,10 +291,11 @@ class Fuzzer:
             max_examples=BATCH, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck), print_blob=False,
         )  # fmt: skip
-        @given(programs(), all_settings(), st.floats(0.0, 1.0, exclude_max=True))
-        def one(spec: Model, chosen: tuple[Setting, ...], lot: float) -> None:
+        @given(cases())
+        def one(case: tuple[Model, tuple[Setting, ...]]) -> None:
+            spec, chosen = case
             route: Route = "trace"
-            lot = (hash((repr(spec), lot)) % 100_000) / 100_000  # hypothesis favours round numbers
+            lot = zlib.crc32(repr(spec).encode()) / 2**32
             if not first_failure:
                 if lot < self.shares["inductor"]:
                     route = "inductor"
@@ -255,10 +304,10 @@ class Fuzzer:
             key = repr((spec, chosen))
             if key in failed:
                 raise failed[key][3]
-            late = time.monotonic() > (first_failure[0] + SHRINKING_SECONDS if first_failure else self.end)
+            late = time.monotonic() > (first_failure[0] + self.shrinking if first_failure else self.end)
             if key in passed or late:
                 return
-            name = hash(repr(spec))
+            name = zlib.crc32(repr(spec).encode())
             if not first_failure and name in self.seen:
                 return
             try:
@@ -313,11 +362,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
+    parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on making a failure small")
     given_ = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.getLogger("hwbp_compiler").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    fuzzer = Fuzzer(given_.seed, given_.seconds, given_.output, given_.dynamo, given_.inductor)
+    fuzzer = Fuzzer(given_.seed, given_.seconds, given_.output, given_.dynamo, given_.inductor, given_.shrinking)
     report = fuzzer.run(given_.programs)
     print(report)
     return 1 if report.failures else 0

@@ -95,6 +95,11 @@ class Recurrence(_ReadableRepr):
     masked: bool = False
     frozen: bool = False
 
+    @property
+    def has_highway(self) -> bool:
+        """An elementwise path from state to state; past its end, a masked sequence has one in any case."""
+        return self.cell != "tanh" or self.masked
+
 
 Stage = Stack | Recurrence
 
@@ -148,7 +153,7 @@ def _chains(spec: Model) -> Iterator[range]:
     for stage, length in zip(spec.stacks, spec.lengths, strict=True):
         if isinstance(stage, Stack):
             yield range(stage.depth)
-        elif stage.cell != "tanh":
+        elif stage.has_highway:
             yield from [range(length)] * stage.layers
 
 
@@ -171,14 +176,14 @@ class Residual(nn.Module):
             self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
 
     def forward(self, x: Tensor, context: Tensor, hold: Hold = keep) -> tuple[Tensor, Tensor]:
-        if self.layout == "swap":
-            x = x.transpose(1, 2).contiguous().transpose(1, 2)
         z, hidden = self.block(self.pre(x), context)
         if self.layout == "flat" and self.update != "kept" and self.after != "mask":
             shape = x.shape
             found = self._joined(x.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]), hold).view(shape)
         else:
             found = self._joined(x, z, hold)
+        if self.layout == "swap":
+            found = found.transpose(1, 2).contiguous().transpose(1, 2)
         return found, hidden
 
     def _joined(self, x: Tensor, z: Tensor, hold: Hold) -> Tensor:
@@ -286,10 +291,15 @@ class ResidualModel(nn.Module):
             else:
                 self.stacks.append(Loop(stage, stage.width, spec.batch, length))
 
+    def context(self, x: Tensor) -> Tensor:
+        """What the first stage's cross-attention looks at: the input, of which that chain's first state is no part."""
+        return x if self.spec.stem else x.detach()
+
     def forward(self, x: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {"taps": [], "penalties": []}
         ignored = x
-        context = x = first = self.stem(x)
+        context, x = self.context(x), self.stem(x)
+        first = x
         finals = []
         for number, stage in enumerate(self.stacks):
             if number:
@@ -373,7 +383,8 @@ def _retold(model: ResidualModel, way: Way, run: RunChain, x: Tensor) -> dict[st
     spec = model.spec
     found: dict[str, Any] = {"taps": [], "penalties": []}
     ignored = x
-    context = x = first = model.stem(x)
+    context, x = model.context(x), model.stem(x)
+    first = x
     finals = []
     for number, stage in enumerate(model.stacks):
         if number:
@@ -419,7 +430,7 @@ def _run_loop(loop: Loop, run: RunChain, x: Tensor) -> Tensor:
     values = [x[:, t] for t in times]
     for layer in range(loop.spec.layers):
         start = loop.start(x, layer)
-        if loop.spec.cell == "tanh":  # no highway, no chain
+        if not loop.spec.has_highway:  # no chain
             states = [start]
             for t, value in zip(times, values, strict=True):
                 states.append(loop.step(layer, t, value, states[-1]))
