@@ -84,12 +84,15 @@ def _separating_forks(info: GraphInfo, inside: set[int]) -> list[int]:
 
 def _one_per_period(info: GraphInfo, states: list[int]) -> list[int]:
     """A step that multiplies twice has two branch points; a link is the whole step."""
-
-    def kind(i: int) -> tuple:
-        return (str(info.nodes[i].target), tuple(sorted(str(info.nodes[u].target) for u in info.users[i])))
-
-    kinds = Counter(kind(i) for i in states)
+    kinds = Counter(_kind(info, i) for i in states)
     if len(kinds) < 2:
         return states
     common, times = kinds.most_common(1)[0]
-    return [i for i in states if kind(i) == common] if times * len(kinds) > 0.8 * len(states) and times > 2 else states
+    if times * len(kinds) > 0.8 * len(states) and times > 2:
+        return [i for i in states if _kind(info, i) == common]
+    # Behind the first step there is no state, but the gradients of its gates: one more product, used otherwise.
+    return states if _kind(info, states[-1]) == common else states[:-1]
+
+
+def _kind(info: GraphInfo, i: int) -> tuple:
+    return (str(info.nodes[i].target), tuple(sorted(str(info.nodes[u].target) for u in info.users[i])))

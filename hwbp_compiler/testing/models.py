@@ -6,6 +6,7 @@ names only what differs from the simplest model, so a failing example can be rea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -353,33 +354,51 @@ def program(model: ResidualModel) -> Program:
 
 
 def programs(model: ResidualModel) -> Iterator[Program]:
-    """Every way of reading chains into the model: one where it is pinned, several where links are skipped.
+    """Every way of reading chains into the model: one where it is pinned, many where links are skipped.
 
     Highway-BP of any of them is sound; which one a compiler chooses is its own affair.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
     if len(skipped) > 1:
         raise ValueError(f"{model.spec} skips links in more than one stack: too many ways to read chains into it")
-    for way in _ways(skipped[0]) if skipped else [("none",)]:
-        yield Program(dict(model.named_parameters()), lambda run, x, way=way: _retold(model, way, run, x))
+    for reading in _readings(skipped[0]) if skipped else [()]:
+
+        def forward(run: RunChain, x: Tensor, reading: Reading = reading) -> dict[str, Any]:
+            return _retold(model, reading, run, x)
+
+        yield Program(dict(model.named_parameters()), forward)
 
 
-Way = tuple[Any, ...]
+Reading = tuple[tuple[int, ...], ...]
+"""Chains by their states, for example ((0, 1, 2), (2, 4)): what lies between two successive ones is one link. State i
+of a stack is what link i returns, plus what skips add to it."""
 
 
-def _ways(stack: Stack) -> Iterator[Way]:
-    """How long skips can be read: see :func:`_run_skipping`."""
-    first, last = min(i for i, _ in stack.skips), max(j for _, j in stack.skips)
-    for cut in range(first, last):
-        if all(i <= cut < j for i, j in stack.skips):
-            yield ("cut", cut, True)
-            yield ("cut", cut, False)
-    yield ("merged", True)
-    yield ("merged", False)
-    yield ("carried",)
+def _readings(stack: Stack) -> Iterator[Reading]:
+    """All sound readings of at most two chains of at least two links, the longest first; what is in none is exact."""
+    found = [
+        states
+        for count in range(stack.depth + 1, 2, -1)
+        for states in itertools.combinations(range(stack.depth + 1), count)
+        if _is_sound(stack, states)
+    ]
+    pairs = [(a, b) for a in found for b in found if a[-1] <= b[0]]
+    yield from sorted([*((one,) for one in found), *pairs], key=lambda chains: -sum(map(len, chains)))
+    yield ()
 
 
-def _retold(model: ResidualModel, way: Way, run: RunChain, x: Tensor) -> dict[str, Any]:
+def _is_sound(stack: Stack, states: tuple[int, ...]) -> bool:
+    """No skip by-passes one of ``states``: it comes from before the chain, or from within the link it leads to."""
+    for source, link in stack.skips:
+        target = link - 1
+        if states[0] < target <= states[-1]:
+            start = max(state for state in states if state < target)
+            if states[0] < source < start:
+                return False
+    return True
+
+
+def _retold(model: ResidualModel, reading: Reading, run: RunChain, x: Tensor) -> dict[str, Any]:
     spec = model.spec
     found: dict[str, Any] = {"taps": [], "penalties": []}
     ignored = x
@@ -392,7 +411,7 @@ def _retold(model: ResidualModel, way: Way, run: RunChain, x: Tensor) -> dict[st
         if isinstance(stage, Loop):
             x = _run_loop(stage, run, x)
         elif stage.spec.skips:
-            states, penalties = _run_skipping(stage, way, run, x, context)
+            states, penalties = _run_skipping(stage, reading, run, x, context)
             found["taps"] += stage.taps(states)
             found["penalties"] += penalties
             x = states[-1]
@@ -410,19 +429,12 @@ def _retold(model: ResidualModel, way: Way, run: RunChain, x: Tensor) -> dict[st
     return model.returned(found, finals, ignored)
 
 
-def _link(link: Residual, penalised: bool, context: Tensor, before: Tensors = (), behind: Tensors = ()) -> Link:
-    """``before``, ``behind``: what skips add to the link's input, or to its output."""
-
+def _link(link: Residual, penalised: bool, context: Tensor) -> Link:
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-        x = state[0]
-        for added in side[1 : 1 + len(before)]:
-            x = x + added
-        found, hidden = link(x, side[0], hold)
-        for added in side[1 + len(before) :]:
-            found = found + added
+        found, hidden = link(state[0], side[0], hold)
         return (found,), (hidden,) if penalised else ()
 
-    return Link(step, (context, *before, *behind))
+    return Link(step, (context,))
 
 
 def _run_loop(loop: Loop, run: RunChain, x: Tensor) -> Tensor:
@@ -449,88 +461,49 @@ def _time_step(loop: Loop, layer: int, t: int, value: Tensor) -> Link:
 
 
 def _run_skipping(
-    stage: Links, way: Way, run: RunChain, x: Tensor, context: Tensor
+    stage: Links, reading: Reading, run: RunChain, x: Tensor, context: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Three ways to make sound chains of a stack with long skips; states 0..depth and penalties.
+    """States 0..depth as the model returns them, and penalties."""
+    spec = stage.spec
+    known = {0: x}  # state by number, with what skips add
+    penalties: dict[int, Tensor] = {}
+    starts = {states[0]: states for states in reading}
+    position = 0
+    while position < spec.depth:
+        states = starts.get(position, (position, position + 1))
+        links = [
+            _between(stage, a, b, {i: known[i] for i, _ in spec.skips if i <= states[0]}, context)
+            for a, b in itertools.pairwise(states)
+        ]
+        if position in starts:
+            chain = run(links, (known[position],))
+            reached, outputs = chain.states[1:], chain.outputs
+        else:
+            state, sideways = links[0].step((known[position],), links[0].side, keep)
+            reached, outputs = [state], [sideways]
+        for (a, b), (state,), sideways in zip(itertools.pairwise(states), reached, outputs, strict=True):
+            known[b] = state
+            leaving = iter(sideways)
+            known.update((i, next(leaving)) for i in range(a + 1, b))
+            penalties.update((i, next(leaving)) for i in range(a + 1, b + 1) if i in spec.penalties)
+        position = states[-1]
+    # Nobody looks at a state to which a skip adds something before it does: see ``strategies.stacks``.
+    return [known[i] for i in range(spec.depth + 1)], [penalties[i] for i in spec.penalties]
 
-    ("cut", a, early)     two chains, links 1..a and the others; what a skip brings is added by the link before
-                          (``early``: nothing else sees the state before the addition), or by its own link
-    ("merged", early)     all links between the outermost ends of the skips are one, the last of them not if ``early``
-    ("carried",)          one chain whose state carries what skips hand on
-    """
-    spec, depth = stage.spec, stage.spec.depth
-    wanted = spec.penalties
 
-    def into(i: int) -> list[int]:
-        return [start for start, end in spec.skips if end == i]
+def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], context: Tensor) -> Link:
+    """State ``start`` to state ``end`` as one link; the states between them and all penalties leave sideways."""
+    spec = stage.spec
 
-    if way[0] == "cut":
-        _, cut, early = way
-        states, outputs = [(x,)], []
-        if cut:
-            chain = run([_link(stage.links[i - 1], i in wanted, context) for i in range(1, cut + 1)], (x,))
-            states, outputs = list(chain.states), list(chain.outputs)
-        brought = {i: tuple(states[j][0] for j in into(i)) for i in range(cut + 1, depth + 1)}
-        (start,) = states[-1]
-        if early:
-            for added in brought[cut + 1]:
-                start = start + added
-        rest = []
-        for i in range(cut + 1, depth + 1):
-            before, behind = ((), brought.get(i + 1, ())) if early else (brought[i], ())
-            rest.append(_link(stage.links[i - 1], i in wanted, context, before, behind))
-        chain = run(rest, (start,))
-        # Early, a state is known with what is added to it: who looks at it before that sees the difference.
-        for i, (state,) in enumerate(chain.states[1:], start=cut + 1):
-            for added in brought.get(i + 1, ()) if early else ():
-                state = state - added
-            states.append((state,))
-        outputs += chain.outputs
-        return [state[0] for state in states], [o[0] for o in outputs if o]
+    def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
+        known = {**dict(zip(outside, side[1:], strict=True)), start: state[0]}
+        hiddens = []
+        for i in range(start + 1, end + 1):
+            known[i], hidden = stage.links[i - 1](known[i - 1], side[0], hold)
+            hiddens += [hidden] if i in spec.penalties else []
+            for source, link in spec.skips:
+                if link == i + 1:
+                    known[i] = known[i] + known[source]
+        return (known[end],), (*(known[i] for i in range(start + 1, end)), *hiddens)
 
-    first, last = min(i for i, _ in spec.skips), max(j for _, j in spec.skips)
-    if way[0] == "merged":
-        end = last - 1 if way[1] else last  # links first + 1..end are one
-
-        def merged(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-            inner, outputs = {first: state[0]}, []
-            for i in range(first + 1, end + 1):
-                value = inner[i - 1]
-                for j in into(i):
-                    value = value + inner[j]
-                inner[i], hidden = stage.links[i - 1](value, side[0], hold)
-                outputs += [hidden] if i in wanted else []
-            found = inner[end]
-            for j in into(last) if way[1] else ():
-                found = found + inner[j]
-            return (found,), (*(inner[i] for i in range(first + 1, end + way[1])), *outputs)
-
-        before = [_link(stage.links[i - 1], i in wanted, context) for i in range(1, first + 1)]
-        behind = [_link(stage.links[i - 1], i in wanted, context) for i in range(end + 1, depth + 1)]
-        chain = run([*before, Link(merged, (context,)), *behind], (x,))
-        count = end - first - 1 + way[1]
-        inside = chain.outputs[first][:count]
-        penalties = [*chain.outputs[:first], chain.outputs[first][count:], *chain.outputs[first + 1 :]]
-        plain = [state[0] for state in chain.states]
-        known = [*plain[: first + 1], *inside, *plain[first + 1 + way[1] :]]
-        return known, [o for each in penalties for o in each]
-
-    def carrying(i: int) -> Link:
-        def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-            value, *carried = state
-            for slot, (start, end) in enumerate(spec.skips):
-                if start == 0 and i == 1:
-                    carried[slot] = carried[slot] + value
-                if end == i:
-                    value = value + carried[slot]
-            found, hidden = stage.links[i - 1](value, side[0], hold)
-            for slot, (start, _) in enumerate(spec.skips):
-                if start == i:
-                    carried[slot] = carried[slot] + found
-            return (found, *carried), (hidden,) if i in wanted else ()
-
-        return Link(step, (context,))
-
-    start = (x, *(torch.zeros_like(x) for _ in spec.skips))
-    chain = run([carrying(i) for i in range(1, depth + 1)], start)
-    return [state[0] for state in chain.states], [o[0] for o in chain.outputs if o]
+    return Link(step, (context, *outside.values()))
