@@ -29,6 +29,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensorMode
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
@@ -300,8 +301,7 @@ class _Recorder(TorchDispatchMode):
             if found is not NotImplemented:
                 return found
         found = func(*args, **kwargs)
-        mapped = pytree.tree_map(self.named, (tuple(args), kwargs))
-        node = self.graph.call_function(func, *mapped)
+        node = self.graph.call_function(func, map_aggregate(tuple(args), self.named), map_aggregate(kwargs, self.named))
         if isinstance(found, (list, tuple)):
             node.meta["val"] = type(found)(self._fake(value) for value in found)
             for i, value in enumerate(found):

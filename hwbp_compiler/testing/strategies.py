@@ -39,7 +39,8 @@ def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool 
         blocks=blocks,
         update=draw(st.sampled_from(get_args(Update))),
         pre=draw(st.sampled_from(get_args(Norm))),
-        after=draw(st.one_of(st.just("none"), st.sampled_from(get_args(After)))),
+        # What follows the last link is part of it if the others end so, and those in front of a skip end otherwise.
+        after="none" if joins else draw(st.one_of(st.just("none"), st.sampled_from(get_args(After)))),
         # Links that share weights are of the same kind.
         shared=draw(st.sampled_from((0, 0, len(blocks)))),
         vectors=draw(_often_false),
