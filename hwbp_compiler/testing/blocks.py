@@ -168,13 +168,13 @@ class Normal(nn.Module):
                 return F.rms_norm(x, width, self.weight, self.eps)
             return x / hold(torch.sqrt(x.square().mean(-1, keepdim=True) + self.eps)) * self.weight
         if self.kind in ("batch", "batch_eval"):
-            given = (None, None) if self.kind == "batch" else (self.mean, self.variance)
+            mean, variance = (None, None) if self.kind == "batch" else (self.mean, self.variance)
             if hold is keep:
                 columns = x.transpose(1, -1) if x.dim() == 3 else x
-                found = F.batch_norm(columns, *given, self.weight, self.bias, self.kind == "batch", eps=self.eps)
+                training = self.kind == "batch"
+                found = F.batch_norm(columns, mean, variance, self.weight, self.bias, training, eps=self.eps)
                 return found.transpose(1, -1) if x.dim() == 3 else found
             others = tuple(range(x.dim() - 1))
-            mean, variance = given
             if mean is None or variance is None:
                 mean, variance = x.mean(others), x.var(others, unbiased=False)
             return (x - hold(mean)) / hold(torch.sqrt(variance + self.eps)) * self.weight + self.bias

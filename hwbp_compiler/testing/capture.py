@@ -23,7 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from functorch.compile import default_partition, make_boxed_func, min_cut_rematerialization_partition
+from functorch.compile import (  # type: ignore[import-untyped]
+    default_partition,
+    make_boxed_func,
+    min_cut_rematerialization_partition,
+)
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor import config as inductor_config

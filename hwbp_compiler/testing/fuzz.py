@@ -373,7 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.failures else 0
 
 
-__all__ = ["Fuzzer", "Report", "Setting", "check", "main", "replace"]
+__all__ = ["Fuzzer", "Report", "Setting", "check", "main"]
 
 if __name__ == "__main__":
     sys.exit(main())

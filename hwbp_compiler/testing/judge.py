@@ -40,18 +40,24 @@ def chain_lengths(program: Program, args: Sequence[Any]) -> list[frozenset[int]]
     found: list[frozenset[int]] = []
 
     def run(links: Sequence[Link], state: Tensors) -> ChainRun:
-        states, outputs = [state], []
-        for link in links:
-            state, sideways = link.step(state, link.side, keep)
-            states.append(state)
-            outputs.append(sideways)
-        idle = sum(not any(t.requires_grad for t in state) for state in states)
+        done = plainly(links, state)
+        idle = sum(not any(t.requires_grad for t in state) for state in done.states)
         length = len(links) - idle
         found.append(frozenset({length, length + 1} if idle else {length}))
-        return ChainRun(states, outputs)
+        return done
 
     program.forward(run, *args)
     return found
+
+
+def plainly(links: Sequence[Link], state: Tensors) -> ChainRun:
+    """Run a chain as eager mode does: a ``run_chain`` for :class:`Program` under which autograd is backprop."""
+    states, outputs = [state], []
+    for link in links:
+        state, sideways = link.step(state, link.side, keep)
+        states.append(state)
+        outputs.append(sideways)
+    return ChainRun(states, outputs)
 
 
 def judge(

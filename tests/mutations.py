@@ -1,0 +1,204 @@
+"""Planted bugs, each with the tests that must fail on it:  python tests/mutations.py [NAME ...]
+
+Every bug is put into a copy of the sources, and the tests named beside it are run there. Prints a table; the exit
+status is 1 if a bug went unnoticed. ``tests/test_mutations.py`` keeps the list in step with the sources.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROPERTIES = "tests/test_properties.py"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` becomes ``new`` in ``file``; one of ``tests`` (pytest node ids) has to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = [
+    Mutation(
+        "one round too few",
+        "passes/rewrite.py",
+        "for _ in range(self.iterations):",
+        "for _ in range(self.iterations - 1):",
+        (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
+    ),
+    Mutation(
+        "damping leaves the block as it was",
+        "passes/rewrite.py",
+        "if self.damping and rows is not None:",
+        "if False and rows is not None:",
+        (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
+    ),
+    Mutation(
+        "damping does not reach the highway",
+        "passes/rewrite.py",
+        "keep = 1.0 - self.damping",
+        "keep = 1.0",
+        (f"{PROPERTIES}::test_damping_one_is_fixed_point_iteration",),
+    ),
+    Mutation(
+        "the multipliers are those of the next link",
+        "passes/rewrite.py",
+        "made = e.call(aten.cat.default, [scaled, e.call(aten.slice.Tensor, scaled, 0, 0, 1)])",
+        "made = e.call(aten.cat.default, [e.call(aten.slice.Tensor, scaled, 0, 0, 1), scaled])",
+        (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
+    ),
+    Mutation(
+        "an elementwise path inside a heavy one counts as highway",
+        "hwbp_compiler/graph/evaluate.py",
+        "return mode if elementwise_argument(self.program, i, ref) else Mode.STATE",
+        "return mode",
+        (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
+    ),
+    Mutation(
+        "side outputs come from the gradients one link further on",
+        "passes/rewrite.py",
+        "return self.links - state",
+        "return max(0, self.links - state - 1)",
+        (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
+    ),
+    Mutation(
+        "injections are forgotten",
+        "hwbp_compiler/graph/evaluate.py",
+        "if mode in (Mode.FULL, Mode.INJECT):\n            terms.append(self.inject(i))",
+        "if mode in (Mode.FULL,):\n            terms.append(self.inject(i))",
+        (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
+    ),
+    Mutation(
+        "something constant is added to a side output",
+        "passes/rewrite.py",
+        "            value = evaluator.value(Mode.FULL, i)\n",
+        "            value = evaluator.value(Mode.FULL, i)\n"
+        "            value = Value(self.e.call(aten.add.Tensor, value.node, 1e-3), value.batched)\n",
+        (f"{PROPERTIES}::test_rewritten_gradients_are_linear_in_the_incoming_gradient",),
+    ),
+    Mutation(
+        "links are told apart by the names of their nodes",
+        "hwbp_compiler/graph/program.py",
+        'return ("ext", value.additive, str(shape_of(node)), str(_dtype_of(node)))',
+        'return ("ext", value.additive, node.name)',
+        (f"{PROPERTIES}::test_detection_depends_neither_on_names_nor_on_the_order_of_nodes",
+         "tests/test_fidelity.py::test_chains_found_are_those_the_paper_means"),
+    ),
+    Mutation(
+        "a sum over the batch becomes a mean",
+        "hwbp_compiler/graph/batching.py",
+        "    return Value(e.call(target, x.node, shifted, *rest, **kwargs), True)",
+        "    return Value(e.call(aten.mean.dim, x.node, shifted, *rest), True)",
+        (f"{PROPERTIES}::test_a_batch_of_two_is_two_batches_of_one",),
+    ),
+    Mutation(
+        "a dropout mask is drawn anew for the links",
+        "hwbp_compiler/graph/stacking.py",
+        "return self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)",
+        "return Value(nodes[0], False) if 'gt' in nodes[0].name else "
+        "self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)",
+        (f"{PROPERTIES}::test_rewritten_gradients_use_the_dropout_masks_of_their_forward",),
+    ),
+    Mutation(
+        "the forward pass is tidied up too",
+        "passes/apply.py",
+        "if not node.users and (node in created or node in removable):",
+        "if not node.users and node.op == 'call_function':",
+        ("tests/test_fidelity.py::test_forward_graph_is_untouched_node_for_node",
+         "tests/test_fidelity.py::test_without_a_chain_the_graph_is_untouched"),
+    ),
+    Mutation(
+        "a graph without chains is changed",
+        "passes/pipeline.py",
+        "    records: list[ChainRecord] = []\n",
+        "    records: list[ChainRecord] = []\n"
+        "    next(n for n in graph.nodes if n.op == 'call_function')._rename('touched')\n",
+        ("tests/test_fidelity.py::test_without_a_chain_the_graph_is_untouched",),
+    ),
+    Mutation(
+        "every look at the graph looks at all pairs of nodes",
+        "hwbp_compiler/graph/info.py",
+        "        self._kinds: dict[int, Kind | None] = {}",
+        "        sum(len(a.users) and 0 for a in self.nodes for b in self.nodes)\n"
+        "        self._kinds: dict[int, Kind | None] = {}",
+        (f"{PROPERTIES}::test_node_count_and_work_of_the_passes_are_near_linear_in_depth",),
+    ),
+    Mutation(
+        "the cache does not know the options",
+        "hwbp_compiler/backend.py",
+        'return f"{source_digest()} {self.options} torch',
+        'return f"{source_digest()} torch',
+        ("tests/test_backend.py::test_every_option_is_in_the_uuid",),
+    ),
+    Mutation(
+        "the head may end in a block more than its neighbour",
+        "passes/check_separation.py",
+        "return not any(info.index[t] in reached for terms in head.injections.values() for t in terms)",
+        "return True",
+        ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
+    ),
+    Mutation(
+        "the tail takes any weights of the right shape",
+        "hwbp_compiler/graph/match.py",
+        "if expected.slot in self.shared and not same_value(actual, self.shared[expected.slot]):",
+        "if False:",
+        ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
+    ),
+    Mutation(
+        "what follows the last state of a recurrence is one more",
+        "passes/find_recurrences.py",
+        "return states if _kind(info, states[-1]) == common else states[:-1]",
+        "return states",
+        ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
+    ),
+]  # fmt: skip
+
+
+def caught(mutation: Mutation) -> bool:
+    """Whether one of the tests fails where the bug is planted."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=ignored)
+        source = copy / mutation.file
+        source.write_text(source.read_text().replace(mutation.old, mutation.new))
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *mutation.tests],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": str(copy)},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+    if done.returncode not in (0, 1):  # neither passed nor failed: could not be run
+        raise RuntimeError(f"{mutation.name}: {done.stdout}{done.stderr}")
+    return done.returncode == 1
+
+
+def main(names: list[str]) -> int:
+    sys.stdout.reconfigure(line_buffering=True)
+    chosen = [mutation for mutation in MUTATIONS if not names or mutation.name in names]
+    unnoticed = 0
+    for mutation in chosen:
+        start = time.monotonic()
+        found = caught(mutation)
+        unnoticed += not found
+        print(f"{'caught' if found else 'UNNOTICED':10s} {time.monotonic() - start:4.0f} s  {mutation.name}")
+    print(f"{len(chosen) - unnoticed} of {len(chosen)} planted bugs are caught.")
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

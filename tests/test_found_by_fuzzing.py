@@ -1,0 +1,70 @@
+"""Programs on which the fuzzer has once found wrong gradients; each fails without the change that was made then."""
+
+from __future__ import annotations
+
+import pytest
+
+from hwbp_compiler.testing import fuzz, judge, models
+from hwbp_compiler.testing.fuzz import Setting, check
+from hwbp_compiler.testing.models import Model, Recurrence, Stack
+
+FOUND = {
+    # The head was taken for a link of fewer blocks, and its own second block for a loss: exact where it is to be cut.
+    "parallel_block_at_the_end": (
+        Model(stacks=(Stack(depth=4, width=2, blocks=("mlp", "parallel")),), batch=1, length=1),
+        Setting(0, 0.0),
+    ),
+    # Input and state of one size: the gradient of the first input was taken for that of the first state.
+    "lstm_whose_input_is_as_wide_as_its_state": (
+        Model(stacks=(Recurrence(width=2, cell="lstm", start="learnt"),), length=4),
+        Setting(0, 0.0),
+    ),
+    # No state behind the first step: the gradient of its gate was taken for one, and damped.
+    "three_steps_of_an_elementwise_recurrence": (
+        Model(stacks=(Recurrence(cell="min_gru"),), batch=1, length=3),
+        Setting(0, 0.2),
+    ),
+    # ``prims.rev``, the gradient of a running sum, had no rule: declined.
+    "running_mean": (Model(stacks=(Stack(blocks=("cumulative",)),), length=3), Setting(1, 0.2)),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_the_fuzzer_once_found_is_right_now(name):
+    spec, setting = FOUND[name]
+    ((verdict, records),) = check(spec, (setting,))
+    if name == "running_mean":
+        assert verdict.rewritten == (True,), [record.reason for record in records]
+
+
+def test_a_short_run_finds_nothing(tmp_path):
+    fuzzer = fuzz.Fuzzer(seed=0, seconds=6, folder=tmp_path, dynamo=0.0, inductor=0.0)
+    report = fuzzer.run()
+    assert not report.failures, report
+    assert report.checks >= 5 and report.chains["rewritten"]
+
+
+def test_a_wrong_gradient_is_found_made_small_and_saved(tmp_path, monkeypatch):
+    from hwbp_compiler.passes import rewrite
+
+    right = rewrite._ChainRewriter._multipliers
+    monkeypatch.setattr(rewrite._ChainRewriter, "_multipliers", lambda self, v, k, keep: right(self, v, k, 0.9 * keep))
+    fuzzer = fuzz.Fuzzer(seed=0, seconds=10, folder=tmp_path, dynamo=0.0, inductor=0.0, shrinking=2)
+    report = fuzzer.run()
+    assert report.failures
+    script = report.failures[0].read_text()
+    with pytest.raises(AssertionError, match="is off by"):
+        exec(compile(script, "saved", "exec"), {})
+
+
+def test_readings_of_a_skip_are_sound_and_all_compute_the_model():
+    spec = Model(stacks=(Stack(depth=4, skip=(0, 3), taps=(1, 4), penalties=(2,)),))
+    model, args, _ = models.build(spec)
+    output = model(*args)
+    count = 0
+    for program in models.programs(model):
+        retold = program.forward(judge.plainly, *args)
+        assert all(a.equal(b) for a, b in zip(retold["taps"], output["taps"], strict=True))
+        assert retold["final"].allclose(output["final"])
+        count += 1
+    assert count > 5
