@@ -34,8 +34,8 @@ MUTATIONS = [
     Mutation(
         "one round too few",
         "passes/rewrite.py",
-        "for _ in range(self.iterations):",
-        "for _ in range(self.iterations - 1):",
+        "for k in range(1, self.iterations + 1):",
+        "for k in range(1, self.iterations):",
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
     ),
     Mutation(
@@ -106,9 +106,9 @@ MUTATIONS = [
     Mutation(
         "a dropout mask is drawn anew for the links",
         "hwbp_compiler/graph/stacking.py",
-        "return self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)",
-        "return Value(nodes[0], False) if 'gt' in nodes[0].name else "
-        "self._rows_of_one(nodes) or self._recomputed(nodes) or self._copied(nodes)",
+        "        columns = self.plan.operands(nodes)\n        return self._recomputed",
+        "        if nodes[0].meta['val'].dtype is torch.bool:\n            return Value(nodes[0], False)\n"
+        "        columns = self.plan.operands(nodes)\n        return self._recomputed",
         (f"{PROPERTIES}::test_rewritten_gradients_use_the_dropout_masks_of_their_forward",),
     ),
     Mutation(

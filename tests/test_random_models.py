@@ -21,9 +21,11 @@ small = strategies.models(max_stacks=2, max_depth=4)
 
 def autograd(spec):
     model, args, loss = models.build(spec)
-    leaves = {name: p for name, p in model.named_parameters()}
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves.update({0: args[0]} if spec.input_grad else {})
     output = model(*args)
+    if not leaves:  # all of it is frozen
+        return output, {}
     found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
     zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
     return output, {k: z if g is None else g for k, g, z in zip(leaves, found, zeros, strict=True)}

@@ -108,6 +108,7 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
         verdict = judge(
             models.programs(reference), wide_args, loss, _widened(output), gradients, records,
             iterations=setting.iterations, damping=setting.damping, least=max(setting.min_length, 3),
+            tails=not spec.pinned,
             tolerance=tolerance, noise=1e-4 if low else 1e-12, forward_tolerance=1e-3 if low else 1e-11,
         )  # fmt: skip
         found.append((verdict, records))

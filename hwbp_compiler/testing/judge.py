@@ -71,6 +71,7 @@ def judge(
     iterations: int,
     damping: float,
     least: int = 2,
+    tails: bool = False,
     tolerance: float = 1e-6,
     noise: float = 1e-12,
     forward_tolerance: float = 1e-11,
@@ -78,6 +79,7 @@ def judge(
     """Raises AssertionError unless one of ``programs`` explains ``gradients`` and what ``records`` say.
 
     programs   the model retold; several where it is open which chains it has
+    tails      a chain may count the link in front of it, which is exact: its outputs are computed with the chain's
     least      the shortest chain that has to be found (``min_length``, or longer)
     records    ``.length``, ``.decision``, ``.reason`` of every chain the compiler has found
     """
@@ -85,6 +87,8 @@ def judge(
     closest: tuple[float, str] = (float("inf"), f"no choice of chains has the lengths {rewritten} that were rewritten")
     for program in programs:
         lengths = chain_lengths(program, args)
+        if tails:
+            lengths = [n | {max(n) + 1} for n in lengths]
         for chosen in _choices(lengths, rewritten):
             exact = [i for i in range(len(lengths)) if i not in chosen]
             torch.manual_seed(0)

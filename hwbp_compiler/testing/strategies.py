@@ -19,8 +19,14 @@ _often_false = st.sampled_from((False, False, False, True))
 
 
 @st.composite
-def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False) -> Stack:
-    """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains."""
+def stacks(
+    draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False
+) -> Stack:
+    """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains;
+    ``dtypes``: some compute in float32 inside."""
+    kinds, afters = (
+        st.sampled_from([kind for kind in get_args(names) if dtypes or kind != "cast"]) for names in (BlockKind, After)
+    )
     depth = draw(st.integers(3, max_depth))
     some = st.lists(st.integers(1, depth), unique=True, max_size=depth).map(lambda found: tuple(sorted(found)))
     links = st.one_of(st.just(()), some)
@@ -32,7 +38,7 @@ def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool 
     joins = {j - 1 for _, j in Stack(depth=depth, skip=skip, unet=unet).skips}
     # A state that is looked at before a skip is added to it: is it a state, or does it leave its link sideways?
     taps = links.map(lambda found: tuple(i for i in found if i not in joins))
-    blocks = tuple(draw(st.lists(st.sampled_from(get_args(BlockKind)), min_size=1, max_size=3)))
+    blocks = tuple(draw(st.lists(kinds, min_size=1, max_size=3)))
     return Stack(
         depth=depth,
         width=draw(st.integers(min(2, max_width), max_width)),
@@ -40,7 +46,7 @@ def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool 
         update=draw(st.sampled_from(get_args(Update))),
         pre=draw(st.sampled_from(get_args(Norm))),
         # What follows the last link is part of it if the others end so, and those in front of a skip end otherwise.
-        after="none" if joins else draw(st.one_of(st.just("none"), st.sampled_from(get_args(After)))),
+        after="none" if joins else draw(st.one_of(st.just("none"), afters)),
         # Links that share weights are of the same kind.
         shared=draw(st.sampled_from((0, 0, len(blocks)))),
         vectors=draw(_often_false),
@@ -78,14 +84,16 @@ def models(
 ) -> Model:  # fmt: skip
     """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` can retell it.
 
-    ``loops``: with recurrences too; ``dtypes``: in float32 too.
+    ``loops``: with recurrences too; ``dtypes``: in float32 too, or with casts inside.
     """
-    stage: st.SearchStrategy = stacks(max_depth, max_width)
+    stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes)
     if loops:
         stage = st.one_of(stage, stage, recurrences(max_width))
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
     if skips and draw(st.booleans()):  # one stack at most: each has several ways to be read
-        stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True))
+        stages[draw(st.integers(0, len(stages) - 1))] = draw(
+            stacks(max_depth, max_width, skips=True, dtypes=dtypes)
+        )
     recurrent = any(isinstance(found, Recurrence) for found in stages)
     batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(
