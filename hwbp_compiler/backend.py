@@ -23,7 +23,14 @@ from .errors import HighwayError
 from .graph.info import is_tangent
 from .options import Options, parse
 from .passes.decide import cores
-from .torch_private import CustomGraphPass, check_when_configured, compile_fx, user_joint_passes
+from .torch_private import (
+    CONTROL_FLOW,
+    CustomGraphPass,
+    check_when_configured,
+    compile_fx,
+    ddp_cuts_graphs,
+    user_joint_passes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +52,53 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
-    if ours.rewrite != "never":
-        patches["joint_custom_pre_pass"] = _in_sequence(*user_joint_passes(patches), HighwayPass(ours))
-    return compile_fx(gm, example_inputs, patches)
+    if ours.rewrite == "never":
+        return compile_fx(gm, example_inputs, patches)
+    if ddp_cuts_graphs():
+        _warn_of_cuts()
+    rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), HighwayPass(ours))}
+    # Inductor changes the graph it is given; what is tried next starts from here.
+    copied = torch.fx.Graph()
+    copied.output(copied.graph_copy(gm.graph, {}))
+    again = torch.fx.GraphModule(gm, copied)
+    try:
+        return compile_fx(gm, example_inputs, rewriting)
+    except (HighwayError, *CONTROL_FLOW):
+        raise
+    except Exception as error:
+        count("failures")
+        if ours.strict:
+            raise _as_highway_error("compiling the rewritten graph failed", error) from error
+        return _less_compiled(again, example_inputs, patches, error)
+
+
+def _less_compiled(
+    gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], error: Exception
+) -> Callable[..., Any]:
+    """Without the rewrite; in eager mode where Inductor fails on that too (no C++ compiler, say)."""
+    reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    log.debug("where it failed", exc_info=error)
+    eager = torch.fx.GraphModule(gm, gm.graph)
+    try:
+        compiled = compile_fx(gm, example_inputs, patches)
+    except CONTROL_FLOW:
+        raise
+    except Exception as second:
+        log.debug("where it failed without the rewrite", exc_info=second)
+        _warn_once(reason, "compiling failed", "this graph runs in eager mode")
+        return eager.forward
+    _warn_once(reason, "compiling the rewritten graph failed")
+    return compiled
+
+
+def _as_highway_error(what: str, error: Exception) -> HighwayError:
+    frame = inspect.currentframe()
+    return HighwayError(
+        f"{what} and strict=True: {type(error).__name__}: {error}. "
+        "Without strict=True this graph is compiled as Inductor would compile it.",
+        inner_exception=error,
+        first_useful_frame=frame and frame.f_back,
+    ).with_traceback(error.__traceback__)
 
 
 def register_lowerings() -> None:
@@ -72,19 +123,16 @@ class HighwayPass(CustomGraphPass):
         if not any(is_tangent(node) for node in graph.nodes):
             count("inference_graphs")
             return
+        untouched = torch.fx.Graph()
+        output = untouched.graph_copy(graph, {})
         try:
             records = passes.run(graph, self.options)
         except Exception as error:
             count("failures")
-            reason = f"{type(error).__name__}: {error}"
             if self.options.strict:
-                raise HighwayError(
-                    f"the highway rewrite failed and strict=True: {reason}. "
-                    "Without strict=True this graph is compiled as Inductor would compile it.",
-                    inner_exception=error,
-                    first_useful_frame=inspect.currentframe(),
-                ).with_traceback(error.__traceback__) from error
-            _warn_once(reason)
+                raise _as_highway_error("the highway rewrite failed", error) from error
+            _restore(graph, untouched, output)
+            _warn_once(f"{type(error).__name__}: {error}")
             log.debug("where it failed", exc_info=error)
             return
         log.debug("joint graph of %d nodes: %d chains", len(graph.nodes), len(records))
@@ -147,9 +195,33 @@ def source_digest() -> str:
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def _warn_of_cuts() -> None:
     log.warning(
-        "the highway rewrite failed (%s); this graph is compiled as Inductor would compile it. "
-        'options={"strict": True} raises instead, TORCH_LOGS="+hwbp_compiler" shows where.',
-        reason,
+        "DistributedDataParallel makes torch.compile cut the model where a bucket of gradients is full, and with it "
+        "every residual path that crosses such a place: the pieces are rewritten apart, or left exact where they are "
+        "short. torch._dynamo.config.optimize_ddp = False keeps the model whole."
     )
+
+
+@functools.cache
+def _warn_once(
+    reason: str,
+    what: str = "the highway rewrite failed",
+    instead: str = "this graph is compiled as Inductor would compile it",
+) -> None:
+    log.warning(
+        '%s (%s); %s. options={"strict": True} raises instead, TORCH_LOGS="+hwbp_compiler" shows where.',
+        what,
+        reason,
+        instead,
+    )
+
+
+def _restore(graph: torch.fx.Graph, untouched: torch.fx.Graph, output: Any) -> None:
+    """Put ``untouched``, a copy without its output node, in place of whatever a failed pass has left."""
+    metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    moved: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.graph_copy(untouched, moved)
+    graph.output(torch.fx.map_arg(output, moved.__getitem__)).meta.update(metadata)

@@ -1,8 +1,9 @@
-"""Every private torch API the package uses, in this one file. Read and run on torch 2.13.0.
+"""Every private torch API the package uses, in this one file. Read and run on torch 2.11.0, 2.13.0 and 2.14.1.
 
 | name here | torch's | why |
 |---|---|---|
 | `ShortenTraceback` | `torch._dynamo.exc` | exceptions of this class leave a backend unwrapped |
+| `CONTROL_FLOW` | `torch._dynamo.exc` | what a backend raises to make Dynamo start again is no failure |
 | `CustomGraphPass` | `torch._inductor.custom_graph_pass` | a pass with a uuid keeps graphs cacheable |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
 | `counter` | `torch._dynamo.utils.counters` | where every other part of torch.compile counts |
@@ -10,6 +11,8 @@
 | `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
 | `user_joint_passes` | `torch._inductor.config` | the user's own `joint_custom_pre_pass` |
 | `check_when_configured` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend with its options |
+| `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
+whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
 `torch._inductor.list_options` and `list_mode_options` are public.
@@ -28,10 +31,12 @@ import torch
 import torch._inductor.config as inductor_config
 import torch._inductor.inductor_prims
 from torch._dynamo import eval_frame
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.utils import counters as _counters
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 
+CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 NEWEST_KNOWN = (2, 14)
 
 
@@ -102,3 +107,20 @@ def check_when_configured(backend: Callable[..., Any], check: Callable[..., Any]
         return original(compiler_fn)
 
     eval_frame.get_compiler_fn = get_compiler_fn
+
+
+def ddp_cuts_graphs() -> bool:
+    """Whether what is being compiled is a DistributedDataParallel model that Dynamo splits at bucket boundaries.
+
+    Dynamo's DDP optimizer compiles one graph per bucket of gradients. False where the model fits into one.
+    """
+    if not torch.distributed.is_available():
+        return False
+    from torch._dynamo.utils import get_optimize_ddp_mode
+    from torch.nn.parallel import DistributedDataParallel
+
+    module = DistributedDataParallel._get_active_ddp_module()
+    if module is None or get_optimize_ddp_mode() != "ddp_optimizer":
+        return False
+    size = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return size > min(module.bucket_bytes_cap, torch.distributed._DEFAULT_FIRST_BUCKET_BYTES)

@@ -204,9 +204,9 @@ def _flops(node: Node) -> float:
     value = node.meta.get("val")
     if formula is None or isinstance(value, torch.SymInt):
         return 2.0 * bytes_of(value)
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: _with_hints(n.meta["val"]))
     try:
-        return float(formula(*args, **kwargs, out_val=value))
+        return float(formula(*args, **kwargs, out_val=_with_hints(value)))
     except Exception:  # a formula may refuse shapes it does not know; the estimate does without it
         return 2.0 * bytes_of(value)
 
@@ -219,8 +219,23 @@ def bytes_of(value: object) -> int:
         return 0
     total = value.element_size()
     for size in value.shape:
-        total *= size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1
+        total *= _hint(size)
     return total
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1
+
+
+def _with_hints(value: object) -> object:
+    """``value`` with numbers for symbolic sizes: to compute with a symbol would tie the graph to this size of it."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_with_hints(v) for v in value)
+    if isinstance(value, torch.SymInt):
+        return _hint(value)
+    if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
+        return torch.empty([_hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+    return value
 
 
 def _copied(group: Group) -> tuple[int, int]:

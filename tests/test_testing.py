@@ -89,6 +89,24 @@ def test_a_wrong_output_is_noticed(small, compile_with):
         testing.assert_forward_unchanged(model, args)
 
 
+def test_gradients_that_are_not_linear_are_noticed(small, compile_with):
+    model, args, _ = small
+
+    def clipping_backend(model, options):
+        def step(*args):
+            out = model(*args)
+            out.register_hook(lambda g: g.clamp(-1.0, 1.0))
+            return out
+
+        return step
+
+    compile_with(exact_backend)
+    testing.assert_linear(model, args)
+    compile_with(clipping_backend)
+    with pytest.raises(AssertionError, match="times the loss"):
+        testing.assert_linear(model, args)
+
+
 def test_backprop_is_not_a_truncation(small, compile_with):
     model, args, program = small
     compile_with(exact_backend)
@@ -101,7 +119,7 @@ def test_check_counts_the_claims_that_hold(small, compile_with, capsys):
     model, args, program = small
     compile_with(exact_backend)
     assert not testing.check(model, args, program=program, iterations=(1, 4), damping=(0.0,))
-    assert "3 of 4 claims hold" in capsys.readouterr().out
+    assert "4 of 5 claims hold" in capsys.readouterr().out
 
 
 def test_assertions_leave_the_users_model_alone(small, compile_with):

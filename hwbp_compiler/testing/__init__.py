@@ -18,6 +18,7 @@ from .assertions import (
     assert_closer,
     assert_exact_at_full_length,
     assert_forward_unchanged,
+    assert_linear,
     assert_matches_truncation,
     check,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "assert_exact_at_full_length",
     "assert_forward_unchanged",
     "assert_gradients_close",
+    "assert_linear",
     "assert_matches_truncation",
     "check",
     "cosine",

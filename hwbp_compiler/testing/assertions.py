@@ -64,6 +64,26 @@ def assert_exact_at_full_length(
         assert_gradients_close(got, expected, tolerance, what=f"iterations={iterations!r}")
 
 
+def assert_linear(
+    model: nn.Module,
+    args: Sequence[Any],
+    loss: Loss = probe_loss,
+    *,
+    options: Mapping[str, Any] | None = None,
+    tolerance: float = 1e-9,
+    seed: int = SEED,
+) -> None:
+    """Truncated or not, the gradients are linear in the gradient that comes in: a loss three times as large has
+    gradients three times as large, and one turned round has them turned round."""
+    _, compiled, inputs = _copies(model, args)
+    step = _compile(compiled, options)
+    once = _gradients(step, compiled, inputs, loss, seed)
+    for factor in (3.0, -1.0):
+        scaled = _gradients(step, compiled, inputs, lambda output, factor=factor: factor * loss(output), seed)
+        wanted = {key: factor * gradient for key, gradient in once.items()}
+        assert_gradients_close(scaled, wanted, tolerance, what=f"{factor} times the loss")
+
+
 def assert_matches_truncation(
     model: nn.Module,
     args: Sequence[Any],
@@ -135,6 +155,7 @@ def check(
     claims: list[tuple[str, Callable[[], None]]] = [
         ("forward unchanged", partial(assert_forward_unchanged, model, args, options=options))
     ]
+    claims.append(("linear in the incoming gradient", partial(assert_linear, model, args, loss, options=options)))
     for gamma in damping:
         damped = {**(options or {}), "damping": gamma}
         exact = partial(assert_exact_at_full_length, model, args, loss, options=damped)

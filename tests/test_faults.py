@@ -1,0 +1,178 @@
+"""The promise for when something fails: the model trains with right gradients, one warning, and strict raises.
+
+The marker ``fault(name, outcome)`` is what ``tests/reliability.py`` makes the second table of docs/reliability.md from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_combinations import OPTIONS, expected, gradients, inputs, loss_of, make
+
+import hwbp_compiler
+from hwbp_compiler import HighwayError, backend
+from hwbp_compiler.passes import pipeline
+from hwbp_compiler.scan import cpu
+from hwbp_compiler.testing import assert_gradients_close
+
+fault = pytest.mark.fault
+RELAXED = {**OPTIONS, "strict": False}
+
+
+@pytest.fixture(autouse=True)
+def warned(caplog):
+    for remembered in (backend._warn_once, backend._warn_of_cuts):
+        remembered.cache_clear()
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "hwbp" in r.name]
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+def assert_trains_exactly(iterations="exact"):
+    model, x = make(), inputs()
+    loss_of(torch.compile(model, backend="highway", options=RELAXED)(x)).backward()
+    assert_gradients_close(gradients(model), expected(model, x, iterations), 1e-4, 1e-6)
+
+
+def assert_strict_raises(match):
+    torch._dynamo.reset()
+    with pytest.raises(HighwayError, match=match):
+        torch.compile(make(), backend="highway", options=OPTIONS)(inputs())
+
+
+PASSES = ("GraphInfo", "find_chains", "find_recurrences", "check_separation", "split_links", "group_links", "estimate",
+          "rewrite_chain", "apply", "_described")  # fmt: skip
+
+
+@fault("an exception in any pass", "that graph is compiled as by Inductor; exact gradients")
+@pytest.mark.parametrize("name", PASSES)
+def test_an_exception_in_a_pass(name, monkeypatch, warned):
+    monkeypatch.setattr(pipeline, name, raising(ZeroDivisionError("planted")))
+    assert_trains_exactly()
+    (message,) = warned()
+    assert "ZeroDivisionError: planted" in message and "as Inductor would compile it" in message
+    assert hwbp_compiler.counters()["failures"] == 1
+    assert_strict_raises("planted")
+
+
+@fault("an exception when the graph is half changed", "the graph is restored; exact gradients")
+def test_an_exception_when_the_graph_is_half_changed(monkeypatch, warned):
+    whole = pipeline.apply
+
+    def half(*args, **kwargs):
+        whole(*args, **kwargs)
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(pipeline, "apply", half)
+    assert_trains_exactly()
+    assert len(warned()) == 1
+
+
+@fault("out of memory in a pass", "as any exception in a pass")
+def test_out_of_memory_in_a_pass(monkeypatch, warned):
+    monkeypatch.setattr(pipeline, "rewrite_chain", raising(MemoryError("planted")))
+    assert_trains_exactly()
+    assert len(warned()) == 1
+
+
+def failing_first(monkeypatch, error, times):
+    """Inductor fails the first ``times`` times."""
+    real, left = backend.compile_fx, [times]
+
+    def compile_fx(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(backend, "compile_fx", compile_fx)
+
+
+ERRORS = {
+    "out of memory during compilation": torch.OutOfMemoryError("planted"),
+    "missing Triton": ModuleNotFoundError("No module named 'triton'"),
+    "an Inductor bug": AssertionError("planted"),
+}
+
+
+@fault(
+    "out of memory, missing Triton or an error of Inductor's, on the rewritten graph alone",
+    "compiled without the rewrite; exact gradients",
+)
+@pytest.mark.parametrize("name", ERRORS)
+def test_inductor_fails_on_the_rewritten_graph(name, monkeypatch, warned):
+    failing_first(monkeypatch, ERRORS[name], times=1)
+    assert_trains_exactly()
+    (message,) = warned()
+    assert "as Inductor would compile it" in message and type(ERRORS[name]).__name__ in message
+    failing_first(monkeypatch, ERRORS[name], times=1)
+    assert_strict_raises(type(ERRORS[name]).__name__)
+
+
+@fault("the same on any graph", "the graph runs in eager mode; exact gradients")
+@pytest.mark.parametrize("name", ERRORS)
+def test_inductor_fails_on_every_graph(name, monkeypatch, warned):
+    failing_first(monkeypatch, ERRORS[name], times=2)
+    assert_trains_exactly()
+    (message,) = warned()
+    assert "eager mode" in message
+
+
+@fault("the scan's C++ kernel cannot be built", "the scan runs in torch operators; gradients are w^k's")
+def test_the_scan_kernel_cannot_be_built(monkeypatch, warned):
+    monkeypatch.setattr(cpu, "load", lambda dtype: None)
+    values, multipliers = torch.randn(9, 3), torch.rand(9, 3)
+    found = cpu.linear_scan_cpu(values, multipliers)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, cpu.linear_scan_cpu(values, multipliers))
+
+
+SCRIPT = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_combinations import make, inputs, loss_of, expected, gradients, OPTIONS
+from hwbp_compiler import HighwayError
+from hwbp_compiler.testing import assert_gradients_close
+
+if len(sys.argv) > 2:  # only now: importing torch._dynamo makes the folder, and fails by itself where it cannot
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = sys.argv[2]
+model, x = make(), inputs()
+loss_of(torch.compile(model, backend="highway", options={**OPTIONS, "strict": False})(x)).backward()
+assert_gradients_close(gradients(model), expected(model, x, "exact"), 1e-4, 1e-6)
+torch._dynamo.reset()
+try:
+    torch.compile(make(), backend="highway", options=OPTIONS)(x)
+except HighwayError:
+    print("RIGHT")
+"""
+
+
+def run(tmp_path, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, os.path.dirname(__file__), *arguments], cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "RIGHT" in done.stdout, output
+    assert output.count("eager mode") == 1, output
+
+
+@fault("no working C++ compiler", "the graph runs in eager mode; exact gradients")
+def test_no_working_compiler(tmp_path):
+    run(tmp_path, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+
+
+@fault("a cache folder that cannot be written", "the graph runs in eager mode; exact gradients")
+def test_unwritable_cache_folder(tmp_path):
+    (tmp_path / "file").touch()  # not even root can make a folder in it
+    run(tmp_path, str(tmp_path / "file" / "cache"))
