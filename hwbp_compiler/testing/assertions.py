@@ -79,7 +79,7 @@ def assert_linear(
     step = _compile(compiled, options)
     once = _gradients(step, compiled, inputs, loss, seed)
     for factor in (3.0, -1.0):
-        scaled = _gradients(step, compiled, inputs, lambda output, factor=factor: factor * loss(output), seed)
+        scaled = _gradients(step, compiled, inputs, partial(_scaled, factor, loss), seed)
         wanted = {key: factor * gradient for key, gradient in once.items()}
         assert_gradients_close(scaled, wanted, tolerance, what=f"{factor} times the loss")
 
@@ -178,6 +178,10 @@ def check(
 
 
 # ---------------------------------------------------------------------------------------------------------
+
+
+def _scaled(factor: float, loss: Loss, output: Any) -> Tensor:
+    return factor * loss(output)
 
 
 def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:

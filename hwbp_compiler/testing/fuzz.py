@@ -11,7 +11,6 @@ if anything failed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import logging
@@ -252,15 +251,11 @@ def _general(reason: str) -> str:
     return re.sub(r"\([\d, ]*\)|\b\w+_\d+\b|\d+", "..", reason)
 
 
-class _OutOfTime(Exception):
-    pass
-
-
 class Fuzzer:
     def __init__(
         self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0
     ) -> None:
-        self.shrinking = shrinking
+        self.shrinking, self.limit = shrinking, float("inf")
         self.seed, self.folder = seed, folder
         self.end = time.monotonic() + seconds
         self.shares = {"inductor": inductor, "dynamo": dynamo}
@@ -268,10 +263,11 @@ class Fuzzer:
         self.seen: set[int] = set()
         self.known: set[str] = set()
 
-    def run(self, max_programs: int | None = None, progress: float = 60.0) -> Report:
+    def run(self, max_programs: float = float("inf"), progress: float = 60.0) -> Report:
+        self.limit = max_programs
         said = time.monotonic()
         batch = 0
-        while time.monotonic() < self.end and not (max_programs and self.report.programs >= max_programs):
+        while time.monotonic() < self.end and self.report.programs < max_programs:
             self._batch(batch)
             batch += 1
             if batch % 8 == 0:
@@ -306,7 +302,7 @@ class Fuzzer:
             if key in failed:
                 raise failed[key][3]
             late = time.monotonic() > (first_failure[0] + self.shrinking if first_failure else self.end)
-            if key in passed or late:
+            if key in passed or late or (not first_failure and self.report.programs >= self.limit):
                 return
             name = zlib.crc32(repr(spec).encode())
             if not first_failure and name in self.seen:
@@ -324,13 +320,12 @@ class Fuzzer:
                 self.seen.add(name)
                 self.report.add(spec, route, found)
 
-        with contextlib.suppress(_OutOfTime):
-            try:
-                one()
-            except BaseException as error:
-                if not failed or isinstance(error, KeyboardInterrupt):
-                    raise
-                self._save(min(failed.values(), key=lambda f: len(repr(f[0])) + len(repr(f[1]))))
+        try:
+            one()
+        except BaseException as error:
+            if not failed or isinstance(error, KeyboardInterrupt):
+                raise
+            self._save(min(failed.values(), key=lambda f: len(repr(f[0])) + len(repr(f[1]))))
 
     def _save(self, failure: tuple[Model, tuple[Setting, ...], Route, BaseException]) -> None:
         spec, chosen, route, error = failure
@@ -359,7 +354,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hwbp_compiler.testing.fuzz", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--programs", type=int, help="stop after so many")
+    parser.add_argument("--programs", type=int, default=sys.maxsize, help="stop after so many")
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
