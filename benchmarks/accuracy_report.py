@@ -104,7 +104,7 @@ def in_short(found: list[Row]) -> str:
 
 
 def claims(results: Results) -> str:
-    checks = [small_k(results), beats_fpi(results), fpi_fails(results), later(results)]
+    checks = [small_k(results), beats_fpi(results), fpi_fails(results), later(results), damping_helps(results)]
     text = [f"* **{claim}** {verdict}. {numbers}" for claim, verdict, numbers in filter(None, checks)]
     if not text:
         return ""
@@ -186,6 +186,22 @@ def later(results: Results) -> tuple[str, str, str] | None:
         "More iterations are needed late in training.",
         verdict(lower, len(falls)),
         f"Cosine with the exact gradient before training and at its end: {numbers}.",
+    )
+
+
+def damping_helps(results: Results) -> tuple[str, str, str] | None:
+    name, damped, plain = "Transformer, text", "k=3", "k=3, damping 0"
+    ours, without = (results.quality.get((name, label)) for label in (damped, plain))
+    if ours is None or without is None:
+        return None
+    numbers = f"{name}, k = 3: held-out loss {ours} with damping, {without} without"
+    courses = [results.cosines.get((name, label), {}).get("cosines") for label in (damped, plain)]
+    if None not in courses:
+        numbers += f"; cosine at the end {courses[0][-1]:.3f} with, {courses[1][-1]:.3f} without"
+    return (
+        "A Transformer needs damping (the paper: GPT-2 diverges without; here 12 links).",
+        "Not confirmed" if without.as_good_as(ours) else "Confirmed",
+        f"{numbers}.",
     )
 
 

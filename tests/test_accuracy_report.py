@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.accuracy_report import Quality, Results, beats_fpi, claims, fpi_fails, later, small_k
+from benchmarks.accuracy_report import Quality, Results, beats_fpi, claims, damping_helps, fpi_fails, later, small_k
 
 
 def rows(case: str, metric: str, quality: dict[str, list[float]], cosines: dict[str, list[float]] | None = None):
@@ -54,6 +54,12 @@ def test_fpi_with_a_loss_at_the_last_state_alone(ours, fpi, said):
 def test_more_iterations_are_needed_late_where_the_cosine_falls(course, said):
     found = results(rows("GRU, text", "held_out_loss", {"exact": [1.0]}, {"k=1": course, "k=3": course}))
     assert later(found)[1] == said
+
+
+@pytest.mark.parametrize("plain, said", [(2.0, "Not confirmed"), (3.0, "Confirmed")])
+def test_damping(plain, said):
+    quality = {"exact": [2.0], "k=3": [2.1, 2.11], "k=3, damping 0": [plain] * 2}
+    assert damping_helps(results(rows("Transformer, text", "held_out_loss", quality)))[1] == said
 
 
 def test_what_was_not_measured_is_not_claimed():
