@@ -1,0 +1,28 @@
+"""``TrainingArguments(torch_compile=True, torch_compile_backend="highway")``, and the same through Accelerate:
+
+    import hwbp_compiler.huggingface
+
+Accelerate keeps a closed list of backends, read before ``torch.compile`` is reached, so that the entry point cannot
+help: importing this module adds the name to that list. Nothing else changes. Needs the ``accelerate`` package.
+"""
+
+from __future__ import annotations
+
+from accelerate.utils import DynamoBackend
+
+NAME = "HIGHWAY"
+
+
+def register() -> None:
+    """Let Accelerate accept ``"highway"`` as a dynamo backend; calling it again does nothing."""
+    if NAME in DynamoBackend._value2member_map_:
+        return
+    # An enum with members cannot be extended by inheritance. Checked on accelerate 1.15.0.
+    member = str.__new__(DynamoBackend, NAME)
+    member._name_ = member._value_ = NAME
+    DynamoBackend._member_map_[NAME] = member
+    DynamoBackend._value2member_map_[NAME] = member
+    DynamoBackend._member_names_.append(NAME)
+
+
+register()
