@@ -124,9 +124,9 @@ def small_k(results: Results) -> tuple[str, str, str] | None:
     found = []
     for case in results.cases:
         exact = results.quality[case.name, "exact"]
-        tried = [(m, results.quality.get((case.name, m.label))) for m in HIGHWAY]
-        first = next(((m, q) for m, q in tried if q is not None and q.as_good_as(exact)), None)
-        found.append((case.name, exact, first))
+        tried = [(m, q) for m in HIGHWAY if (q := results.quality.get((case.name, m.label))) is not None]
+        if tried:
+            found.append((case.name, exact, next(((m, q) for m, q in tried if q.as_good_as(exact)), None)))
     if not found:
         return None
     resnet = next((first for name, _, first in found if name.startswith("ResNet")), None)
