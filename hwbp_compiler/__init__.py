@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .counting import reset_counters as reset_counters
     from .errors import HighwayError as HighwayError
     from .errors import OptionError as OptionError
+    from .generate import generate_code as generate_code
     from .options import Options as Options
     from .report import explain as explain
     from .scan import linear_scan as linear_scan
@@ -27,6 +28,7 @@ _HOME = {
     "Options": "options",
     "counters": "counting",
     "explain": "report",
+    "generate_code": "generate",
     "linear_scan": "scan",
     "reset_counters": "counting",
 }

@@ -23,6 +23,7 @@ from .errors import HighwayError
 from .graph.info import is_tangent
 from .options import Options, parse
 from .passes.decide import cores
+from .passes.write_out_cells import write_out_cells
 from .torch_private import (
     CONTROL_FLOW,
     CustomGraphPass,
@@ -61,6 +62,7 @@ def highway(
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))
     again = torch.fx.GraphModule(gm, copied)
+    write_out_cells(gm)
     try:
         return compile_fx(gm, example_inputs, rewriting)
     except (HighwayError, *CONTROL_FLOW):

@@ -1,10 +1,11 @@
-"""Seeing GPU code without a GPU: Inductor's Triton kernels for a described device, as text and as PTX.
+"""Seeing GPU code without a GPU: Inductor's Triton kernels for a described device, as text, as PTX and as cubin.
 
 Inductor asks the machine what its GPU is like before it generates code, and Triton asks which target to compile
 for. Both questions are answered here from a small table instead, so a laptop with CPU-only torch and the
 ``triton`` package shows the kernels an H100 would run, and a test can assert that a fusion still happens.
 
-Nothing is run and nothing is allocated: inputs are fake tensors.
+Nothing is run and nothing is allocated: inputs are fake tensors. This is the half that starts from a graph;
+:mod:`.generate` is the half that gets one from a model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
+import importlib.util
 import re
 import tempfile
 import unittest.mock
@@ -23,6 +26,9 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+
+from .errors import HighwayError, OptionError
+from .torch_private import cuda_device_guard
 
 # Streaming multiprocessors of a common device of each compute capability: A100, A10, L40, H100, B200, ...
 # Inductor decides by them how far to split reductions.
@@ -47,12 +53,12 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """``"cuda:sm_90"`` -> ``Target(9, 0)``. Raises ValueError saying what is allowed."""
-        match = re.fullmatch(r"cuda:sm_(\d+)(\d)", text)
+        """``"cuda:sm_90"`` -> ``Target(9, 0)``. Raises OptionError, a ValueError, saying what is allowed."""
+        match = re.fullmatch(r"cuda:sm_(\d+)(\d)", text) if isinstance(text, str) else None
         target = cls(int(match[1]), int(match[2])) if match else None
         if target is None or (target.major, target.minor) not in _MULTIPROCESSORS:
             allowed = ", ".join(f"cuda:sm_{major}{minor}" for major, minor in _MULTIPROCESSORS)
-            raise ValueError(f"target is {text!r}; allowed are {allowed}")
+            raise OptionError(f"target is {text!r}; allowed are {allowed} (generate_code also takes 'cpu')")
         return target
 
     def __str__(self) -> str:
@@ -68,6 +74,7 @@ class Target:
         threads = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
         return SimpleNamespace(
             name=str(self),
+            gcnArchName=str(self),  # what Inductor asks where torch was built without CUDA
             major=self.major,
             minor=self.minor,
             multi_processor_count=_MULTIPROCESSORS[self.major, self.minor],
@@ -84,19 +91,48 @@ class Target:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One generated kernel: its name and the Python module that defines it."""
+    """One generated kernel.
+
+    name     what the code that calls it calls it
+    source   the Python module that defines it; on a CPU its C++
+    target   the device it is for; None is the CPU of this machine
+    """
 
     name: str
     source: str
+    target: Target | None = None
+
+    @property
+    def ptx(self) -> str:
+        """The assembly Triton compiles it to. See :func:`compile_kernel`."""
+        return compile_kernel(self).ptx
+
+    @property
+    def cubin(self) -> bytes:
+        """The binary Triton compiles it to: an ELF file. See :func:`compile_kernel`."""
+        return compile_kernel(self).cubin
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A kernel compiled: its assembly and its machine code."""
+
+    ptx: str
+    cubin: bytes
 
 
 @dataclass(frozen=True)
 class CodeText:
-    """Generated code: ``source`` is the whole wrapper module, ``kernels`` the Triton kernels within it."""
+    """The code generated for one graph: ``source`` is the whole wrapper module, ``kernels`` the kernels within it."""
 
-    target: Target
+    target: Target | None
     source: str
     kernels: tuple[Kernel, ...]
+
+    @property
+    def launches(self) -> tuple[str, ...]:
+        """What the code calls, in order: kernels by their names, and functions of libraries (``extern_kernels.mm``)."""
+        return tuple(_launches_of(self.source, {kernel.name for kernel in self.kernels}))
 
     def __str__(self) -> str:
         return self.source
@@ -111,13 +147,16 @@ def described_device(target: Target) -> Iterator[None]:
     # Private, checked on torch 2.13.0 with triton 3.7.1.
     import triton
     from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import select_algorithm
     from torch._inductor import utils as inductor_utils
+    from torch._inductor.codecache import CacheBase
     from torch._inductor.runtime import triton_helpers
     from torch._inductor.runtime.hints import DeviceProperties
     from torch.utils import _triton as triton_utils
     from triton.backends.compiler import GPUTarget
 
     cached = (
+        CacheBase.get_system,
         DeviceProperties.create,
         triton_utils.has_triton,
         triton_utils.triton_backend,
@@ -153,6 +192,7 @@ def described_device(target: Target) -> Iterator[None]:
     }
     active = triton.runtime.driver._active
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cuda_device_guard())
         for owner, patches in (
             (CudaInterface, {name: staticmethod(answer) for name, answer in interface.items()}),
             (
@@ -160,6 +200,8 @@ def described_device(target: Target) -> Iterator[None]:
                 {name: staticmethod(answers[name]) for name in ("current_device", "get_device_properties")},
             ),
             (torch.cuda, module),
+            # Holds on to what the machine is; a fresh one is made where it is needed.
+            (select_algorithm, {"_ALGORITHM_SELECTOR_CACHE": None}),
             # The generated modules would look for a real driver.
             (triton_helpers, {"set_driver_to_gpu": lambda: None}),
         ):
@@ -172,7 +214,23 @@ def described_device(target: Target) -> Iterator[None]:
         yield
 
 
-def generate_kernels(gm: GraphModule, fake_inputs: Sequence[Any], target: str | Target = "cuda:sm_90") -> CodeText:
+def need_triton(target: Target) -> None:
+    """Raises HighwayError where the ``triton`` package is missing."""
+    if importlib.util.find_spec("triton") is None:
+        raise HighwayError(
+            f"code for {str(target)!r} is generated by the triton package, which is not installed here: "
+            "pip install triton (it needs no GPU), or ask for target='cpu'"
+        )
+
+
+def generate_kernels(
+    gm: GraphModule,
+    fake_inputs: Sequence[Any],
+    target: str | Target | None = "cuda:sm_90",
+    *,
+    is_backward: bool = False,
+    is_inference: bool = False,
+) -> CodeText:
     """The code Inductor generates for an ATen graph on ``target``.
 
     Args:
@@ -180,11 +238,22 @@ def generate_kernels(gm: GraphModule, fake_inputs: Sequence[Any], target: str | 
             backward. It is not changed.
         fake_inputs: its inputs, in order: fake tensors of one fake mode on device ``"cuda"``, and SymInts where
             the graph takes them.
-        target: ``"cuda:sm_80"``, ``"cuda:sm_90"``, ... Needs the ``triton`` package but no GPU.
+        target: ``"cuda:sm_80"``, ``"cuda:sm_90"``, ... Needs the ``triton`` package but no GPU. None is the CPU of
+            this machine.
+        is_backward, is_inference: which of a model's graphs it is.
+
+    Raises:
+        OptionError: a target that is not known.
+        HighwayError: there is no ``triton`` package.
     """
     # Private, checked on torch 2.13.0: the steps of Inductor's inner compiler up to the text.
     from torch._inductor import config
-    from torch._inductor.compile_fx import _recursive_post_grad_passes, fake_tensor_prop, view_to_reshape
+    from torch._inductor.compile_fx import (
+        _recursive_post_grad_passes,
+        _recursive_record_original_output_strides,
+        fake_tensor_prop,
+        view_to_reshape,
+    )
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
@@ -192,41 +261,71 @@ def generate_kernels(gm: GraphModule, fake_inputs: Sequence[Any], target: str | 
     from .scan import inductor as scan_lowering
 
     target = Target.parse(target) if isinstance(target, str) else target
+    if target is not None:
+        need_triton(target)
     scan_lowering.register()
     gm = copy.deepcopy(gm)
     inputs = list(fake_inputs)
+    device = contextlib.nullcontext() if target is None else described_device(target)
     # No compile workers: they would ask the real machine.
-    with described_device(target), config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
+    with device, config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
         view_to_reshape(gm)
         mode = fake_tensor_prop(gm, inputs)
+        _recursive_record_original_output_strides(gm)
         with V.set_fake_mode(mode), DebugContext():
-            _recursive_post_grad_passes(gm, is_inference=False)
-            graph = GraphLowering(gm, example_inputs=inputs, shape_env=mode.shape_env)
+            _recursive_post_grad_passes(gm, is_inference=is_inference)
+            graph = GraphLowering(
+                gm,
+                example_inputs=inputs,
+                shape_env=mode.shape_env,
+                is_backward=is_backward,
+                is_inference=is_inference,
+            )
             with V.set_graph_handler(graph), V.set_extern_kernel_nodes([]):
                 graph.run(*inputs)
                 wrapper, _ = graph.codegen()
-    return CodeText(target, wrapper.value, tuple(_kernels_of(wrapper.value)))
+    return CodeText(target, wrapper.value, tuple(_kernels_of(wrapper.value, target)))
 
 
-def _kernels_of(source: str) -> Iterator[Kernel]:
-    """The kernels a wrapper defines, as ``name = async_compile.triton('name', '''source''', ...)``."""
+def _kernels_of(source: str, target: Target | None) -> Iterator[Kernel]:
+    """The kernels a wrapper defines: ``name = async_compile.triton('name', '''source''', ...)``, or on a CPU
+    ``name = async_compile.cpp_pybinding([types], '''source''')``."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "async_compile.triton":
-            name, text = (ast.literal_eval(argument) for argument in node.args[:2])
-            yield Kernel(name, text)
+        if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
+            continue
+        if ast.unparse(node.value.func).startswith("async_compile."):
+            yield Kernel(ast.unparse(node.targets[0]), ast.literal_eval(node.value.args[1]), target)
 
 
-def compile_to_ptx(kernel: Kernel, target: str | Target = "cuda:sm_90") -> str:
-    """PTX of a generated kernel, for the first of the configurations Inductor would try.
+def _launches_of(source: str, kernels: set[str]) -> Iterator[str]:
+    (call,) = (
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef) and node.name == "call"
+    )
+    found = []
+    for node in ast.walk(call):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).removesuffix(".run")
+            if name in kernels or name == "linear_scan_out" or name.startswith(("extern_kernels.", "torch.ops.")):
+                found.append((node.lineno, node.col_offset, name))
+    return (name for *_, name in sorted(found))
+
+
+@functools.cache
+def compile_kernel(kernel: Kernel) -> Binary:
+    """A generated kernel compiled by Triton, for the first of the configurations Inductor would try.
 
     Needs the ``triton`` package, which brings its own assembler, but no GPU.
+
+    Raises:
+        HighwayError: a kernel of the CPU, which is C++.
     """
     from torch._inductor import config  # private, checked on torch 2.13.0
 
-    target = Target.parse(target) if isinstance(target, str) else target
+    if kernel.target is None:
+        raise HighwayError(f"{kernel.name} is C++ for the CPU: only kernels of CUDA targets compile to PTX and cubin")
     # The static launcher keeps the binary and drops the text.
     with (
-        described_device(target),
+        described_device(kernel.target),
         config.patch(use_static_cuda_launcher=False),
         tempfile.TemporaryDirectory() as folder,
     ):
@@ -237,5 +336,4 @@ def compile_to_ptx(kernel: Kernel, target: str | Target = "cuda:sm_90") -> str:
         exec(compile(kernel.source, str(path), "exec"), scope)
         autotuner = scope[kernel.name]
         result = autotuner._precompile_config(autotuner.configs[0])
-        ptx: str = result.kernel.asm["ptx"]
-        return ptx
+        return Binary(result.kernel.asm["ptx"], result.kernel.asm["cubin"])

@@ -20,11 +20,14 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +37,9 @@ from torch._dynamo import eval_frame
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.utils import counters as _counters
+from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 NEWEST_KNOWN = (2, 14)
@@ -54,12 +59,52 @@ def _warn_if_newer(version: str) -> None:
 _warn_if_newer(torch.__version__)
 
 
-def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any]) -> Any:
-    """Compile a Dynamo graph with Inductor, ``patches`` laid over its config for this compilation alone."""
+def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], **how: Any) -> Any:
+    """Compile a Dynamo graph with Inductor, ``patches`` laid over its config for this compilation alone.
+
+    ``how`` may hold Inductor's ``inner_compile``, which gets every forward and backward graph, and ``decompositions``.
+    """
     # Imported late: it brings in all of Inductor, which a process that only looks at options never needs.
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=dict(patches))
+    return compile_fx(gm, example_inputs, config_patches=dict(patches), **how)
+
+
+def backward_at_once() -> contextlib.AbstractContextManager[Any]:
+    """While this lasts, a backward graph is compiled with its forward and not when it is first run."""
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)
+
+
+@contextlib.contextmanager
+def cuda_device_guard() -> Iterator[None]:
+    """While this lasts, operators may be called on fake CUDA tensors also where torch was built without CUDA.
+
+    Much of torch's C++ (indexing, ``copy_``, ``~``) asks for the guard of a tensor's device, which switches to that
+    device, before anybody can tell that the tensor is fake. In a build without CUDA there is none. The meta
+    device has one that does nothing: it stands in.
+    """
+    torch._C._ensureCUDADeviceGuardSet()  # in a build with CUDA, on a machine without a GPU
+    library = next(iter(Path(torch.__file__).parent.glob("lib/*c10.*")))
+    guards = (ctypes.c_void_p * (_META + 1)).in_dll(ctypes.CDLL(str(library)), "_ZN3c104impl26device_guard_impl_registryE")
+    missing = guards[_CUDA] is None
+    if missing:
+        guards[_CUDA] = guards[_META]
+    try:
+        yield
+    finally:
+        if missing:
+            guards[_CUDA] = None
+
+
+_CUDA, _META = 1, 14  # c10::DeviceType
+
+
+def device_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those that write small products out on a CPU and not on a GPU."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
+    return {op: rule for op, rule in select_decomp_table().items() if getattr(op, "overloadpacket", None) not in products}
 
 
 def counter() -> Counter[str]:
@@ -82,9 +127,11 @@ def inductor_option_type(key: str) -> str:
     return declared.__name__ if plain else str(declared)
 
 
-def user_joint_passes(patches: Mapping[str, Any]) -> tuple[Callable[[torch.fx.Graph], Any], ...]:
-    """The joint pre-passes in force before ours: those in ``patches``, else those in Inductor's config."""
-    chosen = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+def user_joint_passes(
+    patches: Mapping[str, Any], which: str = "joint_custom_pre_pass"
+) -> tuple[Callable[[torch.fx.Graph], Any], ...]:
+    """The joint passes in force before ours: those in ``patches``, else those in Inductor's config."""
+    chosen = patches[which] if which in patches else getattr(inductor_config, which)
     if chosen is None:
         return ()
     # Newer releases also take several; older ones take one.

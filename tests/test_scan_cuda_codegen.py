@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from hwbp_compiler import cross_compile  # noqa: E402
-from hwbp_compiler.cross_compile import CodeText, compile_to_ptx, generate_kernels  # noqa: E402
+from hwbp_compiler.cross_compile import CodeText, generate_kernels  # noqa: E402
 from hwbp_compiler.scan import inductor  # noqa: E402
 from hwbp_compiler.scan.reference import linear_scan_reference  # noqa: E402
 
@@ -190,13 +190,13 @@ def test_symbolic_lengths_are_compiled_once_for_all(length, kernels):
 @pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90"])
 def test_generated_kernels_compile_to_ptx_of_their_target(target):
     code = generate(lambda a, m: scan(2 * a, m.sigmoid(), True), (256, 8, 64), (256, 8, 64), target=target)
-    ptx = compile_to_ptx(code.kernels[0], target)
+    ptx = code.kernels[0].ptx
     assert f".target {target.removeprefix('cuda:')}" in ptx and ".entry triton_" in ptx
 
 
 def test_all_three_kernels_of_a_long_scan_compile_to_ptx():
     code = generate(lambda a, m: scan(a, m), (65536, 1, 64), (65536, 1, 64), dtype=torch.bfloat16)
-    assert all(".target sm_90" in compile_to_ptx(kernel) for kernel in code.kernels)
+    assert all(".target sm_90" in kernel.ptx for kernel in code.kernels)
 
 
 @pytest.mark.parametrize("target", ["cuda", "cuda:sm_91", "cuda:90", "cpu", "rocm:gfx90a"])

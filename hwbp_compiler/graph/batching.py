@@ -498,19 +498,34 @@ def _unfold(e: Emitter, node: Node) -> Value:
     return Value(e.reshape(node, [e.count, sizes[0] // e.count, *sizes[1:]]), True)
 
 
+_ATTENTION_BACKWARD = (
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "_scaled_dot_product_flash_attention_backward",
+    "_scaled_dot_product_efficient_attention_backward",
+)
+
+
+@_rule(*(getattr(aten, name).default for name in _ATTENTION_BACKWARD if hasattr(aten, name)))
 def _attention_backward(e: Emitter, target, args, kwargs):
     """Attention never mixes its batch dimension: links go there."""
-    folded = [_fold(e, a) if isinstance(a, Value) and a.rank >= 2 else a for a in args]
-    folded = [f.node if isinstance(f, Value) else f for f in folded]
-    kwargs = {k: (_fold(e, v) if isinstance(v, Value) else v) for k, v in kwargs.items()}
-    node = e.call(target, *folded, **kwargs)
-    return [_unfold(e, e.call(operator.getitem, node, i)) for i in range(len(node.meta["val"]))]
+    named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
+    if named["dropout_p"] != 0:
+        raise NoBatchingRule("attention with dropout has no batching rule: its mask depends on the place in the batch")
+    if named.get("attn_bias") is not None:
+        raise NoBatchingRule(f"{target} with a mask has no batching rule: the mask's alignment would be lost")
 
+    def fold(argument):
+        if not isinstance(argument, Value):
+            return argument
+        if argument.rank >= 2:
+            return _fold(e, argument)
+        # The state of the random numbers, which nothing reads without dropout.
+        like = argument.tensor
+        return e.call(aten.full.default, list(argument.shape), 0, dtype=like.dtype, device=like.device)
 
-if hasattr(aten, "_scaled_dot_product_flash_attention_for_cpu_backward"):
-    _RULES[aten._scaled_dot_product_flash_attention_for_cpu_backward.default] = lambda e, args, kwargs: (
-        _attention_backward(e, aten._scaled_dot_product_flash_attention_for_cpu_backward.default, args, kwargs)
-    )
+    node = e.call(target, *map(fold, args), **{key: fold(value) for key, value in kwargs.items()})
+    gradients = (e.call(operator.getitem, node, i) if v is not None else None for i, v in enumerate(node.meta["val"]))
+    return [None if gradient is None else _unfold(e, gradient) for gradient in gradients]
 
 
 def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:

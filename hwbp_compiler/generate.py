@@ -1,0 +1,214 @@
+"""``generate_code``: the kernels a model compiles to, forward and rewritten backward, on any machine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .backend import HighwayPass, PassSequence, register_lowerings
+from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
+from .errors import HighwayError
+from .options import Options, parse
+from .report import _left_as_it_was
+from .retarget import Retarget
+from .torch_private import backward_at_once, compile_fx, cuda_device_guard, device_decompositions, user_joint_passes
+
+CPU = "cpu"
+
+# Options of Inductor's that have it measure on the GPU.
+_MEASURING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
+
+
+def generate_code(
+    model: Callable[..., Any],
+    *args: Any,
+    options: Mapping[str, Any] | None = None,
+    target: str = CPU,
+    **kwargs: Any,
+) -> GeneratedCode:
+    """The code of ``torch.compile(model, backend="highway", options=options)`` on these inputs, as text.
+
+    ``model(*args, **kwargs)`` is run once, in eager mode where it is, and traced on the way as ``torch.compile``
+    traces it. For a CUDA target nothing is moved to a GPU and none is needed: the traced graph is compiled as if its
+    tensors lay on one, which takes the ``triton`` package. The model is left as it was: parameters and their
+    ``.grad``, buffers, inputs, and the states of the random number generators.
+
+    What a GPU would run differs where Inductor measures before it decides (``max_autotune`` and its kind are switched
+    off, and products are not padded), and in attention with dropout, which a GPU fuses.
+
+    Args:
+        model: a module or function on a CPU or on the meta device, compiled already or not.
+        options: those of ``torch.compile``, checked in the same way. With ``rewrite="profitable"`` the cost model
+            decides for the target.
+        target: ``"cpu"`` for C++ of this machine; ``"cuda:sm_80"``, ``"cuda:sm_90"`` and so on for Triton.
+
+    Returns:
+        A string with all generated modules, which also knows its parts: ``.forward``, ``.backward``, ``.kernels``,
+        and of a CUDA target ``.ptx`` and ``.cubin``.
+
+    Raises:
+        OptionError: a key or value in ``options``, or a target, that is not allowed. A ``ValueError``.
+        HighwayError: there is no ``triton`` package for a CUDA target; there is no backward pass; a pass failed and
+            ``strict`` is set; or the graph has an operator that only a CPU has.
+
+    >>> code = generate_code(model, x, options={"iterations": 2}, target="cuda:sm_90")
+    >>> print(code.backward)
+    >>> code.kernels[0].ptx
+    """
+    ours, patches = parse(options)
+    where = None if target == CPU else Target.parse(target)
+    if where is not None:
+        need_triton(where)
+        patches.update(dict.fromkeys(_MEASURING, False))
+    register_lowerings()
+    _set_joint_passes(patches, ours, where)
+    generating = _Generating(patches, where)
+    with _left_as_it_was(model) as keep:
+        generating.trace(model, keep)(*args, **kwargs)
+    if not any(graph.name.startswith("backward") for graph in generating.graphs):
+        raise HighwayError(_why_no_backward(generating))
+    return GeneratedCode(target, tuple(generating.graphs))
+
+
+def _set_joint_passes(patches: dict[str, Any], ours: Options, where: Target | None) -> None:
+    """For a GPU, our pass sees the graph on the GPU, Inductor's own see it on the CPU (some of them compute with its
+    constants), and what follows the joint graph sees it on the GPU again."""
+    first: list[Any] = list(user_joint_passes(patches))
+    last: list[Any] = list(user_joint_passes(patches, "joint_custom_post_pass"))
+    highway = [] if ours.rewrite == "never" else [HighwayPass(ours)]
+    if where is not None:
+        there, here = Retarget(torch.device("cuda", 0)), Retarget(torch.device("cpu"))
+        highway = [there, *highway, here]
+        last.append(there)
+    for name, passes in (("pre", [*first, *highway]), ("post", last)):
+        if passes:
+            patches[f"joint_custom_{name}_pass"] = PassSequence(tuple(passes))
+
+
+@dataclass(frozen=True)
+class GraphCode(CodeText):
+    """The code of one graph; ``name`` is ``"forward"`` or ``"backward"``, numbered where Dynamo broke the model."""
+
+    name: str = ""
+
+
+class GeneratedCode(str):
+    """Generated code: a string, and its parts.
+
+    target    what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
+    graphs    the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``
+    """
+
+    target: str
+    graphs: tuple[GraphCode, ...]
+
+    def __new__(cls, target: str, graphs: tuple[GraphCode, ...]) -> GeneratedCode:
+        code = super().__new__(cls, "\n".join(_titled(graph, target) for graph in graphs))
+        code.target, code.graphs = target, graphs
+        return code
+
+    @property
+    def forward(self) -> str:
+        """The generated modules of the forward pass."""
+        return self._part("forward")
+
+    @property
+    def backward(self) -> str:
+        """The generated modules of the backward pass, rewritten where its chains were."""
+        return self._part("backward")
+
+    def _part(self, name: str) -> str:
+        return "\n".join(graph.source for graph in self.graphs if graph.name.startswith(name))
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All generated kernels, those of the forward pass first. Calls of libraries are not among them."""
+        return tuple(kernel for graph in self.graphs for kernel in graph.kernels)
+
+    @property
+    def ptx(self) -> dict[str, str]:
+        """``"<graph>.<kernel>"`` -> its PTX. Compiled by Triton at first use. HighwayError on a CPU."""
+        return {f"{graph.name}.{kernel.name}": kernel.ptx for graph in self.graphs for kernel in graph.kernels}
+
+    @property
+    def cubin(self) -> dict[str, bytes]:
+        """``"<graph>.<kernel>"`` -> its machine code, an ELF file. As :attr:`ptx`."""
+        return {f"{graph.name}.{kernel.name}": kernel.cubin for graph in self.graphs for kernel in graph.kernels}
+
+
+def _titled(graph: GraphCode, target: str) -> str:
+    many = "" if len(graph.kernels) == 1 else "s"
+    return f"# ==== {graph.name}: {len(graph.kernels)} kernel{many} for {target} ====\n{graph.source}"
+
+
+class _Generating:
+    """A backend that compiles every graph to text and runs it in eager mode."""
+
+    def __init__(self, patches: dict[str, Any], where: Target | None) -> None:
+        self.patches = patches
+        self.where = where
+        self.pieces = 0
+        self.graphs: list[GraphCode] = []
+
+    def trace(self, model: Callable[..., Any], keep: Callable[[Any], None]) -> Callable[..., Any]:
+        """``model``, such that running it generates code."""
+
+        def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            self.pieces += 1
+            # Inductor owns the module it is given and may change it.
+            eager = fx.GraphModule(module, copy.deepcopy(module.graph))
+            with backward_at_once(), contextlib.nullcontext() if self.where is None else cuda_device_guard():
+                compile_fx(
+                    module,
+                    inputs,
+                    self.patches,
+                    inner_compile=self._generate,
+                    decompositions=None if self.where is None else device_decompositions(),
+                )
+
+            def run(*values: Any) -> Any:
+                keep(values)
+                return eager(*values)
+
+            return run
+
+        compiled = torch.compile(model, backend=backend)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            # Shapes seen here must not make later compilations of the same code dynamic.
+            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+                return compiled(*args, **kwargs)
+
+        return run
+
+    def _generate(self, module: fx.GraphModule, example_inputs: Any, **about: Any) -> Callable[..., Any]:
+        # The example inputs are those of this machine; the graph's own say where they would be.
+        inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+        backward = bool(about.get("is_backward"))
+        code = generate_kernels(
+            module, inputs, self.where, is_backward=backward, is_inference=bool(about.get("is_inference"))
+        )
+        name = "backward" if backward else "forward"
+        if self.pieces > 1:
+            name += f" {self.pieces}"
+        self.graphs.append(GraphCode(code.target, code.source, code.kernels, name))
+        return module.forward
+
+
+def _why_no_backward(generating: _Generating) -> str:
+    if not generating.pieces:
+        reason = (
+            "torch.compile's front end, Dynamo, found no graph to compile, so all of the model runs in eager mode; "
+            'TORCH_LOGS="graph_breaks" tells why'
+        )
+    elif not torch.is_grad_enabled():
+        reason = "gradients are switched off; call it outside torch.no_grad()"
+    else:
+        reason = "no parameter or input requires a gradient"
+    return f"generate_code: there is no backward pass: {reason}"

@@ -1,0 +1,75 @@
+"""Recurrent cells on a GPU, written out in operators that can be taken apart.
+
+``torch.gru_cell`` and ``torch.lstm_cell`` (what nn.GRUCell and nn.LSTMCell call) are elementary operators on a CPU, and on
+a GPU two products and one fused kernel, whose backward is one opaque operator: no highway could be found in it. Here
+they become on a GPU, before autograd sees them, what they are on a CPU. Inductor fuses the gates again.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, GraphModule, Node
+
+
+def write_out_cells(module: GraphModule, everywhere: bool = False) -> int:
+    """Replace cells in a graph from Dynamo, in place, where they are fused (or ``everywhere``); says how many."""
+    replaced = 0
+    for node in list(module.graph.nodes):
+        written = _WRITTEN_OUT.get(node.target) if node.op == "call_function" else None
+        if written is None or not (everywhere or _is_fused(node)) or node.kwargs:
+            continue
+        with module.graph.inserting_before(node):
+            result = written(module.graph, *node.args)
+        if isinstance(result, Node):
+            node.replace_all_uses_with(result)
+        else:
+            for user in list(node.users):  # Dynamo unpacks a tuple with getitem
+                assert user.target is operator.getitem
+                user.replace_all_uses_with(result[user.args[1]])
+                module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        replaced += 1
+    if replaced:
+        module.recompile()
+    return replaced
+
+
+def _is_fused(node: Node) -> bool:
+    value = node.args[0].meta.get("example_value") if isinstance(node.args[0], Node) else None
+    return isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta")
+
+
+# The order of operands is ATen's, so the numbers are too. Only functions of torch's own: a graph with others is not
+# kept in AOTAutograd's cache.
+
+
+def _gru_cell(graph: Graph, x: Node, h: Node, w_ih: Node, w_hh: Node, b_ih=None, b_hh=None) -> Node:
+    call = graph.call_function
+    input_gates, hidden_gates = call(F.linear, (x, w_ih, b_ih)), call(F.linear, (h, w_hh, b_hh))
+    r_i, z_i, n_i = _parts(graph, input_gates, 3)
+    r_h, z_h, n_h = _parts(graph, hidden_gates, 3)
+    r, z = (call(torch.sigmoid, (call(torch.add, pair),)) for pair in ((r_h, r_i), (z_h, z_i)))
+    n = call(torch.tanh, (call(torch.add, (n_i, call(torch.mul, (n_h, r)))),))
+    return call(torch.add, (call(torch.mul, (call(torch.sub, (h, n)), z)), n))
+
+
+def _lstm_cell(graph: Graph, x: Node, state, w_ih: Node, w_hh: Node, b_ih=None, b_hh=None) -> tuple[Node, Node]:
+    call = graph.call_function
+    h, c = state
+    gates = call(torch.add, (call(F.linear, (h, w_hh, b_hh)), call(F.linear, (x, w_ih, b_ih))))
+    i, f, g, o = _parts(graph, gates, 4)
+    i, f, o = (call(torch.sigmoid, (gate,)) for gate in (i, f, o))
+    kept, added = call(torch.mul, (f, c)), call(torch.mul, (i, call(torch.tanh, (g,))))
+    c = call(torch.add, (kept, added))
+    return call(torch.mul, (o, call(torch.tanh, (c,)))), c
+
+
+def _parts(graph: Graph, gates: Node, count: int) -> list[Node]:
+    chunks = graph.call_function(torch.chunk, (gates, count, -1))
+    return [graph.call_function(operator.getitem, (chunks, i)) for i in range(count)]
+
+
+_WRITTEN_OUT = {torch.gru_cell: _gru_cell, torch.lstm_cell: _lstm_cell}
