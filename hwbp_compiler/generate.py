@@ -15,7 +15,7 @@ from .backend import HighwayPass, PassSequence, register_lowerings
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .options import Options, parse
-from .report import _left_as_it_was
+from .report.restore import left_as_it_was
 from .retarget import Retarget
 from .torch_private import backward_at_once, compile_fx, cuda_device_guard, device_decompositions, user_joint_passes
 
@@ -69,7 +69,7 @@ def generate_code(
     register_lowerings()
     _set_joint_passes(patches, ours, where)
     generating = _Generating(patches, where)
-    with _left_as_it_was(model) as keep:
+    with left_as_it_was(model) as keep:
         generating.trace(model, keep)(*args, **kwargs)
     if not any(graph.name.startswith("backward") for graph in generating.graphs):
         raise HighwayError(_why_no_backward(generating))

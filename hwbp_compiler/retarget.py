@@ -87,8 +87,9 @@ def _copy_constant(graph: Graph, node: Node, device: torch.device) -> None:
 
 def _replace_attention(graph: Graph, forward: Node) -> None:
     """The fused attention ``F.scaled_dot_product_attention`` chooses on a GPU, and its backward."""
-    query, key, value, *rest = forward.args
-    dropout, causal = [*rest, *(0.0, False)[len(rest) :]]
+    arguments: Any = forward.args
+    query, key, value, *rest = arguments
+    dropout, causal = rest + [0.0, False][len(rest) :]
     mask, scale = forward.kwargs.get("attn_mask"), forward.kwargs.get("scale")
     backward = [
         user
@@ -98,21 +99,22 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
     ]
     like = query.meta["val"]
     head = like.shape[-1]
-    if mask is None and like.dtype in (torch.float16, torch.bfloat16) and head % 8 == 0 and head <= 256:
-        fused = aten._scaled_dot_product_flash_attention.default, (dropout, causal)
-        outputs = (0, 1, 6, 7)
-    elif head * like.element_size() % 16 == 0:
-        fused = aten._scaled_dot_product_efficient_attention.default, (mask, bool(backward), dropout, causal)
-        outputs = (0, 1, 2, 3)
-    else:
+    flash = mask is None and like.dtype in (torch.float16, torch.bfloat16) and head % 8 == 0 and head <= 256
+    if not flash and head * like.element_size() % 16:
         raise HighwayError(
             f"generate_code: attention over heads of size {head} in {like.dtype} is not fused on a GPU; "
             "let the model call it under torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
+    fused: Any
+    options: tuple
+    if flash:
+        fused, options = aten._scaled_dot_product_flash_attention.default, (dropout, causal)
+    else:
+        fused, options = aten._scaled_dot_product_efficient_attention.default, (mask, bool(backward), dropout, causal)
     # Of the outputs: the result, its logsumexp, and the state of the random numbers.
     with graph.inserting_before(forward):
-        new = _call(graph, fused[0], (query, key, value, *fused[1]), scale)
-        parts = [_call(graph, operator.getitem, (new, i)) for i in outputs]
+        new = _call(graph, fused, (query, key, value, *options), scale)
+        parts = [_call(graph, operator.getitem, (new, i)) for i in ((0, 1, 6, 7) if flash else (0, 1, 2, 3))]
     for node in list(forward.users):  # output and logsumexp come first on either device
         node.replace_all_uses_with(parts[node.args[1]])
         graph.erase_node(node)
@@ -120,16 +122,16 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
     for node in dict.fromkeys(backward):
         inputs, out, logsumexp = node.args[:4], parts[0], parts[1]
         with graph.inserting_before(node):
-            if fused[0] is aten._scaled_dot_product_efficient_attention.default:
-                target = aten._scaled_dot_product_efficient_attention_backward.default
-                wanted = [True, True, True, False]
-                args = (mask, out, logsumexp, parts[2], parts[3], dropout, wanted, causal)
-            else:
+            if flash:
                 target = aten._scaled_dot_product_flash_attention_backward.default
                 # The cumulative lengths, which dense batches have not, and the longest of each.
                 lengths = (None, None, like.shape[-2], key.meta["val"].shape[-2])
-                args = (out, logsumexp, *lengths, dropout, causal, parts[2], parts[3])
-            node.replace_all_uses_with(_call(graph, target, (*inputs, *args), scale))
+                rest = [out, logsumexp, *lengths, dropout, causal, *parts[2:]]
+            else:
+                target = aten._scaled_dot_product_efficient_attention_backward.default
+                wanted = [True, True, True, False]
+                rest = [mask, out, logsumexp, *parts[2:], dropout, wanted, causal]
+            node.replace_all_uses_with(_call(graph, target, (*inputs, *rest), scale))
         graph.erase_node(node)
     for part in parts:
         if not part.users:
@@ -137,6 +139,7 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
 
 
 def _call(graph: Graph, target: Any, args: tuple, scale: Any = None) -> Node:
+    """A new node and its value."""
     node = graph.call_function(target, args, {} if scale is None else {"scale": scale})
     values, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     fakes = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)]

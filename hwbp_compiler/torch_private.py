@@ -13,7 +13,24 @@
 | `check_when_configured` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend with its options |
 | `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
+| `FakeTensor` | `torch._subclasses.fake_tensor` | what a traced graph knows of its tensors |
+| `backward_at_once` | `torch._functorch.config` | backward graphs are otherwise compiled when first run |
+| `device_decompositions` | `torch._inductor.decomposition.select_decomp_table` | some depend on the device |
+| `cuda_device_guard` | libc10's `device_guard_impl_registry` | fake CUDA tensors in a torch without CUDA |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
+
+These belong to one place alone and stand there:
+
+- `scan/inductor.py`, the lowering of `linear_scan`: of `torch._inductor`, `ir` (`Scan`, `Pointwise`, `Reduction`,
+  `ExternKernelOut`, views), `lowering` (`register_lowering`, `lowerings`, `pointwise_cat`, `fallback_handler`),
+  `virtualized`, `codegen.common.BackendFeature`, `runtime.hints`;
+- `scan/cpu.py`, which builds the CPU kernel as Inductor builds its own: `torch._inductor.codecache.CppCodeCache`;
+- `cross_compile.py`, code for a device that is not there: of `torch._inductor`, `graph.GraphLowering`, `compile_fx`
+  (`_recursive_post_grad_passes`, `_recursive_record_original_output_strides`, `fake_tensor_prop`,
+  `view_to_reshape`), `debug.DebugContext`, `codecache.CacheBase`, `select_algorithm`, `utils`, `runtime`, and
+  `_precompile_config` of a generated kernel; `torch._dynamo.device_interface.CudaInterface`; `torch.utils._triton`;
+  `triton.runtime.driver` (triton 3.7.1);
+- `report/capture.py`: `torch._inductor.compile_fx.compile_fx`, for `explain` generates no code.
 
 `torch._inductor.list_options` and `list_mode_options` are public.
 """
@@ -85,7 +102,8 @@ def cuda_device_guard() -> Iterator[None]:
     """
     torch._C._ensureCUDADeviceGuardSet()  # in a build with CUDA, on a machine without a GPU
     library = next(iter(Path(torch.__file__).parent.glob("lib/*c10.*")))
-    guards = (ctypes.c_void_p * (_META + 1)).in_dll(ctypes.CDLL(str(library)), "_ZN3c104impl26device_guard_impl_registryE")
+    registry = "_ZN3c104impl26device_guard_impl_registryE"
+    guards = (ctypes.c_void_p * (_META + 1)).in_dll(ctypes.CDLL(str(library)), registry)
     missing = guards[_CUDA] is None
     if missing:
         guards[_CUDA] = guards[_META]
@@ -104,7 +122,8 @@ def device_decompositions() -> dict[Any, Callable[..., Any]]:
     from torch._inductor.decomposition import select_decomp_table
 
     products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
-    return {op: rule for op, rule in select_decomp_table().items() if getattr(op, "overloadpacket", None) not in products}
+    table = select_decomp_table()
+    return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in products}
 
 
 def counter() -> Counter[str]:

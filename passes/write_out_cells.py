@@ -1,8 +1,8 @@
 """Recurrent cells on a GPU, written out in operators that can be taken apart.
 
-``torch.gru_cell`` and ``torch.lstm_cell`` (what nn.GRUCell and nn.LSTMCell call) are elementary operators on a CPU, and on
-a GPU two products and one fused kernel, whose backward is one opaque operator: no highway could be found in it. Here
-they become on a GPU, before autograd sees them, what they are on a CPU. Inductor fuses the gates again.
+``torch.gru_cell`` and ``torch.lstm_cell`` (what nn.GRUCell and nn.LSTMCell call) are elementary operators on a CPU. On
+a GPU they are two products and one fused kernel, whose backward is one opaque operator: no highway could be found in
+it. Here they become, before autograd sees them, what they are on a CPU. Inductor fuses the gates again.
 """
 
 from __future__ import annotations

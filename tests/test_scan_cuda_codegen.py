@@ -7,6 +7,7 @@ text; that they are valid, by compiling them to PTX; what they compute, by runni
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
@@ -284,6 +285,15 @@ CASES = [
 ]
 
 
+def interleaved(*tensors: Tensor) -> Tensor:
+    """The scan of the rows of two sums, in turn, and of a head: what an iteration over two kinds of links scans."""
+    *terms, head, multipliers = tensors
+    even, odd = (functools.reduce(torch.add, (x.sin() for x in half)) for half in (terms[:5], terms[5:]))
+    rows = torch.cat([even.unsqueeze(1), odd.unsqueeze(1)], 1).reshape(8, 2, 3)
+    last = head.expand(2, 3).unsqueeze(0)
+    return scan(torch.cat([rows, last]), multipliers, True)
+
+
 def check_interpreted(long: int) -> None:
     """The body of the test below, in a process in which Triton interprets."""
     inductor._LONG = long
@@ -304,6 +314,11 @@ def check_interpreted(long: int) -> None:
         # Thirty to seventy links of a few roundings each, in float32 at best, then one in the dtype.
         eps = max(torch.finfo(dtype).eps, 10 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
         torch.testing.assert_close(found.double(), want, rtol=eps, atol=eps * want.abs().max().item())
+    code = generate(interleaved, *((4, 2, 3),) * 10, (3,), (9,))
+    assert len(code.kernels) == 1 and not calls(code)
+    inputs = [torch.randn(4, 2, 3) for _ in range(10)] + [torch.randn(3), torch.randn(9)]
+    (found,) = interpret(code, inputs, {"XBLOCK": 16, "R0_BLOCK": 16})
+    torch.testing.assert_close(found, interleaved(*inputs))
     zeros = torch.zeros(200, 1)
     code = generate(lambda a, m: scan(a, m), (200, 1), ())
     (found,) = interpret(code, [zeros, torch.tensor(1e6)], {"XBLOCK": 1, "R0_BLOCK": 16})

@@ -24,8 +24,10 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
 
     def keep(values: Any) -> None:
         for value in pytree.tree_leaves(values):
-            # A parameter is changed by an optimizer, not by a forward pass, and may be large.
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and id(value) not in kept:
+            # A parameter is changed by an optimizer, not by a forward pass, and may be large; a meta tensor is empty.
+            if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_meta:
+                continue
+            if id(value) not in kept:
                 kept[id(value)] = (value, value.detach().clone())
 
     keep([b for _, found in buffers for b in found.values() if b is not None])

@@ -8,7 +8,9 @@ it generates ``tl.associative_scan``. Ours scans pairs ``(product of multipliers
 
     (p, u) then (q, v)  is  (p * q, q * u + v)
 
-What computes the inputs is inlined into the loads, so a gate's sigmoid or an added gradient costs no kernel.
+What computes the inputs is inlined into the loads, so a gate's sigmoid or an added gradient costs no kernel. Every
+element is loaded once, so this holds for two things that Inductor would write to memory first, if nothing but the
+scan reads them: what takes long to compute, and concatenations (of the links' rows with that of the chain's head).
 A reverse scan runs through the same loop with rows counted from the end, in its loads and in its store.
 
 Note [Few columns on a GPU]
@@ -30,13 +32,17 @@ import torch
 # Private, checked on torch 2.13.0.
 from torch._inductor import ir
 from torch._inductor.codegen.common import BackendFeature
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, pointwise_cat, register_lowering
 from torch._inductor.runtime.hints import DeviceProperties, ReductionHint
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import CeilDiv
 
 from .checks import accumulator
 from .operator import operator
+
+aten = torch.ops.aten
+
+_VIEWS = (aten.view.default, aten.reshape.default)
 
 Index = Sequence[sympy.Expr]
 Loader = Callable[[Index], Any]
@@ -50,6 +56,7 @@ _COLUMNS_PER_MULTIPROCESSOR = 32  # fewer leave multiprocessors idle
 def register() -> None:
     """Teach Inductor the operator. Idempotent, and without effect on graphs that do not contain it."""
     register_lowering(operator, type_promotion_kind=None)(lower)
+    lowerings[aten.cat.default] = _concatenations_in_loads(lowerings[aten.cat.default])
 
 
 def lower(values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool = False) -> Any:
@@ -104,6 +111,10 @@ class _Scan:
         self.compute = accumulator(self.dtype)
         self.reverse = reverse
         self.size = list(values.get_size())
+        if not self.is_narrow():
+            nodes = V.current_node.args
+            values = _computed_in_loads(nodes[0], values)
+            multipliers = None if multipliers is None else _computed_in_loads(nodes[1], multipliers)
         self.value = self._loader(values)
         self.multiplier = None if multipliers is None else self._loader(multipliers)
 
@@ -247,6 +258,48 @@ class _Scan:
         )
         box.realize()
         return box
+
+
+def _computed_in_loads(node: torch.fx.Node, tensor: ir.TensorBox) -> ir.TensorBox:
+    """``tensor``, the value of ``node``, taken out of its buffer if the node being lowered is all that reads it."""
+    below = node
+    while below.target in _VIEWS and len(below.users) == 1:
+        below = below.args[0]
+    storage = tensor.data.data if below is not node and isinstance(tensor.data, ir.BaseView) else tensor.data
+    if len(below.users) > 1 or not isinstance(storage, ir.StorageBox):
+        return tensor
+    buffer = storage.data
+    if not (isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.data, ir.Pointwise)):
+        return tensor
+    if any(name in V.graph.mutated_buffers for name in buffer.get_read_names()):
+        return tensor  # it was computed before they changed
+    computed = ir.TensorBox.create(buffer.data)  # the buffer, which nobody reads, is dropped
+    return computed if below is node else ir.TensorBox(ir.View.create(computed.data, tensor.get_size()))
+
+
+def _concatenations_in_loads(lower_cat: Callable[..., Any]) -> Callable[..., Any]:
+    """The lowering of ``aten.cat``, but for one that only scans on a GPU read: that is computed where it is read."""
+
+    @functools.wraps(lower_cat)
+    def lower(tensors: Sequence[ir.TensorBox], dim: int = 0) -> Any:
+        node = V.current_node
+        if (
+            not _only_scans_read(node)
+            or any(tensor.get_dtype() != tensors[0].get_dtype() for tensor in tensors)
+            or not all(V.graph.has_feature(tensors[0].get_device(), feature) for feature in _NEEDED)
+        ):
+            return lower_cat(tensors, dim)
+        pieces = [_computed_in_loads(piece, tensor) for piece, tensor in zip(node.args[0], tensors, strict=True)]
+        return pointwise_cat(pieces, dim % len(tensors[0].get_size()))
+
+    return lower
+
+
+def _only_scans_read(node: torch.fx.Node) -> bool:
+    def scans(user: torch.fx.Node) -> bool:
+        return user.target is operator or (user.target in (aten.cat.default, *_VIEWS) and _only_scans_read(user))
+
+    return bool(node.users) and all(map(scans, node.users))
 
 
 def _combine(before: tuple[Any, Any], after: tuple[Any, Any]) -> tuple[Any, Any]:
