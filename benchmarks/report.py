@@ -144,6 +144,28 @@ def scaling() -> str | None:
     )
 
 
+def scan() -> str | None:
+    found = rows("scan")
+    if not found:
+        return None
+    parts = [
+        "## The scan\n\n`python -m benchmarks run --suite scan`. float32, along the first dimension, multipliers of the "
+        "values' shape. Baseline: a copy that moves the same bytes (the inputs read, the output written); it allocates "
+        "its output, as all others do. A copy writes more than a scan, which reads two tensors and writes one, and so "
+        "has more new memory to be given: a scan can be faster."
+    ]
+    for (shape, _), group in by([r | {"shape": tuple(r["shape"])} for r in found], "shape", "device").items():
+        lines = [
+            (r["run"], r["not_run"], "", "")
+            if "not_run" in r
+            else (r["run"], time(r, "run"), f"{r['gb_per_s']:.1f}", f"{100 * r['of_copy']:.0f} %")
+            for r in group
+        ]
+        head = ("", "milliseconds", "GB/s", "of the copy's bandwidth")
+        parts.append(f"### {list(shape)}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
 def draw_scaling(found: list[Row]) -> None:
     """Step time (solid) and compile time (dotted) against size, one panel a curve."""
     import matplotlib
@@ -188,7 +210,7 @@ def expected() -> str:
     return in_short(rows("accuracy"))
 
 
-SECTIONS: list[Callable[[], str | None]] = [deep, compile_time, scaling, accuracy]
+SECTIONS: list[Callable[[], str | None]] = [deep, compile_time, scaling, accuracy, scan]
 
 
 def in_short() -> str:

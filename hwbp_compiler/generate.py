@@ -15,6 +15,7 @@ from .backend import HighwayPass, PassSequence, register_lowerings
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .options import Options, parse
+from .report.capture import _isolated
 from .report.restore import left_as_it_was
 from .retarget import Retarget
 from .torch_private import backward_at_once, compile_fx, cuda_device_guard, device_decompositions, user_joint_passes
@@ -178,7 +179,7 @@ class _Generating:
 
             return run
 
-        compiled = torch.compile(model, backend=backend)
+        compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             # Shapes seen here must not make later compilations of the same code dynamic.
