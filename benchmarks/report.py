@@ -149,10 +149,10 @@ def scan() -> str | None:
     if not found:
         return None
     parts = [
-        "## The scan\n\n`python -m benchmarks run --suite scan`. float32, along the first dimension, multipliers of the "
-        "values' shape. Baseline: a copy that moves the same bytes (the inputs read, the output written); it allocates "
-        "its output, as all others do. A copy writes more than a scan, which reads two tensors and writes one, and so "
-        "has more new memory to be given: a scan can be faster."
+        "## The scan\n\n`python -m benchmarks run --suite scan`. float32, along the first dimension, multipliers of "
+        "the values' shape. Baseline: a copy that moves the same bytes (the inputs read, the output written); it "
+        "allocates its output, as all others do. The copy writes as much as it reads, a scan half as much: where new "
+        "memory is slow to get, a scan can be faster."
     ]
     for (shape, _), group in by([r | {"shape": tuple(r["shape"])} for r in found], "shape", "device").items():
         lines = [

@@ -112,9 +112,10 @@ class _Scan:
         self.reverse = reverse
         self.size = list(values.get_size())
         if not self.is_narrow():
-            nodes = V.current_node.args
-            values = _computed_in_loads(nodes[0], values)
-            multipliers = None if multipliers is None else _computed_in_loads(nodes[1], multipliers)
+            node = V.current_node
+            named = dict(zip(("values", "multipliers"), node.args, strict=False)) | node.kwargs
+            values = _computed_in_loads(named["values"], values)
+            multipliers = None if multipliers is None else _computed_in_loads(named["multipliers"], multipliers)
         self.value = self._loader(values)
         self.multiplier = None if multipliers is None else self._loader(multipliers)
 
@@ -271,8 +272,10 @@ def _computed_in_loads(node: torch.fx.Node, tensor: ir.TensorBox) -> ir.TensorBo
     buffer = storage.data
     if not (isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.data, ir.Pointwise)):
         return tensor
-    if any(name in V.graph.mutated_buffers for name in buffer.get_read_names()):
-        return tensor  # it was computed before they changed
+    # Its place may be that of another tensor, and what it reads may have changed since it was computed.
+    owned = type(buffer.layout) in (ir.FlexibleLayout, ir.FixedLayout)
+    if not owned or any(name in V.graph.mutated_buffers for name in buffer.get_read_names()):
+        return tensor
     computed = ir.TensorBox.create(buffer.data)  # the buffer, which nobody reads, is dropped
     return computed if below is node else ir.TensorBox(ir.View.create(computed.data, tensor.get_size()))
 
