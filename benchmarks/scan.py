@@ -37,13 +37,13 @@ def associative_scan_generic(values: Tensor, multipliers: Tensor) -> Tensor:
 
 
 def accelerated_scan(values: Tensor, multipliers: Tensor) -> Run | str:
-    """The published kernel, for [batch, columns, length] with a power of two as length; or why it cannot run."""
-    try:
-        from accelerated_scan.triton import scan
-    except ImportError:
-        return "not installed"
+    """The published package's Triton kernel, for [batch, columns, length]; or why it cannot run."""
     if not values.is_cuda:
         return "needs a CUDA GPU"
+    try:
+        from accelerated_scan.scalar import scan
+    except ImportError as error:
+        return f"cannot be imported: {error}"
     v, m = (x.permute(1, 2, 0).contiguous() for x in (values, multipliers))
     return lambda: scan(m, v)
 
