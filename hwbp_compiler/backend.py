@@ -23,12 +23,15 @@ from .errors import HighwayError
 from .graph.info import is_tangent
 from .options import Options, parse
 from .passes.decide import cores
+from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
+from .recurrence.tracing import traced_whole
 from .torch_private import (
     CONTROL_FLOW,
     CustomGraphPass,
-    check_when_configured,
     compile_fx,
+    configure_backend,
     ddp_cuts_graphs,
     user_joint_passes,
 )
@@ -53,6 +56,7 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
+    replace_recurrent_modules(gm, ours)
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
@@ -111,7 +115,7 @@ def register_lowerings() -> None:
 
 
 # torch.compile gives the options to this check at once, and to the backend only with the first graph.
-check_when_configured(highway, lambda mode=None, options=None: parse(options, mode))
+configure_backend(highway, lambda mode=None, options=None: parse(options, mode), traced_whole)
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class HighwayPass(CustomGraphPass):
         count("graphs_seen")
         if not any(is_tangent(node) for node in graph.nodes):
             count("inference_graphs")
+            record_nothing(graph)
             return
         untouched = torch.fx.Graph()
         output = untouched.graph_copy(graph, {})
