@@ -21,18 +21,18 @@ from . import passes
 from .counting import count
 from .errors import HighwayError
 from .graph.info import is_tangent
+from .graph.record import ChainRecord
 from .options import Options, parse
 from .passes.decide import cores
-from .passes.replace_recurrent_modules import replace_recurrent_modules
-from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
-from .recurrence.tracing import traced_whole
 from .torch_private import (
     CONTROL_FLOW,
     CustomGraphPass,
+    check_when_configured,
     compile_fx,
-    configure_backend,
     ddp_cuts_graphs,
+    observed,
+    trace_artifact,
     user_joint_passes,
 )
 
@@ -56,7 +56,6 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
-    replace_recurrent_modules(gm, ours)
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
@@ -115,7 +114,7 @@ def register_lowerings() -> None:
 
 
 # torch.compile gives the options to this check at once, and to the backend only with the first graph.
-configure_backend(highway, lambda mode=None, options=None: parse(options, mode), traced_whole)
+check_when_configured(highway, lambda mode=None, options=None: parse(options, mode))
 
 
 @dataclass(frozen=True)
@@ -128,12 +127,13 @@ class HighwayPass(CustomGraphPass):
         count("graphs_seen")
         if not any(is_tangent(node) for node in graph.nodes):
             count("inference_graphs")
-            record_nothing(graph)
             return
+        nodes = len(graph.nodes)
+        trace_artifact("highway_joint_graph_before", lambda: _readable(graph))
         untouched = torch.fx.Graph()
         output = untouched.graph_copy(graph, {})
         try:
-            records = passes.run(graph, self.options)
+            records = observed(graph, "highway", lambda graph: passes.run(graph, self.options))
         except Exception as error:
             count("failures")
             if self.options.strict:
@@ -142,7 +142,14 @@ class HighwayPass(CustomGraphPass):
             _warn_once(f"{type(error).__name__}: {error}")
             log.debug("where it failed", exc_info=error)
             return
-        log.debug("joint graph of %d nodes: %d chains", len(graph.nodes), len(records))
+        if records is None:  # config.disabled_passes names it
+            log.info('switched off by torch._inductor.config.disabled_passes = "highway"')
+            return
+        trace_artifact("highway_joint_graph_after", lambda: _readable(graph))
+        trace_artifact("highway_report", lambda: _report(records, nodes, len(graph.nodes)))
+        log.debug("joint graph of %d nodes: %d chains", nodes, len(records))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", _report(records, nodes, len(graph.nodes)))
         for record in records:
             count("chains_found")
             count(f"chains_{record.decision}")
@@ -177,6 +184,25 @@ class PassSequence(CustomGraphPass):
 
 def _in_sequence(*parts: Callable[[torch.fx.Graph], Any]) -> Callable[[torch.fx.Graph], Any]:
     return parts[0] if len(parts) == 1 else PassSequence(parts)
+
+
+def _readable(graph: torch.fx.Graph) -> str:
+    module = graph.owning_module
+    return _whatever_happens(lambda: "" if module is None else module.print_readable(print_output=False))
+
+
+def _report(records: list[ChainRecord], before: int, after: int) -> str:
+    from .report.text import graph_text  # brings what explain needs
+
+    return _whatever_happens(lambda: graph_text(records, before, after))
+
+
+def _whatever_happens(text: Callable[[], str]) -> str:
+    """Telling what was done must not undo it."""
+    try:
+        return text()
+    except Exception as error:
+        return f"not shown, {type(error).__name__}: {error}"
 
 
 @functools.cache

@@ -10,16 +10,17 @@
 | `inductor_patches` | `torch._TorchCompileInductorWrapper` | how Inductor reads `mode=` and `options=` |
 | `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
 | `user_joint_passes` | `torch._inductor.config` | the user's own `joint_custom_pre_pass` |
-| `configure_backend` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend, its options; `backend_ctx_ctor` |
+| `check_when_configured` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend with its options |
 | `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `FakeTensor` | `torch._subclasses.fake_tensor` | what a traced graph knows of its tensors |
 | `backward_at_once` | `torch._functorch.config` | backward graphs are otherwise compiled when first run |
 | `device_decompositions` | `torch._inductor.decomposition.select_decomp_table` | some depend on the device |
 | `cuda_device_guard` | libc10's `device_guard_impl_registry` | fake CUDA tensors in a torch without CUDA |
-| `allow_rnn` | `torch._dynamo.config.allow_rnn` | recurrent modules in the graph |
-| `override_python_kernels` | `OpOverload.py_kernels` | what tracing runs for `aten.gru` and its like |
-| `recording_autograd`, `below_autograd` | `torch._C._ForceDispatchKeyGuard` | autograd on or off in a kernel |
+| `observed` | `torch.fx.passes.graph_transform_observer` | names, times and can switch off a pass |
+| `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
+| `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
+| `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
 These belong to one place alone and stand there:
@@ -47,20 +48,24 @@ import typing
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
 import torch._inductor.inductor_prims
 from torch._dynamo import eval_frame
 from torch._dynamo.exc import RestartAnalysis, SkipFrame
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.utils import counters as _counters
+from torch._dynamo.utils import dynamo_timed
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 NEWEST_KNOWN = (2, 14)
@@ -135,6 +140,30 @@ def counter() -> Counter[str]:
     return _counters["highway"]
 
 
+_Found = TypeVar("_Found")
+
+
+def observed(graph: torch.fx.Graph, name: str, run: Callable[[torch.fx.Graph], _Found]) -> _Found | None:
+    """``run(graph)`` under the observer of Inductor's own passes: timed as ``pass.{name}``, drawn where
+    ``config.trace.log_url_for_graph_xform`` asks for it, and None instead where ``config.disabled_passes`` names it."""
+    return GraphTransformObserver(graph.owning_module, name).apply_graph_pass(run)  # type: ignore[arg-type]
+
+
+def timed(name: str) -> AbstractContextManager[Any]:
+    """Time a step as ``pass.{name}`` among Dynamo's own (``torch._dynamo.utils.compile_times()``)."""
+    return dynamo_timed(f"pass.{name}")
+
+
+def real_tensors() -> AbstractContextManager[Any]:
+    """Make real tensors inside: while Inductor runs a pass, what the pass makes is fake otherwise."""
+    return unset_fake_temporarily()
+
+
+def trace_artifact(name: str, text: Callable[[], str]) -> None:
+    """Put ``text()`` into the structured trace as an artifact; not called where nothing records one."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
+
+
 def inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The config patches ``backend="inductor"`` would make of ``mode`` and ``options``.
 
@@ -161,51 +190,8 @@ def user_joint_passes(
     return tuple(chosen) if isinstance(chosen, (list, tuple)) else (chosen,)
 
 
-def recording_autograd() -> contextlib.AbstractContextManager[None]:
-    """Autograd works inside although an operator's kernel is running, which it otherwise does not."""
-    return _autograd(True)
-
-
-def below_autograd() -> contextlib.AbstractContextManager[None]:
-    """Operators do without autograd, and without its bookkeeping of views and in-place changes: a tenth of the time of
-    many small ones. Only for tensors that do not leave as views of one another."""
-    return _autograd(False)
-
-
-@contextlib.contextmanager
-def _autograd(records: bool) -> Iterator[None]:
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for name in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        key = getattr(torch._C.DispatchKey, name)
-        excluded = excluded.remove(key) if records else excluded.add(key)
-    included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.set_grad_enabled(records):
-        yield
-
-
-def allow_rnn(allowed: bool) -> bool:
-    """Let Dynamo trace recurrent modules, or not; returns what was in force."""
-    before: bool = dynamo_config.allow_rnn
-    if before != allowed:
-        dynamo_config.allow_rnn = allowed
-    return before
-
-
-def override_python_kernels(operator: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put ``make(original)`` in the place of every kernel that tracing uses for the composite ``operator``."""
-    for key, original in list(operator.py_kernels.items()):
-        if callable(original):
-            operator.py_kernels[key] = make(original)
-    operator._dispatch_cache.clear()
-
-
-def configure_backend(
-    backend: Callable[..., Any],
-    check: Callable[..., Any],
-    context: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> None:
-    """For every ``torch.compile`` that is given ``backend``: call ``check(mode=..., options=...)`` at that moment, and
-    run what it returns inside ``context()``.
+def check_when_configured(backend: Callable[..., Any], check: Callable[..., Any]) -> None:
+    """Call ``check(mode=..., options=...)`` whenever ``torch.compile`` is given ``backend``, at that moment.
 
     ``torch.compile`` hands options to a named backend only with the first graph, deep inside the first call
     of the model. Every backend passes through ``get_compiler_fn`` when ``torch.compile`` is called; others
@@ -215,13 +201,9 @@ def configure_backend(
 
     @functools.wraps(original)
     def get_compiler_fn(compiler_fn: Any) -> Any:
-        ours = isinstance(compiler_fn, torch._TorchCompileWrapper) and compiler_fn.compiler_fn is backend
-        if ours:
+        if isinstance(compiler_fn, torch._TorchCompileWrapper) and compiler_fn.compiler_fn is backend:
             check(**compiler_fn.kwargs)
-        found = original(compiler_fn)
-        if ours:
-            found.backend_ctx_ctor = context
-        return found
+        return original(compiler_fn)
 
     eval_frame.get_compiler_fn = get_compiler_fn
 

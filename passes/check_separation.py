@@ -63,27 +63,30 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
         if _score(chains) > _score(best[0]) or not (best[0] or best[1]):
             best = (chains, refusals)
     chains, refusals = best
-    if crossings and _score(chains) == 0:
-        refusals = [r for r in refusals if r.reason != BY_PASS] or [_too_wide(info, joins)]
+    kept = sum(c.length for c in chains if c.length > 1)
+    other = [r for r in refusals if r.reason != BY_PASS]
+    if crossings and (len(other) < len(refusals) or 2 * kept < len(joins)):
+        refusals = other or [_too_wide(info, joins, max(1, len(joins) - kept))]
     return chains, refusals
 
 
-def _too_wide(info: GraphInfo, joins: list[int]) -> Refusal:
+def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
+    """What to say where by-passes leave little of a track."""
     inside = info.between({joins[0]}, {joins[-1]})
     nodes = tuple(info.nodes[i] for i in sorted(inside))
     width = _width(info, joins, inside)
     if width <= _WIDEST:
-        return Refusal(nodes, len(joins), BY_PASS, BY_PASS_ADVICE)
+        return Refusal(nodes, lost, BY_PASS, BY_PASS_ADVICE)
     return Refusal(
         nodes,
-        len(joins),
+        lost,
         f"{width} tensors pass from each step to the next; a state of more than {_WIDEST} is not handled",
         f"Carry at most {_WIDEST} tensors from step to step; what depends on the input alone can go before the loop.",
     )
 
 
 def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
-    """How many gradients cross from one step to the next, at the narrowest place of a typical step."""
+    """How many gradients cross from one step to the next: at the narrowest place of a step, and of the widest step."""
     ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
     alive: list[int] = []  # last uses of what crosses the present position
     narrowest = [len(inside)] * len(joins)
@@ -93,7 +96,7 @@ def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
             alive.append(ends[i])
         step = bisect_left(joins, i)
         narrowest[step] = min(narrowest[step], len(alive)) if alive else narrowest[step]
-    return sorted(narrowest[1:])[len(joins) // 2 - 1]
+    return max(narrowest[1:])  # the first and the last step are cut short
 
 
 def _score(chains: list[Chain]) -> int:

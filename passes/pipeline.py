@@ -15,11 +15,12 @@ from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, modules_of, name_range
+from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, modules_of, name_range
 from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
 from hwbp_compiler.options import Options
+from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
@@ -28,7 +29,6 @@ from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
 from .rewrite import Rewriting, rewrite_chain
-from .rewrite_recurrent_modules import rewrite_recurrent_modules
 from .split_links import Split, split_links
 
 log = logging.getLogger(__name__)
@@ -70,24 +70,26 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
     raised. Any other exception comes before the graph is changed.
     """
-    origins = Origins(graph)
-    records, settled = rewrite_recurrent_modules(graph, options)
+    records: list[ChainRecord] = []
     decided: set[tuple] = set()
-    first_look = True
+    settled: set[Node] = set()
+    origins = Origins(graph)
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
             return records
-        candidates, refusals, short = _candidates(info, options)
-        if first_look:
+        with timed("highway.find_chains"):
+            candidates, refusals, short = _candidates(info, options)
+        if not decided:
             declined = [refused(r, origins) for r in refusals]
             records += collapsed(declined + [_short(s, origins, options) for s in short])
-        changed = first_look = False
+        changed = False
         for candidate in candidates:
             if candidate.key in decided:
                 continue
             decided.add(candidate.key)
-            record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
+            with timed("highway.rewrite"):
+                record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
             records.append(record)
             if changed:
                 break
@@ -100,9 +102,10 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
     found: list[Candidate] = []
     refusals: list[Refusal] = []
     short: list[Candidate] = []
+    below: list[Refusal] = []
     for track in find_chains(info):
         if len(track.joins) + 2 < options.min_length:  # head and tail can add one link each
-            refusals.append(_too_short(info, track, options))
+            below.append(_too_short(info, track, options))
             continue
         chains, refused = check_separation(info, track)
         if len(track.joins) >= options.min_length:
@@ -110,7 +113,7 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
         more, too_short = _split_and_group(info, chains, options, refusals)
         found, short = found + more, short + too_short
         if not (refused or more or too_short):
-            refusals.append(_too_short(info, track, options))
+            below.append(_too_short(info, track, options))
     used = {info.index[n] for candidate in found for n in candidate.nodes}
     for track in find_recurrences(info, used, max(options.min_length, _SHORTEST_RECURRENCE) - 1):
         chains, _ = check_separation(info, track)
@@ -125,7 +128,10 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
             taken |= candidate.nodes
     # From the loss towards the input: a chain's side outputs are injections of the next one.
     kept.sort(key=lambda c: info.index[_any(c)])
-    return kept, refusals, [s for s in short if s.nodes.isdisjoint(taken)]
+    # A piece of something larger that is told of already is no news.
+    told = taken.union(*(r.nodes for r in refusals))
+    refusals += [r for r in below if told.isdisjoint(r.nodes)]
+    return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
 
 
 def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
@@ -357,7 +363,8 @@ def collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
         key = (record.length, record.reason, record.source, record.multiplier)
         if key in kept:
             kept[key].times += 1
-            kept[key].module = name_range([*kept[key].module.split(".."), *record.module.split("..")])
+            names = {*kept[key].module.split(".."), *record.module.split("..")}
+            kept[key].module = name_range(sorted(names, key=in_order))
         else:
             kept[key] = record
     return list(kept.values())

@@ -15,6 +15,7 @@ import torch
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program, Ref, elementwise_argument
 from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.torch_private import real_tensors
 
 aten = torch.ops.aten
 
@@ -41,7 +42,8 @@ def split_links(chain: Chain) -> Split:
         if link.signature in seen:
             continue
         seen.add(link.signature)
-        support |= _support(link)
+        with real_tensors():  # orders of elements are compared, and Inductor runs passes under fake tensors
+            support |= _support(link)
     return Split(frozenset(support), _triangular_order(chain.width, support))
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +22,7 @@ from torch._dynamo.testing import CompileCounter
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, explain, passes
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.testing import Link, Program, reference_gradients
 
 WIDTH, DEPTH = 4, 5
 ALWAYS = {"iterations": 1, "rewrite": "always"}
@@ -351,3 +357,123 @@ def test_a_failing_pass_raises_where_strict(broken_pass):
 def test_a_chain_on_which_a_pass_failed_is_told_from_one_that_was_declined(monkeypatch):
     monkeypatch.setattr(passes, "run", lambda *args: [ChainRecord(4, "declined", "KeyError: 1", failed=True)])
     assert "4 links, left as it is: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
+
+
+# -- drawings, repro script, measurements -----------------------------------------------------------------------
+
+
+def test_a_repro_script_stands_alone_and_compares_gradients(mlp_report, tmp_path):
+    script = tmp_path / "repro.py"
+    mlp_report.save_repro(script)
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"k = (\d+): relative error (\S+) \(5 links rewritten\)", done.stdout)
+    errors = {int(k): float(error) for k, error in lines}
+    assert set(errors) == {0, 1, DEPTH - 1}
+    # All parameters lie inside the links, whose own gradients are exact with L - 1 iterations.
+    assert errors[0] > errors[1] > 1e-3 and errors[DEPTH - 1] < 1e-5
+
+
+def test_a_repro_script_of_a_model_that_draws_random_numbers(tmp_path):
+    """Forward and backward are one graph: the masks are those of the exact run, so only k makes a difference."""
+    blocks = nn.Sequential(*(nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(4)))
+    explain(blocks, x(), options=ALWAYS).save_repro(tmp_path / "repro.py")
+    found = runpy.run_path(str(tmp_path / "repro.py"))
+    first, second = (found["gradients"](found["joint_graph"]()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert any("rand" in str(node.target) for node in found["joint_graph"]().graph.nodes)
+
+
+def test_drawings(mlp_report, tmp_path):
+    pytest.importorskip("pydot")
+    mlp_report.draw(tmp_path / "before.dot", after=False)
+    assert "linear_scan" not in (tmp_path / "before.dot").read_text()
+    mlp_report.draw(tmp_path / "after.dot")
+    assert "linear_scan" in (tmp_path / "after.dot").read_text()
+    if shutil.which("dot"):
+        mlp_report.draw(tmp_path / "after.svg")
+        assert "<svg" in (tmp_path / "after.svg").read_text()
+
+
+def test_drawings_say_what_is_missing(mlp_report, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"'.pdf'; it takes one of .dot, .svg, .png"):
+        mlp_report.draw(tmp_path / "a.pdf")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="graphviz"):
+        mlp_report.draw(tmp_path / "a.svg")
+    monkeypatch.setitem(sys.modules, "pydot", None)
+    with pytest.raises(ImportError, match="pip install pydot"):
+        mlp_report.draw(tmp_path / "a.dot")
+    nothing = explain(nn.Linear(2, 2).requires_grad_(False), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="no joint graph"):
+        nothing.draw(tmp_path / "a.dot")
+    with pytest.raises(ValueError, match="no joint graph"):
+        nothing.save_repro(tmp_path / "a.py")
+
+
+def truncated_error(model, given, k):
+    """The relative error of w^k over all parameters, from the oracle: ``x + hold(branch(x))`` link by link."""
+
+    def link(block):
+        def step(state, side, hold):
+            (h,) = state
+            return (h + hold(block.down(torch.relu(block.up(block.norm(h))))),), ()
+
+        return Link(step)
+
+    program = Program(dict(model.named_parameters()), lambda run, h: run([link(b) for b in model], (h,)).states[-1][0])
+    gradients = (reference_gradients(program, (given,), torch.sum, n)[1] for n in ("exact", k))
+    exact, found = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients)
+    return float((found - exact).norm() / exact.norm())
+
+
+def test_the_error_of_w_k_is_the_oracles():
+    model, given = mlp().double(), x().double()
+    report = explain(model, given, options=ALWAYS, errors=[0, 2, DEPTH - 1])
+    errors = {error.iterations: error.relative_error for error in report.graphs[0].errors}
+    assert set(errors) == {0, 2, DEPTH - 1}
+    for k in (0, 2):
+        assert errors[k] == pytest.approx(truncated_error(model, given, k), rel=1e-6)
+    assert errors[DEPTH - 1] < 1e-12
+    assert "k = 2   cosine" in str(report) and report.to_dict()["graphs"][0]["errors"][0]["iterations"] == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_without_being_asked_nothing_is_measured(mlp_report):
+    assert mlp_report.measured is None and mlp_report.graphs[0].errors == []
+
+
+@pytest.mark.slow
+def test_a_measured_step_takes_time_and_leaves_the_model_alone():
+    model = mlp()
+    report = explain(model, x(), options=ALWAYS, measure=True)
+    assert 0 < report.measured.inductor < 1 and 0 < report.measured.highway < 1
+    assert "a training step takes" in str(report)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_modules_and_all_lines_are_told(mlp_report):
+    (chain,) = mlp_report.chains
+    assert chain.module == f"0..{DEPTH - 1}" and chain.modules == [str(i) for i in range(DEPTH)]
+    assert chain.sources == [chain.source] and chain.source.endswith("x + self.down(torch.relu(self.up(self.norm(x))))")
+    assert chain.groups[0].batched and chain.added_bytes > 0
+
+
+def test_the_programs_of_a_block_name_its_weights(mlp_report):
+    (block,) = mlp_report.graphs[0].programs[0]
+    assert block.forward[-1].endswith("return x + self.down(torch.relu(self.up(self.norm(x))))")
+    assert re.search(r"mm\(\w+, \d\.down\.weight", block.before) and "bmm" not in block.before
+    assert "# iteration 1" in block.after and "bmm" in block.after
+    assert "linear_scan" in mlp_report.graphs[0].rest[0]
+
+
+def test_a_terminal_of_any_width(mlp_report, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    assert max(map(len, str(mlp_report).splitlines())) <= 70
+
+
+def test_rich_prints_the_same_text(mlp_report, capsys):
+    rich = pytest.importorskip("rich.console")
+    rich.Console(width=100, force_terminal=True, file=(out := io.StringIO())).print(mlp_report)
+    assert re.sub(r"\x1b\[[\d;]*m", "", out.getvalue()).split() == str(mlp_report).split()
+    assert "\x1b[" in out.getvalue()

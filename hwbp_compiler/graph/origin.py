@@ -194,6 +194,11 @@ def name_range(names: Sequence[str]) -> str:
     return "" if not distinct else distinct[0] if len(distinct) == 1 else f"{distinct[0]}..{distinct[-1]}"
 
 
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A sorting key that puts ``blocks.9`` before ``blocks.10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
 def by_frequency(lines: Iterable[str]) -> list[str]:
     """Distinct, most frequent first; among equals in the order given."""
     return [line for line, _ in Counter(filter(None, lines)).most_common()]

@@ -14,7 +14,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 def copy_of(graph: fx.Graph) -> fx.GraphModule:
@@ -148,11 +148,11 @@ class Report:
 
         return plain(self)
 
-    def __rich__(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """For ``rich.print(report)``: the same text, coloured."""
         from .text import coloured
 
-        return coloured(self)
+        yield coloured(self, options.max_width)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one page that needs no network: every chain as a picture whose blocks open on a click."""

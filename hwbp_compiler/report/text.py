@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 
@@ -18,6 +19,9 @@ from .data import ExplainedGraph, Report
 
 if TYPE_CHECKING:
     from rich.text import Text
+
+# A line as it stands, or (indent, label, text to be wrapped).
+_Line = str | tuple[int, str, str]
 
 _NARROWEST, _WIDEST = 60, 100
 _LABEL = 11
@@ -27,15 +31,16 @@ NO_CHAIN = (
 )
 
 
-def plain(report: Report) -> str:
-    return "\n".join(_lines(report))
+def plain(report: Report, width: int | None = None) -> str:
+    """No line wider than ``width``; than the terminal, but at most 100 columns, if absent."""
+    return _wrapped(_lines(report), width)
 
 
-def coloured(report: Report) -> Text:
+def coloured(report: Report, width: int | None = None) -> Text:
     """For ``rich``: labels dim, decisions green or yellow."""
     from rich.text import Text
 
-    text = Text(plain(report), no_wrap=True)
+    text = Text(plain(report, width), no_wrap=True)
     text.highlight_regex(r"\brewritten\b(?=$|\n)", "bold green")
     text.highlight_regex(r"\bdeclined\b(?=$|\n)", "bold yellow")
     text.highlight_regex(r"(?m)^ +(?:[a-z]+ ?[a-z]*)(?= {2,}\S)", "dim")
@@ -44,13 +49,13 @@ def coloured(report: Report) -> Text:
 
 
 def show(report: Report) -> None:
-    """Print it, coloured where that is possible."""
-    try:
-        import rich
-    except ImportError:
-        print(report)
-    else:
-        rich.print(report)
+    """Print it, coloured where that is possible: in a terminal, with ``rich`` installed."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):
+            import rich
+
+            return rich.print(report)
+    print(report)
 
 
 def title(report: Report) -> str:
@@ -63,26 +68,23 @@ def title(report: Report) -> str:
     )
 
 
-def _lines(report: Report) -> Iterator[str]:
+def _lines(report: Report) -> Iterator[_Line]:
     yield title(report)
-    yield from _paragraph("options", ", ".join(f"{key}={value!r}" for key, value in asdict(report.options).items()))
+    yield 2, "options", ", ".join(f"{key}={value!r}" for key, value in asdict(report.options).items())
     if report.measured is not None:
-        yield from _paragraph("measured", measured_text(report))
+        yield 2, "measured", measured_text(report)
     for note in report.notes:
-        yield from _paragraph("note", note)
+        yield 2, "note", note
     number = 0
     for position, graph in enumerate(report.graphs):
         yield ""
         yield f"graph {position + 1} of {len(report.graphs)}: {sizes(graph)}"
         if graph.failure is not None:
-            yield from _paragraph("failed", f"{graph.failure}. The graph is compiled as it is.", 2)
+            yield 2, "failed", f"{graph.failure}. The graph is compiled as it is."
         elif not graph.chains and report.options.rewrite != "never":
-            yield from _paragraph("no chain", NO_CHAIN, 2)
-        for chain in graph.chains:
-            number += 1
-            yield f"  chain {number}: {heading(chain)}"
-            for label, text in entries(chain):
-                yield from _paragraph(label, text, 4)
+            yield 2, "no chain", NO_CHAIN
+        yield from _chains(graph.chains, number)
+        number += len(graph.chains)
         if graph.errors:
             yield "  error of w^k: parameter gradient against the exact one"
             for error in graph.errors:
@@ -90,8 +92,24 @@ def _lines(report: Report) -> Iterator[str]:
                 yield f"    k = {error.iterations:<3} {figures}"
 
 
+def graph_text(records: list[ChainRecord], before: int, after: int) -> str:
+    """What a compilation that is under way tells of one joint graph."""
+    head = f"joint graph: {_nodes(before, after)}"
+    return _wrapped([head, *(_chains(records, 0) if records else [(2, "no chain", NO_CHAIN)])])
+
+
+def _chains(records: list[ChainRecord], counted: int) -> Iterator[_Line]:
+    for number, chain in enumerate(records, start=counted + 1):
+        yield f"  chain {number}: {heading(chain)}"
+        for label, text in entries(chain):
+            yield 4, label, text
+
+
 def sizes(graph: ExplainedGraph) -> str:
-    before, after = len(graph.before.graph.nodes), len(graph.after.graph.nodes)
+    return _nodes(len(graph.before.graph.nodes), len(graph.after.graph.nodes))
+
+
+def _nodes(before: int, after: int) -> str:
     return f"{before} nodes" + (f", {after} after" if after != before else ", left as it is")
 
 
@@ -175,14 +193,21 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _paragraph(label: str, text: str, indent: int = 2) -> list[str]:
-    """``label`` in a column of its own, ``text`` beside it, no line wider than the terminal."""
-    width = min(_WIDEST, max(_NARROWEST, shutil.get_terminal_size((_WIDEST, 24)).columns))
-    head = " " * indent + label.ljust(_LABEL) + " "
-    rest = " " * len(head)
-    inner = text.lstrip()
-    head, rest = (part + " " * (len(text) - len(inner)) for part in (head, rest))
-    return textwrap.wrap(inner, width, initial_indent=head, subsequent_indent=rest, break_on_hyphens=False)
-
-
-__all__: Any = ["coloured", "plain", "show"]
+def _wrapped(lines: Iterable[_Line], width: int | None = None) -> str:
+    """Labels in a column of their own, their text beside it, no line wider than the terminal."""
+    if width is None:
+        width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
+    width = max(_NARROWEST, width)
+    done: list[str] = []
+    for line in lines:
+        if isinstance(line, str):
+            done.append(line)
+            continue
+        indent, label, text = line
+        inner = text.lstrip()
+        kept = " " * (len(text) - len(inner))
+        head = " " * indent + label.ljust(_LABEL) + " "
+        done += textwrap.wrap(
+            inner, width, initial_indent=head + kept, subsequent_indent=" " * len(head) + kept, break_on_hyphens=False
+        )
+    return "\n".join(done)

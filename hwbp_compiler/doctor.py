@@ -1,0 +1,159 @@
+"""``python -m hwbp_compiler doctor``: what this machine has, and what the compiler will use of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from .torch_private import NEWEST_KNOWN
+
+_OLDEST = (2, 11)
+
+
+def checks() -> Iterator[tuple[str, str, bool]]:
+    """(what, finding, whether that is well), in the order a reader needs them. Nothing here raises."""
+    for what, look in _LOOKS:
+        try:
+            finding, well = look()
+        except Exception as error:  # the doctor tells of what is broken; it must not break on it
+            finding, well = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}", False
+        yield what, finding, well
+
+
+def text() -> tuple[str, bool]:
+    """All findings, and whether all is well."""
+    found = list(checks())
+    width = max(len(what) for what, _, _ in found)
+    lines = [f"{'ok' if well else '!!'} {what.ljust(width)}  {finding}" for what, finding, well in found]
+    return "\n".join(lines), all(well for _, _, well in found)
+
+
+def _package() -> tuple[str, bool]:
+    return f"hwbp_compiler {importlib.metadata.version('hwbp_compiler')}, Python {platform.python_version()}", True
+
+
+def _torch() -> tuple[str, bool]:
+    release = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    known = f"{'.'.join(map(str, _OLDEST))} to {'.'.join(map(str, NEWEST_KNOWN))}"
+    well = _OLDEST <= release <= NEWEST_KNOWN
+    return f"torch {torch.__version__}" + ("" if well else f"; this package knows {known}"), well
+
+
+def _entry_point() -> tuple[str, bool]:
+    found = importlib.metadata.entry_points(group="torch_dynamo_backends", name="highway")
+    if not found:
+        return 'backend="highway" is not registered: install the package (pip install .)', False
+    return 'torch.compile(model, backend="highway") needs no import', True
+
+
+def _cpu() -> tuple[str, bool]:
+    from .passes.decide import cores
+
+    return f"{cores()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
+
+
+def _accelerators() -> tuple[str, bool]:
+    if not torch.cuda.is_available():
+        return "none that torch sees: graphs are compiled for the CPU", True
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{', '.join(names)} (CUDA {torch.version.cuda})", True
+
+
+def _compiler() -> tuple[str, bool]:
+    # Private, checked on torch 2.13.0: how Inductor itself chooses.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        name = get_cpp_compiler()
+    except Exception:
+        name = ""
+    where = shutil.which(name) if name else None
+    if where is None:
+        return "no C++ compiler: Inductor cannot compile for a CPU. Install g++ or clang++, or set CXX", False
+    return where, True
+
+
+def _scan() -> tuple[str, bool]:
+    from .scan.cpu import load
+
+    if load(torch.float32) is None:
+        return "on a CPU: torch operators, slower (the C++ kernel does not build)", False
+    return "on a CPU: a C++ kernel, one pass over memory", True
+
+
+def _triton() -> tuple[str, bool]:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: needed for GPUs alone", not torch.cuda.is_available()
+    return f"triton {version}; on a GPU the scan is a Triton kernel that Inductor generates", True
+
+
+def _caches() -> tuple[str, bool]:
+    # Private, checked on torch 2.13.0.
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    folder = Path(cache_dir())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror}): set TORCHINDUCTOR_CACHE_DIR", False
+    on = [
+        name
+        for name, used in (
+            ("FxGraphCache", inductor_config.fx_graph_cache),
+            ("AOTAutogradCache", functorch_config.enable_autograd_cache),
+        )
+        if used
+    ]
+    return f"{folder}, {' and '.join(on) if on else 'no graph cache'} in use", True
+
+
+def _logs() -> tuple[str, bool]:
+    chosen = os.environ.get("TORCH_LOGS", "")
+    return chosen or 'not set; TORCH_LOGS="+hwbp_compiler" logs every decision', True
+
+
+def _extras() -> tuple[str, bool]:
+    found = {"rich": "coloured reports", "pydot": "report.draw", "hypothesis": "property tests"}
+    missing = [f"{name} ({use})" for name, use in found.items() if importlib.util.find_spec(name) is None]
+    return "all there" if not missing else f"not installed: {', '.join(missing)}", True
+
+
+_LOOKS: tuple[tuple[str, Callable[[], tuple[str, bool]]], ...] = (
+    ("package", _package),
+    ("torch", _torch),
+    ("entry point", _entry_point),
+    ("CPU", _cpu),
+    ("accelerators", _accelerators),
+    ("C++ compiler", _compiler),
+    ("linear_scan", _scan),
+    ("triton", _triton),
+    ("caches", _caches),
+    ("TORCH_LOGS", _logs),
+    ("extras", _extras),
+)
+
+
+def main() -> int:
+    found, well = text()
+    print(found)
+    print(f"\n{'All is well.' if well else 'Lines with !! need attention.'}")
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

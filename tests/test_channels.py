@@ -1,0 +1,166 @@
+"""What PyTorch's own tools show of the passes: the structured trace, counters, compile times, switches."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.utils import compile_times, counters
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx
+
+from hwbp_compiler import backend
+
+ALWAYS = {"iterations": 1, "rewrite": "always"}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.relu(self.linear(x))
+
+
+@pytest.fixture
+def no_code(monkeypatch):
+    """Inductor's graphs are run as they stand: seconds less per test."""
+
+    def compile_(gm, inputs, patches):
+        def inner(module, example_inputs, **kwargs):
+            return make_boxed_func(module.forward)
+
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=dict(patches))
+
+    monkeypatch.setattr(backend, "compile_fx", compile_)
+
+
+def train():
+    model = nn.Sequential(*(Block() for _ in range(5)))
+    torch.compile(model, backend="highway", options=ALWAYS)(torch.ones(2, 4)).sum().backward()
+    return model
+
+
+def test_dynamos_counters_have_a_section_of_ours(no_code):
+    train()
+    assert counters["highway"]["chains_rewritten"] == 1
+
+
+def test_the_pass_and_its_steps_are_among_the_compile_times(no_code):
+    train()
+    names, _ = compile_times(repr="csv")
+    assert {"pass.highway", "pass.highway.find_chains", "pass.highway.rewrite"} <= set(names)
+
+
+def test_the_pass_can_be_switched_off_by_name(no_code):
+    with inductor_config.patch(disabled_passes="highway"):
+        train()
+    assert counters["highway"]["chains_rewritten"] == counters["highway"]["failures"] == 0
+
+
+def test_the_pass_can_be_followed_node_by_node(no_code):
+    """Provenance tracking hooks into every node that a pass makes."""
+    with inductor_config.patch({"trace.provenance_tracking_level": 1}):
+        train()
+    assert counters["highway"]["chains_rewritten"] == 1 and counters["highway"]["failures"] == 0
+
+
+def test_the_debug_log_holds_the_report(no_code, caplog):
+    with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
+        train()
+    assert "chain of 5 links rewritten" in caplog.text
+    assert "return x + torch.relu(self.linear(x))" in caplog.text
+
+
+def test_dynamos_own_explain_is_still_fine(no_code):
+    found = torch._dynamo.explain(train())(torch.ones(2, 4))
+    assert found.graph_count == 1 and found.graph_break_count == 0
+
+
+TRACED = """
+import torch
+from torch import nn
+from functorch.compile import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
+from hwbp_compiler import backend
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.relu(self.linear(x))
+
+def inner(module, example_inputs, **kwargs):
+    return make_boxed_func(module.forward)
+
+backend.compile_fx = lambda gm, inputs, patches: compile_fx(
+    gm, inputs, inner_compile=inner, config_patches=dict(patches))
+model = nn.Sequential(*(Block() for _ in range(5)))
+options = {"iterations": 1, "rewrite": "always", "fx_graph_cache": False}
+torch.compile(model, backend="highway", options=options)(torch.ones(2, 4)).sum().backward()
+"""
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """The structured trace of one compilation."""
+    folder = tmp_path_factory.mktemp("trace")
+    script = folder / "train.py"
+    script.write_text(TRACED)
+    environment = {**os.environ, "TORCH_TRACE": str(folder / "trace"), "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (log,) = (folder / "trace").glob("*.log")
+    return log
+
+
+def test_the_structured_trace_holds_both_graphs_and_the_report(trace):
+    artifacts: dict[str, list[str]] = {}
+    current: list[str] = []
+    for line in trace.read_text().splitlines():
+        if line.startswith("\t"):
+            current.append(line)
+            continue
+        entry = json.loads(line[line.index("{") :])
+        current = artifacts.setdefault(entry.get("artifact", {}).get("name", ""), [])
+    before, after, report = (
+        "\n".join(artifacts[f"highway_{name}"]) for name in ("joint_graph_before", "joint_graph_after", "report")
+    )
+    assert "linear_scan" not in before and "tangents_1" in before
+    assert "linear_scan" in after
+    assert "chain 1: 5 links, rewritten" in report
+
+
+def test_tlparse_shows_them(trace, tmp_path):
+    tlparse = shutil.which("tlparse", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    if tlparse is None:
+        pytest.skip("tlparse is not installed")
+    done = subprocess.run(
+        [tlparse, trace, "--no-browser", "-o", tmp_path / "out", "--overwrite"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "highway_report" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_rich_is_optional():
+    """Without it the same text is printed plain."""
+    assert importlib.util.find_spec("hwbp_compiler.report.text") is not None
+    code = "import sys; sys.modules['rich'] = None; from hwbp_compiler.report import text; text.show('a report')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "a report\n", done.stderr

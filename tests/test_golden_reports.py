@@ -1,0 +1,66 @@
+"""What is told about one model of every family, in fields that change only when what is found changes.
+
+``UPDATE_GOLDEN=1 pytest tests/test_golden_reports.py`` writes the file anew: read the difference before committing it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from zoo import CASES
+
+from hwbp_compiler import explain
+
+GOLDEN = Path(__file__).parent / "golden" / "reports.txt"
+OPTIONS = {"iterations": 1, "rewrite": "always", "min_length": 2}
+FAMILIES = (
+    "mlp_module_list", "resnet_preact_train", "resnet_postact_eval", "decoder_causal", "encoder_post_norm",
+    "encoder_parallel", "gru_cell_every_step", "lstm_cell_start_given", "min_gru_every_step",
+    "gru_2_layers_interleaved_every_step", "encoder_decoder", "activity_penalties", "hf_gpt2_sdpa", "hf_bert_eager",
+    "nothing_densenet",
+)  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+
+
+def fields(name: str) -> str:
+    """No line number, no figure: a name, the code of a line, a count of links."""
+    model, args, loss = BY_NAME[name].build()
+    torch.manual_seed(0)
+    lines = [f"{name}"]
+    for chain in explain(model, *args, options=OPTIONS, loss=loss).chains:
+        lines.append(f"  {chain.length} links, {chain.decision}, times {chain.times}, K = {chain.multiplier or '-'}")
+        lines.append(f"    module   {chain.module or '-'}")
+        for source in chain.sources:
+            path, _, code = re.fullmatch(r"(.*?):(\d+): (.*)", source).groups()
+            lines.append(f"    source   {Path(path).name}: {code}")
+        for group in chain.groups:
+            heavy = ", ".join(f"{times} {operator}" for operator, times in sorted(group.operators.items()))
+            lines.append(f"    group    {group.links} links, K = {group.multiplier}: {heavy or 'elementwise only'}")
+        lines.append(f"    losses   after {chain.side_losses or 'none'}")
+        lines.append(f"    why      {chain.reason.partition(';')[0].partition(': ')[0]}")
+    return "\n".join(lines) + "\n"
+
+
+def golden() -> dict[str, str]:
+    text = GOLDEN.read_text() if GOLDEN.exists() else ""
+    return {block.partition("\n")[0]: block for block in re.split(r"\n(?=\S)", text) if block}
+
+
+@pytest.fixture(scope="module")
+def written():
+    found: dict[str, str] = {}
+    yield found
+    if os.environ.get("UPDATE_GOLDEN") and found:
+        merged = {**golden(), **found}
+        GOLDEN.write_text("\n".join(merged[name].rstrip("\n") + "\n" for name in FAMILIES if name in merged))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_report_of_a_family_is_the_one_committed(name, written):
+    written[name] = fields(name)
+    if not os.environ.get("UPDATE_GOLDEN"):
+        assert written[name].strip() == golden()[name].strip()

@@ -1,0 +1,188 @@
+"""What is not rewritten says why in words of PyTorch's, and what to change: no name of ours, none of a node's."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hwbp_compiler import explain
+
+ALWAYS = {"iterations": 1, "rewrite": "always"}
+WIDTH = 4
+
+
+def explained(model, *args, **options):
+    """The report; no reason and no advice in it names a node of the graph or an internal of ours."""
+    report = explain(model, *args, options={**ALWAYS, **options})
+    for chain in report.chains:
+        text = f"{chain.reason} {chain.advice}"
+        assert not re.search(r"\b(primals|tangents)\b|\b[a-z]+_\d+\b|aten\.|NotALink|\bNone\b", text), text
+        assert chain.decision == "rewritten" or chain.advice, text
+    return report
+
+
+def declined(model, *args, **options):
+    chains = explained(model, *args, **options).chains
+    assert all(chain.decision == "declined" for chain in chains), chains
+    return chains
+
+
+def only(chains):
+    (chain,) = chains
+    return chain
+
+
+class Strided(nn.Module):
+    """A residual block that halves the image: its shortcut is a strided convolution."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.shortcut(x) + self.conv2(F.relu(self.conv1(x))))
+
+
+def test_a_strided_shortcut():
+    stages = nn.Sequential(
+        *(Strided(2, 2, 1) for _ in range(4)), Strided(2, 3, 2), *(Strided(3, 3, 1) for _ in range(3))
+    )
+    report = explained(stages, torch.randn(1, 2, 4, 4, requires_grad=True), min_length=3)
+    assert [chain.length for chain in report.chains if chain.decision == "rewritten"] == [3, 4]
+    refused = only([chain for chain in report.chains if chain.decision == "declined"])
+    assert "the shortcut of this block has a convolution in it" in refused.reason
+    assert "changes its shape from [1, 2, 4, 4] to [1, 3, 2, 2]" in refused.reason
+    assert refused.module == "4" and "self.shortcut(x) + self.conv2" in refused.source
+
+
+class Dense(nn.Module):
+    def __init__(self, layers=5):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH + 2 * i, 2) for i in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, torch.relu(layer(x))], -1)
+        return x
+
+
+def test_a_densely_connected_network():
+    chain = only(declined(Dense(), torch.randn(3, WIDTH, requires_grad=True)))
+    assert chain.reason.startswith("features are concatenated (torch.cat, as in a DenseNet), not added")
+    assert chain.length >= 4 and "torch.cat([x" in chain.source
+
+
+class Wide(nn.Module):
+    """A recurrence that carries ``count`` tensors, each with a gate, each seen by all others."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.new = nn.ModuleList(nn.Linear(count * WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x):
+        states = [x * (i + 1) for i in range(len(self.new))]
+        for _ in range(5):
+            seen = torch.cat(states, -1)
+            states = [0.5 * s + torch.tanh(new(seen)) for s, new in zip(states, self.new, strict=True)]
+        return sum(states)
+
+
+def test_a_state_of_more_tensors_than_are_handled():
+    chain = only(declined(Wide(5), torch.randn(3, WIDTH)))
+    assert chain.reason.startswith("5 tensors pass from each step to the next")
+    assert "at most 3 tensors" in chain.advice and "torch.tanh(new(seen))" in chain.source
+
+
+def test_a_loop_of_unknown_length():
+    scan = pytest.importorskip("torch._higher_order_ops.scan").scan
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def model(xs):
+        def step(h, x):
+            h = 0.5 * h + torch.tanh(x @ weight)
+            return h, h.clone()
+
+        return scan(step, xs.new_zeros(WIDTH), xs, dim=0)[1]
+
+    chain = only(declined(model, torch.randn(6, WIDTH)))
+    assert chain.reason.startswith("a loop written with torch's scan may have any length")
+    assert "Python loop" in chain.advice
+
+
+class Turned(nn.Module):
+    """Every block returns its state transposed: with sizes known only at run time that cannot be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = (x + torch.relu(layer(x))).transpose(0, 1)
+        return x
+
+
+def test_a_state_that_is_permuted_in_every_block():
+    chain = only(declined(Turned(), torch.randn(3, 3, WIDTH)))
+    assert "elements in another order" in chain.reason and "transpose inside the block" in chain.advice
+
+
+@torch.library.custom_op("hwbp_test::swish", mutates_args=())
+def swish(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sigmoid()
+
+
+@torch.library.custom_op("hwbp_test::swish_backward", mutates_args=())
+def swish_backward(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return g * (x.sigmoid() + x * x.sigmoid() * (1 - x.sigmoid()))
+
+
+swish.register_fake(torch.empty_like)
+swish_backward.register_fake(lambda g, x: torch.empty_like(g))
+swish.register_autograd(
+    lambda ctx, g: swish_backward(g, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+class Opaque(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + swish(self.linear(x))
+
+
+def test_an_operator_that_nobody_described():
+    chain = only(declined(nn.Sequential(*(Opaque() for _ in range(5))), torch.randn(3, WIDTH, requires_grad=True)))
+    assert "a block uses hwbp_test::swish_backward, an operator that the compiler has no rule for" in chain.reason
+    assert chain.length == 5 and chain.source.endswith("return x + swish(self.linear(x))")
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.relu(self.linear(x))
+
+
+def test_a_chain_below_min_length_is_told_once():
+    chain = only(declined(nn.Sequential(Residual(), Residual()), torch.randn(3, WIDTH)))
+    assert chain.reason == "shorter than min_length=4" and chain.advice.startswith(f"min_length={chain.length}")
+
+
+def test_equal_refusals_are_one_record_that_counts_them():
+    apart = [layer for _ in range(3) for layer in (Residual(), nn.Linear(WIDTH, WIDTH))]
+    given = torch.randn(3, WIDTH, requires_grad=True)
+    chain = only(declined(nn.Sequential(*apart), given))
+    assert (chain.length, chain.times) == (1, 3) and chain.module == "0..4"
+    assert "1 link, 3 times, declined" in str(explained(nn.Sequential(*apart), given))
