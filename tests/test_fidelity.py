@@ -47,7 +47,10 @@ def case(request):
 
 @pytest.fixture(scope="module")
 def captured(case):
-    return capture(*case.build())
+    found = capture(*case.build())
+    found.gradients(None)  # only now is it traced
+    assert found.joints
+    return found
 
 
 def eager(case):
