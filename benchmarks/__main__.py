@@ -17,7 +17,14 @@ import torch
 from .harness import ROOT, environment, say
 
 RESULTS = ROOT / "benchmarks" / "results"
-SUITES = {"deep": "unrolled", "compile": "compile_time", "accuracy": "accuracy", "scaling": "scaling", "scan": "scan"}
+SUITES = {
+    "recurrent": "recurrent",
+    "deep": "unrolled",
+    "compile": "compile_time",
+    "accuracy": "accuracy",
+    "scaling": "scaling",
+    "scan": "scan",
+}
 
 
 def run(suite: str, device: str, quick: bool) -> None:

@@ -108,6 +108,32 @@ def deep() -> str | None:
     return "\n\n".join(parts)
 
 
+def recurrent() -> str | None:
+    found = rows("recurrent")
+    if not found:
+        return None
+    parts = [
+        "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. One layer; baseline: `nn.GRU`, "
+        "`nn.LSTM` or `nn.RNN` in eager mode, to which stock `torch.compile` leaves them. `auto` is what "
+        '`rewrite="profitable"`, the default, makes of k = 2. Cosine: of the weights\' gradient with the exact one. '
+        "Times in milliseconds, a cold compilation in seconds."
+    ]
+    for (kind, batch, hidden, steps, _), group in by(found, "kind", "batch", "hidden", "steps", "device").items():
+        lines = [
+            (
+                r["run"], time(r, "forward"), time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
+                f"{r['step_ratio']:.2f}x", f"{r['cosine']:.5f}",
+                "" if r["compile_s"] is None else f"{r['compile_s']:.0f}",
+                "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.0f}",
+            )
+            for r in group
+        ]  # fmt: skip
+        head = ("run", "forward", "backward", "", "whole step", "", "cosine", "compile", "peak MB")
+        title = f"{kind}, batch {batch}, hidden {hidden}, {steps} steps"
+        parts.append(f"### {title}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
 def compile_time() -> str | None:
     found = rows("compile")
     if not found:
@@ -210,7 +236,7 @@ def expected() -> str:
     return in_short(rows("accuracy"))
 
 
-SECTIONS: list[Callable[[], str | None]] = [deep, compile_time, scaling, accuracy, scan]
+SECTIONS: list[Callable[[], str | None]] = [recurrent, deep, compile_time, scaling, accuracy, scan]
 
 
 def in_short() -> str:

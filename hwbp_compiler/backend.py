@@ -24,12 +24,15 @@ from .graph.info import is_tangent
 from .graph.record import ChainRecord
 from .options import Options, parse
 from .passes.decide import cores
+from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
+from .recurrence.tracing import traced_whole
 from .torch_private import (
     CONTROL_FLOW,
     CustomGraphPass,
-    check_when_configured,
     compile_fx,
+    configure_backend,
     ddp_cuts_graphs,
     observed,
     trace_artifact,
@@ -56,6 +59,7 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
+    replace_recurrent_modules(gm, ours)
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
@@ -114,7 +118,7 @@ def register_lowerings() -> None:
 
 
 # torch.compile gives the options to this check at once, and to the backend only with the first graph.
-check_when_configured(highway, lambda mode=None, options=None: parse(options, mode))
+configure_backend(highway, lambda mode=None, options=None: parse(options, mode), traced_whole)
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class HighwayPass(CustomGraphPass):
         count("graphs_seen")
         if not any(is_tangent(node) for node in graph.nodes):
             count("inference_graphs")
+            record_nothing(graph)
             return
         nodes = len(graph.nodes)
         trace_artifact("highway_joint_graph_before", lambda: _readable(graph))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from hwbp_compiler.graph.program import NotALink
 
@@ -24,10 +25,11 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
     one of the ``superseded`` nodes: two versions of a link would be mixed then, which no k stands for.
     """
     journal: list[tuple[Node, tuple, dict]] = []
-    for old, new in rewriting.replacements.items():
-        for user in list(old.users):
-            journal.append((user, user.args, dict(user.kwargs)))
-            user.replace_input_with(old, new)
+    final = _final(rewriting.replacements)
+    # User by user, not replacement by replacement: the output node uses thousands of them.
+    for user in dict.fromkeys(user for old in final for user in old.users):
+        journal.append((user, user.args, dict(user.kwargs)))
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: final.get(n, n))  # type: ignore[assignment]
     order = _topological_order(graph)
     refused = None
     if order is None:
@@ -52,6 +54,17 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
     for node in reversed(order):
         if not node.users and (node in created or node in removable):
             graph.erase_node(node)
+
+
+def _final(replacements: dict[Node, Node]) -> dict[Node, Node]:
+    """What each node is replaced by in the end, where what replaces it is itself replaced."""
+    final = dict(replacements)
+    for old in final:
+        seen = {old}
+        while final[old] in replacements and final[old] not in seen:
+            seen.add(final[old])
+            final[old] = replacements[final[old]]
+    return final
 
 
 def _alive(order: list[Node]) -> set[Node]:

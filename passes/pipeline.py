@@ -29,6 +29,7 @@ from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
 from .rewrite import Rewriting, rewrite_chain
+from .rewrite_recurrent_modules import rewrite_recurrent_modules
 from .split_links import Split, split_links
 
 log = logging.getLogger(__name__)
@@ -70,20 +71,20 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
     raised. Any other exception comes before the graph is changed.
     """
-    records: list[ChainRecord] = []
-    decided: set[tuple] = set()
-    settled: set[Node] = set()
     origins = Origins(graph)
+    records, settled = rewrite_recurrent_modules(graph, options)
+    decided: set[tuple] = set()
+    first_look = True
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
             return records
         with timed("highway.find_chains"):
             candidates, refusals, short = _candidates(info, options)
-        if not decided:
+        if first_look:
             declined = [refused(r, origins) for r in refusals]
             records += collapsed(declined + [_short(s, origins, options) for s in short])
-        changed = False
+        changed = first_look = False
         for candidate in candidates:
             if candidate.key in decided:
                 continue

@@ -19,6 +19,8 @@ from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.origin import plain_name
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.passes.near_misses import near_misses
+from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
+from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.torch_private import CustomGraphPass, user_joint_passes
 
 from . import measure as measuring
@@ -151,6 +153,7 @@ def _traced(
         # Private, checked on torch 2.13.0. Inductor owns the module it is given and may change it.
         from torch._inductor.compile_fx import compile_fx
 
+        replace_recurrent_modules(module, looking.options)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
@@ -166,7 +169,7 @@ def _traced(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         # Shapes seen here must not make later compilations of the same code dynamic.
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False), traced_whole():
             return compiled(*args, **kwargs)
 
     return run

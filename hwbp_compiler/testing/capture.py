@@ -38,6 +38,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 
+from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
+from hwbp_compiler.recurrence.tracing import traced_whole
+
 # What a Record of passes.run says about one chain: .length, .decision, .reason.
 Record = Any
 
@@ -165,6 +168,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
         here: list[JointGraph] = []
+        replace_recurrent_modules(graph, options())
 
         def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
             here.append(JointGraph(copy.deepcopy(joint), num_fwd_outputs))
@@ -193,7 +197,13 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
         )(graph, inputs)
 
     torch._dynamo.reset()
-    result.compiled = torch.compile(model, backend=backend)
+    compiled = torch.compile(model, backend=backend)
+
+    def run(*args: Any) -> Any:
+        with traced_whole():
+            return compiled(*args)
+
+    result.compiled = run
     return result
 
 

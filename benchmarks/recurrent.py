@@ -1,0 +1,168 @@
+"""Recurrent modules against eager mode: ``python -m benchmarks run --suite recurrent``
+
+Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, which is therefore the baseline:
+oneDNN's kernel for an LSTM in float32, ATen's for the rest. ``exact`` and every k are compiled first, ``auto``
+is rewrite="profitable" at k = 2; then all take turns. Reported: the backward and the whole step, seconds of a cold
+compile, peak memory of a step, and the cosine of the weights' gradient with eager mode's. A loop over the cell,
+compiled by stock Inductor, takes minutes to compile at these lengths: ``python -m benchmarks.recurrent --loop``
+measures it at the first of them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .harness import environment, in_turns, peak_memory, say, summary, synchronize
+
+RESUMES = True  # a run measures the cases that the results lack
+ITERATIONS = (0, 1, 2, 4, 8)
+SHAPES = ((1, 128, 512), (4, 128, 512), (16, 128, 512), (32, 64, 1024), (32, 256, 256))
+LONG = ((1, 64, 1_000), (1, 64, 10_000))  # the time a step must not grow with the length
+PAPER = ((128, 512, 256), (128, 64, 1024))
+
+
+class Layer(nn.Module):
+    def __init__(self, kind: str, hidden: int) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(hidden, hidden)
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+class Loop(nn.Module):
+    """The same layer as a loop over its cell."""
+
+    def __init__(self, layer: nn.GRU) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(layer.input_size, layer.hidden_size)
+        for name, parameter in self.cell.named_parameters():
+            parameter.data = getattr(layer, f"{name}_l0").data.clone()
+
+    def forward(self, x):
+        h = x.new_zeros(x.shape[1], self.cell.hidden_size)
+        states = []
+        for x_t in x:
+            h = self.cell(x_t, h)
+            states.append(h)
+        return torch.stack(states)
+
+
+class Contender:
+    """One way to run a layer; the first call, if it compiles, is timed."""
+
+    def __init__(self, name: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor, how: Any, device: str):
+        self.name, self.model, self.x, self.target, self.device = name, model, x, target, device
+        self.k = how.get("options", {}).get("iterations")
+        self.function = torch.compile(lambda x: model(x), dynamic=False, **how) if how else model
+        start = time.perf_counter()
+        self.step()
+        self.compile_s = time.perf_counter() - start if how else None
+        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+
+    def step(self) -> dict[str, float]:
+        self.model.zero_grad()
+        self.x.grad = None
+        synchronize(self.device)
+        start = time.perf_counter()
+        output = self.function(self.x)
+        synchronize(self.device)
+        middle = time.perf_counter()
+        output.backward(self.target)
+        synchronize(self.device)
+        end = time.perf_counter()
+        return {"forward": middle - start, "backward": end - middle, "step": end - start}
+
+    def memory(self) -> float | None:
+        self.model.zero_grad()
+        self.x.grad = None
+        if self.device == "cpu":
+            return allocated(lambda: self.function(self.x).backward(self.target))
+        with peak_memory(self.device) as peak:
+            self.function(self.x).backward(self.target)
+            return peak()
+
+
+def allocated(run: Callable[[], object]) -> float:
+    """Megabytes of tensors that ``run`` holds at once, at the highest. What a process resides in would not tell: its
+    allocator keeps what an earlier contender has used."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 1e6
+
+
+def contenders(kind: str, shape: tuple[int, int, int], device: str, loop: bool = False) -> list[Contender]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    batch, hidden, steps = shape
+    model = Layer(kind, hidden).to(device)
+    x = torch.randn(steps, batch, hidden, device=device, requires_grad=True)
+    target = torch.randn(steps, batch, hidden, device=device)
+    ways: dict[str, Any] = {"eager": {}}
+    chosen = ("exact",) if kind == "RNN" else ("exact", *ITERATIONS)
+    for k in chosen:
+        name = k if k == "exact" else f"k={k}"
+        ways[name] = {"backend": "highway", "options": {"iterations": k, "rewrite": "always"}}
+    ways["auto"] = {"backend": "highway", "options": {"iterations": 2}}
+    made = [Contender(name, model, x, target, how, device) for name, how in ways.items()]
+    if loop:
+        made.append(Contender("loop", Loop(model.layer).to(device), x, target, {"backend": "inductor"}, device))
+    return made
+
+
+def measured(kind: str, shape: tuple[int, int, int], made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
+    samples = in_turns({c.name: c.step for c in made}, repeats, budget=6.0)
+    base = {what: summary(what, seconds)[f"{what}_ms"] for what, seconds in samples["eager"].items()}
+    batch, hidden, steps = shape
+    for c in made:
+        row: dict[str, Any] = {"kind": kind, "batch": batch, "hidden": hidden, "steps": steps, "run": c.name, "k": c.k}
+        for what, seconds in samples[c.name].items():
+            row |= summary(what, seconds)
+            row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
+        row["cosine"] = torch.nn.functional.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
+        yield row | {"compile_s": c.compile_s, "peak_memory_mb": c.memory()}
+
+
+def cases(device: str, quick: bool) -> list[tuple[str, tuple[int, int, int]]]:
+    if quick:
+        return [("GRU", (1, 32, 64))]
+    shapes = (*SHAPES, *(PAPER if device == "cuda" else ()))
+    return [(kind, shape) for kind in ("GRU", "LSTM", "RNN") for shape in shapes] + [("GRU", shape) for shape in LONG]
+
+
+def run(device: str, quick: bool, done: list[dict[str, Any]], repeats: int = 15) -> Iterator[dict[str, Any]]:
+    known = {(r["kind"], r["batch"], r["hidden"], r["steps"]) for r in done}
+    for kind, shape in cases(device, quick):
+        if (kind, *shape) in known:
+            continue
+        rows = list(measured(kind, shape, contenders(kind, shape, device), repeats))
+        for r in rows:
+            say(
+                f"{kind} {shape} {r['run']:>6}: {r['step_ms']:8.2f} ({r['step_iqr_ms']:.2f}) {r['step_ratio']:.2f}x,"
+                f" forward {r['forward_ms']:.2f}, backward {r['backward_ms']:.2f} {r['backward_ratio']:.2f}x,"
+                f" cosine {r['cosine']:.6f}, {r['peak_memory_mb'] or 0:.0f} MB, compile {r['compile_s'] or 0:.1f} s"
+            )
+        yield from rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loop", action="store_true", required=True)
+    parser.parse_args()
+    made = contenders("GRU", SHAPES[0], "cpu", loop=True)
+    for row in measured("GRU", SHAPES[0], made, 15):
+        print(json.dumps({"suite": "recurrent_loop", **environment("cpu"), **row}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

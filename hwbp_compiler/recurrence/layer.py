@@ -1,0 +1,84 @@
+"""One recurrent layer, one direction, as its backward pass finds it; and what GRU and LSTM do alike.
+
+Note [Rows and iterations]
+Row i of a series belongs to step i + 1 of time. Highway-BP is run on *changes*: d^0 = scan(c) and d^{j+1} =
+scan(J d^j), whose sum up to k is w^k by linearity: no iteration reads c again. The block of a step leads to the state
+before it, so a change is moved up by a row, and its last row is zero from then on.
+
+Note [Rows without copies]
+``torch.cat`` of what is computed and of a row of zeros writes what is computed to its place in the result; a pad, or a
+shift of what exists, would copy it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """input [T, B, I], output [T, B, H] (h_1 ... h_T), state (h_0,) or (h_0, c_0) of shape [1, B, H] each; the
+    weights of the cell as ``nn.GRU`` and ``nn.LSTM`` have them, biases both or none."""
+
+    input: Tensor
+    output: Tensor
+    state: tuple[Tensor, ...]
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.b_ih is None or self.b_hh is None else self.b_ih + self.b_hh
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of a :class:`Layer`, in its order."""
+
+    input: Tensor
+    state: tuple[Tensor, ...]
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor
+    b_hh: Tensor
+
+    def flat(self, has_biases: bool) -> list[Tensor]:
+        return [self.input, *self.state, self.w_ih, self.w_hh, *((self.b_ih, self.b_hh) if has_biases else ())]
+
+
+def rows(series: Tensor) -> Tensor:
+    """[T, B, ...] as a matrix [T B, ...]."""
+    return series.flatten(0, 1).flatten(1)
+
+
+def states_before(layer: Layer) -> Tensor:
+    """h_0 ... h_{T-1}."""
+    return torch.cat([layer.state[0].to(layer.output.dtype), layer.output[:-1]])
+
+
+def with_row_of_zeros(series: Tensor) -> Tensor:
+    """See Note [Rows without copies]."""
+    return torch.cat([series, torch.zeros_like(series[:1])])
+
+
+def scan(values: Tensor, multipliers: Tensor, damping: float) -> Tensor:
+    """From the last state to the first, along the highway that damping leaves; row i carries from state i + 1."""
+    if damping:
+        multipliers = (1 - damping) * multipliers
+    return torch.ops.highway.linear_scan(values, multipliers, True)
+
+
+def column_sums(matrix: Tensor) -> Tensor:
+    """As a product: a compiled reduction over rows walks down one narrow column after another."""
+    return torch.mm(matrix.new_ones(1, matrix.shape[0]), matrix).squeeze(0)
+
+
+def contributions(layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Tensor:
+    """What the losses contribute at h_1 ... h_T."""
+    c = torch.zeros_like(layer.output) if grad_output is None else grad_output
+    return c if grad_h_n is None else torch.cat([c[:-1], c[-1:] + grad_h_n])

@@ -1,0 +1,80 @@
+"""The backward pass of an LSTM layer in Highway-BP form. K leads from c to c (the forget gate) and from c to h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layer import Gradients, Layer, column_sums, contributions, rows, scan, states_before, with_row_of_zeros
+
+MULTIPLIER = "c->c: sigmoid(...); c->h: sigmoid(...)*sigmoid(...)*(1 - tanh(...)**2)"
+
+
+def gradients(
+    layer: Layer,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    iterations: int,
+    damping: float,
+) -> Gradients:
+    """With the gates i, f, o and the candidate g of every step at once,
+
+        c' = f c + i g        h' = o tanh(c')
+
+    The cell states are not saved: they are the scan of i g with multipliers f, the gates being known from h. Of the
+    gradients, that of h' is reached through the weights alone; e, that of c' with what comes through h', is scanned:
+    e = o (1 - tanh(c')^2) w_h + f' e'.
+    """
+    before = states_before(layer)
+    both = torch.cat([layer.input, before], -1)
+    weight = torch.cat([layer.w_ih, layer.w_hh], 1)
+    shape = (*before.shape[:-1], 4, before.shape[-1])
+    gates = torch.mm(rows(both), weight.t()).view(shape)
+    if layer.bias is not None:
+        gates = gates + layer.bias.view(4, -1)
+    i, f, o = (torch.sigmoid(gates.select(2, number)) for number in (0, 1, 3))
+    g = torch.tanh(gates.select(2, 2))
+    c_0 = layer.state[1].to(i.dtype)
+    c = torch.ops.highway.linear_scan(torch.cat([c_0, i * g]), torch.cat([torch.ones_like(c_0), f]), False)
+    tanh_c = torch.tanh(c[1:])
+    # What the gradients of c' (three times) and h' are multiplied with on their way into the product with the weights.
+    into = torch.stack([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
+    through_h = o * (1 - tanh_c * tanh_c)
+    keep = with_row_of_zeros(f)[1:]
+
+    of_h = w_h = contributions(layer, grad_output, grad_h_n)
+    values = through_h * of_h
+    if grad_c_n is not None:
+        values = torch.cat([values[:-1], values[-1:] + grad_c_n])
+    of_c = w_c = scan(values, keep, damping)
+    h_before_last = c_before_last = torch.zeros_like(w_h[0])  # w^{k-1}, at the first step
+    for _ in range(iterations):
+        h_before_last, c_before_last = w_h[0], w_c[0]
+        of_h, of_c = of_h[1:], of_c[1:]
+        moved = torch.mm(rows(_into_gates(into[1:], of_h, of_c)), layer.w_hh).view(of_h.shape)
+        values = through_h[:-1] * moved
+        if damping:
+            values = values + damping * keep[:-1] * of_c
+        of_h, of_c = with_row_of_zeros(moved), scan(with_row_of_zeros(values), keep, damping)
+        w_h, w_c = w_h + of_h, w_c + of_c
+
+    into_gates = _into_gates(into, w_h, w_c)
+    flat = rows(into_gates)
+    weights = torch.mm(flat.t(), rows(both))
+    sums = column_sums(flat)
+    inputs = layer.input.shape[-1]
+    crossed = torch.mm(_into_gates(into[:1], h_before_last[None], c_before_last[None])[0].flatten(1), layer.w_hh)
+    first_c = f[0] * ((1 - damping) * w_c[0] + damping * c_before_last)
+    return Gradients(
+        input=torch.mm(flat, layer.w_ih).view(layer.input.shape),
+        state=(crossed.unsqueeze(0), first_c.unsqueeze(0)),
+        w_ih=weights[:, :inputs],
+        w_hh=weights[:, inputs:],
+        b_ih=sums,
+        b_hh=sums,
+    )
+
+
+def _into_gates(into: Tensor, of_h: Tensor, of_c: Tensor) -> Tensor:
+    return torch.cat([into[:, :, :3] * of_c.unsqueeze(2), into[:, :, 3:] * of_h.unsqueeze(2)], dim=2)

@@ -1,0 +1,244 @@
+"""``highway::recurrent``: what ``torch.gru``, ``lstm``, ``rnn_tanh`` and ``rnn_relu`` compute, as one operator.
+
+AOTAutograd would take those functions apart, step of time by step of time. This operator stays whole: forward it calls
+PyTorch's own kernel, whichever that is on the device (cuDNN, oneDNN, ATen), and its backward pass is a second
+operator, ``highway::recurrent_backward``, that calls the kernel's own. No graph and no code grows with the length.
+``record`` names the tensors (input, states, weights) that will need a gradient; where a pass puts Highway-BP in the
+place of ``recurrent_backward`` it also empties that list, and the forward keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hwbp_compiler.torch_private import below_autograd, recording_autograd
+
+from . import kept
+
+NAME = "highway::recurrent"
+BACKWARD_NAME = "highway::recurrent_backward"
+
+_OPTIONS = (
+    "bool has_biases, int layers, float dropout, bool train, bool bidirectional, ScalarType? autocast, bool[] record"
+)
+library = torch.library.Library("highway", "FRAGMENT")
+# Random: with dropout between layers two equal calls must not become one.
+library.define(
+    f"recurrent(str kind, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+)
+library.define(
+    "recurrent_backward(str kind, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor kept,"
+    f" Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+operator = torch.ops.highway.recurrent.default
+backward_operator = torch.ops.highway.recurrent_backward.default
+
+
+def _kernel(
+    kind: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    hx = tuple(state) if kind == "lstm" else state[0]
+    rest = (list(weights), has_biases, layers, dropout, train, bidirectional)
+    function = getattr(torch, kind)
+    with torch.autocast(input.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
+        if batch_sizes is None:
+            return function(input, hx, *rest, False)
+        return function(input, batch_sizes, hx, *rest)
+
+
+def _recurrent(
+    kind: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    record: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = (kind, input, batch_sizes, state, weights, has_biases, layers, dropout, train, bidirectional, autocast)
+    dtype = _output_dtype(kind, input, state, autocast)
+    if any(record):
+        recording = _Recording(*arguments, record)
+        output, *last = (t.detach() for t in recording.outputs)
+        # What runs afterwards may write into the last states.
+        return *_outputs(dtype, output, [t.clone() for t in last]), kept.token(recording)
+    # cuDNN would set memory aside for a backward pass when it is told to train.
+    train = train and layers > 1 and dropout > 0
+    with below_autograd():
+        output, *last = _kernel(
+            kind, input, batch_sizes, state, weights, has_biases, layers, dropout, train, bidirectional, autocast
+        )
+    return *_outputs(dtype, output, last), kept.token()
+
+
+def _outputs(dtype: torch.dtype, output: Tensor, last: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """As the fake says they are; nothing for c_n where there is none."""
+    output, h_n, *c_n = (t.to(dtype).contiguous() for t in (output, *last))
+    return output, h_n, c_n[0] if c_n else output.new_empty(0)
+
+
+class _Recording:
+    """One run of the kernel with the autograd graph it recorded, and the random state it started from."""
+
+    def __init__(self, *given: Any) -> None:
+        *arguments, record = given
+        kind, input, batch_sizes, state, weights, _, layers, dropout, train, *_ = arguments
+        device = input.device
+        random = train and dropout > 0 and layers > 1
+        self.random_state = _random_state(device) if random else None
+        with recording_autograd():
+            tensors = (input, *state, *weights)
+            self.leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, record, strict=True)]
+            count = 1 + len(state)
+            self.outputs = _kernel(
+                kind, self.leaves[0], batch_sizes, self.leaves[1:count], self.leaves[count:], *arguments[5:]
+            )
+
+    def gradients(self, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
+        pairs = [(o, g) for o, g in zip(self.outputs, incoming, strict=False) if g is not None and o.requires_grad]
+        with recording_autograd():
+            # Not autograd.grad: it asks for every node of the graph whether it leads to a leaf.
+            torch.autograd.backward([o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs])
+        return [leaf.grad for leaf in self.leaves]
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
+
+
+def _recurrent_backward(
+    kind: str,
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    output: Tensor,
+    token: Tensor,
+    *options: Any,
+) -> list[Tensor]:
+    *arguments, record, wanted = options
+    assert all(recorded or not want for recorded, want in zip(record, wanted, strict=True)), "not recorded"
+    recording = kept.take(token)
+    if recording is None:  # a second backward pass through the same forward pass
+        recording = _again(kind, *arguments, record)
+    found = recording.gradients((grad_output, grad_h_n, grad_c_n))
+    return [
+        leaf.new_empty(0) if not want else torch.zeros_like(leaf) if g is None else g.contiguous()
+        for leaf, g, want in zip(recording.leaves, found, wanted, strict=True)
+    ]
+
+
+def _again(*arguments: Any) -> _Recording:
+    layers, dropout, train = arguments[6:9]
+    if train and dropout > 0 and layers > 1:
+        raise RuntimeError(
+            "backward through a recurrent module with dropout between its layers a second time: its random masks are "
+            "not kept. Call the module again, or compile with an approximating `iterations`, where layers are apart."
+        )
+    return _Recording(*arguments)
+
+
+def _output_dtype(kind: str, input: Tensor, state: Sequence[Tensor], autocast: torch.dtype | None) -> torch.dtype:
+    """As eager mode: on a CPU the GRU's state is interpolated in its own type, whatever the products are made in."""
+    if autocast is None:
+        return input.dtype
+    if kind == "gru" and input.device.type == "cpu":
+        return torch.promote_types(state[0].dtype, autocast)
+    return autocast
+
+
+def _fake(
+    kind: str,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    state: list[Tensor],
+    weights: list[Tensor],
+    has_biases: bool,
+    layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    autocast: torch.dtype | None,
+    record: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h = state[0]
+    dtype = _output_dtype(kind, input, state, autocast)
+    output = input.new_empty((*input.shape[:-1], h.shape[-1] * (1 + bidirectional)), dtype=dtype)
+    c_n = h.new_empty(state[1].shape, dtype=dtype) if kind == "lstm" else output.new_empty(0)
+    return output, h.new_empty(h.shape, dtype=dtype), c_n, torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _fake_backward(kind: str, *arguments: Any) -> list[Tensor]:
+    input, _, state, weights = arguments[5:9]
+    wanted = arguments[-1]
+    return [
+        t.new_empty(t.shape if want else 0) for t, want in zip((input, *state, *weights), wanted, strict=True)
+    ]
+
+
+library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
+library.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
+torch.library.register_fake(NAME, _fake, lib=library)
+torch.library.register_fake(BACKWARD_NAME, _fake_backward, lib=library)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    kind, input, batch_sizes, state, weights, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.kind, ctx.options, ctx.states = kind, options, len(state)
+    ctx.save_for_backward(output[0], output[3], input, batch_sizes, *state, *weights)
+
+
+def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
+    output, token, input, batch_sizes, *rest = ctx.saved_tensors
+    state, weights = rest[: ctx.states], rest[ctx.states :]
+    _, needs_input, _, needs_state, needs_weights, *_ = ctx.needs_input_grad
+    wanted = [needs_input, *needs_state, *needs_weights]
+    if not any(g is not None for g in incoming[:3]):
+        return (None,) * (5 + len(ctx.options))
+    found = backward_operator(
+        ctx.kind, *incoming[:3], output, token, input, batch_sizes, state, weights, *ctx.options, wanted
+    )
+    gradients = [g if want else None for g, want in zip(found, wanted, strict=True)]
+    count = 1 + ctx.states
+    return (None, gradients[0], None, gradients[1:count], gradients[count:], *(None for _ in ctx.options))
+
+
+torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, lib=library)
+
+
+def _under_autocast(device: str) -> Any:
+    """Tracing under autocast writes down what autocast would do: compiled code runs without it."""
+
+    def call(*options: Any) -> Any:
+        *arguments, _, record = options
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return operator(*arguments, dtype, record)
+
+    return call
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    library.impl("recurrent", _under_autocast(_device), _key)

@@ -1,0 +1,66 @@
+"""How recurrent modules reach our backend whole, and no other backend.
+
+Note [Recurrent modules in Dynamo]
+Dynamo breaks the graph at ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` unless its ``allow_rnn`` is on; then it puts one call
+of ``torch.gru`` (or its like) into the graph. To learn the shape of the result it runs that call on fake tensors, where
+PyTorch takes it apart step by step: as slow as it is long, and the length becomes a constant. :func:`traced_whole`
+turns ``allow_rnn`` on and answers with our operator's shapes instead, in this thread while it lasts: while callables
+compiled with our backend run.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hwbp_compiler.torch_private import allow_rnn, override_python_kernels
+
+from .arguments import KINDS, Arguments
+from .operator import operator
+
+_here = threading.local()
+
+
+class traced_whole:
+    """A context in which Dynamo traces recurrent modules as one call each."""
+
+    def __enter__(self) -> None:
+        self.before = (allow_rnn(True), getattr(_here, "active", False))
+        _here.active = True
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        allowed, _here.active = self.before
+        allow_rnn(allowed)
+
+
+def shapes_of(arguments: Arguments) -> tuple[Any, ...]:
+    """(output, h_n) or (output, h_n, c_n) of ``arguments``, tensors, as the functions of torch return them."""
+    a = arguments
+    input = a.input.transpose(0, 1) if a.batch_first else a.input
+    output, h_n, c_n, _ = operator(
+        a.kind, input, a.batch_sizes, list(a.state), list(a.weights), a.has_biases, a.layers, a.dropout, a.train,
+        a.bidirectional, None, [],
+    )  # fmt: skip
+    output = output.transpose(0, 1) if a.batch_first else output
+    return (output, h_n, c_n) if a.kind == "lstm" else (output, h_n)
+
+
+def _whole(kind: str, original: Any) -> Any:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        if not getattr(_here, "active", False):
+            return original(*args, **kwargs)
+        return shapes_of(Arguments.of(kind, args, kwargs))
+
+    return kernel
+
+
+for _kind in KINDS:
+    for _overload in ("input", "data"):
+        _operator = getattr(getattr(torch.ops.aten, _kind), _overload)
+        override_python_kernels(_operator, functools.partial(_whole, _kind))

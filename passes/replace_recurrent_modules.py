@@ -1,0 +1,116 @@
+"""Before the joint graph: calls of ``torch.gru`` and its like become ``highway::recurrent``, layer by layer.
+
+What can become a chain (one direction of a GRU or LSTM layer) is a call of its own, so that its backward pass stands
+alone in the joint graph, where it is decided (``rewrite_recurrent_modules``). Everything else stays one call.
+"""
+
+from __future__ import annotations
+
+import operator as python
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from hwbp_compiler.options import Options
+from hwbp_compiler.recurrence import dropout
+from hwbp_compiler.recurrence.arguments import KINDS, Arguments
+from hwbp_compiler.recurrence.operator import operator
+
+_KIND = {getattr(torch, kind): kind for kind in KINDS}
+
+
+def replace_recurrent_modules(module: GraphModule, options: Options) -> None:
+    """Rewrite the graph that Dynamo gives to a backend, in place."""
+    graph = module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _KIND]
+    for node in calls:
+        if any(user.target is not python.getitem for user in node.users):
+            continue  # Dynamo takes tuples apart; what does not is left to be unrolled
+        arguments = Arguments.of(_KIND[node.target], node.args, node.kwargs)
+        with graph.inserting_before(node):
+            outputs = _Call(graph, node, arguments).outputs(options)
+        for user in list(node.users):
+            user.replace_all_uses_with(outputs[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+    if calls:
+        module.recompile()
+
+
+class _Call:
+    """One call; new nodes take its place and its source line."""
+
+    def __init__(self, graph: Graph, origin: Node, arguments: Arguments) -> None:
+        self.graph, self.origin, self.arguments = graph, origin, arguments
+        dropout = arguments.dropout
+        self.dropout = float(dropout.meta["example_value"]) if isinstance(dropout, Node) else float(dropout)
+        self.differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, arguments.tensors))
+
+    def outputs(self, options: Options) -> list[Node]:
+        """[output, h_n] or [output, h_n, c_n], in the place of what the call returned."""
+        call = self.arguments
+        if call.batch_first:
+            call = replace(call, input=self._emit(torch.transpose, call.input, 0, 1), batch_first=False)
+        if self._has_chains(options):
+            output, *last = self._by_layers(call)
+        else:
+            output, *last = self._recurrent(call, self.dropout)
+        if self.arguments.batch_first:
+            output = self._emit(torch.transpose, output, 0, 1)
+        return [output, *last]
+
+    def _has_chains(self, options: Options) -> bool:
+        call = self.arguments
+        projected = len(call.cells[0]) != (4 if call.has_biases else 2)
+        return (
+            self.differentiable
+            and options.rewrite != "never"
+            and options.iterations != "exact"
+            and call.kind in ("gru", "lstm")
+            and call.batch_sizes is None
+            and not projected
+        )
+
+    def _by_layers(self, call: Arguments) -> list[Node]:
+        """The same with one call for each layer and direction, and the dropout between layers apart."""
+        series, last = call.input, []
+        for layer in range(call.layers):
+            if layer and call.train and self.dropout:
+                series = self._emit(torch.mul, series, self._emit(dropout.operator, series, self.dropout))
+            outputs = []
+            for direction in range(call.directions):
+                number = layer * call.directions + direction
+                state = tuple(self._emit(python.getitem, s, slice(number, number + 1)) for s in call.state)
+                cell = replace(call, weights=call.cells[number], state=state, layers=1, bidirectional=False)
+                forward = direction == 0
+                input = series if forward else self._emit(torch.flip, series, [0])
+                output, *ends = self._recurrent(replace(cell, input=input), 0.0)
+                outputs.append(output if forward else self._emit(torch.flip, output, [0]))
+                last.append(ends)
+            series = outputs[0] if len(outputs) == 1 else self._emit(torch.cat, outputs, -1)
+        if len(last) == 1:
+            return [series, *last[0]]
+        return [series, *(self._emit(torch.cat, list(parts), 0) for parts in zip(*last, strict=True))]
+
+    def _recurrent(self, call: Arguments, dropout: float) -> list[Node]:
+        record = [_may_need_gradient(t) for t in call.tensors] if self.differentiable else []
+        node = self._emit(
+            operator, call.kind, call.input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases,
+            call.layers, dropout, call.train, call.bidirectional, None, record,
+        )  # fmt: skip
+        return [self._emit(python.getitem, node, number) for number in range(1 + len(call.state))]
+
+    def _emit(self, target: Any, *args: Any) -> Node:
+        node = self.graph.call_function(target, args)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.origin.meta:
+                node.meta[key] = self.origin.meta[key]
+        return node
+
+
+def _may_need_gradient(tensor: Node) -> bool:
+    """Also of what is emitted here, of which nothing is known yet."""
+    value = tensor.meta.get("example_value")
+    return value is None or bool(value.requires_grad)

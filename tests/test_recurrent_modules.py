@@ -1,0 +1,425 @@
+"""``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``: one graph, no unrolling, and the gradients of w^k or of backprop.
+
+The oracle is the module written out as a loop over time (``retold``), in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from eager_backend import capture, leaves_of, options
+from torch import nn
+from torch.nn.utils import rnn
+from zoo.recurrent import gru_step, lstm_step
+
+import hwbp_compiler
+from hwbp_compiler import testing
+from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
+from hwbp_compiler.recurrence import operator
+from hwbp_compiler.testing import Link, Program, assert_gradients_close
+from hwbp_compiler.testing.compare import assert_outputs_close
+
+STEPS, BATCH, INPUT, HIDDEN = 7, 3, 4, 5
+STEP = {"GRU": gru_step, "LSTM": lstm_step}
+
+
+class Reader(nn.Module):
+    """A recurrent module of which the output, the last states, or both are used."""
+
+    def __init__(self, kind: str, uses: str = "both", **arguments: Any) -> None:
+        super().__init__()
+        self.module = getattr(nn, kind)(INPUT, HIDDEN, **arguments)
+        self.kind, self.uses = kind, uses
+
+    def forward(self, x, *state):
+        state = state if self.kind == "LSTM" else state[0] if state else None
+        output, last = self.module(x, state or None) if self.kind == "LSTM" else self.module(x, state)
+        last = last if self.kind == "LSTM" else (last,)
+        return {"both": (output, *last), "output": output, "last": last}[self.uses]
+
+
+def retold(model: Reader) -> Program:
+    """The module as a loop over layers, directions and steps."""
+    module, width = model.module, 2 if model.kind == "LSTM" else 1
+    directions = 2 if module.bidirectional else 1
+
+    def cell(number: int) -> SimpleNamespace:
+        suffix = f"_l{number // directions}{'_reverse' if number % directions else ''}"
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        return SimpleNamespace(**{name: getattr(module, name + suffix, None) for name in names})
+
+    def forward(run_chain, x, *state):
+        batched = x.dim() == 3
+        x = x if batched else x.unsqueeze(1)
+        x = x.transpose(0, 1) if module.batch_first and batched else x
+        zeros = x.new_zeros(module.num_layers * directions, x.shape[1], HIDDEN)
+        state = [s if batched else s.unsqueeze(1) for s in state] or [zeros] * width
+        series, last = x, []
+        for layer in range(module.num_layers):
+            if layer and module.dropout:
+                p = module.dropout
+                series = series * torch.empty(series.shape, dtype=series.dtype).bernoulli_(1 - p).div_(1 - p)
+            outputs = []
+            for direction in range(directions):
+                number = layer * directions + direction
+                steps = list(series.unbind(0))[:: -1 if direction else 1]
+                step = STEP[model.kind](cell(number))
+                links = [Link(step, (x_t,)) for x_t in steps]
+                states = run_chain(links, tuple(s[number] for s in state)).states[1:]
+                outputs.append(torch.stack([s[0] for s in states][:: -1 if direction else 1]))
+                last.append(states[-1])
+            series = torch.cat(outputs, -1)
+        output = series.transpose(0, 1) if module.batch_first and batched else series
+        ends = tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+        if not batched:
+            output, ends = output.squeeze(1), tuple(e.squeeze(1) for e in ends)
+        return {"both": (output, *ends), "output": output, "last": ends}[model.uses]
+
+    return Program(dict(model.named_parameters()), forward)
+
+
+@dataclass
+class Case:
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    uses: str = "both"
+    state: bool = False
+    batched: bool = True
+
+    def build(self, kind: str) -> tuple[Reader, tuple[torch.Tensor, ...]]:
+        torch.manual_seed(1)
+        model = Reader(kind, self.uses, **self.arguments).double()
+        batch_first = self.arguments.get("batch_first")
+        shape = ((BATCH, STEPS) if batch_first else (STEPS, BATCH)) if self.batched else (STEPS,)
+        args = [torch.randn(*shape, INPUT, dtype=torch.float64, requires_grad=True)]
+        if self.state:
+            chains = model.module.num_layers * (2 if model.module.bidirectional else 1)
+            shape = (chains, BATCH, HIDDEN) if self.batched else (chains, HIDDEN)
+            for _ in range(2 if kind == "LSTM" else 1):
+                args.append(torch.randn(*shape, dtype=torch.float64, requires_grad=True))
+        return model, tuple(args)
+
+
+CASES = [
+    Case("plain"),
+    Case("output_only", uses="output"),
+    Case("last_state_only_given_state", uses="last", state=True),
+    Case("no_bias_batch_first", dict(bias=False, batch_first=True)),
+    Case("two_layers_both_directions_given_state", dict(num_layers=2, bidirectional=True), state=True),
+    Case("three_layers_dropout", dict(num_layers=3, dropout=0.4)),
+    Case("unbatched", batched=False, state=True),
+]
+SETTINGS = [(0, 0.0), (1, 0.0), (2, 0.3), (5, 0.0), (STEPS - 1, 0.0), (1, 1.0)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_gradients_are_those_of_w_k(kind, case):
+    model, args = case.build(kind)
+    captured = capture(model, args, testing.probe_loss)
+    chains = model.module.num_layers * (2 if model.module.bidirectional else 1)
+    for iterations, damping in SETTINGS:
+        torch.manual_seed(3)
+        expected_output, expected = testing.reference_gradients(
+            retold(model), args, testing.probe_loss, iterations, damping
+        )
+        torch.manual_seed(3)
+        output, found, records = captured.gradients(options(iterations=iterations, damping=damping))
+        assert [r.decision for r in records] == ["rewritten"] * chains
+        assert_outputs_close(output, expected_output, 1e-12)
+        assert_gradients_close(found, expected, 1e-9, what=f"iterations={iterations}, damping={damping}")
+
+
+def eager_gradients(model, args, seed=3):
+    leaves = leaves_of(model, args)
+    torch.manual_seed(seed)
+    output = model(*args)
+    found = torch.autograd.grad(testing.probe_loss(output), list(leaves.values()))
+    return output, dict(zip(leaves, found, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_iterations_up_to_the_length_are_backprop_through_pytorchs_own_kernel(kind, case):
+    model, args = case.build(kind)
+    expected_output, expected = eager_gradients(model, args)
+    captured = capture(model, args, testing.probe_loss)
+    for iterations in ("exact", STEPS):
+        torch.manual_seed(3)
+        output, found, records = captured.gradients(options(iterations=iterations))
+        assert {r.decision for r in records} == {"declined"}
+        assert_outputs_close(output, expected_output, 1e-12)
+        assert_gradients_close(found, expected, 1e-9)
+
+
+# ------------------------------------------------------------------------------------- through the whole of Inductor
+
+
+def compiled(model, **kwargs):
+    settings = {"rewrite": "always", "min_length": 2, "strict": True, **kwargs}
+    return torch.compile(model, backend="highway", fullgraph=True, options=settings)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_compiled_by_inductor_in_one_graph(kind):
+    case = Case("", dict(num_layers=2 if kind == "GRU" else 1, batch_first=True), state=True)
+    model, args = case.build(kind)
+    torch.manual_seed(3)
+    _, expected = testing.reference_gradients(retold(model), args, testing.probe_loss, 2, 0.2)
+    torch.manual_seed(3)
+    output = compiled(model, iterations=2, damping=0.2)(*args)
+    leaves = leaves_of(model, args)
+    found = torch.autograd.grad(testing.probe_loss(output), list(leaves.values()))
+    assert hwbp_compiler.counters()["chains_rewritten"] == model.module.num_layers
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("rewrite", ["always", "never"])
+def test_exact_is_bit_for_bit_eager_mode_also_the_second_time(kind, rewrite):
+    """Also the dropout between layers, which the kernel draws itself; and a second backward pass records again."""
+    torch.manual_seed(0)
+    for arguments in (dict(num_layers=2, dropout=0.5, bidirectional=True), {}):
+        model, args = Case("", arguments, state=True).build(kind)
+        expected_output, expected = eager_gradients(model, args)
+        torch.manual_seed(3)
+        output = compiled(model, iterations="exact", rewrite=rewrite)(*args)
+        assert_outputs_close(output, expected_output, 0.0)
+        leaves = leaves_of(model, args)
+        loss = testing.probe_loss(output)
+        found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
+        assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-14)
+        if not arguments:
+            found = torch.autograd.grad(loss, list(leaves.values()))
+            assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-14)
+        else:
+            with pytest.raises(RuntimeError, match="dropout between its layers a second time"):
+                torch.autograd.grad(loss, list(leaves.values()))
+
+
+def test_a_recording_dies_with_its_output():
+    model, args = Case("plain").build("GRU")
+    output = compiled(model, iterations="exact")(*args)
+    assert len(operator.kept._alive) == 1
+    del output
+    assert len(operator.kept._alive) == 0
+
+
+def test_projections_are_exact_with_a_reason():
+    model, args = Case("", dict(proj_size=3)).build("LSTM")
+    _, expected = eager_gradients(model, args)
+    output = compiled(model, iterations=1)(*args)
+    leaves = leaves_of(model, args)
+    found = torch.autograd.grad(testing.probe_loss(output), list(leaves.values()))
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-14)
+    assert hwbp_compiler.counters()["declined: an LSTM with projections (proj_size). PyTorch's own kernel is used"] == 1
+
+
+def test_a_tanh_recurrence_has_no_highway_and_the_report_says_so():
+    model, args = Case("plain").build("RNN")
+    report = hwbp_compiler.explain(model, *args, options={"rewrite": "always", "iterations": 1})
+    (chain,) = report.chains
+    assert (chain.length, chain.multiplier, chain.decision) == (STEPS, "0", "declined")
+    assert "no elementwise path" in chain.reason
+
+
+def test_explain_shows_one_chain_per_layer_and_direction_with_the_users_line():
+    model, args = Case("", dict(num_layers=2, bidirectional=True)).build("LSTM")
+    report = hwbp_compiler.explain(model, *args, options={"rewrite": "always", "iterations": 1})
+    assert [c.length for c in report.chains] == [STEPS] * 4
+    for chain in report.chains:
+        assert chain.decision == "rewritten"
+        assert chain.multiplier.startswith("c->c: sigmoid(...)")
+        assert "test_recurrent_modules.py" in chain.source and "self.module(" in chain.source
+    assert "recurrent_backward" in str(report.graph_before.graph)
+    assert "recurrent_backward" not in str(report.graph_after.graph)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_the_graph_does_not_grow_with_the_length(kind):
+    sizes = []
+    for steps in (20, 10_000):
+        model = Reader(kind)
+        report = hwbp_compiler.explain(
+            model, torch.randn(steps, 1, INPUT), options={"rewrite": "always", "iterations": 2}
+        )
+        sizes.append((len(report.graph_before.graph.nodes), len(report.graph_after.graph.nodes)))
+        assert report.chains[0].length == steps
+    assert sizes[0] == sizes[1]
+
+
+def test_a_new_length_does_not_compile_again_and_length_10000_runs():
+    model, _ = Case("output").build("GRU")
+    function = torch.compile(
+        model, backend="highway", fullgraph=True, dynamic=True, options={"rewrite": "always", "iterations": 3}
+    )
+    torch._dynamo.utils.counters.clear()
+    for steps in (30, 7, 10_000):
+        x = torch.randn(steps, BATCH, INPUT, dtype=torch.float64)
+        _, expected = testing.reference_gradients(retold(model), (x,), testing.probe_loss, 3) if steps < 100 else (0, 0)
+        parameters = dict(model.named_parameters())
+        found = torch.autograd.grad(testing.probe_loss(function(x)), list(parameters.values()))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        if expected:
+            assert_gradients_close(dict(zip(parameters, found, strict=True)), expected, 1e-9)
+        assert all(g.isfinite().all() for g in found)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_is_no_worse_than_eager_mode(kind, dtype):
+    model, args = Case("plain").build(kind)
+    low = lambda tensors: tuple(t.detach().to(dtype).requires_grad_() for t in tensors)  # noqa: E731
+    _, exact = eager_gradients(model, args)
+    _, truncated = testing.reference_gradients(retold(model), args, testing.probe_loss, 2)
+    model = model.to(dtype)
+    _, eager = eager_gradients(model, low(args))
+    _, found, _ = capture(model, low(args), testing.probe_loss).gradients(options(iterations=2))
+    error_of_eager = testing.relative_error(eager, exact)
+    assert testing.relative_error(found, truncated) <= 1.5 * error_of_eager + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_autocast_is_that_of_eager_mode(kind):
+    model, args = Case("", dict(num_layers=2)).build(kind)
+    model, args = model.float(), tuple(a.detach().float().requires_grad_() for a in args)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected_output, expected = eager_gradients(model, args)
+        output = compiled(model, iterations=1)(*args)
+    assert [t.dtype for t in output] == [t.dtype for t in expected_output]
+    assert_outputs_close(output, expected_output, 0.0)
+    leaves = leaves_of(model, args)
+    found = torch.autograd.grad(testing.probe_loss(output), list(leaves.values()))
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 0.02)  # probe_loss is outside autocast
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_a_packed_sequence_has_eager_modes_gradients(kind):
+    """Dynamo breaks the graph where sequences are packed; given the packed data, the kernel is one operator."""
+    model, (x,) = Case("").build(kind)
+    lengths = torch.tensor([STEPS, STEPS - 3, 2])
+
+    def run(x):
+        output, _ = model.module(rnn.pack_padded_sequence(x, lengths))
+        return rnn.pad_packed_sequence(output)[0]
+
+    expected = torch.autograd.grad(testing.probe_loss(run(x)), [x, *model.parameters()])
+    settings = {"rewrite": "always", "iterations": 1, "min_length": 2}
+    found = torch.autograd.grad(
+        testing.probe_loss(torch.compile(run, backend="highway", options=settings)(x)), [x, *model.parameters()]
+    )
+    assert_gradients_close(dict(enumerate(found)), dict(enumerate(expected)), 1e-12)
+
+    packed = rnn.pack_padded_sequence(x.detach(), lengths)
+    data = packed.data.requires_grad_()
+    zeros = torch.zeros(1, BATCH, HIDDEN, dtype=torch.float64)
+    state = (zeros, zeros) if kind == "LSTM" else zeros
+
+    def raw(data, *weights):
+        function = torch.lstm if kind == "LSTM" else torch.gru
+        return function(data, packed.batch_sizes, state, weights, True, 1, 0.0, True, False)[0]
+
+    expected = torch.autograd.grad(testing.probe_loss(raw(data, *model.parameters())), [data, *model.parameters()])
+    hwbp_compiler.reset_counters()
+    step = torch.compile(raw, backend="highway", fullgraph=True, options=settings)
+    found = torch.autograd.grad(testing.probe_loss(step(data, *model.parameters())), [data, *model.parameters()])
+    assert_gradients_close(dict(enumerate(found)), dict(enumerate(expected)), 1e-12)
+    assert hwbp_compiler.counters()["declined: a packed sequence"] == 1
+
+
+def test_without_gradients_nothing_is_recorded():
+    model, (x,) = Case("plain").build("GRU")
+    with torch.no_grad():
+        output = compiled(model, iterations="exact")(x)
+        assert_outputs_close(output, model(x), 0.0)
+    assert len(operator.kept._alive) == 0
+
+
+def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru():
+    x = torch.empty(512, 16, 128)
+    assert estimate_recurrent("gru", x, x, 2).pays
+    assert not estimate_recurrent("lstm", x, x, 2).pays
+
+
+# ------------------------------------------------------------------------------------------- in processes of their own
+
+ANOTHER_BACKEND = """
+import json, sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.gru(x + 1)[0])
+
+model, x = Model(), torch.randn(5, 2, 3)
+if sys.argv[1] == "ours first":
+    torch.compile(model, backend="highway", fullgraph=True)(x).sum().backward()
+    torch._dynamo.reset()
+    counters.clear()
+torch.compile(model, backend="inductor")(x).sum().backward()
+breaks = [dict(counters["graph_break"]), dict(counters["stats"]), dict(counters["unimplemented"])]
+torch._dynamo.reset()
+try:
+    torch.compile(model, backend="inductor", fullgraph=True)(x)
+except Exception as error:
+    breaks.append(str(error).splitlines()[0])
+assert torch._dynamo.config.allow_rnn is False
+counters.clear()
+torch._dynamo.reset()
+torch._dynamo.config.allow_rnn = True
+graphs = []
+torch.compile(model, backend=lambda graph, inputs: graphs.append(graph.print_readable(print_output=False)) or graph)(x)
+print("RESULT", json.dumps([breaks, graphs]))
+"""
+
+CACHED = """
+import json, torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+torch.manual_seed(0)
+model, x = nn.GRU(3, 4), torch.randn(9, 2, 3)
+options = {"iterations": 1, "rewrite": "always"}
+torch.compile(model, backend="highway", options=options)(x)[0].square().sum().backward()
+gradient = b"".join(p.grad.numpy().tobytes() for p in model.parameters()).hex()
+print("RESULT", json.dumps([gradient, dict(counters["aot_autograd"]), dict(counters["highway"])]))
+"""
+
+
+def run(program: str, *arguments: str, cache=None) -> Any:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if cache is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT "))
+    return json.loads(line.removeprefix("RESULT "))
+
+
+def test_another_backend_breaks_its_graphs_as_in_a_process_without_us():
+    alone, after_us = run(ANOTHER_BACKEND, "alone"), run(ANOTHER_BACKEND, "ours first")
+    assert alone == after_us
+    assert "GRU" in alone[0][-1]  # the break this is about
+
+
+def test_a_second_process_finds_the_compiled_layer_in_the_cache(tmp_path):
+    first, again = (run(CACHED, cache=tmp_path) for _ in range(2))
+    assert first[1]["autograd_cache_miss"] == 1 and first[2]["chains_rewritten"] == 1
+    assert again[1]["autograd_cache_hit"] == 1 and "autograd_cache_miss" not in again[1]
+    assert first[0] == again[0]
+    assert again[2] == {}
