@@ -182,12 +182,13 @@ def scan() -> str | None:
     ]
     for (shape, _), group in by([r | {"shape": tuple(r["shape"])} for r in found], "shape", "device").items():
         lines = [
-            (r["run"], r["not_run"], "", "")
+            (r["run"], r["not_run"], "", "", "")
             if "not_run" in r
-            else (r["run"], time(r, "run"), f"{r['gb_per_s']:.1f}", f"{100 * r['of_copy']:.0f} %")
+            else (r["run"], time(r, "run"), f"{r['gb_per_s']:.1f}", f"{r['least_ms']:.2f}",
+                  f"{100 * r['of_copy']:.0f} % ({100 * r['of_copy_least']:.0f} %)")
             for r in group
         ]
-        head = ("", "milliseconds", "GB/s", "of the copy's bandwidth")
+        head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the least times)")
         parts.append(f"### {list(shape)}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
