@@ -24,6 +24,7 @@ SUITES = {
     "accuracy": "accuracy",
     "scaling": "scaling",
     "scan": "scan",
+    "cells": "cells",
 }
 
 

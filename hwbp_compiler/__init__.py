@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .generate import generate_code as generate_code
     from .options import Options as Options
     from .report import explain as explain
+    from .rolled import recurrent as recurrent
     from .scan import linear_scan as linear_scan
 
 # A public function must not be called like the module it stands in: importing a submodule binds its name
@@ -30,6 +31,7 @@ _HOME = {
     "explain": "report",
     "generate_code": "generate",
     "linear_scan": "scan",
+    "recurrent": "rolled",
     "reset_counters": "counting",
 }
 _SUBPACKAGES = ("testing",)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-
-import hwbp_compiler
 
 # Loaded with the backend, not with the first pass: they bring the operators that rewritten graphs call, and a
 # graph found in torch.compile's caches runs no pass.
 from . import passes
 from .counting import count
+from .digest import source_digest
 from .errors import HighwayError
 from .graph.info import is_tangent
 from .graph.record import ChainRecord
@@ -28,8 +25,10 @@ from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
 from .recurrence.tracing import traced_whole
+from .rolled.capture import replace_loops
 from .torch_private import (
     CONTROL_FLOW,
+    SERVES,
     CustomGraphPass,
     compile_fx,
     configure_backend,
@@ -40,8 +39,6 @@ from .torch_private import (
 )
 
 log = logging.getLogger(__name__)
-
-SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 
 
 def highway(
@@ -59,6 +56,8 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
+    for recurrence in replace_loops(gm, ours, lambda own: parse(own)[0]):
+        report_all(recurrence.records)
     replace_recurrent_modules(gm, ours)
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
@@ -110,6 +109,9 @@ def _as_highway_error(what: str, error: Exception) -> HighwayError:
     ).with_traceback(error.__traceback__)
 
 
+setattr(highway, SERVES, True)
+
+
 def register_lowerings() -> None:
     """Inductor's side of our operators. Here, not at import: it loads Inductor."""
     from .scan import inductor
@@ -155,15 +157,7 @@ class HighwayPass(CustomGraphPass):
         log.debug("joint graph of %d nodes: %d chains", nodes, len(records))
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", _report(records, nodes, len(graph.nodes)))
-        for record in records:
-            count("chains_found")
-            count(f"chains_{record.decision}")
-            if record.failed:
-                count("failures")
-                _warn_once(record.reason)
-            if record.decision == "declined":
-                count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
-            log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
+        report_all(records)
 
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
@@ -210,26 +204,17 @@ def _whatever_happens(text: Callable[[], str]) -> str:
         return f"not shown, {type(error).__name__}: {error}"
 
 
-@functools.cache
-def source_digest() -> str:
-    """A hash over the names and contents of all source files of the package, taken once per process.
-
-    Compiled graphs outlive the process in torch.compile's caches, and a graph found there is used without
-    running a pass: whatever the passes do must be in the key.
-    """
-    # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
-    found: dict[str, Path] = {}
-    for package, prefix in ((hwbp_compiler, Path()), (passes, Path("passes"))):
-        for root in package.__path__:
-            for path in Path(root).rglob("*"):
-                if path.suffix in SOURCE_SUFFIXES:
-                    found[(prefix / path.relative_to(root)).as_posix()] = path
-    digest = hashlib.sha256()
-    for name in sorted(found):
-        content = found[name].read_bytes()
-        digest.update(f"{name} {len(content)}\n".encode())
-        digest.update(content)
-    return digest.hexdigest()
+def report_all(records: Iterable[ChainRecord]) -> None:
+    """Count and log what was decided."""
+    for record in records:
+        count("chains_found")
+        count(f"chains_{record.decision}")
+        if record.failed:
+            count("failures")
+            _warn_once(record.reason)
+        if record.decision == "declined":
+            count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
+        log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
 
 
 @functools.cache

@@ -6,6 +6,7 @@
 | `CONTROL_FLOW` | `torch._dynamo.exc` | what a backend raises to make Dynamo start again is no failure |
 | `CustomGraphPass` | `torch._inductor.custom_graph_pass` | a pass with a uuid keeps graphs cacheable |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
+| `compile_step` | `torch._inductor.compile_fx.compile_fx_inner` | a graph called often, without guards around it |
 | `counter` | `torch._dynamo.utils.counters` | where every other part of torch.compile counts |
 | `inductor_patches` | `torch._TorchCompileInductorWrapper` | how Inductor reads `mode=` and `options=` |
 | `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
@@ -24,6 +25,7 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
 | `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
 | `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
+| `serving_backend` | `torch._dynamo.symbolic_convert` | which backend the function being traced is for |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
 These belong to one place alone and stand there:
@@ -137,6 +139,14 @@ def device_decompositions() -> dict[Any, Callable[..., Any]]:
     products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
     table = select_decomp_table()
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in products}
+
+
+def compile_step(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
+    """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with torch.no_grad():
+        return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
 
 
 def counter() -> Counter[str]:
@@ -274,3 +284,32 @@ def ddp_cuts_graphs() -> bool:
         return False
     size = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     return size > min(module.bucket_bytes_cap, torch.distributed._DEFAULT_FIRST_BUCKET_BYTES)
+
+
+# Backends that know what to do with hwbp_compiler.recurrent carry this attribute.
+SERVES = "serves_highway_recurrences"
+
+
+# Where torch keeps the backend that it has wrapped.
+_WRAPPED = ("compiler_fn", "_compiler_fn", "_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "__wrapped__")
+
+
+@torch.compiler.assume_constant_result
+def serving_backend() -> bool:
+    """While Dynamo traces: whether the graph is going to a backend of ours."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except (AttributeError, LookupError):
+        return False
+    todo, seen = [backend], set()
+    while todo:
+        function = todo.pop()
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        if getattr(function, SERVES, False):
+            return True
+        todo += [getattr(function, name, None) for name in _WRAPPED]
+    return False

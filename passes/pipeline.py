@@ -20,6 +20,7 @@ from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
 from hwbp_compiler.options import Options
+from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
@@ -73,6 +74,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     """
     origins = Origins(graph)
     records, settled = rewrite_recurrent_modules(graph, options)
+    settled |= {node for node in graph.nodes if is_settled(node)}
     decided: set[tuple] = set()
     first_look = True
     while True:

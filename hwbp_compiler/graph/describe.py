@@ -21,6 +21,9 @@ _MASKS = {"le", "lt", "ge", "gt", "eq", "ne", "logical_not", "logical_and", "log
 _COMPLEMENTS = {"le", "lt", "logical_not", "bitwise_not", "eq"}
 _DEPTH = 4
 
+STANDS_FOR = "highway_stands_for"
+"""Key in the meta of an argument of a graph that was cut out of another: the node there."""
+
 
 def multiplier(program: Program, to: int, source: int) -> sympy.Expr:
     """The diagonal of K from component ``source`` to ``to``, over named factors (PAPER section 2 as an expression)."""
@@ -96,6 +99,8 @@ def _name(target: object) -> str:
 
 def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
     """A factor by what made it: ``sigmoid(...)``, ``mask``, ``weight``, ``1/sigma``."""
+    if STANDS_FOR in node.meta:
+        return describe(node.meta[STANDS_FOR], depth)
     if node.op != "call_function":
         return _symbol("weight", node)
     name = _name(node.target)

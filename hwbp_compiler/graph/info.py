@@ -18,10 +18,11 @@ class GraphInfo:
     users       indices of the gradient-carrying users of a gradient-carrying node, ascending
     sources     indices of its gradient-carrying operands
 
-    ``settled`` nodes are what an earlier rewriting emitted: no highway is looked for in them.
+    ``settled`` nodes are what an earlier rewriting emitted: no highway is looked for in them. ``tangents`` are the
+    placeholders whose linear functions are looked at, unless it is those that AOTAutograd calls so.
     """
 
-    def __init__(self, graph: Graph, settled: Set[Node] = frozenset()) -> None:
+    def __init__(self, graph: Graph, settled: Set[Node] = frozenset(), tangents: Set[Node] | None = None) -> None:
         self.graph = graph
         self.settled = settled
         self.nodes: list[Node] = list(graph.nodes)
@@ -32,7 +33,7 @@ class GraphInfo:
         self.sources: list[list[int]] = [[] for _ in range(count)]
         for i, node in enumerate(self.nodes):
             if node.op == "placeholder":
-                self.carries[i] = is_tangent(node)
+                self.carries[i] = is_tangent(node) if tangents is None else node in tangents
             elif node.op not in ("output", "get_attr"):
                 sources = sorted({self.index[n] for n in node.all_input_nodes if self.carries[self.index[n]]})
                 if sources:

@@ -17,11 +17,13 @@ from hwbp_compiler.backend import PassSequence, register_lowerings
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.origin import plain_name
+from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.passes.near_misses import near_misses
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence.tracing import traced_whole
-from hwbp_compiler.torch_private import CustomGraphPass, user_joint_passes
+from hwbp_compiler.rolled.capture import replace_loops
+from hwbp_compiler.torch_private import SERVES, CustomGraphPass, user_joint_passes
 
 from . import measure as measuring
 from .data import ExplainedGraph, Report, copy_of
@@ -110,6 +112,7 @@ class _Looking(CustomGraphPass):
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
+        self.rolled: list[ChainRecord] = []  # of the loops that hwbp_compiler.recurrent left in it
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(is_tangent(node) for node in graph.nodes):
@@ -118,11 +121,12 @@ class _Looking(CustomGraphPass):
         found = ExplainedGraph(copy_of(graph), copy_of(graph))
         self.graphs.append(found)
         self.runs.append(measuring.Run())
+        found.chains = list(self.rolled)
         if self.options.rewrite == "never":
             return
         programs = Programs(_inputs_by_name(graph, self.names))
         try:
-            found.chains = passes.run(found.after.graph, self.options, programs)
+            found.chains += passes.run(found.after.graph, self.options, programs)
             found.chains += near_misses(found.before.graph, found.chains)
             programs.finish()
         except Exception as error:
@@ -153,6 +157,8 @@ def _traced(
         # Private, checked on torch 2.13.0. Inductor owns the module it is given and may change it.
         from torch._inductor.compile_fx import compile_fx
 
+        loops = replace_loops(module, looking.options, lambda own: parse(own)[0])
+        looking.rolled = [record for loop in loops for record in loop.records]
         replace_recurrent_modules(module, looking.options)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
@@ -165,6 +171,7 @@ def _traced(
 
         return run
 
+    setattr(backend, SERVES, True)
     compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,35 @@
+"""What the package is made of, as one hash: part of every key under which torch.compile caches our work."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from pathlib import Path
+
+import hwbp_compiler
+
+from . import passes
+
+SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
+
+
+@functools.cache
+def source_digest() -> str:
+    """A hash over the names and contents of all source files of the package, taken once per process.
+
+    Compiled graphs outlive the process in torch.compile's caches, and a graph found there is used without
+    running a pass: whatever the passes do must be in the key.
+    """
+    # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
+    found: dict[str, Path] = {}
+    for package, prefix in ((hwbp_compiler, Path()), (passes, Path("passes"))):
+        for root in package.__path__:
+            for path in Path(root).rglob("*"):
+                if path.suffix in SOURCE_SUFFIXES:
+                    found[(prefix / path.relative_to(root)).as_posix()] = path
+    digest = hashlib.sha256()
+    for name in sorted(found):
+        content = found[name].read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()

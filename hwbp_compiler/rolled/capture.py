@@ -1,0 +1,131 @@
+"""Find the loops that ``hwbp_compiler.recurrent`` left in a Dynamo graph, and put a :class:`Recurrence` in their place.
+
+Dynamo traces ``recurrent`` into four kinds of nodes::
+
+    s0 = highway.enter(state)                   each component of the state, where the step takes it
+    x0 = highway.first(input)                   each input's first row
+    s1, y0 = wrap(step, s0, x0, ...)            one step as a graph; what it uses from outside is lifted to arguments
+    last, y = highway.rolled([s1], [y0], [state], [input], options)
+
+They stand for nothing that could be run: ``rolled`` says how large the results are, and is replaced before anything is
+compiled. All guards, and what a new call may reuse, are Dynamo's business as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from hwbp_compiler.graph.origin import source_line
+from hwbp_compiler.options import Options
+
+library = torch.library.Library("highway", "FRAGMENT")
+tags = (torch.Tag.pt2_compliant_tag,)
+library.define("enter(Tensor state) -> Tensor", tags=tags)
+library.define("first(Tensor input) -> Tensor", tags=tags)
+library.define(
+    "rolled(Tensor[] next_state, Tensor[] outputs, Tensor[] state, Tensor[] inputs, str options) -> Tensor[]", tags=tags
+)
+enter, first, rolled = (getattr(torch.ops.highway, name) for name in ("enter", "first", "rolled"))
+
+
+def _enter(state: Tensor) -> Tensor:
+    return torch.empty_like(state)
+
+
+def _first(input: Tensor) -> Tensor:
+    return torch.empty_like(input[0])
+
+
+def _rolled(
+    next_state: Sequence[Tensor], outputs: Sequence[Tensor], state: Sequence[Tensor], inputs: Sequence[Tensor], _: str
+) -> list[Tensor]:
+    length = inputs[0].shape[0]
+    return [*map(torch.empty_like, state), *(y.new_empty((length, *y.shape)) for y in outputs)]
+
+
+def _no_gradient(ctx: Any, *gradients: Any) -> Any:
+    raise AssertionError("stands for a loop that has to be replaced before anything is differentiated")
+
+
+for _name, _shapes in (("enter", _enter), ("first", _first), ("rolled", _rolled)):
+    torch.library.register_fake(f"highway::{_name}", _shapes, lib=library)
+    torch.library.register_autograd(f"highway::{_name}", _no_gradient, lib=library)
+
+# Where the loop itself is written: what stands there is ours.
+_HERE = str(Path(__file__).with_name("function.py"))
+
+
+@torch.compiler.assume_constant_result
+def encode(options: Mapping[str, Any] | None) -> str:
+    return "" if options is None else json.dumps(dict(options))
+
+
+def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Options]) -> list[Any]:
+    """Replace in place; returns the recurrences, in graph order. ``parse(mapping)`` gives a loop's own options."""
+    from .recurrence import Recurrence, build
+    from .trace import Body
+
+    found: list[Recurrence] = []
+    for node in gm.graph.find_nodes(op="call_function", target=rolled):
+        next_state, outputs, state, inputs, own = node.args
+        step = next_state[0].args[0]
+        body: GraphModule = getattr(gm, step.args[0].target)
+        taken: dict[Node, int] = {}  # argument of the step -> position among (state, inputs, shared)
+        shared: list[Node] = []
+        for argument in step.args[1:]:
+            if argument.target is enter:
+                taken[argument] = state.index(argument.args[0])
+            elif argument.target is first:
+                taken[argument] = len(state) + inputs.index(argument.args[0])
+            else:
+                taken[argument] = len(state) + len(inputs) + len(shared)
+                shared.append(argument)
+        order = [taken[argument] for argument in step.args[1:]]
+        results = [result.args[1] for result in (*next_state, *outputs)]
+        cell = Body(body, order, results)
+        starts, rows, same = ([_example(n) for n in part] for part in (state, inputs, shared))
+        mine = parse(json.loads(own)) if own else options
+        source = _source(body, results[0]) or source_line(node)
+        recurrence = build(cell, starts, rows, same, starts[0].fake_mode, mine, source)
+        name = f"highway_recurrence_{len(found)}"
+        gm.add_submodule(name, recurrence)
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_module(name, (*state, *inputs, *shared))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        _erase([node, *next_state, *outputs, step, *step.args[1:]])
+        found.append(recurrence)
+    if found:
+        gm.graph.lint()
+        gm.recompile()
+    return found
+
+
+def _erase(nodes: Sequence[Node]) -> None:
+    for node in dict.fromkeys(nodes):
+        if not node.users and (node.target in (enter, first, rolled, operator.getitem) or _is_step(node)):
+            node.graph.erase_node(node)
+
+
+def _is_step(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def _example(node: Any) -> Any:
+    return node.meta["example_value"] if isinstance(node, Node) else node
+
+
+def _source(body: GraphModule, result: int) -> str:
+    """The user's line that makes the next state: our own copy of it stands behind."""
+    node = body.graph.find_nodes(op="output")[0].args[0][result]
+    while _HERE in source_line(node) and node.args and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return source_line(node)

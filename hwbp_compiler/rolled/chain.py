@@ -1,0 +1,274 @@
+"""Run one stage over time: the affine ones by a scan, the others by a loop whose backward pass is Highway-BP.
+
+Rows are in the order of time. With w_t the gradient at the state after step t, c_t what the losses contribute there and
+link t = K_t + J_t (PAPER: section 1),
+
+    W^0     = scan(c, K)                    w_0, ..., w_T; the last row is c_T, known exactly
+    W^{i+1} = scan(c + J W^i, K)
+
+with every gate computed again from the states, all steps at once. ``exact`` runs the same program step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from hwbp_compiler.graph.batching import Value
+from hwbp_compiler.graph.chain import Group
+from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.graph.program import Program
+from hwbp_compiler.scan import linear_scan
+
+from .link import Affine, Backward
+from .live import AllSteps, LiveEmitter, constant, symbols_of
+from .loop import code_of
+from .settled import settled
+from .trace import depends_on, operands_outside
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class How:
+    """How a chain's gradient is computed: ``iterations`` None is ordinary backprop, step after step; so is any chain
+    of less than ``shortest`` links."""
+
+    iterations: int | None
+    damping: float = 0.0
+    shortest: int = 0
+
+    def at(self, length: Any) -> How:
+        """For this length. Where it is symbolic, the comparison becomes a guard: both answers are compiled apart."""
+        return self if length >= self.shortest else How(None)
+
+
+# -- affine: both directions are scans ----------------------------------------------------------------------------
+
+
+def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Sequence[Tensor],
+               shared: Sequence[Any]) -> list[Tensor]:  # fmt: skip
+    """States after every step, ``[T, ...]`` per component; differentiable by autograd, whose gradient is exact."""
+    width = len(start)
+    nodes = link.arguments
+    known = {n: constant(v, True) for n, v in zip(nodes[width:], per_step, strict=False)}
+    known |= {n: constant(v, False) for n, v in zip(nodes[width + len(per_step) :], shared, strict=True)}
+    emitter = LiveEmitter(length, symbols_of(link.module.graph, {**known, **_unbatched(nodes, start)}))
+    values = AllSteps(emitter, known)
+    evaluator = _evaluator(emitter, link.program, values, [None] * width)
+    done: dict[int, Tensor] = {}
+    for to in link.split.order:
+        like = start[to]
+        total = _full(emitter, evaluator.value(Mode.INJECT, link.program.outputs[to]), like, length)
+        own: Tensor | float = 0.0
+        for source in (s for t, s in sorted(link.split.support) if t == to):
+            factor = _factor(emitter, evaluator.value(Coefficient(source), link.program.outputs[to]), like)
+            if source == to:
+                own = factor
+                continue
+            before = torch.cat([start[source].unsqueeze(0), done[source][:-1]])
+            total = total + factor * before
+        first = total[:1] + (own[:1] if isinstance(own, Tensor) and own.shape[0] != 1 else own) * like
+        rest = torch.cat([first, total[1:]])
+        done[to] = rest if isinstance(own, float) and own == 0.0 else linear_scan(rest, _multipliers(own, like))
+    return [done[i] for i in range(width)]
+
+
+# -- everything else ----------------------------------------------------------------------------------------------
+
+
+class HighwayLoop(torch.autograd.Function):
+    """A loop over time that keeps its states only, and the backward pass that ``how`` asks for."""
+
+    @staticmethod
+    def forward(ctx: Any, link: LoopLink, how: How, length: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        ctx.link, ctx.how, ctx.length = link, how, length
+        start, per_step, shared = link.parts(arguments)
+        states = torch.ops.highway.loop(link.code, per_step, start, shared, length)
+        ctx.save_for_backward(*arguments, *states)
+        ctx.set_materialize_grads(False)
+        return tuple(states)
+
+    @staticmethod
+    def backward(ctx: Any, *contributions: Tensor | None) -> tuple[Any, ...]:
+        saved = list(ctx.saved_tensors)
+        width = ctx.link.width
+        arguments, states = saved[:-width], saved[-width:]
+        with settled(), torch.no_grad():
+            gradients = _Backprop(ctx.link, ctx.length, arguments, states, contributions).run(ctx.how)
+        wanted = ctx.needs_input_grad[3:]
+        return None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+
+@dataclass
+class LoopLink:
+    """A link that has to be looped over: its step as text, and its backward."""
+
+    code: str
+    width: int
+    per_step: int
+    backward: Backward
+
+    def parts(self, arguments: Sequence[Any]) -> tuple[list, list, list]:
+        a, b = self.width, self.width + self.per_step
+        return list(arguments[:a]), list(arguments[a:b]), list(arguments[b:])
+
+
+class _Backprop:
+    def __init__(self, link: LoopLink, length: Any, arguments: list, states: list, contributions: Sequence) -> None:
+        self.link, self.length, self.program = link, length, link.backward.program
+        self.split = link.backward.split
+        start, per_step, shared = link.parts(arguments)
+        self.start = start
+        before = [torch.cat([s.unsqueeze(0), z[:-1]]) for s, z in zip(start, states, strict=True)]
+        nodes = link.backward.arguments
+        values = [constant(v, True) for v in (*before, *per_step)] + [constant(v, False) for v in shared]
+        known = dict(zip(nodes, values, strict=True))
+        self.emitter = LiveEmitter(length, symbols_of(link.backward.module.graph, known))
+        self.values = AllSteps(self.emitter, known)
+        self.shared = {n for n, v in known.items() if not v.batched}
+        self.direct = [
+            c if c is not None else torch.zeros_like(z) for c, z in zip(contributions, states, strict=True)
+        ]
+
+    def run(self, how: How) -> list[Tensor | None]:
+        rows = self._step_by_step() if how.iterations is None else self._highway(how.iterations, how.damping)
+        gradients: list[Tensor | None] = [r[0] for r in rows]
+        for tangent, row in zip(self.link.backward.tangents, rows, strict=True):
+            self.values.known[tangent] = constant(row[1:], True)
+        for position in range(self.link.width, len(self.link.backward.arguments)):
+            node = self.link.backward.gradients[position]
+            value = None if node is None else self.values[node]
+            if value is None:
+                gradients.append(None)
+            elif position < self.link.width + self.link.per_step:
+                gradients.append(self.emitter.batch(value).meta["val"])
+            elif value.batched:
+                gradients.append(self.emitter.sum_links(value).meta["val"])
+            else:
+                gradients.append(value.tensor * self.length)
+        return gradients
+
+    def _evaluator(self, states: list) -> Evaluator:
+        assert self.program is not None
+        return _evaluator(self.emitter, self.program, self.values, states)
+
+    # -- all steps at once --------------------------------------------------------------------------------------
+
+    def _highway(self, iterations: int, damping: float) -> list[Tensor]:
+        assert self.split is not None and self.program is not None
+        evaluator = self._evaluator([None] * self.link.width)
+        outputs = self.program.outputs
+        factors = {
+            (to, source): _factor(self.emitter, evaluator.value(Coefficient(source), outputs[to]), self.start[to])
+            for to, source in self.split.support
+        }
+        rows = self._scan(factors, [None] * self.link.width, damping, None)
+        for _ in range(iterations):
+            evaluator = self._evaluator([constant(r[1:], True) for r in rows])
+            blocks = [evaluator.value(Mode.REST, i) for i in outputs]
+            if all(b is None for b in blocks) and not damping:
+                break  # no block: k = 0 is exact
+            tensors = [None if b is None else self.emitter.batch(b).meta["val"] for b in blocks]
+            rows = self._scan(factors, tensors, damping, rows)
+        return rows
+
+    def _scan(self, factors: dict, blocks: list, damping: float, rows: list[Tensor] | None) -> list[Tensor]:
+        """Rows 0..T of W, component after component (K is lower triangular)."""
+        assert self.split is not None
+        keep = 1.0 - damping
+        done: dict[int, Tensor] = {}
+        for to in self.split.order:
+            direct = self.direct[to]
+            terms = [torch.cat([torch.zeros_like(direct[:1]), direct[:-1]])]
+            if blocks[to] is not None:
+                terms.append(blocks[to])
+            own: Tensor | float = 0.0
+            for (target, source), factor in factors.items():
+                if target != to:
+                    continue
+                if damping and rows is not None:
+                    terms.append(factor * damping * rows[source][1:])
+                if source == to:
+                    own = factor * keep
+                elif keep:
+                    terms.append(factor * keep * done[source][1:])
+            total = terms[0]
+            for term in terms[1:]:
+                total = total + term
+            values = torch.cat([total, direct[-1:]])
+            if isinstance(own, float) and own == 0.0 or not keep:
+                done[to] = values
+                continue
+            if isinstance(own, Tensor) and own.shape[0] != 1:  # row t takes over from row t + 1 through link t + 1
+                own = torch.cat([own, own[:1]])
+            done[to] = linear_scan(values, _multipliers(own, self.start[to]), reverse=True)
+        return [done[i] for i in range(self.link.width)]
+
+    # -- step by step -------------------------------------------------------------------------------------------
+
+    def _step_by_step(self) -> list[Tensor]:
+        """The same rows by substitution. All that does not depend on the gradient is computed for all steps before."""
+        backward = self.link.backward
+        graph = backward.module.graph
+        moving = depends_on(backward.tangents, graph)
+        results = backward.gradients[: self.link.width]
+        per_step: list[tuple[Node, Tensor]] = []
+        shared: list[tuple[Node, Tensor]] = []
+        for node in operands_outside([r for r in results if r is not None], moving):
+            value = self.values[node]
+            if isinstance(value, Value) and isinstance(value.tensor, Tensor):
+                (per_step if value.batched else shared).append((node, value.tensor))
+        code = code_of(graph, backward.tangents, [n for n, _ in per_step], [n for n, _ in shared], results, True)
+        direct = [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
+        inputs = [*direct, *(v for _, v in per_step)]
+        head = [d[-1] for d in self.direct]
+        found = torch.ops.highway.loop(code, inputs, head, [v for _, v in shared], self.length, True)
+        return [torch.cat([f, h.unsqueeze(0)]) for f, h in zip(found, head, strict=True)]
+
+
+# -- shared -------------------------------------------------------------------------------------------------------
+
+
+def _evaluator(emitter: LiveEmitter, program: Program, values: AllSteps, states: list) -> Evaluator:
+    def inject(statement: int) -> Value | None:
+        total: Value | None = None
+        for node in program.injections.get(statement, ()):
+            value = values[node]
+            total = value if total is None else emitter.apply(aten.add.Tensor, (total, value), {})  # type: ignore
+        return total
+
+    return Evaluator(emitter, Group([0], [program]), states, lambda slot: values[program.externals[slot]], inject)
+
+
+def _factor(emitter: LiveEmitter, value: Any, like: Tensor) -> Tensor | float:
+    """A coefficient as a number or as ``[T or 1, ...]`` that broadcasts against the state."""
+    if value is None or isinstance(value, float):
+        return value or 0.0
+    node = emitter.aligned(value, like.dim()) if value.batched else value.node
+    tensor = node.meta["val"]
+    while tensor.dim() < like.dim() + (1 if value.batched else 0):
+        tensor = tensor.unsqueeze(0)
+    return (tensor if value.batched else tensor.unsqueeze(0)).to(like.dtype)
+
+
+def _full(emitter: LiveEmitter, value: Any, like: Tensor, length: Any) -> Tensor:
+    shape = (length, *like.shape)
+    if value is None or isinstance(value, float):
+        return like.new_full(shape, value or 0.0)
+    return _factor(emitter, value, like).expand(shape)  # type: ignore[union-attr]
+
+
+def _multipliers(factor: Tensor | float, like: Tensor) -> Tensor | None:
+    if isinstance(factor, float):
+        return None if factor == 1.0 else torch.full((), factor, dtype=like.dtype, device=like.device)
+    return factor
+
+
+def _unbatched(nodes: list[Node], tensors: Sequence[Tensor]) -> dict[Node, Value]:
+    return {n: constant(t, False) for n, t in zip(nodes, tensors, strict=False)}

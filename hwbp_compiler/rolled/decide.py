@@ -1,0 +1,57 @@
+"""Which way a loop's gradient goes: Highway-BP, or step after step."""
+
+from __future__ import annotations
+
+from hwbp_compiler.graph.chain import Group
+from hwbp_compiler.graph.program import closure
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.options import Options
+from hwbp_compiler.passes.decide import Estimate, _cost, bytes_of, device_figures
+
+from .chain import How
+from .link import Backward
+
+# Python's part of a time step: finding the rows and calling the compiled step.
+_CALL = 6e-6
+
+
+def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRecord]:
+    """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
+    if link.split is None:
+        return How(None), ChainRecord(length, "declined", f"left exact: {link.reason}", link.multiplier)
+    record = ChainRecord(length, "declined", "", link.multiplier, [link.group(length)])
+    if options.rewrite == "never":
+        record.reason = 'rewrite="never" asks for ordinary backprop'
+        return How(None), record
+    if options.iterations == "exact":
+        record.reason = 'iterations="exact" asks for ordinary backprop'
+        return How(None), record
+    k = int(options.iterations)
+    exact = How(None, 0.0, max(k + 1, options.min_length))
+    if k >= length:
+        record.reason = f"iterations={k} reaches the chain's length {length}: that is ordinary backprop"
+        return exact, record
+    if length < options.min_length:
+        record.reason = f"{length} links, shorter than min_length={options.min_length}"
+        return exact, record
+    expected = record.estimate = estimate(link, k, length)
+    if options.rewrite != "always" and not expected.pays:
+        record.reason = f'not expected to be faster: {expected}; rewrite="always" rewrites it all the same'
+        return exact, record
+    why = 'rewrite="always"; estimated' if options.rewrite == "always" else "expected to be faster:"
+    record.decision, record.reason = "rewritten", f"{why} {expected}"
+    return How(k, options.damping, exact.shortest), record
+
+
+def estimate(link: Backward, iterations: int, length: int) -> Estimate:
+    """Seconds for the gradients at all states; parameter and input gradients cost the same either way."""
+    assert link.program is not None and link.split is not None
+    like = link.tangents[0].meta["val"]
+    figures = device_figures(like.device)
+    group = Group([0], [link.program])
+    block = set().union(*(closure(link.program, i) for i in link.program.outputs))
+    rounds = iterations if link.has_block else 0
+    substitution = length * (_CALL + _cost(group, block, figures, 1))
+    scan = 2 * figures.launch + figures.seconds(3 * (length + 1) * bytes_of(like) / figures.cache_bytes)
+    rewritten = rounds * _cost(group, block, figures, length) + (rounds + 1) * scan * len(link.tangents)
+    return Estimate(substitution, rewritten, 0)

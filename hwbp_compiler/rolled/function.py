@@ -1,0 +1,199 @@
+"""``hwbp_compiler.recurrent``: a cell over time."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._higher_order_ops.wrap import wrap
+from torch.utils import _pytree as pytree
+
+from hwbp_compiler.errors import HighwayError
+from hwbp_compiler.options import parse
+from hwbp_compiler.torch_private import serving_backend
+
+from .capture import encode, enter, first, rolled
+
+
+def recurrent(
+    cell: Callable[[Any, Any], tuple[Any, Any]],
+    inputs: Any,
+    state: Any,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Run ``cell`` over time: the loop ::
+
+        outputs = []
+        for t in range(T):
+            output, state = cell(inputs[t], state)
+            outputs.append(output)
+        return torch.stack(outputs), state
+
+    compiled, never unrolled, with Highway-BP for its backward pass (PAPER.md, sections 1 and 2; arXiv 2501.17086).
+
+    Args:
+        cell: any function or module ``(x_t, state) -> (output, next_state)`` that ``torch.compile`` can trace in one
+            piece. Parameters and tensors it captures get their gradients. It must not change anything in place that
+            it did not make.
+        inputs: a tensor ``[T, ...]``, or a tuple, list or dict of such tensors, T >= 1; ``x_t`` is row t of each.
+        state: a tensor, or a (nested) tuple, list or dict of tensors: the state before the first step. ``next_state``
+            has its structure and shapes, and is kept in its dtypes and devices.
+        options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function that is compiled with
+            ``backend="highway"`` that function's options hold unless there are some here.
+
+    Returns:
+        ``(outputs, state)``: every output stacked, ``[T, ...]``, and the state after the last step.
+
+    The gates are computed again in the backward pass, all steps at once; only inputs and states are kept. K is found by
+    the compiler's own passes on the cell's graph. State components that do not depend on one another's past are
+    chains of their own. Exact are: recurrences without an elementwise path (K = 0), ``iterations="exact"`` or at least
+    T, and linear recurrences ``s' = a * s + b`` whose gates do not see s (LRU, minGRU), which are scans in both
+    directions. A cell that draws random numbers (dropout), contains a custom ``autograd.Function`` or switches
+    gradients off is stepped through while autograd records, exact too, but unrolled; ``explain`` gives the reason.
+
+    Works in eager mode, where it compiles itself (once; a new T compiles nothing), and inside a function compiled with
+    ``backend="highway"``, in one graph. Under another backend it is a graph break.
+
+    Raises:
+        OptionError: options that are not allowed.
+        TypeError, ValueError: inputs or a state that are no tensors, or have no common length.
+        HighwayError: the cell cannot be traced; the message says what it does.
+
+    >>> cell = lambda x, h: (h, 0.5 * h + x)
+    >>> recurrent(cell, torch.ones(3, 1), torch.zeros(1))[0].flatten()
+    tensor([0.0000, 1.0000, 1.5000])
+    """
+    if torch.compiler.is_dynamo_compiling() and serving_backend():
+        return _loop(cell, inputs, state, encode(options))
+    return _by_itself(cell, inputs, state, options)
+
+
+def _loop(cell: Callable[..., Any], inputs: Any, state: Any, options: str) -> tuple[Any, Any]:
+    """What Dynamo traces; see :mod:`.capture`."""
+    leaves, structure = pytree.tree_flatten(state)
+    rows, structure_of_rows = pytree.tree_flatten(inputs)
+    # A tensor that is given twice is two components of the state, and may be captured by the cell besides.
+    leaves = [leaf.contiguous().view_as(leaf) for leaf in leaves]
+    rows = [row.view_as(row) for row in rows]
+    count = len(leaves)
+
+    def step(*arguments: Tensor) -> tuple[list[Tensor], Any]:
+        before = pytree.tree_unflatten(arguments[:count], structure)
+        output, following = cell(pytree.tree_unflatten(arguments[count:], structure_of_rows), before)
+        # Copies, so that each is a result of the step; they cost nothing in the end.
+        kept = [_like(new, old).clone() for new, old in zip(_leaves_like(before, following), arguments, strict=False)]
+        return kept, () if output is None else pytree.tree_map(torch.clone, output)
+
+    kept, output = wrap(step, *map(enter, leaves), *map(first, rows))
+    outputs, structure_of_output = pytree.tree_flatten(output)
+    found = rolled(kept, outputs, leaves, rows, options)
+    stacked = pytree.tree_unflatten(found[count:], structure_of_output)
+    return stacked, pytree.tree_unflatten(found[:count], structure)
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    if new.shape != old.shape:
+        raise ValueError("recurrent: the cell makes a state of another shape than the one it is given")
+    return new.to(old.dtype).contiguous()
+
+
+def _leaves_like(like: Any, tree: Any) -> list[Any]:
+    """The leaves of ``tree`` in the order of those of ``like``: a dict may name its entries in another order."""
+    if isinstance(like, dict) and isinstance(tree, dict) and like.keys() == tree.keys():
+        return [leaf for key in like for leaf in _leaves_like(like[key], tree[key])]
+    if isinstance(like, (tuple, list)) and isinstance(tree, (tuple, list)) and len(like) == len(tree):
+        return [leaf for a, b in zip(like, tree, strict=True) for leaf in _leaves_like(a, b)]
+    if isinstance(like, (dict, tuple, list)) or isinstance(tree, (dict, tuple, list)):
+        raise ValueError("recurrent: the cell returns a state of another structure than the one it is given")
+    return pytree.tree_leaves(tree)  # type: ignore[no-any-return]
+
+
+@torch.compiler.disable(reason="hwbp_compiler.recurrent under another backend compiles itself")
+def _by_itself(cell: Any, inputs: Any, state: Any, options: Mapping[str, Any] | None) -> tuple[Any, Any]:
+    parse(options)
+    _check(inputs, state)
+    compiled = _compiled(cell, options)
+    for leaf in pytree.tree_leaves(inputs):
+        torch._dynamo.maybe_mark_dynamic(leaf, 0)
+    try:
+        return compiled(cell, inputs, state, "")  # type: ignore[no-any-return]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise HighwayError(f"recurrent: {_why(cell, inputs, state, error)}") from error
+
+
+def _check(inputs: Any, state: Any) -> None:
+    for name, tree in (("inputs", inputs), ("state", state)):
+        leaves = pytree.tree_flatten_with_path(tree)[0]
+        if not leaves:
+            raise ValueError(f"recurrent: {name} holds no tensor; give at least one")
+        for path, leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                where = f"{name}{pytree.keystr(path)}"
+                raise TypeError(f"recurrent: {where} is {type(leaf).__name__}; only tensors are allowed")
+    shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(inputs)]
+    if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
+        raise ValueError(
+            f"recurrent: inputs have the shapes {', '.join(map(str, shapes))}; dim 0 must be the number of time steps, "
+            "at least 1 and the same for all"
+        )
+
+
+_COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def _compiled(cell: Any, options: Mapping[str, Any] | None) -> Callable[..., Any]:
+    """One compiled loop per module and per function (by its code, so that a lambda made anew is the same)."""
+    key = cell if isinstance(cell, nn.Module) else getattr(getattr(cell, "__func__", cell), "__code__", type(cell))
+    made = _COMPILED.setdefault(key, {})
+    chosen = repr(sorted((options or {}).items(), key=str))
+    if chosen not in made:
+        # Dynamo keeps what it compiled with the code object: each has its own, so none evicts another's.
+        fresh = types.FunctionType(_loop.__code__.replace(), _loop.__globals__, _loop.__name__)
+        made[chosen] = torch.compile(fresh, backend="highway", fullgraph=True, options=dict(options or {}))
+    return made[chosen]  # type: ignore[no-any-return]
+
+
+def _why(cell: Any, inputs: Any, state: Any, error: Exception) -> str:
+    """What the cell does that cannot be compiled, found by running it once; else what torch says."""
+    try:
+        with torch.no_grad():
+            x = pytree.tree_map(lambda t: t[0].clone(), inputs)
+            before = pytree.tree_map(torch.clone, state)
+            versions = [(n, t, t._version) for n, t in _named(x, before)]
+            made = cell(x, before)
+            for name, tensor, version in versions:
+                if tensor._version != version:
+                    return (
+                        f"the cell changes {name} in place; the loop needs every state as it was. Write the change as "
+                        "a new tensor (h * z instead of h.mul_(z))"
+                    )
+        if not isinstance(made, tuple) or len(made) != 2:
+            return f"the cell returns {type(made).__name__}; it must return a pair (output, next_state)"
+        try:
+            new = _leaves_like(state, made[1])
+        except ValueError:
+            given, returned = pytree.tree_structure(state), pytree.tree_structure(made[1])
+            return f"the cell returns a state of structure {returned}; it is given one of {given}"
+        for a, b in zip(pytree.tree_leaves(state), new, strict=True):
+            if not isinstance(b, Tensor) or a.shape != b.shape:
+                shape = tuple(b.shape) if isinstance(b, Tensor) else b
+                return f"the cell makes a state of shape {shape} from one of shape {tuple(a.shape)}; they must agree"
+        for leaf in pytree.tree_leaves(made[0]):
+            if made[0] is not None and not isinstance(leaf, Tensor):
+                return f"the cell's output holds {leaf!r}; only tensors are allowed, or None for no output at all"
+    except Exception as own:
+        return f"the cell fails by itself: {type(own).__name__}: {own}"
+    return f"the cell cannot be traced in one piece. torch.compile says: {error}"
+
+
+def _named(x: Any, state: Any) -> list[tuple[str, Tensor]]:
+    return [
+        *((f"input {i}", t) for i, t in enumerate(pytree.tree_leaves(x))),
+        *((f"component {i} of its state", t) for i, t in enumerate(pytree.tree_leaves(state))),
+    ]
+

@@ -1,0 +1,161 @@
+"""The link of a stage, as the passes see it: its program, the split into K and J, and whether it is affine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from hwbp_compiler.graph.chain import Chain
+from hwbp_compiler.graph.describe import STANDS_FOR, multiplier_text
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import (
+    INPUT,
+    SUM,
+    NotALink,
+    Program,
+    Ref,
+    _Builder,
+    closure,
+    elementwise_argument,
+)
+from hwbp_compiler.graph.record import GroupRecord
+from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.passes.split_links import Split, split_links
+
+from .stages import Stage
+from .trace import trace_decomposed, trace_vjp
+
+
+@dataclass
+class Backward:
+    """What one link does to a gradient: ``(own state, per_step, shared, gradient) -> gradients`` of all but the last.
+
+    arguments   nodes of the link's arguments: state, then per_step, then shared
+    gradients   a node per argument, None where nothing reaches it
+    program     from the gradient at the next state to that at the state
+    split       K; None where the link has no sound one, and ``reason`` says why
+    """
+
+    module: GraphModule
+    arguments: list[Node]
+    tangents: list[Node]
+    gradients: list[Node | None]
+    program: Program | None = None
+    split: Split | None = None
+    reason: str = ""
+
+    @property
+    def has_block(self) -> bool:
+        return self.program is None or not _is_diagonal(self.program)
+
+    @property
+    def multiplier(self) -> str:
+        if self.program is None:
+            return ""
+        return multiplier_text(self.program, self.split.support) if self.split is not None else "0"
+
+    def group(self, length: int) -> GroupRecord:
+        assert self.program is not None
+        statements = range(self.program.arity, len(self.program.statements))
+        heavy = Counter(str(self.program.statements[i].target) for i in statements if _is_heavy(self.program, i))
+        return GroupRecord(length, dict(heavy))
+
+
+@dataclass
+class Affine:
+    """A link ``s' = A s + b`` with A triangular, made of diagonals, and neither of them looking at the state."""
+
+    module: GraphModule
+    arguments: list[Node]
+    program: Program
+    split: Split
+
+    @property
+    def multiplier(self) -> str:
+        return multiplier_text(self.program, self.split.support)
+
+
+def look_backward(stage: Stage, fake_mode: Any) -> Backward:
+    assert stage.link is not None
+    vjp = trace_vjp(stage.link, fake_mode)
+    width = len(stage.members)
+    info = GraphInfo(vjp.module.graph, tangents=set(vjp.tangents))
+    _name_arguments(vjp.arguments[width:], stage)
+    found = Backward(vjp.module, vjp.arguments, vjp.tangents, vjp.gradients)
+    try:
+        found.program = _program(info, vjp.tangents, vjp.gradients[:width])
+        found.split = _split(found.program)
+    except NotALink as reason:
+        found.reason = str(reason)
+    return found
+
+
+def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
+    """The link as an affine program, if it is one and its matrix a triangle of diagonals."""
+    assert stage.link is not None
+    module = trace_decomposed(stage.link, fake_mode)
+    arguments = list(module.graph.find_nodes(op="placeholder"))
+    width = len(stage.members)
+    _name_arguments(arguments[width:], stage)
+    results = list(module.graph.find_nodes(op="output")[0].args[0])
+    info = GraphInfo(module.graph, tangents=set(arguments[:width]))
+    try:
+        program = _program(info, arguments[:width], results)
+        split = _split(program)
+    except NotALink:
+        return None
+    return Affine(module, arguments, program, split) if _is_diagonal(program) else None
+
+
+def _name_arguments(arguments: list[Node], stage: Stage) -> None:
+    for argument, origin in zip(arguments, [*stage.per_step, *stage.shared], strict=True):
+        argument.meta[STANDS_FOR] = origin
+
+
+def _program(info: GraphInfo, inputs: list[Node], outputs: Sequence[Node | None]) -> Program:
+    dependent = {n for n in info.nodes if info.carries[info.index[n]]} - set(inputs)
+    for node, before in zip(outputs, inputs, strict=True):
+        if node is None or (node not in dependent and node not in inputs):
+            raise NotALink("a component of the state gets no gradient from the state after it")
+        like = before.meta["val"]
+        if node.meta["val"].shape != like.shape or node.meta["val"].dtype != like.dtype:
+            raise NotALink("the state changes its shape or dtype")
+    return _Builder(info, dependent, tuple(inputs), set()).build(outputs)  # type: ignore[arg-type]
+
+
+def _split(program: Program) -> Split:
+    state = tuple(program.raw[i] for i in program.outputs)
+    split = split_links(Chain([program.inputs, state], [program]))
+    if not split.support:
+        raise NotALink("the state has no elementwise path from one step to the next: K = 0")
+    return split
+
+
+def _is_diagonal(program: Program) -> bool:
+    """True where no statement on the way from state to state takes the state other than elementwise: J = 0."""
+    inside = set().union(*(closure(program, i) for i in program.outputs))
+    return all(
+        elementwise_argument(program, i, ref) for i in inside for ref in _refs(program.statements[i].args)
+    )
+
+
+def _refs(args: tuple) -> list[Ref]:
+    found: list[Ref] = []
+    for a in args:
+        if isinstance(a, Ref):
+            found.append(a)
+        elif isinstance(a, tuple):
+            found += _refs(a)
+    return found
+
+
+def _is_heavy(program: Program, i: int) -> bool:
+    node = program.raw[i]
+    if node is None or program.statements[i].target in (SUM, INPUT):
+        return False
+    rule = rule_of(node)
+    return rule is not None and rule.kind is Kind.HEAVY

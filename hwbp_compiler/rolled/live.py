@@ -1,0 +1,160 @@
+"""The batching rules run on tensors: every operator is called at once instead of being written into a graph.
+
+What runs here is itself traced, by AOTAutograd, when the recurrence is compiled. The number of time steps and all
+other sizes are then whatever the tracer uses for sizes, symbols included, and no size has to be known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from hwbp_compiler.graph.batching import Emitter, NoBatchingRule, Value, _flatten, _map
+from hwbp_compiler.graph.rules import operands
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+# Decompositions produce a few operators that autograd has no formula for; what runs here may yet be differentiated.
+_DIFFERENTIABLE = {
+    prims.convert_element_type.default: lambda tensor, dtype: tensor.to(dtype),
+    prims.fma.default: lambda a, b, c: a * b + c,
+}
+
+
+class Live:
+    """In the place of a graph node: an operator that has been called, and what it gave (``meta["val"]``)."""
+
+    __slots__ = ("args", "kwargs", "meta", "target")
+
+    def __init__(self, target: Any, args: tuple, kwargs: dict, value: Any) -> None:
+        self.target, self.args, self.kwargs, self.meta = target, args, kwargs, {"val": value}
+
+
+def constant(value: Any, batched: bool) -> Value:
+    """A tensor (``[T, ...]`` if ``batched``) or a size as an operand of the rules."""
+    return Value(Live(None, (), {}, value), batched)  # type: ignore[arg-type]
+
+
+class LiveEmitter(Emitter):
+    """``count`` time steps. ``sizes`` gives the symbols of the traced step their value here."""
+
+    def __init__(self, count: Any, sizes: Mapping[sympy.Symbol, Any]) -> None:
+        self.count = count
+        self.sizes = sizes
+        self.created = []
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        function = _DIFFERENTIABLE.get(target, target)
+        return Live(target, args, kwargs, function(*_values(args), **_values(kwargs)))
+
+    def size(self, value: Any) -> Any:
+        if isinstance(value, Live):
+            return value.meta["val"]
+        if isinstance(value, sympy.Expr):
+            return self._evaluate(value)
+        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= self.sizes.keys():
+            return self._evaluate(value.node.expr)
+        return value
+
+    def _evaluate(self, expression: sympy.Expr) -> Any:
+        if not expression.free_symbols:
+            return int(expression)
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        return sympy_interp(PythonReferenceAnalysis, dict(self.sizes), expression)
+
+    def reshape(self, node: Any, shape: Sequence) -> Any:
+        return self.call(aten.reshape.default, node, [self.size(s) for s in shape])
+
+    def _vmap(self, target: Any, args: tuple, kwargs: dict) -> Value | list[Value]:
+        values = [v for v in _flatten(args) if isinstance(v, Value)]
+
+        def one_step(*tensors: Tensor) -> Any:
+            replaced = iter(tensors)
+            return target(*_map(args, lambda _: next(replaced)), **kwargs)
+
+        in_dims = tuple(0 if v.batched else None for v in values)
+        try:
+            result = torch.vmap(one_step, in_dims=in_dims)(*(v.tensor for v in values))
+        except Exception as error:
+            raise NoBatchingRule(f"operator {target} has no batching rule ({error})") from error
+        if isinstance(result, (tuple, list)):
+            return [constant(r, True) for r in result]
+        return constant(result, True)
+
+
+def _values(structure: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf.meta["val"] if isinstance(leaf, Live) else leaf, structure)
+
+
+class AllSteps:
+    """The nodes of a traced step, each evaluated for all time steps at once when first asked for.
+
+    ``known`` are the values to start from: inputs and states, ``[T, ...]``, and what is the same for all steps.
+    """
+
+    def __init__(self, emitter: LiveEmitter, known: Mapping[Node, Value]) -> None:
+        self.emitter = emitter
+        self.known: dict[Node, Any] = dict(known)
+
+    def __getitem__(self, node: Node) -> Any:
+        """A Value; a list of Values for an operator with several results."""
+        todo = [node]
+        while todo:
+            current = todo[-1]
+            missing = [n for _, n in operands(current) if n not in self.known] if current not in self.known else []
+            if missing:
+                todo += missing
+                continue
+            if current not in self.known:
+                self.known[current] = self._evaluate(current)
+            todo.pop()
+        return self.known[node]
+
+    def _evaluate(self, node: Node) -> Any:
+        if node.op != "call_function":
+            raise AssertionError(f"{node.op} {node.name} has no value")
+        args = self._argument(node.args)
+        kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
+        if any(isinstance(v, Value) for v in _flatten(tuple(kwargs.values()))):
+            raise NoBatchingRule(f"operator {node.target} takes a tensor by keyword")
+        if node.target is aten.sym_size.int and args[0].batched:
+            return constant(args[0].shape[args[1]], False)
+        value = args[0]
+        if getattr(node.target, "__name__", "") == "getitem" and isinstance(value, list):
+            return value[args[1]]
+        return self.emitter.apply(node.target, args, kwargs)
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, Node):
+            value = self.known[argument]
+            # A size is no tensor to batch, and rules take sizes as they are.
+            return value.tensor if isinstance(value, Value) and not isinstance(value.tensor, Tensor) else value
+        if isinstance(argument, (list, tuple)):
+            return tuple(self._argument(a) for a in argument)
+        return argument
+
+
+def symbols_of(graph: Graph, values: Mapping[Node, Value]) -> dict[sympy.Symbol, Any]:
+    """What each symbolic size in the traced step's inputs is here."""
+    found: dict[sympy.Symbol, Any] = {}
+    for node, value in values.items():
+        traced = node.meta.get("val")
+        if isinstance(traced, torch.SymInt):
+            pairs: list[tuple[Any, Any]] = [(traced, value.tensor)]
+        elif isinstance(traced, Tensor):
+            pairs = list(zip(traced.shape, value.shape, strict=True))
+        else:
+            continue
+        for size, here in pairs:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found.setdefault(size.node.expr, here)
+    return found

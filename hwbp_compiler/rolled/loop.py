@@ -1,0 +1,131 @@
+"""``torch.ops.highway.loop``: one compiled step, called for every time step.
+
+The step comes as text, the Python code of a flat graph of operators, so that a graph that contains the loop is plain
+data: it can be printed, and found again in torch.compile's caches by another process.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node, symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.torch_private import compile_step
+
+# What generated code may name: torch, what torch.fx always adds, and how numbers and devices print.
+_NAMES: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
+_UNUSED = {"NoneType", "fx_pytree", "pytree"}
+
+library = torch.library.Library("highway", "FRAGMENT")
+library.define(
+    "loop(str code, Tensor[] inputs, Tensor[] state, Tensor[] shared, SymInt length, bool reverse=False) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+operator = torch.ops.highway.loop.default
+
+
+def code_of(
+    graph: Graph,
+    state: Sequence[Node],
+    inputs: Sequence[Node],
+    shared: Sequence[Node],
+    results: Sequence[Node | None],
+    add: bool = False,
+) -> str:
+    """The step ``(state, inputs, shared) -> results`` as text; the nodes between must be operator calls. With ``add``
+    one input per result comes first and is added to it; None is a result of zero then."""
+    copied = Graph()
+    environment = {node: copied.placeholder(f"state{i}") for i, node in enumerate(state)}
+    added = [copied.placeholder(f"added{i}") for i in range(len(results) if add else 0)]
+    environment |= {node: copied.placeholder(f"input{i}") for i, node in enumerate([*inputs, *shared])}
+    needed: set[Node] = set()
+    todo = [node for node in results if node is not None]
+    while todo:
+        node = todo.pop()
+        if node not in needed and node not in environment:
+            needed.add(node)
+            todo += node.all_input_nodes
+    for node in graph.nodes:
+        if node in needed:
+            environment[node] = copied.node_copy(node, environment.__getitem__)
+    found = [None if node is None else environment[node] for node in results]
+    for i, addend in enumerate(added):
+        term = found[i]
+        found[i] = addend if term is None else copied.call_function(torch.ops.aten.add.Tensor, (term, addend))
+    copied.output(tuple(found))
+    code = copied.python_code("self")
+    unknown = set(code.globals) - _NAMES.keys() - _UNUSED
+    if unknown:
+        raise NotImplementedError(f"the step uses {', '.join(sorted(unknown))}")
+    return code.src
+
+
+@functools.lru_cache(maxsize=1024)
+def step_of(code: str) -> GraphModule:
+    names = dict(_NAMES)
+    exec(code, names)  # the text is ours: code_of made it
+    forward = names["forward"]
+    count = forward.__code__.co_argcount - 1
+    arguments = ", ".join(f"arg{i}" for i in range(count))
+    names["forward_"] = forward
+    exec(f"def step({arguments}): return forward_(None, {arguments})", names)
+    return symbolic_trace(names["step"])
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tensor]], Any]:
+    """Takes [*results to write, *state, *inputs, *shared]."""
+    examples = [
+        torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in description
+    ]
+    with torch.no_grad():
+        # Inductor takes decomposed operators.
+        step = make_fx(step_of(code), decompositions())(*examples[slots:])
+    step.graph.eliminate_dead_code()
+    output = step.graph.find_nodes(op="output")[0]
+    with step.graph.inserting_before(next(iter(step.graph.nodes))):
+        rows = [step.graph.placeholder(f"row{i}") for i in range(slots)]
+    with step.graph.inserting_before(output):
+        pairs = zip(rows, output.args[0], strict=True)
+        written = tuple(step.graph.call_function(torch.ops.aten.copy_.default, pair) for pair in pairs)
+    output.args = (written,)
+    step.recompile()
+    return compile_step(step, examples)
+
+
+def _loop(
+    code: str, inputs: list[Tensor], state: list[Tensor], shared: list[Tensor], length: int, reverse: bool = False
+) -> list[Tensor]:
+    """Row t of each result is the state after time step t (in reverse: row t is written by the step that reads row t
+    of the inputs, the last row first)."""
+    stacked = [s.new_empty((length, *s.shape)) for s in state]
+    state = [s.contiguous() for s in state]
+    shared = list(shared)
+    description = tuple(
+        (tuple(t.shape), t.stride(), t.dtype, t.device)
+        for t in (*(s[0] for s in stacked), *state, *(x[0] for x in inputs), *shared)
+    )
+    step = _compiled(code, len(stacked), description)
+    rows = list(zip(*(s.unbind(0) for s in stacked), strict=True))
+    read = list(zip(*(x.unbind(0) for x in inputs), strict=True)) if inputs else [()] * length
+    order = range(length - 1, -1, -1) if reverse else range(length)
+    current: Sequence[Tensor] = state
+    for t in order:
+        step([*rows[t], *current, *read[t], *shared])
+        current = rows[t]
+    return stacked
+
+
+def _fake(code, inputs, state, shared, length, reverse=False):
+    return [s.new_empty((length, *s.shape)) for s in state]
+
+
+library.impl("loop", _loop, "CompositeExplicitAutograd")
+torch.library.register_fake("highway::loop", _fake, lib=library)

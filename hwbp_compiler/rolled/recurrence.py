@@ -1,0 +1,185 @@
+"""A loop over time in a Dynamo graph, and the module that stands in its place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hwbp_compiler.digest import source_digest
+from hwbp_compiler.graph.batching import NoBatchingRule
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.options import Options
+
+from .chain import HighwayLoop, How, LoopLink, run_affine
+from .decide import decide
+from .link import Affine, look_backward, look_for_affine
+from .live import AllSteps, LiveEmitter, constant, symbols_of
+from .loop import code_of
+from .stages import Stage, split_stages
+from .trace import Body, CannotRoll, MutatingCell, Step, trace_step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """How one stage is run: a scan, a loop, or (neither) all steps at once."""
+
+    stage: Stage
+    affine: Affine | None = None
+    loop: LoopLink | None = None
+    how: How = field(default_factory=lambda: How(None))
+
+
+class Recurrence(nn.Module):
+    """``(*state, *inputs, *shared) -> (*last state, *outputs)``, inputs and outputs ``[T, ...]``.
+
+    It has no parameters: what the cell uses comes in as ``shared``. ``plans`` is None where the cell is stepped
+    through while autograd records, exactly as written; ``records`` tell what was found.
+    """
+
+    def __init__(self, cell: Body, states: int, inputs: int) -> None:
+        super().__init__()
+        self.cell: Body = cell
+        self.states, self.inputs = states, inputs
+        self.step: Step | None = None
+        self.plans: list[Plan] | None = None
+        self.records: list[ChainRecord] = []
+
+    def forward(self, *arguments: Any) -> tuple[Any, ...]:
+        a, b = self.states, self.states + self.inputs
+        state, inputs, shared = arguments[:a], arguments[a:b], arguments[b:]
+        if self.plans is None or self.step is None:
+            return self._recorded(state, inputs, shared)
+        return self._in_stages(self.step, self.plans, list(state), list(inputs), list(shared))
+
+    def __reduce__(self) -> Any:
+        """For torch.compile's caches, which read a graph by pickling it: all that decides what is computed here."""
+        plans = [
+            (p.stage.members, p.affine is not None, p.loop.code if p.loop else "", p.how) for p in self.plans or ()
+        ]
+        cell = self.cell.module.code, self.cell.order, self.cell.results, self.states, self.inputs
+        return str, (f"{cell} {plans} {source_digest()}",)
+
+    def _recorded(self, state: Sequence[Tensor], inputs: Sequence[Tensor], shared: Sequence[Any]) -> tuple[Any, ...]:
+        rows: list[tuple[Tensor, ...]] = []
+        for t in range(int(inputs[0].shape[0])):
+            found = self.cell(*state, *(x[t] for x in inputs), *shared)
+            state, row = found[: self.states], found[self.states :]
+            rows.append(tuple(row))
+        return (*state, *(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _in_stages(self, step: Step, plans: list[Plan], state: list, inputs: list, shared: list) -> tuple[Any, ...]:
+        length = inputs[0].shape[0]
+        known = {n: constant(x, True) for n, x in zip(step.inputs, inputs, strict=True)}
+        known |= {n: constant(x, False) for n, x in zip(step.shared, shared, strict=True)}
+        starts = {n: constant(s, False) for n, s in zip(step.state, state, strict=True)}
+        values = AllSteps(LiveEmitter(length, symbols_of(step.module.graph, {**known, **starts})), known)
+
+        def tensor(node: Any, batched: bool) -> Any:
+            value = values[node]
+            return values.emitter.batch(value).meta["val"] if batched else value.tensor
+
+        last: dict[int, Tensor] = {}
+        for plan in plans:
+            stage = plan.stage
+            start = [state[m] for m in stage.members]
+            if stage.link is None:
+                found = [tensor(step.next_state[m], True) for m in stage.members]
+            else:
+                per_step = [tensor(n, True) for n in stage.per_step]
+                same = [tensor(n, False) for n in stage.shared]
+                if plan.affine is not None:
+                    found = run_affine(plan.affine, length, start, per_step, same)
+                else:
+                    assert plan.loop is not None
+                    found = list(HighwayLoop.apply(plan.loop, plan.how.at(length), length, *start, *per_step, *same))
+            for member, first, rows in zip(stage.members, start, found, strict=True):
+                values.known.setdefault(step.next_state[member], constant(rows, True))
+                before = torch.cat([first.unsqueeze(0), rows[:-1]])
+                values.known[step.state[member]] = constant(before, True)
+                last[member] = rows[-1]
+        outputs = [tensor(node, True) for node in step.outputs]
+        return (*(last[m] for m in range(self.states)), *outputs)
+
+
+def build(
+    cell: Body, state: list, inputs: list, shared: list, fake_mode: Any, options: Options, source: str
+) -> Recurrence:
+    """``cell`` over time; ``state``, ``inputs`` and ``shared`` are fake tensors (inputs ``[T, ...]``) or sizes."""
+    made = Recurrence(cell, len(state), len(inputs))
+    length = _hint(inputs[0].shape[0])
+    try:
+        with fake_mode:
+            first = [x[0] for x in inputs]
+        step = trace_step(cell, state, first, shared, fake_mode)
+        plans, records = _plans(step, fake_mode, options, length, source)
+        made.step, made.plans = step, plans
+        _rehearse(made, state, inputs, shared, fake_mode)
+        made.records = records
+    except MutatingCell:
+        raise
+    except Exception as error:
+        made.step = made.plans = None
+        declined = isinstance(error, (CannotRoll, NoBatchingRule, NotImplementedError))
+        if not declined and options.strict:
+            raise
+        reason = str(error) if declined else f"{type(error).__name__}: {error}"
+        reason = f"the cell is stepped through: {reason}"
+        made.records = [ChainRecord(length, "declined", reason, source=source, failed=not declined)]
+        log.debug("rolling a recurrence failed", exc_info=error)
+    return made
+
+
+def _plans(
+    step: Step, fake_mode: Any, options: Options, length: int, source: str
+) -> tuple[list[Plan], list[ChainRecord]]:
+    plans: list[Plan] = []
+    records: list[ChainRecord] = []
+    for stage in split_stages(step):
+        plan = Plan(stage)
+        plans.append(plan)
+        if stage.link is None:
+            continue
+        plan.affine = look_for_affine(stage, fake_mode)
+        if plan.affine is not None:
+            reason = "a linear recurrence, its gates see the input alone: a scan in both directions, exact at k = 0"
+            records.append(ChainRecord(length, "rewritten", reason, plan.affine.multiplier, source=source))
+            continue
+        backward = look_backward(stage, fake_mode)
+        width = len(stage.members)
+        link = list(stage.link.graph.find_nodes(op="placeholder"))
+        results = stage.link.graph.find_nodes(op="output")[0].args[0]
+        a = width + len(stage.per_step)
+        code = code_of(stage.link.graph, link[:width], link[width:a], link[a:], results)
+        plan.loop = LoopLink(code, width, len(stage.per_step), backward)
+        plan.how, record = decide(backward, options, length)
+        record.source = source
+        records.append(record)
+    return plans, records
+
+
+def _rehearse(made: Recurrence, state: list, inputs: list, shared: list, fake_mode: Any) -> None:
+    """Forward and backward on fake tensors, three steps long: what cannot be batched shows here and not later."""
+
+    def leaf(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().requires_grad_(value.is_floating_point() or value.is_complex())
+
+    with fake_mode, torch.enable_grad():
+        shorter = [leaf(torch.empty_like(x[0]).expand(3, *x.shape[1:])) for x in inputs]
+        arguments = [*map(leaf, state), *shorter, *map(leaf, shared)]
+        results = [r for r in made(*arguments) if isinstance(r, Tensor) and r.requires_grad]
+        wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+        if results and wanted:
+            torch.autograd.grad(results, wanted, [torch.empty_like(r) for r in results], allow_unused=True)
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)

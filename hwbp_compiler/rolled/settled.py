@@ -1,0 +1,29 @@
+"""Mark what a recurrence's backward pass puts into a joint graph: no highway is to be looked for in it again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch.fx import Graph, Node
+
+MARK = "highway_settled"
+
+
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Mark every node that is traced inside."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    graph: Graph | None = None if mode is None else mode.tracer.graph
+    before = set() if graph is None else set(graph.nodes)
+    yield
+    if graph is not None:
+        for node in graph.nodes:
+            if node not in before:
+                node.meta[MARK] = True
+
+
+def is_settled(node: Node) -> bool:
+    return bool(node.meta.get(MARK))

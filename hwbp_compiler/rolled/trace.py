@@ -1,0 +1,224 @@
+"""Trace one time step, and what it does to gradients, into flat graphs of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
+from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from hwbp_compiler.errors import HighwayError
+from hwbp_compiler.graph.batching import decompositions
+
+
+class CannotRoll(Exception):
+    """A step that has to be left to a recording loop; the message says why, for the user."""
+
+
+@dataclass
+class Step:
+    """A step as a graph ``(state, inputs, shared) -> (next state, outputs)``; ``shared`` is the same in every step."""
+
+    module: GraphModule
+    state: list[Node]
+    inputs: list[Node]
+    shared: list[Node]
+    next_state: list[Node]
+    outputs: list[Node]
+
+
+@dataclass
+class Body:
+    """One step as Dynamo traced it.
+
+    order     position of each of the module's arguments among ``(*state, *inputs, *shared)``
+    results   which of its results are ``(*next state, *outputs)``
+    """
+
+    module: GraphModule
+    order: list[int]
+    results: list[int]
+
+    def __call__(self, *values: Any) -> list[Tensor]:
+        found = Interpreter(self.module).run(*(values[i] for i in self.order))
+        return [found[i] for i in self.results]
+
+
+class MutatingCell(HighwayError):
+    """The cell changes in place what it did not make."""
+
+
+def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: Any) -> Step:
+    """``cell`` as ATen operators without mutation. Raises CannotRoll, and MutatingCell where that cannot be."""
+    _check_traceable(cell.module)
+    names = [*(f"component {i} of its state" for i in range(len(state))), *(f"input {i}" for i in range(len(inputs)))]
+    names += [f"the tensor {node.name}" for node in cell.module.graph.find_nodes(op="placeholder")][-len(shared) :]
+
+    def run(*values: Any) -> list[Tensor]:
+        found = cell(*values)
+        for name, value in zip(names, values, strict=False):
+            if isinstance(value, FunctionalTensor) and torch._functionalize_has_data_mutation(value.elem):
+                raise MutatingCell(
+                    f"recurrent: the cell changes {name} in place; every step must find it as it was. Write the change "
+                    "as a new tensor (h * z instead of h.mul_(z)), and what is to be remembered into the state"
+                )
+        return found
+
+    examples = [*state, *inputs, *shared]
+    with torch.no_grad():
+        module = _traced(run, [e.detach() if isinstance(e, Tensor) else e for e in examples], fake_mode)
+    # The loop's own copies around every result: a copy of a state has to be that state.
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
+        node.replace_all_uses_with(node.args[0])
+    module.graph.eliminate_dead_code()
+    nodes = list(module.graph.find_nodes(op="placeholder"))
+    results = list(module.graph.find_nodes(op="output")[0].args[0])
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            raise CannotRoll("the cell holds a tensor that is no parameter, buffer or captured variable")
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise CannotRoll(f"the cell draws random numbers ({node.target}); computed again they would differ")
+    a, b = len(state), len(state) + len(inputs)
+    return Step(module, nodes[:a], nodes[a:b], nodes[b:], results[:a], results[a:])
+
+
+def _check_traceable(cell: GraphModule) -> None:
+    """What changes how autograd sees an operator is gone once the step is a graph of operators."""
+    for module in cell.modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for node in module.graph.nodes:
+            name = getattr(node.target, "__name__", str(node.target))
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise CannotRoll(f"the cell contains {name}, which has its own way to differentiate")
+            if node.op == "call_function" and ("grad_enabled" in name or "inference_mode" in name):
+                raise CannotRoll("the cell switches gradients on or off inside")
+
+
+def subgraph(inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
+    """The graph ``inputs -> results`` cut out of a larger one, with its nodes' example values."""
+    graph = Graph()
+    environment: dict[Node, Node] = {}
+    for i, node in enumerate(inputs):
+        environment[node] = graph.placeholder(f"arg{i}")
+        environment[node].meta = dict(node.meta)
+    needed = _needed(inputs, results)
+    for node in results[0].graph.nodes:
+        if node in needed:
+            environment[node] = graph.node_copy(node, environment.__getitem__)
+    graph.output(tuple(environment[n] for n in results))
+    return GraphModule({}, graph)
+
+
+def _needed(inputs: Sequence[Node], results: Sequence[Node]) -> set[Node]:
+    needed: set[Node] = set()
+    known = set(inputs)
+    todo = list(results)
+    while todo:
+        node = todo.pop()
+        if node not in needed and node not in known:
+            needed.add(node)
+            todo += node.all_input_nodes
+    return needed
+
+
+def trace_decomposed(module: GraphModule, fake_mode: Any) -> GraphModule:
+    """The same function in the operators that the passes know."""
+    with torch.no_grad():
+        return _traced(Interpreter(module).run, _examples(module), fake_mode, _known_operators())
+
+
+def _known_operators() -> dict:
+    """The decompositions, but for that of ``add``: it takes complex numbers apart, which the passes need not see."""
+    return {target: found for target, found in decompositions().items() if target is not torch.ops.aten.add.Tensor}
+
+
+def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict | None = None) -> GraphModule:
+    functional = dispatch_functionalize(function, FunctionalTensorMode())
+    with fake_mode, preserve_node_meta(), enable_python_dispatcher():
+        traced = make_fx(functional, decomposed)(*examples)
+    traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            raise CannotRoll(f"the cell writes in place ({node.target})")
+    return traced
+
+
+@dataclass
+class Vjp:
+    """``(arguments, tangents) -> gradients`` of a function; None where an argument gets no gradient."""
+
+    module: GraphModule
+    arguments: list[Node]
+    tangents: list[Node]
+    gradients: list[Node | None]
+
+
+def trace_vjp(module: GraphModule, fake_mode: Any) -> Vjp:
+    """The vector-Jacobian product of ``module`` in all its floating arguments, forward pass included."""
+
+    def joint(*values: Any) -> list[Tensor | None]:
+        arguments, tangents = values[:count], values[count:]
+        with torch.enable_grad():
+            arguments = tuple(_leaf(a) if isinstance(a, Tensor) else a for a in arguments)
+            results = Interpreter(module).run(*arguments)
+            wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+            pairs = [(r, t) for r, t in zip(results, tangents, strict=True) if r.requires_grad]
+            if not pairs or not wanted:
+                return [None] * count
+            found = torch.autograd.grad([r for r, _ in pairs], wanted, [t for _, t in pairs], allow_unused=True)
+        gradients = iter(found)
+        return [next(gradients) if isinstance(a, Tensor) and a.requires_grad else None for a in arguments]
+
+    examples = _examples(module)
+    count = len(examples)
+    results = module.graph.find_nodes(op="output")[0].args[0]
+    with fake_mode:
+        tangents = [torch.empty_like(r.meta["val"]) for r in results]
+    traced = _traced(joint, [*examples, *tangents], fake_mode, _known_operators())
+    nodes = list(traced.graph.find_nodes(op="placeholder"))
+    gradients = list(traced.graph.find_nodes(op="output")[0].args[0])
+    return Vjp(traced, nodes[:count], nodes[count:], gradients)
+
+
+def _leaf(example: Tensor) -> Tensor:
+    differentiable = example.is_floating_point() or example.is_complex()
+    return example.detach().requires_grad_(differentiable)
+
+
+def _examples(module: GraphModule) -> list[Any]:
+    return [node.meta["val"] for node in module.graph.find_nodes(op="placeholder")]
+
+
+def depends_on(nodes: Sequence[Node], graph: Graph) -> set[Node]:
+    """``nodes`` and everything computed from them."""
+    found = set(nodes)
+    for node in graph.nodes:
+        if any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+
+def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
+    """What the nodes of ``inside`` that ``results`` are computed from take from elsewhere, in graph order."""
+    found: set[Node] = set()
+    seen: set[Node] = set()
+    todo = list(results)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in inside:
+            todo += node.all_input_nodes
+        else:
+            found.add(node)
+    return [node for node in results[0].graph.nodes if node in found]

@@ -1,0 +1,501 @@
+"""``hwbp_compiler.recurrent``: any cell over time, against the oracle and against a Python loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cells import CASES, GRU, LSTM, CellCase, MinGRU, TanhRNN, in_a_loop
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+import hwbp_compiler
+from hwbp_compiler import HighwayError, OptionError, recurrent
+from hwbp_compiler.options import parse
+from hwbp_compiler.rolled import capture, function
+from hwbp_compiler.rolled.chain import How
+from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
+from hwbp_compiler.testing.losses import probe_loss
+from hwbp_compiler.testing.reference import reference_gradients
+from hwbp_compiler.torch_private import SERVES
+
+LENGTH = 7
+
+
+def every_step(result):
+    return probe_loss(result)
+
+
+def last_step(result):
+    return probe_loss(result[0][-1])
+
+
+def last_state(result):
+    return probe_loss(pytree.tree_leaves(result[1]))
+
+
+def gradients(run, cell, x, state, loss):
+    """The output, and the gradients by parameter name, position 0 for the inputs, 1... for the state's leaves."""
+    leaves = [x, *pytree.tree_leaves(state)]
+    output = run(cell, x, state)
+    named = dict(cell.named_parameters()) if isinstance(cell, nn.Module) else {}
+    wanted = {**named, **dict(enumerate(leaves))}
+    found = torch.autograd.grad(loss(output), list(wanted.values()), allow_unused=True)
+    return output, {
+        key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(wanted.items(), found, strict=True)
+    }
+
+
+class Captured:
+    """A backend that only puts the rolled form into the graph; ``how`` of its chains can be changed between runs."""
+
+    def __init__(self, **options) -> None:
+        self.options = parse(options)[0]
+        self.recurrences = []
+        setattr(self, SERVES, True)
+
+    def __call__(self, gm, inputs):
+        self.recurrences += capture.replace_loops(gm, self.options, lambda own: parse(own)[0])
+        return gm
+
+    def compiled(self, fullgraph=True):
+        return torch.compile(lambda *args: function._loop(*args, ""), backend=self, fullgraph=fullgraph)
+
+
+def rolled(case: CellCase, length: int):
+    cell, x, state = case.build(length)
+    captured = Captured(rewrite="always", iterations=0, min_length=1)
+    run = captured.compiled()
+    run(cell, x, state)
+    (recurrence,) = captured.recurrences
+    return cell, x, state, run, recurrence
+
+
+def assert_matches_oracle(case, cell, x, state, run, iterations, damping, loss, tolerance=1e-8):
+    output, found = gradients(run, cell, x, state, loss)
+    args = (x, *pytree.tree_leaves(state))
+    expected, reference = reference_gradients(case.program(cell), args, loss, iterations, damping)
+    assert_outputs_close(pytree.tree_leaves(output), pytree.tree_leaves(expected), 1e-12)
+    assert_gradients_close(found, reference, tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients_are_those_of_the_paper(case):
+    """Every parameter, the inputs and the initial state, in float64, for every k and damping."""
+    cell, x, state, run, recurrence = rolled(case, LENGTH)
+    (plan,) = recurrence.plans
+    for damping in (0.0, 0.2, 1.0):
+        for iterations in (0, 1, 2, 5, LENGTH):
+            k, gamma = iterations, damping
+            if case.multiplier == "0" or case.linear:  # nothing is approximated
+                k, gamma = "exact", 0.0
+            else:
+                plan.how = How(iterations, damping)
+            assert_matches_oracle(case, cell, x, state, run, k, gamma, every_step)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_step_by_step_is_backprop_through_time(case):
+    cell, x, state, run, recurrence = rolled(case, LENGTH)
+    for plan in recurrence.plans:
+        plan.how = How(None)
+    for loss in (every_step, last_step, last_state):
+        output, found = gradients(run, cell, x, state, loss)
+        expected, reference = gradients(in_a_loop, cell, x, state, loss)
+        assert_outputs_close(output, expected, 1e-12)
+        assert_gradients_close(found, reference, 1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_shortest_loops(case, length):
+    cell, x, state, run, recurrence = rolled(case, length)
+    for plan in recurrence.plans:
+        iterations = 0 if plan.loop is not None and plan.loop.backward.split is not None else None
+        plan.how = How(iterations)
+        k = "exact" if iterations is None else 0
+        assert_matches_oracle(case, cell, x, state, run, k, 0.0, last_step)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_report_says_what_k_is(case):
+    *_, recurrence = rolled(case, LENGTH)
+    (record,) = recurrence.records
+    assert case.multiplier in record.multiplier
+    assert record.length == LENGTH
+    assert record.decision == ("declined" if case.multiplier == "0" else "rewritten")
+    assert "cells.py" in record.source or "torch" in record.source
+    if case.multiplier == "0":
+        assert "no elementwise path" in record.reason
+    if case.linear:
+        assert "exact at k = 0" in record.reason
+
+
+# -- as users call it ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.make in (GRU, LSTM)], ids=lambda case: case.name)
+def test_eager_mode_compiles_the_loop_by_itself(case):
+    cell, x, state = case.build(LENGTH)
+    options = {"iterations": 2, "damping": 0.2, "rewrite": "always"}
+    run = lambda *args: recurrent(*args, options=options)  # noqa: E731
+    assert_matches_oracle(case, cell, x, state, run, 2, 0.2, every_step)
+    counted = hwbp_compiler.counters()
+    assert (counted["chains_rewritten"], counted["failures"]) == (1, 0)
+
+
+def assert_same_as_the_loop(cell, x, state, options=None, loss=every_step, tolerance=1e-9, run=None):
+    run = run or (lambda *args: recurrent(*args, options=options))
+    output, found = gradients(run, cell, x, state, loss)
+    expected, reference = gradients(in_a_loop, cell, x, state, loss)
+    assert_outputs_close(output, expected, 1e-12)
+    assert_gradients_close(found, reference, tolerance)
+
+
+def test_iterations_equal_to_length_is_backprop():
+    cell, x, state = CellCase(GRU, "").build(5)
+    assert_same_as_the_loop(cell, x, state, {"iterations": 5, "rewrite": "always"})
+    counted = hwbp_compiler.counters()
+    assert counted["declined: iterations=5 reaches the chain's length 5"] == 1
+
+
+def test_a_new_length_compiles_nothing_new():
+    cell, x, state = CellCase(GRU, "").build(9)
+    options = {"iterations": 1, "rewrite": "always"}
+    run = lambda *args: recurrent(*args, options=options)  # noqa: E731
+    for length in (9, 14, 23):
+        x = torch.randn(length, *x.shape[1:], dtype=x.dtype, requires_grad=True)
+        assert_matches_oracle(CellCase(GRU, ""), cell, x, state, run, 1, 0.0, every_step)
+        assert hwbp_compiler.counters()["graphs_seen"] == 1
+    assert hwbp_compiler.counters()["failures"] == 0
+
+
+def test_inside_a_function_compiled_for_us_it_is_one_graph_with_the_functions_options():
+    case = CellCase(GRU, "")
+    cell, x, state = case.build(LENGTH)
+
+    def model(cell, x, state):
+        outputs, last = recurrent(cell, torch.cos(x), state)
+        return outputs * 2.0, last
+
+    options = {"iterations": 1, "damping": 0.2, "rewrite": "always"}
+    compiled = torch.compile(model, backend="highway", fullgraph=True, options=options)
+    output, found = gradients(compiled, cell, x, state, every_step)
+    program = case.program(cell)
+    plain = program.forward
+
+    def retold(run_chain, x, *state):
+        outputs, last = plain(run_chain, torch.cos(x), *state)
+        return outputs * 2.0, last
+
+    object.__setattr__(program, "forward", retold)
+    expected, reference = reference_gradients(program, (x, state), every_step, 1, 0.2)
+    assert_gradients_close(found, reference, 1e-8)
+
+
+def test_its_own_options_win_inside_a_compiled_function():
+    cell, x, state = CellCase(GRU, "").build(LENGTH)
+
+    @torch.compile(backend="highway", fullgraph=True, options={"iterations": 0, "rewrite": "always"})
+    def model(cell, x, state):
+        return recurrent(cell, x, state, options={"iterations": "exact"})
+
+    assert_same_as_the_loop(cell, x, state, run=model)
+
+
+def test_under_another_backend_it_is_a_graph_break_and_right():
+    cell, x, state = CellCase(GRU, "").build(LENGTH)
+
+    @torch.compile(backend="aot_eager")
+    def model(cell, x, state):
+        outputs, last = recurrent(cell, torch.cos(x), state, options={"iterations": "exact"})
+        return outputs * 2.0, last
+
+    def loop(cell, x, state):
+        outputs, last = in_a_loop(cell, torch.cos(x), state)
+        return outputs * 2.0, last
+
+    _, found = gradients(model, cell, x, state, every_step)
+    _, reference = gradients(loop, cell, x, state, every_step)
+    assert_gradients_close(found, reference, 1e-9)
+    assert hwbp_compiler.counters()["chains_found"] == 1
+
+
+# -- cells of all kinds -------------------------------------------------------------------------------------------
+
+
+def exactly(cell, x, state, loss=every_step, **options):
+    """Through the rolled form, without Inductor; the recurrence for a closer look."""
+    captured = Captured(**{"iterations": "exact", "min_length": 1, **options})
+    assert_same_as_the_loop(cell, x, state, run=captured.compiled(), loss=loss)
+    (recurrence,) = captured.recurrences
+    return recurrence
+
+
+def leaf(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def test_tensors_a_function_captures_get_their_gradient():
+    w, u = leaf(4, 4), leaf(4, 4)
+
+    def cell(x, h):
+        h = torch.sigmoid(x @ w) * h + torch.tanh(h @ u)
+        return h, h
+
+    x, h = leaf(LENGTH, 3, 4), leaf(3, 4)
+    captured = Captured(iterations="exact")
+    found = torch.autograd.grad(every_step(captured.compiled()(cell, x, h)), [w, u])
+    reference = torch.autograd.grad(every_step(in_a_loop(cell, x, h)), [w, u])
+    assert_gradients_close(dict(enumerate(found)), dict(enumerate(reference)), 1e-9)
+
+
+def test_nested_inputs_and_state_and_several_outputs():
+    m = nn.Linear(4, 4).double()
+
+    def cell(x, s):
+        (a, [b]), y = (s["a"], s["b"]), x["p"] * x["q"][0]
+        a = torch.sigmoid(y) * a + m(b)
+        b = 0.5 * b + torch.tanh(m(a))
+        return (a + b, {"z": a * y}), {"b": [b], "a": a}
+
+    captured = Captured(iterations="exact")
+    inputs = {"p": leaf(LENGTH, 3, 4), "q": (leaf(LENGTH, 3, 4),)}
+    state = {"a": leaf(3, 4), "b": [leaf(3, 4)]}
+    outputs, last = captured.compiled()(cell, inputs, state)
+    assert outputs[1]["z"].shape == (LENGTH, 3, 4) and last["b"][0].shape == (3, 4)
+    s, rows = state, []
+    for t in range(LENGTH):
+        o, s = cell(pytree.tree_map(lambda v: v[t], inputs), s)  # noqa: B023
+        rows.append(o)
+    expected = pytree.tree_map(lambda *r: torch.stack(r), *rows), s
+    wanted = [*pytree.tree_leaves((inputs, state)), *m.parameters()]
+    found, reference = (
+        dict(enumerate(torch.autograd.grad(probe_loss([o, s["a"], s["b"]]), wanted)))
+        for o, s in ((outputs, last), expected)
+    )
+    assert_gradients_close(found, reference, 1e-9)
+
+
+def test_two_layers_in_one_cell_are_two_chains():
+    """CONTRACT: one chain per layer, also when the layers are interleaved in one time loop."""
+    first, second = nn.GRUCell(4, 5).double(), nn.GRUCell(5, 5).double()
+
+    def cell(x, state):
+        a = first(x, state[0])
+        b = second(a, state[1])
+        return b, (a, b)
+
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), (leaf(3, 5), leaf(3, 5)))
+    assert [plan.stage.members for plan in recurrence.plans] == [[0], [1]]
+
+
+def test_a_state_that_only_waits_needs_no_loop():
+    m = nn.Linear(4, 4).double()
+
+    def cell(x, before):  # a token shift
+        return m(x - before), x
+
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
+    assert recurrence.records == [] and recurrence.plans[0].stage.link is None
+
+
+def test_a_state_handed_on_as_it_is():
+    assert exactly(lambda x, h: (x * h, h), leaf(LENGTH, 3), leaf(3)).plans is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_complex_diagonal_recurrence_is_a_scan_both_ways(dtype):
+    """An LRU: ``h' = lambda h + B x``, ``y = Re(C h)``."""
+    decay, inward, outward = leaf(6, dtype=dtype), leaf(4, 6, dtype=dtype), leaf(6, 4, dtype=dtype)
+    real = torch.float32 if dtype is torch.complex64 else torch.float64
+
+    def cell(x, h):
+        h = torch.exp(-decay.abs()) * torch.exp(1j * decay.angle()) * h + x.to(dtype) @ inward
+        return (h @ outward).real, h
+
+    x, h = leaf(LENGTH, 3, 4, dtype=real), leaf(3, 6, dtype=dtype)
+    captured = Captured(iterations=0)
+    wanted = [x, h, decay, inward, outward]
+    found, reference = (
+        torch.autograd.grad(output.square().sum() + last.abs().sum(), wanted)
+        for output, last in (captured.compiled()(cell, x, h), in_a_loop(cell, x, h))
+    )
+    tolerance = 1e-4 if dtype is torch.complex64 else 1e-9
+    for a, b in zip(found, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+    ((plan,), (record,)) = captured.recurrences[0].plans, captured.recurrences[0].records
+    assert plan.affine is not None and record.decision == "rewritten"
+
+
+def test_linear_recurrences_run_no_loop():
+    cell, x, state = CellCase(MinGRU, "").build(LENGTH)
+    captured = Captured(iterations=0)
+    captured.compiled()(cell, x, state)
+    traced = make_fx(captured.recurrences[0])(state, x, *cell.parameters())
+    called = {str(node.target) for node in traced.graph.nodes}
+    assert "highway.linear_scan.default" in called and "highway.loop.default" not in called
+
+
+def test_a_triangular_linear_state():
+    """Position and velocity: the second feeds the first."""
+
+    def cell(x, state):
+        position, velocity = state
+        velocity = 0.9 * velocity + x
+        return position, (0.8 * position + 0.1 * velocity, velocity)
+
+    recurrence = exactly(cell, leaf(LENGTH, 3), (leaf(3), leaf(3)))
+    assert all(plan.affine is not None for plan in recurrence.plans)
+
+
+def test_a_masked_state_keeps_its_value_past_the_end():
+    cell = nn.GRUCell(4, 5).double()
+
+    def masked(x, h):
+        value, alive = x
+        h = torch.where(alive.unsqueeze(-1), cell(value, h), h)
+        return h, h
+
+    x, h = leaf(LENGTH, 3, 4), leaf(3, 5)
+    alive = torch.arange(LENGTH).unsqueeze(1) < torch.tensor([7, 5, 2])
+    captured = Captured(iterations="exact")
+    wanted = [x, h, *cell.parameters()]
+    found = torch.autograd.grad(every_step(captured.compiled()(masked, (x, alive), h)), wanted)
+    rows, s = [], h
+    for t in range(LENGTH):
+        _, s = masked((x[t], alive[t]), s)
+        rows.append(s)
+    reference = torch.autograd.grad(every_step((torch.stack(rows), s)), wanted)
+    assert_gradients_close(dict(enumerate(found)), dict(enumerate(reference)), 1e-9)
+
+
+# -- what is not rolled, and says so ------------------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+def stops_gradients(x, h):
+    with torch.no_grad():
+        scale = torch.sigmoid(h)
+    h = scale * h + x
+    return h, h
+
+
+def own_function(x, h):
+    h = torch.sigmoid(x) * Doubled.apply(h) + torch.tanh(h)
+    return h, h
+
+
+@pytest.mark.parametrize(
+    ("cell", "why"), [(stops_gradients, "gradients on or off"), (own_function, "its own way to differentiate")]
+)
+def test_what_autograd_would_see_otherwise_is_recorded(cell, why):
+    recurrence = exactly(cell, leaf(LENGTH, 3), leaf(3))
+    assert recurrence.plans is None
+    assert why in recurrence.records[0].reason and recurrence.records[0].decision == "declined"
+
+
+def test_detach_stops_a_gradient():
+    def cell(x, h):
+        h = torch.sigmoid(x * h.detach()) * h + torch.tanh(x + h).detach()
+        return h, h
+
+    assert exactly(cell, leaf(LENGTH, 3), leaf(3)).plans is not None
+
+
+def test_a_cell_with_dropout_is_recorded_with_the_masks_it_drew():
+    drop = nn.Dropout(0.5)
+
+    def cell(x, h):
+        h = torch.sigmoid(x) * h + drop(torch.tanh(x - h))
+        return h, h
+
+    x, h = leaf(LENGTH, 3, 4), leaf(3, 4)
+    captured = Captured(iterations=0)
+    results = []
+    for run in (captured.compiled(), in_a_loop):
+        torch.manual_seed(3)
+        output = run(cell, x, h)
+        results.append(dict(enumerate(torch.autograd.grad(every_step(output), [x, h]))))
+    assert_gradients_close(*results, 1e-9)
+    assert "random numbers" in captured.recurrences[0].records[0].reason
+
+
+def test_an_operator_the_passes_do_not_know_is_exact():
+    def cell(x, h):
+        h = torch.sigmoid(x) * h + torch.cumprod(torch.sigmoid(h), -1)
+        return h, h
+
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4), iterations=0)
+    assert recurrence.records[0].decision in ("declined", "rewritten")
+
+
+def scaled_in_place(x, h):
+    h.mul_(torch.sigmoid(x))
+    return h, h
+
+
+def grows(x, h):
+    return h, torch.cat([h, h], -1)
+
+
+def forgets(x, h):
+    return h
+
+
+def other_structure(x, h):
+    return h, (h, h)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (scaled_in_place, "changes component 0 of its state in place"),
+        (grows, r"makes a state of shape \(3, 8\) from one of shape \(3, 4\)"),
+        (forgets, "must return a pair"),
+        (other_structure, "returns a state of structure"),
+        (lambda x, h: (h, print(h) or h), "cannot be traced in one piece"),
+        (lambda x, h: (h, h @ x), "fails by itself"),
+    ],
+)
+def test_a_cell_that_cannot_be_compiled_is_told_why(cell, says):
+    with pytest.raises(HighwayError, match=says):
+        recurrent(cell, leaf(LENGTH, 3, 4), torch.zeros(3, 4, dtype=torch.float64))
+
+
+def test_arguments_are_checked():
+    cell, x, h = GRU(), torch.zeros(2, 3, 4), torch.zeros(3, 5)
+    with pytest.raises(OptionError, match="iterations"):
+        recurrent(cell, x, h, options={"iterations": -1})
+    with pytest.raises(TypeError, match=r"state\['h'\] is float"):
+        recurrent(cell, x, {"h": 0.5})
+    with pytest.raises(ValueError, match="the number of time steps"):
+        recurrent(cell, (x, x[:1]), h)
+    with pytest.raises(ValueError, match="the number of time steps"):
+        recurrent(cell, x[:0], h)
+
+
+def test_without_gradients_the_loop_is_just_run():
+    cell, x, state = CellCase(TanhRNN, "").build(LENGTH)
+    with torch.no_grad():
+        output = recurrent(cell, x, state)
+    assert_outputs_close(output, in_a_loop(cell, x, state), 1e-12)
+
+
+def test_explain_shows_the_loop_and_its_k():
+    cell, x, state = CellCase(GRU, "").build(LENGTH)
+    model = lambda x, state: recurrent(cell, x, state)  # noqa: E731
+    report = hwbp_compiler.explain(model, x, state, options={"iterations": 2, "rewrite": "always"})
+    (chain,) = report.chains
+    assert (chain.length, chain.multiplier, chain.decision) == (LENGTH, "sigmoid(...)", "rewritten")
+    assert "cells.py" in chain.source
+    assert "sigmoid(...)" in str(report)
