@@ -430,13 +430,33 @@ def test_a_cell_with_dropout_is_recorded_with_the_masks_it_drew():
     assert "random numbers" in captured.recurrences[0].records[0].reason
 
 
-def test_an_operator_the_passes_do_not_know_is_exact():
+@torch.library.custom_op("hwbp_test::halved", mutates_args=())
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return x / 2
+
+
+halved.register_fake(torch.empty_like)
+halved.register_autograd(lambda ctx, grad: halved(grad))
+
+
+def test_an_operator_the_passes_do_not_know_is_exact_without_unrolling():
     def cell(x, h):
-        h = torch.sigmoid(x) * h + torch.cumprod(torch.sigmoid(h), -1)
+        h = torch.sigmoid(x) * h + halved(h)
         return h, h
 
-    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4), iterations=0)
-    assert recurrence.records[0].decision in ("declined", "rewritten")
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4), iterations=0, rewrite="always")
+    (record,) = recurrence.records
+    assert recurrence.plans is not None and record.decision == "declined" and "hwbp_test::halved" in record.reason
+
+
+def test_a_linear_solve_in_the_cell_is_right():
+    a = torch.eye(4, dtype=torch.float64) + 0.1
+
+    def cell(x, h):
+        h = torch.sigmoid(x) * h + torch.linalg.solve(a, h, left=False)
+        return h, h
+
+    assert "\n" not in exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4)).records[0].reason
 
 
 def scaled_in_place(x, h):

@@ -129,7 +129,7 @@ def build(
         declined = isinstance(error, (CannotRoll, NoBatchingRule, NotImplementedError))
         if not declined and options.strict:
             raise
-        reason = str(error) if declined else f"{type(error).__name__}: {error}"
+        reason = str(error) if declined else f"{type(error).__name__}: {error}".partition("\n")[0]
         reason = f"the cell is stepped through: {reason}"
         made.records = [ChainRecord(length, "declined", reason, source=source, failed=not declined)]
         log.debug("rolling a recurrence failed", exc_info=error)
