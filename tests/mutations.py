@@ -122,8 +122,8 @@ MUTATIONS = [
     Mutation(
         "a graph without chains is changed",
         "passes/pipeline.py",
-        "    records: list[ChainRecord] = []\n",
-        "    records: list[ChainRecord] = []\n"
+        "    origins = Origins(graph)\n",
+        "    origins = Origins(graph)\n"
         "    next(n for n in graph.nodes if n.op == 'call_function')._rename('touched')\n",
         ("tests/test_fidelity.py::test_without_a_chain_the_graph_is_untouched",),
     ),

@@ -131,7 +131,7 @@ def test_a_gru_has_its_gate_as_multiplier():
 
 def test_a_tanh_recurrence_has_no_chain(tanh_report):
     assert tanh_report.chains == []
-    assert "All gradients of this graph are exact" in str(tanh_report)
+    assert "All gradients of this graph are exact" in " ".join(str(tanh_report).split())
 
 
 def test_a_chain_that_iterations_reach_is_declined_with_the_reason():
