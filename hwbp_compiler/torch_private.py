@@ -1,4 +1,5 @@
-"""Every private torch API the package uses, in this one file. Read and run on torch 2.11.0, 2.13.0 and 2.14.1.
+"""Every private torch API the package uses, in this one file. Run on torch 2.13.0; on 2.11.0
+and 2.14.1 in part (docs/reliability.md says how far).
 
 | name here | torch's | why |
 |---|---|---|

@@ -54,7 +54,7 @@ class Device:
 
 
 def device_figures(device: torch.device) -> Device:
-    """Measured on current server cores; for accelerators round figures that nobody has measured."""
+    """Fitted to measurements on one kind of server core; for accelerators round figures that nobody has measured."""
     if device.type == "cpu":
         return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, cores(), 3e-5)
     return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6)
