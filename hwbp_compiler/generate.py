@@ -15,10 +15,20 @@ from .backend import HighwayPass, PassSequence, register_lowerings
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .options import Options, parse
+from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .recurrence.tracing import traced_whole
 from .report.capture import _isolated
 from .report.restore import left_as_it_was
 from .retarget import Retarget
-from .torch_private import backward_at_once, compile_fx, cuda_device_guard, device_decompositions, user_joint_passes
+from .rolled.capture import replace_loops
+from .torch_private import (
+    SERVES,
+    backward_at_once,
+    compile_fx,
+    cuda_device_guard,
+    device_decompositions,
+    user_joint_passes,
+)
 
 CPU = "cpu"
 
@@ -69,7 +79,7 @@ def generate_code(
         patches.update(dict.fromkeys(_MEASURING, False))
     register_lowerings()
     _set_joint_passes(patches, ours, where)
-    generating = _Generating(patches, where)
+    generating = _Generating(ours, patches, where)
     with left_as_it_was(model) as keep:
         generating.trace(model, keep)(*args, **kwargs)
     if not any(graph.name.startswith("backward") for graph in generating.graphs):
@@ -151,7 +161,8 @@ def _titled(graph: GraphCode, target: str) -> str:
 class _Generating:
     """A backend that compiles every graph to text and runs it in eager mode."""
 
-    def __init__(self, patches: dict[str, Any], where: Target | None) -> None:
+    def __init__(self, options: Options, patches: dict[str, Any], where: Target | None) -> None:
+        self.options = options
         self.patches = patches
         self.where = where
         self.pieces = 0
@@ -162,6 +173,8 @@ class _Generating:
 
         def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.pieces += 1
+            replace_loops(module, self.options, lambda own: parse(own)[0])
+            replace_recurrent_modules(module, self.options)
             # Inductor owns the module it is given and may change it.
             eager = fx.GraphModule(module, copy.deepcopy(module.graph))
             with backward_at_once(), contextlib.nullcontext() if self.where is None else cuda_device_guard():
@@ -179,11 +192,12 @@ class _Generating:
 
             return run
 
+        setattr(backend, SERVES, True)
         compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             # Shapes seen here must not make later compilations of the same code dynamic.
-            with torch._dynamo.config.patch(automatic_dynamic_shapes=False):
+            with torch._dynamo.config.patch(automatic_dynamic_shapes=False), traced_whole():
                 return compiled(*args, **kwargs)
 
         return run

@@ -352,9 +352,9 @@ def _signature(error: BaseException) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hwbp_compiler.testing.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, help="default: 60, or as long as --programs takes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--programs", type=int, default=sys.maxsize, help="stop after so many")
+    parser.add_argument("--programs", type=int, help="stop after so many")
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
@@ -363,8 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     logging.getLogger("hwbp_compiler").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    fuzzer = Fuzzer(given_.seed, given_.seconds, given_.output, given_.dynamo, given_.inductor, given_.shrinking)
-    report = fuzzer.run(given_.programs)
+    most = float("inf") if given_.programs is None else given_.programs
+    seconds = given_.seconds if given_.seconds is not None else 60.0 if given_.programs is None else float("inf")
+    fuzzer = Fuzzer(given_.seed, seconds, given_.output, given_.dynamo, given_.inductor, given_.shrinking)
+    report = fuzzer.run(most)
     print(report)
     return 1 if report.failures else 0
 
