@@ -18,7 +18,7 @@ from torch.fx import Node
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
 from hwbp_compiler.graph.rules import Kind, rule_of
-from hwbp_compiler.graph.stacking import StackPlan
+from hwbp_compiler.graph.stacking import StackPlan, is_shared
 
 aten = torch.ops.aten
 
@@ -191,8 +191,7 @@ def _bytes_of_argument(group: Group, argument: object, lanes: int) -> int:
         return 0 if node is None else lanes * bytes_of(node.meta.get("val"))
     if isinstance(argument, External):
         nodes = group.external(argument.slot)
-        shared = all(n is nodes[0] for n in nodes)
-        return (1 if shared else lanes) * bytes_of(nodes[0].meta.get("val"))
+        return (1 if is_shared(tuple(nodes)) else lanes) * bytes_of(nodes[0].meta.get("val"))
     return 0
 
 

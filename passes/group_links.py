@@ -121,10 +121,10 @@ class _Lane:
 
         try:
             args = tuple(argument(a) for a in node.args)
-            kwargs = tuple(sorted((k, argument(v)) for k, v in node.kwargs.items()))
+            kwargs = tuple((k, argument(node.kwargs[k])) for k in sorted(node.kwargs))
         except _Refused:
             return None
-        if any(isinstance(v, (Ref, External)) for _, v in kwargs):
+        if next(references(v for _, v in kwargs), None) is not None:
             return None
         if self.info.is_sum(self.info.index[node]) and any(self.info.carries[self.info.index[e]] for e in externals):
             return None  # an accumulation: its other terms may be another link's

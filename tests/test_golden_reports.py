@@ -19,8 +19,10 @@ GOLDEN = Path(__file__).parent / "golden" / "reports.txt"
 OPTIONS = {"iterations": 1, "rewrite": "always", "min_length": 2}
 FAMILIES = (
     "mlp_module_list", "resnet_preact_train", "resnet_postact_eval", "decoder_causal", "encoder_post_norm",
-    "encoder_parallel", "gru_cell_every_step", "lstm_cell_start_given", "min_gru_every_step",
-    "gru_2_layers_interleaved_every_step", "encoder_decoder", "activity_penalties", "hf_gpt2_sdpa", "hf_bert_eager",
+    "encoder_parallel", "encoder_tied_layers", "torch_encoder_pre_norm_dropout", "gru_cell_every_step",
+    "lstm_cell_start_given", "chunk_gru_last_step", "cat_lstm_last_step", "min_gru_every_step", "diagonal_last_step",
+    "gru_2_layers_interleaved_every_step", "gru_3_layers_layer_by_layer_last_step", "encoder_decoder",
+    "activity_penalties", "hf_gpt2_sdpa", "hf_llama_sdpa", "hf_bert_eager", "hf_roberta_sdpa", "hf_vit_sdpa",
     "nothing_densenet",
 )  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}

@@ -174,12 +174,14 @@ class Emitter:
     # -- one operator -------------------------------------------------------------------------------------------
 
     def apply(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
-        """``target`` for every link. ``args`` hold Value, nested tuples and constants."""
-        values = [v for v in _flatten(args) if isinstance(v, Value)]
+        """``target`` for every link. ``args`` and ``kwargs`` hold Value, nested tuples and constants."""
+        values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
         if not any(v.batched for v in values):
-            node = self.call(target, *_plain(args), **kwargs)
+            node = self.call(target, *_plain(args), **_plain_keywords(kwargs))
             return self._wrap(node, batched=False)
         rule = _RULES.get(target)
+        if any(isinstance(v, Value) for v in kwargs.values()) and target not in _ATTENTION_BACKWARD:
+            rule = None  # the other rules pass keywords on as they are
         if rule is not None:
             return rule(self, args, kwargs)
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
@@ -193,11 +195,12 @@ class Emitter:
         return Value(node, batched)
 
     def _vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
-        values = [v for v in _flatten(args) if isinstance(v, Value)]
+        values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
 
         def one_link(*tensors):
             replaced = iter(tensors)
-            return target(*_map(args, lambda _: next(replaced)), **kwargs)
+            mapped = _map((*args, *kwargs.values()), lambda _: next(replaced))
+            return target(*mapped[: len(args)], **dict(zip(kwargs, mapped[len(args) :], strict=True)))
 
         in_dims = tuple(0 if v.batched else None for v in values)
         try:
@@ -288,6 +291,10 @@ def _map(args, function: Callable):
 
 def _plain(args):
     return _map(args, lambda v: v.node)
+
+
+def _plain_keywords(kwargs):
+    return {k: v.node if isinstance(v, Value) else v for k, v in kwargs.items()}
 
 
 # -- the rules --------------------------------------------------------------------------------------------------
@@ -498,14 +505,18 @@ def _unfold(e: Emitter, node: Node) -> Value:
     return Value(e.reshape(node, [e.count, sizes[0] // e.count, *sizes[1:]]), True)
 
 
-_ATTENTION_BACKWARD = (
-    "_scaled_dot_product_flash_attention_for_cpu_backward",
-    "_scaled_dot_product_flash_attention_backward",
-    "_scaled_dot_product_efficient_attention_backward",
-)
+_ATTENTION_BACKWARD = [
+    getattr(aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_efficient_attention_backward",
+    )
+    if hasattr(aten, name)
+]
 
 
-@_rule(*(getattr(aten, name).default for name in _ATTENTION_BACKWARD if hasattr(aten, name)))
+@_rule(*_ATTENTION_BACKWARD)
 def _attention_backward(e: Emitter, target, args, kwargs):
     """Attention never mixes its batch dimension: links go there."""
     named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
@@ -523,9 +534,25 @@ def _attention_backward(e: Emitter, target, args, kwargs):
         like = argument.tensor
         return e.call(aten.full.default, list(argument.shape), 0, dtype=like.dtype, device=like.device)
 
-    node = e.call(target, *map(fold, args), **{key: fold(value) for key, value in kwargs.items()})
+    named_rest = {key: fold(value) for key, value in kwargs.items()}
+    mask = kwargs.get("attn_mask")
+    if mask is not None:
+        named_rest["attn_mask"] = _folded_mask(e, mask, args[0].shape[0])
+    node = e.call(target, *map(fold, args), **named_rest)
     gradients = (e.call(operator.getitem, node, i) if v is not None else None for i, v in enumerate(node.meta["val"]))
     return [None if gradient is None else _unfold(e, gradient) for gradient in gradients]
+
+
+def _folded_mask(e: Emitter, mask: Value, batch) -> Node:
+    """An additive mask that broadcasts to [batch, heads, queries, keys], for [links * batch, ...]."""
+    if not mask.batched and (mask.rank < 4 or mask.shape[0] == 1):
+        return mask.node
+    node, sizes = e.batch(mask), list(mask.shape)
+    node = e.reshape(node, [e.count, *([1] * (4 - len(sizes))), *sizes])
+    _, mine, *rest = node.meta["val"].shape
+    if mine != batch:
+        node = e.call(aten.expand.default, node, [e.count, e.size(batch), *(e.size(s) for s in rest)])
+    return e.reshape(node, [e.count * batch, *rest])
 
 
 def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:

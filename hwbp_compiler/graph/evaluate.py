@@ -171,7 +171,10 @@ class Evaluator:
         simple = self._with_zeros(statement.target, args)
         if simple is not NotImplemented:
             return simple
-        return self._apply(statement.target, args, dict(statement.kwargs))
+        return self._apply(statement.target, args, self._keywords(statement))
+
+    def _keywords(self, statement) -> dict:
+        return {k: self.stack(v.slot) if isinstance(v, External) else v for k, v in statement.kwargs}
 
     def _with_zeros(self, target, args):
         """add and sub with a zero operand, without making zeros."""
@@ -289,7 +292,7 @@ class Evaluator:
                 args.append(Value(self.e.full(tuple(like.shape), 0.0, like), False) if zero else self.stack(a.slot))
             else:
                 args.append(a)
-        return self._apply(statement.target, tuple(args), dict(statement.kwargs))
+        return self._apply(statement.target, tuple(args), self._keywords(statement))
 
     def _expand(self, value: Value, like: torch.Tensor) -> Value:
         node = self.e.aligned(value, like.dim())

@@ -63,7 +63,8 @@ class External:
 
 @dataclass(frozen=True)
 class Statement:
-    """One operation. ``args`` holds Ref, External and constants; ``shape`` and ``dtype`` describe the result."""
+    """One operation. ``args`` holds Ref, External and constants; ``kwargs`` holds (name, External or constant), by
+    name: no operator is linear in a keyword. ``shape`` and ``dtype`` describe the result."""
 
     target: object
     args: tuple
@@ -182,7 +183,7 @@ class _Builder:
                 return tuple(key(v) for v in value)
             return str(value)
 
-        return hash((str(statement.target), key(statement.args), str(statement.kwargs), str(statement.shape)))
+        return hash((str(statement.target), key(statement.args), key(statement.kwargs), str(statement.shape)))
 
     def build(self, outputs: Sequence[Node]) -> Program:
         for node in outputs:
@@ -258,7 +259,8 @@ class _Builder:
                     f"a block's backward adds the constant {node.args[p]} to the gradient",
                     "A custom autograd.Function is the usual cause: let its backward be linear in what it is given.",
                 )
-        kwargs = tuple(sorted((k, _constant(v)) for k, v in node.kwargs.items()))
+        # By name alone: what stands there need not compare. Nothing that depends on the state does: see above.
+        kwargs = tuple((k, self._argument(node.kwargs[k], False)) for k in sorted(node.kwargs))
         self._append(Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), node)
 
     def _argument(self, value: object, additive: bool):
@@ -308,7 +310,9 @@ def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
         args = statement.args
         if statement.target is SUM:
             args = tuple(sorted(args, key=lambda r: (hash_of[r.id], number[r.id])))
-        found.statements.append(replace(statement, args=tuple(argument(a) for a in args)))
+        found.statements.append(
+            replace(statement, args=tuple(argument(a) for a in args), kwargs=argument(statement.kwargs))
+        )
     found.outputs = [number[i] for i in program.outputs]
     found.injections = {number[i]: terms for i, terms in program.injections.items()}
     return found

@@ -191,12 +191,3 @@ def is_zero(value: object) -> bool:
         if value.target in (aten.expand.default, aten.view.default, aten.clone.default, aten.alias.default):
             return is_zero(value.args[0])
     return False
-
-
-def is_constant_fill(node: Node) -> bool:
-    """True for nodes that create the same tensor every time: safe to share between links."""
-    return node.op == "call_function" and (
-        node.target in _ZERO_FILLS
-        or node.target in _FILLS
-        or node.target in (aten.ones.default, aten.arange.start_step, prims.iota.default)
-    )

@@ -21,8 +21,9 @@ from torch.fx import Node
 import hwbp_compiler.stack  # noqa: F401  (defines torch.ops.highway.stack)
 
 from .batching import Emitter, Value
+from .match import same_value
 from .program import _constant, _dtype_of
-from .rules import is_constant_fill, shape_of
+from .rules import shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -192,11 +193,8 @@ def stack(e: Emitter, nodes: Sequence[Node]) -> Node:
 
 
 def is_shared(nodes: tuple[Node, ...]) -> bool:
-    """The same for all links: one node, or constants made alike."""
-    first = nodes[0]
-    return all(n is first for n in nodes) or all(
-        is_constant_fill(n) and (n.target, n.args, n.kwargs) == (first.target, first.args, first.kwargs) for n in nodes
-    )
+    """The same for all links: one node, or the same function of the same nodes (every layer makes its mask anew)."""
+    return all(same_value(n, nodes[0]) for n in nodes[1:])
 
 
 def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
