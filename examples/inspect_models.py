@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def gpt2():
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(use_cache=False))
+    model.loss_type = "ForCausalLM"  # named by no default, it would be warned of, and the warning cuts the graph
     tokens = torch.randint(model.config.vocab_size, (1, 32))
     return model, {"input_ids": tokens, "labels": tokens}, lambda output: output.loss
 
@@ -135,10 +138,11 @@ def take_pictures(pages: dict[str, Path]) -> None:
     from PIL import Image
     from selenium import webdriver
 
+    os.environ["SE_AVOID_STATS"] = "true"  # selenium reports what it does to the network unless told otherwise
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(argument)
-    browser = webdriver.Chrome(options=options)
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     for picture, (name, width, height, dark, block) in PICTURES.items():
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
