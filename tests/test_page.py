@@ -167,7 +167,8 @@ def test_opening_a_block_shows_its_programs(browser, page, key):
     shown = {name: panel.find_element("css selector", f".{name}").text for name in ("forward", "before", "after")}
     assert "return x + self.down(torch.relu(self.up(self.norm(x))))" in shown["forward"]
     assert "mm(" in shown["before"] and "down.weight" in shown["before"] and "bmm(" not in shown["before"]
-    assert "bmm(" in shown["after"] and "iteration 1" in shown["after"]
+    assert "bmm(" in shown["after"] and "iteration 1" in shown["after"] and "'" not in shown["after"]
+    assert "This is link" in panel.text
     assert browser.get_log("browser") == []
 
 

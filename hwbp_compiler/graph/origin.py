@@ -39,7 +39,7 @@ class Origin:
     source    ``file:line: code`` of the residual addition or gated update
     module    dotted name of the module whose code adds
     inside    dotted name of the module that holds the block
-    forward   the block's forward nodes in order
+    forward   the block's forward nodes and the addition, in the order they run
     """
 
     source: str = ""
@@ -76,7 +76,7 @@ class Origins:
             source_line(addition) or source_line(forward[-1]),
             module_of(addition),
             _common([module_of(n) for n in heavy]),
-            tuple(forward),
+            tuple(sorted({*forward, addition}, key=self.order.__getitem__)),
         )
 
     def _addition(self, forward: Sequence[Node]) -> Node:

@@ -31,12 +31,14 @@ class BlockPrograms:
 
     forward   the user's own lines of one block, ``file:line: code``, in the order they run
     before    the backward of one block, as ordinary backprop runs it
+    example   which link that is, from 1 on, in forward order
     after     the backward of all blocks of the group at once; "" where the chain is not rewritten
     """
 
     forward: list[str] = field(default_factory=list)
     before: str = ""
     after: str = ""
+    example: int = 1
 
 
 @dataclass

@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from torch import fx
 
+from hwbp_compiler.graph.record import ChainRecord
+
 from . import picture, text
 from .data import ExplainedGraph, Report
 
@@ -75,9 +77,15 @@ def _groups(graph: ExplainedGraph, chain: int) -> Iterator[dict[str, Any]]:
             "record": group,
             "text": text.group_text(group),
             "forward": [text.place_and_code(line) for line in program.forward],
+            "example": _example(record, program.example),
             "before": _cut(program.before),
             "after": _cut(program.after),
         }
+
+
+def _example(record: ChainRecord, link: int) -> str:
+    module = record.modules[link - 1] if link <= len(record.modules) else ""
+    return f"link {link}" + (f", {module}" if module else "")
 
 
 def _joined(entries: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:

@@ -79,14 +79,17 @@ def chain_svg(chain: ChainRecord, number: int) -> str:
     losses = set(chain.side_losses)
     kinds = [(member, i in losses) for i, member in enumerate(chain.members)]
     y = _TOP
+    tracks: list[str] = []  # under everything else
     lines = [f'<circle class="state" cx="{_TRACK}" cy="{y}" r="5"/>', _label(_TRACK - 14, y, "h0", "state-name")]
     lines.append(_label(_TRACK, y - 18, "input", "end", "middle"))
     for item in folded(kinds):
         if isinstance(item, Fold):
+            tracks.append(_track(y, y + _FOLD, "track folded"))
             lines.append(_fold(item, y))
             y += _FOLD
             lines.append(_join(y, item.start + item.links))
         else:
+            tracks.append(_track(y, y + _LINK, "track"))
             lines.append(_link(chain, number, item, y))
             y += _LINK
             lines.append(_join(y, item + 1))
@@ -96,9 +99,13 @@ def chain_svg(chain: ChainRecord, number: int) -> str:
     label = escape(f"chain of {chain.length} links: track, blocks beside it, K on its edges")
     return (
         f'<svg class="chain" viewBox="0 0 {_WIDTH} {y + 40}" role="group" aria-label="{label}">'
-        + "".join(lines)
+        + "".join(tracks + lines)
         + "</svg>"
     )
+
+
+def _track(start: int, end: int, kind: str) -> str:
+    return f'<line class="{kind}" x1="{_TRACK}" y1="{start}" x2="{_TRACK}" y2="{end}"/>'
 
 
 def _link(chain: ChainRecord, number: int, i: int, y: int) -> str:
@@ -122,12 +129,8 @@ def _link(chain: ChainRecord, number: int, i: int, y: int) -> str:
         f"{_label(_BOX + 12, middle + 11, _cut(heavy, 29), 'block-operators', 'start')}"
         "</g>"
     )
-    edge = f'<line class="track" x1="{_TRACK}" y1="{y}" x2="{_TRACK}" y2="{end}"/>'
-    return (
-        edge
-        + f'<g class="edge"><title>K = {escape(k)}</title>{_label(_TRACK - 12, middle, _cut(k, 15), "k")}</g>'
-        + box
-    )
+    edge = f'<g class="edge"><title>K = {escape(k)}</title>{_label(_TRACK - 12, middle, _cut(k, 15), "k")}</g>'
+    return edge + box
 
 
 def _fold(fold: Fold, y: int) -> str:
@@ -135,10 +138,7 @@ def _fold(fold: Fold, y: int) -> str:
     text = f"{fold.links} more links" if not times else f"the same {times} times more"
     if fold.period > 1:
         text = f"the {fold.period} above, {times} times more"
-    return (
-        f'<line class="track folded" x1="{_TRACK}" y1="{y}" x2="{_TRACK}" y2="{y + _FOLD}"/>'
-        + f'<g class="fold" data-links="{fold.links}">{_label(_BOX, y + _FOLD // 2, text, "fold-text", "start")}</g>'
-    )
+    return f'<g class="fold" data-links="{fold.links}">{_label(_BOX, y + _FOLD // 2, text, "fold-text", "start")}</g>'
 
 
 def _join(y: int, state: int) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from hwbp_compiler.graph.origin import Origin, source_line
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
@@ -41,7 +41,9 @@ class Programs:
     def found(self, record: ChainRecord, candidate: Candidate, origins: list[Origin]) -> None:
         self.blocks[id(record)] = [
             BlockPrograms(
-                _forward_lines(_sample(record, origins, number)), _before(group.template, group.exports, self.names)
+                _forward_lines(_sample(record, origins, number)),
+                _before(group.template, group.exports, self.names),
+                example=len(origins) - group.lanes[group.programs.index(group.template)],
             )
             for number, group in enumerate(candidate.groups)
         ]
@@ -75,9 +77,7 @@ def _sample(record: ChainRecord, origins: list[Origin], group: int) -> Origin:
 
 
 def _forward_lines(origin: Origin) -> list[str]:
-    lines = dict.fromkeys(filter(None, map(source_line, origin.forward)))
-    lines.pop(origin.source, None)
-    return [*lines, *([origin.source] if origin.source else [])]
+    return list(dict.fromkeys(filter(None, map(source_line, origin.forward))))
 
 
 # -- a link's program, before -----------------------------------------------------------------------------------
@@ -158,10 +158,10 @@ def _line(node: Node) -> str:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, (list, tuple)) and len(value) > 8:
-        head = ", ".join(str(map_arg(v, lambda n: n.name)) for v in value[:3])
-        return f"[{head}, ... {len(value)} in all]"
-    return str(map_arg(value, lambda n: n.name))
+    if isinstance(value, (list, tuple)):
+        shown = [_text(v) for v in (value[:3] if len(value) > 8 else value)]
+        return f"[{', '.join(shown)}{f', ... {len(value)} in all' if len(value) > 8 else ''}]"
+    return value.name if isinstance(value, Node) else str(value)
 
 
 def _name(target: object) -> str:
