@@ -15,6 +15,7 @@ from torch.fx import Graph
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.origin import Origins
+from hwbp_compiler.graph.program import sum_terms
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, shape_of
 
@@ -38,7 +39,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
     if not info.has_tangents:
         return []
     origins = Origins(graph)
-    found = [*_concatenations(info), *_projections(info), *_loops(info)]
+    found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
     lines = {(c.source, c.reason) for c in chains}
     return [r for r in collapsed([refused(f, origins) for f in found]) if (r.source, r.reason) not in lines]
 
@@ -57,25 +58,56 @@ def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
         joins = [j for j in track.joins if j not in proper]
         shapes = {shape_of(info.nodes[j]) for j in joins}
         if len(joins) >= _SHORTEST_CONCATENATION and len(shapes) > 1:
-            yield Refusal(
-                tuple(info.nodes[i] for i in sorted(info.between({joins[0]}, {joins[-1]}))),
-                len(joins),
-                "features are concatenated (torch.cat, as in a DenseNet), not added: the state grows from block to "
-                "block, so no element of it leads straight to one of the next",
-                "Only x + f(x) and gates make a highway; a block that adds to a state of fixed width would.",
-            )
+            inside = sorted(info.between({joins[0]}, {joins[-1]}))
+            yield Refusal(tuple(info.nodes[i] for i in inside), len(joins), *_CONCATENATED)
+
+
+_CONCATENATED = (
+    "features are concatenated (torch.cat, as in a DenseNet), not added: the state grows from block to block, so no "
+    "element of it leads straight to one of the next",
+    "Only x + f(x) and gates make a highway; a block that adds to a state of fixed width would.",
+)
+
+
+def _kept_features(info: GraphInfo) -> list[Refusal]:
+    """The same network with its features kept in a list: the gradient of each is a sum of pieces, cut off the
+    gradients of several inputs of growing width."""
+    sums: list[int] = []
+    for i in range(len(info.nodes)):
+        if info.is_sum(i) and root_of_sum(info, i) == i:
+            cuts = [c for term in sum_terms(info.nodes[i], info) if (c := _cut_behind(info, info.index[term]))]
+            if len({shape_of(info.nodes[info.sources[c][0]]) for c in cuts}) > 1:
+                sums.append(i)
+    if len(sums) < _SHORTEST_CONCATENATION:
+        return []
+    inside = info.between({sums[0]}, {sums[-1]}) or set(sums)
+    return [Refusal(tuple(info.nodes[i] for i in sorted(inside)), len(sums), *_CONCATENATED)]
+
+
+def _cut_behind(info: GraphInfo, node: int) -> int | None:
+    """The cutting off that ``node`` is a mere view of."""
+    while info.nodes[node].target not in _CUTS:
+        if info.kind(node) is not Kind.LAYOUT or len(info.sources[node]) != 1:
+            return None
+        node = info.sources[node][0]
+    return node
 
 
 def _projections(info: GraphInfo) -> Iterator[Refusal]:
     """Where a track ends because both ways to the state before pass through a layer."""
-    for track in find_chains(info):
+    tracks = find_chains(info)
+    heads = {branch for track in tracks for branch in track.branches}
+    for track in tracks:
         start = _branch(info, track.joins[-1])
         meeting = None if start is None else _meeting(info, start)
         if start is None or meeting is None:
             continue
         join, counts, layers = meeting
-        if sorted(counts)[0] != 1 or sorted(counts)[-1] < 2 or not layers:
+        # Two layers side by side are a block with a shortcut only where a chain goes on behind them.
+        if min(counts) != 1 or not layers or max(counts) < 2 and _branch(info, join) not in heads:
             continue
+        if not any(info.kind(i) is Kind.HEAVY for i in info.descendants({join}) - {join}):
+            continue  # the gradient of a parameter, or of the model's input: there is no block before
         before, after = (_sizes(info, i) for i in (join, start))
         change = f" and changes its shape from {before} to {after}" if before != after else ""
         yield Refusal(

@@ -61,6 +61,42 @@ def test_a_strided_shortcut():
     assert refused.module == "4" and "self.shortcut(x) + self.conv2" in refused.source
 
 
+class OneLayer(nn.Module):
+    """The smallest strided block: one convolution, and another one beside it."""
+
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.shortcut = nn.Conv2d(channels_in, channels, 1, stride, bias=False) if stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.shortcut(x) + self.conv(x))
+
+
+def test_a_strided_shortcut_beside_one_layer():
+    stages = nn.Sequential(*(OneLayer(2, 2, 1) for _ in range(4)), OneLayer(2, 3, 2), *(OneLayer(3, 3, 1),) * 3)
+    report = explained(stages, torch.randn(1, 2, 4, 4, requires_grad=True), min_length=3)
+    refused = only([chain for chain in report.chains if chain.decision == "declined"])
+    assert "the shortcut of this block has a convolution in it" in refused.reason and refused.module == "4"
+
+
+class Gated(nn.Module):
+    """Two layers side by side in front of a chain, and no block."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.value, self.gate = nn.Linear(3, 3), nn.Linear(3, WIDTH), nn.Linear(3, WIDTH)
+        self.blocks = nn.Sequential(*(Residual() for _ in range(4)))
+
+    def forward(self, x):
+        x = torch.tanh(self.stem(x))
+        return self.blocks(self.value(x) * torch.sigmoid(self.gate(x)))
+
+
+def test_two_layers_side_by_side_are_no_block():
+    assert [chain.decision for chain in explained(Gated(), torch.randn(2, 3)).chains] == ["rewritten"]
+
+
 class Dense(nn.Module):
     def __init__(self, layers=5):
         super().__init__()
@@ -76,6 +112,45 @@ def test_a_densely_connected_network():
     chain = only(declined(Dense(), torch.randn(3, WIDTH, requires_grad=True)))
     assert chain.reason.startswith("features are concatenated (torch.cat, as in a DenseNet), not added")
     assert chain.length >= 4 and "torch.cat([x" in chain.source
+
+
+class DenseList(Dense):
+    """The way torchvision keeps its features: in a list."""
+
+    def forward(self, x):
+        features = [x]
+        for layer in self.layers:
+            features.append(torch.relu(layer(torch.cat(features, -1))))
+        return torch.cat(features, -1)
+
+
+def test_a_densely_connected_network_that_keeps_a_list():
+    chain = only(declined(DenseList(), torch.randn(3, WIDTH)))
+    assert chain.reason.startswith("features are concatenated (torch.cat, as in a DenseNet), not added")
+    assert chain.length >= 3 and "torch.cat(features, -1)" in chain.source and chain.module == "layers"
+
+
+class Notes(nn.Module):
+    """An LSTM cell that keeps two notes: four tensors from step to step, weights shared by all steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.linear = nn.LSTMCell(3, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        h, c, m, n = (x.new_zeros(x.shape[1], WIDTH) for _ in range(4))
+        for x_t in x:
+            h, c = self.cell(x_t, (h, c))
+            m = 0.9 * m + self.linear(h) * n.sigmoid()
+            n = 0.5 * n + self.linear(m + c)
+            h = h + m
+        return h
+
+
+def test_the_gradient_of_a_shared_weight_is_no_shortcut():
+    reasons = {chain.reason for chain in declined(Notes(), torch.randn(6, 2, 3))}
+    assert any(reason.startswith("4 tensors pass from each step to the next") for reason in reasons)
+    assert not any("shortcut" in reason for reason in reasons), reasons
 
 
 class Wide(nn.Module):
@@ -110,7 +185,9 @@ def test_a_loop_of_unknown_length():
 
         return scan(step, xs.new_zeros(WIDTH), xs, dim=0)[1]
 
-    chain = only(declined(model, torch.randn(6, WIDTH)))
+    report = explained(model, torch.randn(6, WIDTH))
+    chain = only(report.chains)
+    assert chain.decision == "declined" and report.notes == []  # its body is no piece of the model
     assert chain.reason.startswith("a loop written with torch's scan may have any length")
     assert "Python loop" in chain.advice
 

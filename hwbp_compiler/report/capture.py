@@ -111,6 +111,7 @@ class _Looking(CustomGraphPass):
         self.graphs: list[ExplainedGraph] = []
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
+        self.pieces = 0  # what Dynamo made of the model; a piece may hold graphs of its own, such as a scan's body
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
         self.rolled: list[ChainRecord] = []  # of the loops that hwbp_compiler.recurrent left in it
 
@@ -157,6 +158,7 @@ def _traced(
         # Private, checked on torch 2.13.0. Inductor owns the module it is given and may change it.
         from torch._inductor.compile_fx import compile_fx
 
+        looking.pieces += 1
         loops = replace_loops(module, looking.options, lambda own: parse(own)[0])
         looking.rolled = [record for loop in loops for record in loop.records]
         replace_recurrent_modules(module, looking.options)
@@ -247,10 +249,9 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     notes = []
     if looking.options.rewrite == "never":
         notes.append('rewrite="never" asks for plain Inductor: nothing was looked for.')
-    pieces = len(looking.graphs) + looking.inference_graphs
-    if pieces > 1:
+    if looking.pieces > 1:
         notes.append(
-            f"The model was traced in {pieces} pieces: a chain ends where a graph does. "
+            f"The model was traced in {looking.pieces} pieces: a chain ends where a graph does. "
             'TORCH_LOGS="graph_breaks" tells where and why.'
         )
     if loss is None:
