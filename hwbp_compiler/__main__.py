@@ -54,6 +54,12 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     try:
         made = _load(arguments.maker)()
+        if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
+            raise _Usage(
+                f"{arguments.maker} returned {type(made).__name__}"
+                + (f" of length {len(made)}" if isinstance(made, (tuple, list)) else "")
+                + "; it must return (model, inputs) or (model, inputs, loss)"
+            )
         model, inputs, loss = (*made, None)[:3]
         args, kwargs = _call(inputs, torch.Tensor)
         options = dict(_option(text) for text in arguments.option)

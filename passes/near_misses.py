@@ -85,12 +85,14 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
 
 
 def _cut_behind(info: GraphInfo, node: int) -> int | None:
-    """The cutting off that ``node`` is a mere view of."""
-    while info.nodes[node].target not in _CUTS:
-        if info.kind(node) is not Kind.LAYOUT or len(info.sources[node]) != 1:
+    """The cutting off that ``node`` is a mere view of, where it is a gradient."""
+    while info.sources[node]:
+        if info.nodes[node].target in _CUTS:
+            return node
+        if info.kind(node) is not Kind.LAYOUT:
             return None
         node = info.sources[node][0]
-    return node
+    return None
 
 
 def _projections(info: GraphInfo) -> Iterator[Refusal]:

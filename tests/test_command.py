@@ -31,6 +31,9 @@ def by_keyword():
 
 def nothing():
     return nn.Linear(2, 2), "inputs"
+
+def the_model_alone():
+    return positional()[0]
 """
 
 
@@ -63,9 +66,10 @@ def test_inputs_by_keyword_and_a_loss(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["a_model:the_model_alone"], "returned Sequential; it must return (model, inputs)"),
         (["no_such_module:f"], "cannot be imported"),
         (["no_such_file.py:f"], "no file"),
-        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, positional"),
+        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, positional, the_model_alone"),
         (["a_model"], "names no function"),
         (["a_model:nothing"], "the inputs are a str"),
         (["a_model:positional", "-o", "iterations"], "has no value"),

@@ -130,6 +130,34 @@ def test_a_densely_connected_network_that_keeps_a_list():
     assert chain.length >= 3 and "torch.cat(features, -1)" in chain.source and chain.module == "layers"
 
 
+class Spoken(nn.Module):
+    """A loss at every second step: gradients that are cut off something, and of no dense network."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(2, WIDTH), nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        h, total = x.new_zeros(x.shape[1], WIDTH), 0.0
+        for i, x_t in enumerate(x):
+            h = self.cell(x_t, h)
+            total = total + self.head(h).mean() if i % 2 else total
+        return total
+
+
+def test_what_is_rewritten_stands_where_the_search_for_near_misses_fails(monkeypatch):
+    report = explained(Spoken(), torch.randn(8, 2, 2))
+    assert only(report.chains).decision == "rewritten" and report.notes == [] and report.graphs[0].failure is None
+
+    def broken(*_):
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("hwbp_compiler.report.capture.near_misses", broken)
+    report = explained(Spoken(), torch.randn(8, 2, 2))
+    assert only(report.chains).decision == "rewritten" and report.graphs[0].failure is None
+    assert report.notes == ["What looks like a chain and is none is not told of: IndexError: list index out of range."]
+
+
 class Notes(nn.Module):
     """An LSTM cell that keeps two notes: four tensors from step to step, weights shared by all steps."""
 

@@ -112,6 +112,7 @@ class _Looking(CustomGraphPass):
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
         self.pieces = 0  # what Dynamo made of the model; a piece may hold graphs of its own, such as a scan's body
+        self.lacking: list[str] = []  # what the report has to do without, and why
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
         self.rolled: list[ChainRecord] = []  # of the loops that hwbp_compiler.recurrent left in it
 
@@ -128,7 +129,6 @@ class _Looking(CustomGraphPass):
         programs = Programs(_inputs_by_name(graph, self.names))
         try:
             found.chains += passes.run(found.after.graph, self.options, programs)
-            found.chains += near_misses(found.before.graph, found.chains)
             programs.finish()
         except Exception as error:
             found.failure = f"{type(error).__name__}: {error}"
@@ -138,9 +138,18 @@ class _Looking(CustomGraphPass):
                     inner_exception=error,
                     first_useful_frame=inspect.currentframe(),
                 ).with_traceback(error.__traceback__) from error
+        found.chains += self._near_misses(found)
         found.programs = [programs.blocks.get(id(chain), []) for chain in found.chains]
         found.rest = [programs.rest.get(id(chain), "") for chain in found.chains]
         found.after.recompile()
+
+    def _near_misses(self, found: ExplainedGraph) -> list[ChainRecord]:
+        """Explain looks for them alone: whatever goes wrong there says nothing about what is compiled."""
+        try:
+            return near_misses(found.before.graph, found.chains)
+        except Exception as error:
+            self.lacking.append(f"What looks like a chain and is none is not told of: {type(error).__name__}: {error}.")
+            return []
 
     def uuid(self) -> None:
         """None keeps the graph out of torch.compile's caches: found there, it would not be shown to a pass."""
@@ -246,7 +255,7 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         if not torch.is_grad_enabled():
             return ["Gradients are switched off (torch.no_grad), so there is no backward pass to rewrite."]
         return ["No parameter or input requires a gradient, so there is no backward pass to rewrite."]
-    notes = []
+    notes = list(looking.lacking)
     if looking.options.rewrite == "never":
         notes.append('rewrite="never" asks for plain Inductor: nothing was looked for.')
     if looking.pieces > 1:

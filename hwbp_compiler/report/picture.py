@@ -151,7 +151,7 @@ def _join(y: int, state: int) -> str:
 def _side_loss(y: int) -> str:
     return (
         f'<g class="side-loss"><title>a gradient of its own arrives here</title>'
-        f'<line class="side" x1="46" y1="{y}" x2="{_TRACK - 44}" y2="{y}"/>{_label(40, y, "loss", "side-name")}</g>'
+        f'<line class="side" x1="46" y1="{y}" x2="{_TRACK - 53}" y2="{y}"/>{_label(40, y, "loss", "side-name")}</g>'
     )
 
 
