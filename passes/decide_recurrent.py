@@ -1,10 +1,10 @@
-"""Is a recurrent layer's backward pass expected to be faster in Highway-BP form than in PyTorch's own kernel?
+"""Is a recurrent layer's backward pass expected to be faster in Highway-BP form than exact?
 
-Weighed is what differs: on one side the kernel's backward pass and what recording adds to its forward pass, on the
-other the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down. A kernel pays for every step of time, in
-calls and because the products of one step are too small to run at full speed; Highway-BP multiplies all steps at once,
-but k times more often, and moves more memory. The figures are of the size seen on two cores of a server CPU
-(``benchmarks/recurrent.py``); those of GPUs are guesses.
+Weighed is what differs: on one side the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down, on the
+other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
+products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
+it is ``recurrence.through_time``, which pays so for the step from state to state alone. The figures are of the size
+seen on two cores of a server CPU (``benchmarks/recurrent.py``); those of GPUs are guesses.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 
 @dataclass(frozen=True)
 class _Figures:
-    """flops per second of tall products, bytes per second, seconds of a compiled call, and of PyTorch's own kernel:
-    seconds a step and seconds an element of the state and step, in both passes."""
+    """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
+    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step."""
 
     flops: float
     bytes: float
@@ -40,6 +40,8 @@ def _figures(kind: str, like: Tensor) -> _Figures:
     flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
     if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         return _Figures(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9)  # oneDNN's, one call a layer
+    if kind == "gru":
+        return _Figures(flops, bytes=20e9, launch=6e-6, step=10e-6, element=8e-9 * width)
     return _Figures(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width)
 
 
@@ -50,12 +52,16 @@ def estimate_recurrent(kind: str, input: Tensor, output: Tensor, iterations: int
     figures = _figures(kind, output)
     gates = _GATES[kind] * hidden
     of_input, of_state = (2.0 * steps * batch * gates * columns / figures.flops for columns in (width, hidden))
-    # At half speed, and twice: into the state before and into the weights.
-    of_steps = 2 * 2 * of_state + steps * (figures.step + figures.element * batch * hidden)
-    once, each = _SERIES[kind]
-    moved = (once + iterations * each) * steps * batch * hidden * output.element_size() / figures.bytes
-    calls = (12 + 4 * iterations) * figures.launch
-    return Estimate(2 * of_input + of_steps, 3 * of_input + (2 + iterations) * of_state + moved + calls, 0)
+    once, each = (series * steps * batch * hidden * output.element_size() / figures.bytes for series in _SERIES[kind])
+    before_and_after = 3 * of_input + 2 * of_state + once + 12 * figures.launch
+    rewritten = before_and_after + iterations * (of_state + each + 4 * figures.launch)
+    by_step = steps * (figures.step + figures.element * batch * hidden)
+    # The products of one step run at half speed.
+    if kind == "gru" and output.device.type == "cpu":
+        exact = before_and_after + 2 * of_state + by_step
+    else:  # two of them: into the state before and into the weights
+        exact = 2 * of_input + 2 * 2 * of_state + by_step
+    return Estimate(exact, rewritten, 0)
 
 
 def _hint(size: int | torch.SymInt) -> int:

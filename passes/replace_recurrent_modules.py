@@ -1,7 +1,8 @@
 """Before the joint graph: calls of ``torch.gru`` and its like become ``highway::recurrent``, layer by layer.
 
-What can become a chain (one direction of a GRU or LSTM layer) is a call of its own, so that its backward pass stands
-alone in the joint graph, where it is decided (``rewrite_recurrent_modules``). Everything else stays one call.
+What can become a chain (one direction of a GRU or LSTM layer), or go back through time without PyTorch's recording, is
+a call of its own, so that its backward pass stands alone in the joint graph, where it is decided
+(``rewrite_recurrent_modules``). Everything else stays one call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import dropout
 from hwbp_compiler.recurrence.arguments import KINDS, Arguments
 from hwbp_compiler.recurrence.operator import operator
+
+from .rewrite_recurrent_modules import THROUGH_TIME
 
 _KIND = {getattr(torch, kind): kind for kind in KINDS}
 
@@ -53,7 +56,7 @@ class _Call:
         call = self.arguments
         if call.batch_first:
             call = replace(call, input=self._emit(torch.transpose, call.input, 0, 1), batch_first=False)
-        if self._has_chains(options):
+        if self._takes_layers_apart(options):
             output, *last = self._by_layers(call)
         else:
             output, *last = self._recurrent(call, self.dropout)
@@ -61,17 +64,13 @@ class _Call:
             output = self._emit(torch.transpose, output, 0, 1)
         return [output, *last]
 
-    def _has_chains(self, options: Options) -> bool:
+    def _takes_layers_apart(self, options: Options) -> bool:
         call = self.arguments
         projected = len(call.cells[0]) != (4 if call.has_biases else 2)
-        return (
-            self.differentiable
-            and options.rewrite != "never"
-            and options.iterations != "exact"
-            and call.kind in ("gru", "lstm")
-            and call.batch_sizes is None
-            and not projected
-        )
+        if not self.differentiable or options.rewrite == "never" or call.batch_sizes is not None or projected:
+            return False
+        approximates = options.iterations != "exact" and call.kind in ("gru", "lstm")
+        return approximates or (call.kind in THROUGH_TIME and _on_a_cpu(call.input))
 
     def _by_layers(self, call: Arguments) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""
@@ -108,6 +107,12 @@ class _Call:
             if key in self.origin.meta:
                 node.meta[key] = self.origin.meta[key]
         return node
+
+
+def _on_a_cpu(tensor: Node) -> bool:
+    value = tensor.meta.get("example_value")  # none of a transposed input, which is emitted here
+    tensor = tensor.args[0] if value is None and isinstance(tensor.args[0], Node) else tensor
+    return tensor.meta["example_value"].device.type == "cpu"
 
 
 def _may_need_gradient(tensor: Node) -> bool:

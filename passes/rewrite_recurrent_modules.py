@@ -1,4 +1,8 @@
-"""In the joint graph: ``highway::recurrent_backward`` becomes Highway-BP in plain operators, or stays as it is."""
+"""In the joint graph: ``highway::recurrent_backward`` becomes Highway-BP in plain operators, or stays exact.
+
+Exact is PyTorch's own backward kernel where it has one (cuDNN, oneDNN). On a CPU it has none for a GRU or an RNN, and
+replays every operator of every step; there all but the step from state to state is done at once (``through_time``).
+"""
 
 from __future__ import annotations
 
@@ -17,14 +21,16 @@ from hwbp_compiler.graph.batching import decompositions
 from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.options import Options
-from hwbp_compiler.recurrence import gru, lstm
-from hwbp_compiler.recurrence.layer import Layer
+from hwbp_compiler.recurrence import gru, lstm, rnn
+from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
 from .decide_recurrent import estimate_recurrent
 
 log = logging.getLogger(__name__)
+
+THROUGH_TIME = ("gru", "rnn_tanh", "rnn_relu")
 
 _CELLS = {"gru": gru, "lstm": lstm}
 _NO_PATH = "no elementwise path: a step of a {} sees the state before it through a matrix alone (K = 0)"
@@ -44,16 +50,19 @@ def rewrite_recurrent_modules(graph: Graph, options: Options) -> tuple[list[Chai
         reason = call.unsound() or _decline(call, options, record)
         if reason is not None:
             record.reason = reason
-            continue
+            if not call.goes_through_time:
+                continue
+        iterations = None if reason is not None else int(options.iterations)
         try:
-            created |= _rewrite(graph, call, int(options.iterations), options.damping)
+            created |= _rewrite(graph, call, iterations, options.damping)
         except Exception as error:
             if options.strict:
                 raise
             record.failed, record.reason = True, f"{type(error).__name__}: {error}"
             log.debug("rewriting a recurrent layer failed", exc_info=error)
             continue
-        record.decision = "rewritten"
+        if reason is None:
+            record.decision = "rewritten"
     return records, created
 
 
@@ -113,6 +122,13 @@ class _Backward:
     def multiplier(self) -> str:
         return _CELLS[self.kind].MULTIPLIER if self.kind in _CELLS else "0"
 
+    @property
+    def goes_through_time(self) -> bool:
+        """Whether its exact backward pass can be all but the step from state to state at once, and is faster so."""
+        on_a_cpu = self.output.meta["val"].device.type == "cpu"
+        alone = self.chains == 1 and self.batch_sizes is None and self.autocast is None
+        return self.kind in THROUGH_TIME and on_a_cpu and alone
+
     def record(self, needed: list[bool]) -> None:
         """Let the forward pass record what leads to these tensors."""
         forward = self.kept.args[0]
@@ -157,9 +173,10 @@ def _decline(call: _Backward, options: Options, record: ChainRecord) -> str | No
     return None
 
 
-def _rewrite(graph: Graph, call: _Backward, iterations: int, damping: float) -> set[Node]:
+def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> set[Node]:
+    """In Highway-BP form; exact, through time, if ``iterations`` is None."""
     steps = call.input.meta["val"].shape[0]
-    if not steps > iterations:  # symbolic: the guard makes a shorter sequence compile anew
+    if iterations is not None and not steps > iterations:  # symbolic: the guard makes a shorter sequence compile anew
         raise AssertionError("iterations reach the length")
     given = [n for n in call.incoming if n is not None]
     operands = [*given, call.output, call.input, *call.state, *call.weights]
@@ -170,8 +187,7 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int, damping: float) -> 
         output, input = rest.pop(0), rest.pop(0)
         state = tuple(rest.pop(0) for _ in call.state)
         layer = Layer(input, output, state, *rest)
-        found = _CELLS[call.kind].gradients(layer, *incoming, iterations, damping)
-        return found.flat(call.has_biases)
+        return _gradients(call.kind, layer, incoming, iterations, damping).flat(call.has_biases)
 
     values = [n.meta["val"] for n in operands]
     with values[-1].fake_mode:
@@ -189,6 +205,18 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int, damping: float) -> 
             graph.erase_node(node)
             alive.discard(node)
     return alive
+
+
+def _gradients(
+    kind: str, layer: Layer, incoming: Sequence[Tensor | None], iterations: int | None, damping: float
+) -> Gradients:
+    grad_output, grad_h_n, grad_c_n = incoming
+    if kind == "lstm":
+        assert iterations is not None
+        return lstm.gradients(layer, grad_output, grad_h_n, grad_c_n, iterations, damping)
+    if kind == "gru":
+        return gru.gradients(layer, grad_output, grad_h_n, iterations, damping)
+    return rnn.gradients(kind, layer, grad_output, grad_h_n)
 
 
 def _inline(graph: Graph, before: Node, traced: Graph, operands: Sequence[Node]) -> tuple[list[Node], Any]:

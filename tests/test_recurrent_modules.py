@@ -22,6 +22,7 @@ from zoo.recurrent import gru_step, lstm_step
 
 import hwbp_compiler
 from hwbp_compiler import testing
+from hwbp_compiler.passes import decide_recurrent
 from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
 from hwbp_compiler.recurrence import operator
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
@@ -148,7 +149,7 @@ def eager_gradients(model, args, seed=3):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
-def test_iterations_up_to_the_length_are_backprop_through_pytorchs_own_kernel(kind, case):
+def test_iterations_up_to_the_length_are_backprop(kind, case):
     model, args = case.build(kind)
     expected_output, expected = eager_gradients(model, args)
     captured = capture(model, args, testing.probe_loss)
@@ -182,9 +183,10 @@ def test_compiled_by_inductor_in_one_graph(kind):
     assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
-@pytest.mark.parametrize("rewrite", ["always", "never"])
-def test_exact_is_bit_for_bit_eager_mode_also_the_second_time(kind, rewrite):
+@pytest.mark.parametrize(
+    ("kind", "rewrite"), [("RNN", "never"), ("GRU", "never"), ("LSTM", "never"), ("LSTM", "always")]
+)
+def test_pytorchs_own_kernel_is_bit_for_bit_eager_mode_also_the_second_time(kind, rewrite):
     """Also the dropout between layers, which the kernel draws itself; and a second backward pass records again."""
     torch.manual_seed(0)
     for arguments in (dict(num_layers=2, dropout=0.5, bidirectional=True), {}):
@@ -205,9 +207,36 @@ def test_exact_is_bit_for_bit_eager_mode_also_the_second_time(kind, rewrite):
                 torch.autograd.grad(loss, list(leaves.values()))
 
 
+@pytest.mark.parametrize("kind", ["RNN", "GRU"])
+def test_exact_on_a_cpu_records_nothing_and_can_go_back_twice(kind):
+    """All but the step from state to state is done for all steps at once; the numbers are eager mode's to rounding."""
+    for arguments in (dict(num_layers=2, dropout=0.5, bidirectional=True), {}):
+        model, args = Case("", arguments, state=True).build(kind)
+        expected_output, expected = eager_gradients(model, args)
+        torch.manual_seed(3)
+        output = compiled(model, iterations="exact", damping=0.3)(*args)
+        assert len(operator.kept._alive) == 0
+        assert_outputs_close(output, expected_output, 1e-14)
+        leaves = leaves_of(model, args)
+        loss = testing.probe_loss(output)
+        for again in (True, False):
+            found = torch.autograd.grad(loss, list(leaves.values()), retain_graph=again)
+            assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_the_exact_backward_of_an_rnn_knows_both_nonlinearities(nonlinearity):
+    case = Case("", dict(nonlinearity=nonlinearity), state=True)
+    model, args = case.build("RNN")
+    _, expected = eager_gradients(model, args)
+    leaves = leaves_of(model, args)
+    found = torch.autograd.grad(testing.probe_loss(compiled(model)(*args)), list(leaves.values()))
+    assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-12)
+
+
 def test_a_recording_dies_with_its_output():
     model, args = Case("plain").build("GRU")
-    output = compiled(model, iterations="exact")(*args)
+    output = compiled(model, iterations="exact", rewrite="never")(*args)
     assert len(operator.kept._alive) == 1
     del output
     assert len(operator.kept._alive) == 0
@@ -343,10 +372,17 @@ def test_without_gradients_nothing_is_recorded():
     assert len(operator.kept._alive) == 0
 
 
-def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru():
+def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru(monkeypatch):
+    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
     x = torch.empty(512, 16, 128)
     assert estimate_recurrent("gru", x, x, 2).pays
     assert not estimate_recurrent("lstm", x, x, 2).pays
+
+
+def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(monkeypatch):
+    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
+    x = torch.empty(256, 32, 256)
+    assert not estimate_recurrent("gru", x, x, 2).pays
 
 
 # ------------------------------------------------------------------------------------------- in processes of their own

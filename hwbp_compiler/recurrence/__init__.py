@@ -8,6 +8,7 @@
 | ``kept`` | a forward pass's recording, tied to the life of a tensor |
 | ``dropout`` | the random factors between layers |
 | ``layer``, ``gru``, ``lstm`` | Highway-BP of one layer in plain operators |
+| ``through_time``, ``rnn`` | exact backprop on a CPU: only the step from state to state is sequential |
 
 The passes that put them to use are ``replace_recurrent_modules`` and ``rewrite_recurrent_modules``.
 """

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .layer import Gradients, Layer, column_sums, contributions, rows, scan, states_before, with_row_of_zeros
+from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
 
@@ -14,13 +15,14 @@ def gradients(
     layer: Layer,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    iterations: int,
+    iterations: int | None,
     damping: float,
 ) -> Gradients:
     """With the gates r and z and the candidate n of every step at once,
 
         h' = (1 - z) n + z h        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
+
+    Iterations None: exact backprop, one step after the other (``through_time``).
     """
     before = states_before(layer)
     shape = (*before.shape[:-1], 3, before.shape[-1])
@@ -37,19 +39,12 @@ def gradients(
     # What a gradient of h' is multiplied with on its way into a product with the weights: n on the side of x, then
     # r, z and n on the side of h. The first three lead through W_ih, the last three through W_hh.
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), (before - n) * z * (1 - z), into_n * r], dim=2)
-    z = with_row_of_zeros(z)
-    keep = z[1:]
-
-    change = scan(contributions(layer, grad_output, grad_h_n), keep, damping)
-    w = change
-    before_last = torch.zeros_like(w[0])  # w^{k-1}, at the first step
-    for _ in range(iterations):
-        change = change[1:]
-        moved = torch.mm(rows(into[1:, :, 1:] * change.unsqueeze(2)), layer.w_hh).view(change.shape)
-        if damping:
-            moved = moved + damping * keep[:-1] * change
-        change = scan(with_row_of_zeros(moved), keep, damping)
-        before_last, w = w[0], w + change
+    c = contributions(layer, grad_output, grad_h_n)
+    if iterations is None:
+        w = through_time(c, z, into[:, :, 1:], layer.w_hh)
+        before_last = w[0]
+    else:
+        w, before_last = _truncated(c, z, into, layer.w_hh, iterations, damping)
 
     into_gates = into * w.unsqueeze(2)
     size = w.shape[-1]
@@ -67,6 +62,24 @@ def gradients(
         b_ih=_from_back(sums[: 3 * size], size),
         b_hh=sums[size:],
     )
+
+
+def _truncated(
+    c: Tensor, z: Tensor, into: Tensor, w_hh: Tensor, iterations: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """w^k, and of w^{k-1} the first row."""
+    keep = with_row_of_zeros(z)[1:]
+    change = scan(c, keep, damping)
+    w = change
+    before_last = torch.zeros_like(w[0])
+    for _ in range(iterations):
+        change = change[1:]
+        moved = torch.mm(rows(into[1:, :, 1:] * change.unsqueeze(2)), w_hh).view(change.shape)
+        if damping:
+            moved = moved + damping * keep[:-1] * change
+        change = scan(with_row_of_zeros(moved), keep, damping)
+        before_last, w = w[0], w + change
+    return w, before_last
 
 
 def _from_front(weight: Tensor, size: int) -> Tensor:
