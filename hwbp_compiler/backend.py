@@ -214,7 +214,9 @@ def report_all(records: Iterable[ChainRecord]) -> None:
             _warn_once(record.reason)
         if record.decision == "declined":
             count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
-        log.info("chain of %d links %s: %s", record.length, record.decision, record.reason)
+        where = "; ".join(filter(None, (record.module, record.source)))
+        where = f" [{where}]" if where else ""
+        log.info("chain of %d links %s: %s%s", record.length, record.decision, record.reason, where)
 
 
 @functools.cache

@@ -74,7 +74,8 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
     gradients of several inputs of growing width."""
     sums: list[int] = []
     for i in range(len(info.nodes)):
-        if info.is_sum(i) and root_of_sum(info, i) == i:
+        inner = len(info.users[i]) == 1 and info.is_sum(info.users[i][0])
+        if info.is_sum(i) and not inner:
             cuts = [c for term in sum_terms(info.nodes[i], info) if (c := _cut_behind(info, info.index[term]))]
             if len({shape_of(info.nodes[info.sources[c][0]]) for c in cuts}) > 1:
                 sums.append(i)

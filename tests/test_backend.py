@@ -42,6 +42,8 @@ class Record:
     reason: str = "because"
     length: int = 4
     failed: bool = False
+    module: str = ""
+    source: str = ""
 
 
 class NamedPass(CustomGraphPass):

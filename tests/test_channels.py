@@ -80,7 +80,7 @@ def test_the_debug_log_holds_the_report(no_code, caplog):
     with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
         train()
     assert "chain of 5 links rewritten" in caplog.text
-    assert "return x + torch.relu(self.linear(x))" in caplog.text
+    assert "[0..4; " in caplog.text and "return x + torch.relu(self.linear(x))]" in caplog.text
 
 
 def test_dynamos_own_explain_is_still_fine(no_code):
