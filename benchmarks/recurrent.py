@@ -3,10 +3,10 @@
 Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, which is therefore the baseline:
 oneDNN's kernel for an LSTM in float32, ATen's for the rest. ``exact`` and every k are compiled first, ``auto``
 is rewrite="profitable" at k = 2; then all take turns. What every k gains over ``exact`` is Highway-BP's; what ``exact``
-gains over eager mode (GRU and RNN on a CPU) comes from computing gates and weights' gradients for all steps at once. Reported: the backward and the whole step, seconds of a cold
-compile, peak memory of a step, and the cosine of the weights' gradient with eager mode's. A loop over the cell,
-compiled by stock Inductor, takes minutes to compile at these lengths: ``python -m benchmarks.recurrent --loop``
-measures it at the first of them alone.
+gains over eager mode (GRU and RNN on a CPU) comes from computing gates and weights' gradients for all steps at once.
+Reported: the backward and the whole step, seconds of a cold compile, peak memory of a step, and the cosine of the
+weights' gradient with eager mode's. A loop over the cell, compiled by stock Inductor, takes minutes to compile at these
+lengths: ``python -m benchmarks.recurrent --loop`` measures it at the first of them alone.
 """
 
 from __future__ import annotations
