@@ -24,6 +24,20 @@ FOUND = {
         Model(stacks=(Recurrence(cell="min_gru"),), batch=1, length=3),
         Setting(0, 0.2),
     ),
+    # A group of one link evaluated its view on a state of other strides: no rewrite, with a warning.
+    "mixer_alone_in_its_group": (
+        Model(
+            stacks=(Stack(depth=4, width=2, blocks=("mlp", "mixer"), penalties=(1, 2, 3, 4), skip=(0, 3)),),
+            batch=3,
+            length=3,
+        ),
+        Setting(0, 0.0),
+    ),
+    # Not wrong: all gradients vanish but for rounding, which the judge took for an error.
+    "batch_norm_that_cancels_every_gradient": (
+        Model(stacks=(Stack(depth=4, pre="batch", after="batch", frozen=(1, 2, 4)),), length=1, input_grad=False),
+        Setting(0, 0.0, 2),
+    ),
     # ``prims.rev``, the gradient of a running sum, had no rule: declined.
     "running_mean": (Model(stacks=(Stack(blocks=("cumulative",)),), length=3), Setting(1, 0.2)),
 }

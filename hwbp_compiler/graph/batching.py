@@ -177,6 +177,12 @@ class Emitter:
         """``target`` for every link. ``args`` and ``kwargs`` hold Value, nested tuples and constants."""
         values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
         if not any(v.batched for v in values):
+            if target is aten.view.default and not _has_view(args[0].tensor, _plain(args)[1]):
+                # Its strides are not those the program was written for.
+                args = (
+                    Value(self.call(aten.clone.default, args[0].node, memory_format=torch.contiguous_format), False),
+                    *args[1:],
+                )
             node = self.call(target, *_plain(args), **_plain_keywords(kwargs))
             return self._wrap(node, batched=False)
         rule = _RULES.get(target)
@@ -257,6 +263,17 @@ class Emitter:
 
     def _is_ours(self, node: Node) -> bool:
         return node.meta.get("val") is not None
+
+
+def _has_view(tensor: torch.Tensor, sizes: Sequence) -> bool:
+    """Whether ``tensor.view(sizes)`` needs no copy. Symbolic sizes: known of contiguous tensors only."""
+    if tensor.is_contiguous():
+        return True
+    try:
+        tensor.view([s.meta["val"] if isinstance(s, Node) else s for s in sizes])
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def _can_view(tensor: torch.Tensor) -> bool:

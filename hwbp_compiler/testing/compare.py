@@ -31,16 +31,22 @@ def cosine(actual: Gradients, reference: Gradients) -> float:
 
 
 def assert_gradients_close(
-    actual: Gradients, reference: Gradients, tolerance: float, noise: float = 1e-12, what: str = "gradients"
+    actual: Gradients,
+    reference: Gradients,
+    tolerance: float,
+    noise: float = 1e-12,
+    what: str = "gradients",
+    least: float = 0.0,
 ) -> None:
-    """Every gradient g: ``|actual - g| <= tolerance |g| + noise |all of reference|``.
+    """Every gradient g: ``|actual - g| <= tolerance |g| + noise max(|all of reference|, least)``.
 
     ``noise`` is for gradients that vanish for a reason (the key bias of an attention) and are rounding errors on
-    both sides. Not a number, or infinite, in the same places counts as equal.
+    both sides; ``least`` for models in which all of them do, though what is summed up to them does not. Not a number, or
+    infinite, in the same places counts as equal.
     """
     unmatched = sorted(map(str, set(actual) ^ set(reference)))
     assert not unmatched, f"{what}: only one side has {', '.join(unmatched)}"
-    floor = noise * total_norm({k: g.nan_to_num(0.0, 0.0, 0.0) for k, g in reference.items()})
+    floor = noise * max(least, total_norm({k: g.nan_to_num(0.0, 0.0, 0.0) for k, g in reference.items()}))
     worst, message = 1.0, ""
     for key, expected in reference.items():
         got, expected = actual[key].detach().double(), expected.detach().double()

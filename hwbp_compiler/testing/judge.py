@@ -95,7 +95,9 @@ def judge(
             expected_output, expected = reference_gradients(program, args, loss, iterations, damping, exact=exact)
             assert_outputs_close(output, expected_output, forward_tolerance)
             try:
-                assert_gradients_close(gradients, expected, tolerance, noise, what=f"k={iterations}, gamma={damping}")
+                what = f"k={iterations}, gamma={damping}"
+                # Losses here send gradients of the order of one; where normalisation cancels them, rounding stays.
+                assert_gradients_close(gradients, expected, tolerance, noise, what, least=0.01)
             except AssertionError as error:
                 distance = relative_error(gradients, expected)
                 if not distance >= closest[0]:  # also where it is not a number
