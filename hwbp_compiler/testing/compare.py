@@ -41,8 +41,8 @@ def assert_gradients_close(
     """Every gradient g: ``|actual - g| <= tolerance |g| + noise max(|all of reference|, least)``.
 
     ``noise`` is for gradients that vanish for a reason (the key bias of an attention) and are rounding errors on
-    both sides; ``least`` for models in which all of them do, though what is summed up to them does not. Not a number, or
-    infinite, in the same places counts as equal.
+    both sides; ``least`` for models in which all of them do, though what is summed up to them does not. Not a number,
+    or infinite, in the same places counts as equal.
     """
     unmatched = sorted(map(str, set(actual) ^ set(reference)))
     assert not unmatched, f"{what}: only one side has {', '.join(unmatched)}"
