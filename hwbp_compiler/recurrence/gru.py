@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import Gradients, Layer, column_sums, contributions, rows, scan, states_before, with_row_of_zeros
+from .layer import Gradients, Layer, column_sums, contributions, rows, scan, with_row_of_zeros
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
@@ -24,62 +25,78 @@ def gradients(
 
     Iterations None: exact backprop, one step after the other (``through_time``).
     """
-    before = states_before(layer)
-    shape = (*before.shape[:-1], 3, before.shape[-1])
-    of_x = torch.mm(rows(layer.input), layer.w_ih.t()).view(shape)
-    of_h = torch.mm(rows(before), layer.w_hh.t()).view(shape)
-    if layer.b_ih is not None and layer.b_hh is not None:
-        of_x = of_x + layer.b_ih.view(3, -1)
-        of_h = of_h + layer.b_hh.view(3, -1)
-    r = torch.sigmoid(of_x.select(2, 0) + of_h.select(2, 0))
-    z = torch.sigmoid(of_x.select(2, 1) + of_h.select(2, 1))
-    candidate_of_h = of_h.select(2, 2)
-    n = torch.tanh(of_x.select(2, 2) + r * candidate_of_h)
+    first, later = layer.state[0][0].to(layer.output.dtype), layer.output[:-1]  # the states before each step
+    size = first.shape[-1]
+    reset_update = _of_both(layer, first, later, slice(0, 2 * size))
+    r, z = torch.sigmoid(reset_update.unflatten(-1, (2, size))).unbind(2)
+    new = slice(2 * size, None)
+    of_x, candidate_of_h = _of_input(layer, new), _of_states(layer, first, later, new)
+    n = torch.tanh(of_x + r * candidate_of_h)
     into_n = (1 - z) * (1 - n * n)
     # What a gradient of h' is multiplied with on its way into a product with the weights: n on the side of x, then
     # r, z and n on the side of h. The first three lead through W_ih, the last three through W_hh.
-    into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), (before - n) * z * (1 - z), into_n * r], dim=2)
+    # (h - n) z is h' - n.
+    of_z = (layer.output - n) * (1 - z)
+    into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
     c = contributions(layer, grad_output, grad_h_n)
     if iterations is None:
-        w = through_time(c, z, into[:, :, 1:], layer.w_hh)
-        before_last = w[0]
+        w, of_first = through_time(c, z, into[:, :, 1:], layer.w_hh)
     else:
-        w, before_last = _truncated(c, z, into, layer.w_hh, iterations, damping)
+        w, of_first = _truncated(c, z, into[:, :, 1:], layer.w_hh, iterations, damping)
 
-    into_gates = into * w.unsqueeze(2)
-    size = w.shape[-1]
-    flat = rows(into_gates)
+    flat = rows(into * w.unsqueeze(2))
     of_ih, of_hh = flat[:, : 3 * size], flat[:, size:]
     sums = column_sums(flat)
-    w_ih = torch.mm(of_ih.t(), rows(layer.input))
-    crossed = torch.mm((into[0, :, 1:] * before_last.unsqueeze(1)).flatten(1), layer.w_hh)
-    first = crossed + z[0] * ((1 - damping) * w[0] + damping * before_last)
+    batch = first.shape[0]
+    of_first_step = torch.mm(of_hh[:batch].t(), first)
     return Gradients(
         input=torch.mm(of_ih, _from_front(layer.w_ih, size)).view(layer.input.shape),
-        state=(first.unsqueeze(0),),
-        w_ih=_from_back(w_ih, size),
-        w_hh=torch.mm(of_hh.t(), rows(before)),
+        state=(of_first.unsqueeze(0),),
+        w_ih=_from_back(torch.mm(of_ih.t(), rows(layer.input)), size),
+        w_hh=torch.addmm(of_first_step, of_hh[batch:].t(), rows(later)),
         b_ih=_from_back(sums[: 3 * size], size),
         b_hh=sums[size:],
     )
 
 
+def _of_input(layer: Layer, gates: slice) -> Tensor:
+    """[T, B, columns of ``gates``]"""
+    of_x = torch.mm(rows(layer.input), layer.w_ih[gates].t()).view(*layer.input.shape[:2], -1)
+    return of_x if layer.b_ih is None else of_x + layer.b_ih[gates]
+
+
+def _of_states(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor:
+    """The same of the states before, which are never put together in memory."""
+    weight = layer.w_hh[gates].t()
+    of_h = torch.cat([torch.mm(first, weight), torch.mm(rows(later), weight)]).view(*layer.output.shape[:2], -1)
+    return of_h if layer.b_hh is None else of_h + layer.b_hh[gates]
+
+
+def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor:
+    """Their sum, the second product added to the first in place of a tensor of its own."""
+    batch, weight = first.shape[0], layer.w_hh[gates].t()
+    of_x = torch.mm(rows(layer.input), layer.w_ih[gates].t())
+    both = torch.cat([torch.addmm(of_x[:batch], first, weight), torch.addmm(of_x[batch:], rows(later), weight)])
+    both = both.view(*layer.output.shape[:2], -1)
+    return both if layer.b_ih is None or layer.b_hh is None else both + (layer.b_ih + layer.b_hh)[gates]
+
+
 def _truncated(
     c: Tensor, z: Tensor, into: Tensor, w_hh: Tensor, iterations: int, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """w^k, and of w^{k-1} the first row."""
+    """w^k [T, B, H], and what it makes of the state before the first step [B, H]."""
     keep = with_row_of_zeros(z)[1:]
-    change = scan(c, keep, damping)
-    w = change
-    before_last = torch.zeros_like(w[0])
+    w = scan(c, keep, damping)
+    into_first, before_last = torch.zeros_like(c[0]), torch.zeros_like(c[0])
     for _ in range(iterations):
-        change = change[1:]
-        moved = torch.mm(rows(into[1:, :, 1:] * change.unsqueeze(2)), w_hh).view(change.shape)
+        before_last = w[0]
+        through_blocks = torch.mm(rows(into * w.unsqueeze(2)), w_hh).view(w.shape)
+        into_first, moved = through_blocks[0], through_blocks[1:]
         if damping:
-            moved = moved + damping * keep[:-1] * change
-        change = scan(with_row_of_zeros(moved), keep, damping)
-        before_last, w = w[0], w + change
-    return w, before_last
+            moved = moved + damping * keep[:-1] * w[1:]
+        # The last state gets nothing. A pad that is added costs no copy of its own.
+        w = scan(c + F.pad(moved, (0, 0, 0, 0, 0, 1)), keep, damping)
+    return w, into_first + z[0] * ((1 - damping) * w[0] + damping * before_last)
 
 
 def _from_front(weight: Tensor, size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer import Gradients, Layer, column_sums, contributions, rows, states_before
+from .layer import Gradients, Layer, column_sums, contributions, rows
 from .through_time import operator as through_time
 
 
@@ -14,15 +14,16 @@ def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Ten
     after = layer.output
     # NaN passes through max(a, 0), and so does its gradient.
     into = 1 - after * after if kind == "rnn_tanh" else torch.where(after <= 0, torch.zeros_like(after), 1)
-    w = through_time(contributions(layer, grad_output, grad_h_n), None, into.unsqueeze(2), layer.w_hh)
-    of_sums = into * w
-    flat = rows(of_sums)
+    w, of_first = through_time(contributions(layer, grad_output, grad_h_n), None, into.unsqueeze(2), layer.w_hh)
+    flat = rows(into * w)
     sums = column_sums(flat)
+    first, later = layer.state[0][0].to(after.dtype), after[:-1]  # the states before each step
+    batch = first.shape[0]
     return Gradients(
         input=torch.mm(flat, layer.w_ih).view(layer.input.shape),
-        state=(torch.mm(of_sums[0], layer.w_hh).unsqueeze(0),),
+        state=(of_first.unsqueeze(0),),
         w_ih=torch.mm(flat.t(), rows(layer.input)),
-        w_hh=torch.mm(flat.t(), rows(states_before(layer))),
+        w_hh=torch.addmm(torch.mm(flat[:batch].t(), first), flat[batch:].t(), rows(later)),
         b_ih=sums,
         b_hh=sums,
     )
