@@ -38,6 +38,11 @@ FOUND = {
         Model(stacks=(Stack(depth=4, pre="batch", after="batch", frozen=(1, 2, 4)),), length=1, input_grad=False),
         Setting(0, 0.0, 2),
     ),
+    # Not wrong: the chain ends before a skip adds one of its own states, a reading the oracle did not have.
+    "skip_added_behind_the_chain": (
+        Model(stacks=(Stack(depth=4, width=2, update="scalar", skip=(1, 4), frozen=(2,)),), batch=1, length=1),
+        Setting(2, 0.0, 2),
+    ),
     # ``prims.rev``, the gradient of a running sum, had no rule: declined.
     "running_mean": (Model(stacks=(Stack(blocks=("cumulative",)),), length=3), Setting(1, 0.2)),
 }

@@ -371,7 +371,7 @@ def programs(model: ResidualModel) -> Iterator[Program]:
 
 Reading = tuple[tuple[int, ...], ...]
 """Chains by their states, for example ((0, 1, 2), (2, 4)): what lies between two successive ones is one link. State i
-of a stack is what link i returns, plus what skips add to it."""
+of a stack is what link i returns, plus what skips add to it; a last state written -i is without that."""
 
 
 def _readings(stack: Stack) -> Iterator[Reading]:
@@ -382,16 +382,23 @@ def _readings(stack: Stack) -> Iterator[Reading]:
         for states in itertools.combinations(range(stack.depth + 1), count)
         if _is_sound(stack, states)
     ]
-    pairs = [(a, b) for a in found for b in found if a[-1] <= b[0]]
+    found += [
+        (*states[:-1], -states[-1])
+        for count in range(stack.depth + 1, 2, -1)
+        for states in itertools.combinations(range(stack.depth + 1), count)
+        if any(link - 1 == states[-1] and source > states[0] for source, link in stack.skips)
+        and _is_sound(stack, states, bare=True)
+    ]
+    pairs = [(a, b) for a in found for b in found if abs(a[-1]) <= b[0]]
     yield from sorted([*((one,) for one in found), *pairs], key=lambda chains: -sum(map(len, chains)))
     yield ()
 
 
-def _is_sound(stack: Stack, states: tuple[int, ...]) -> bool:
+def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool:
     """No skip by-passes one of ``states``: it comes from before the chain, or from within the link it leads to."""
     for source, link in stack.skips:
         target = link - 1
-        if states[0] < target <= states[-1]:
+        if states[0] < target <= states[-1] - bare:
             start = max(state for state in states if state < target)
             if states[0] < source < start:
                 return False
@@ -471,8 +478,11 @@ def _run_skipping(
     position = 0
     while position < spec.depth:
         states = starts.get(position, (position, position + 1))
+        bare, states = states[-1] < 0, (*states[:-1], abs(states[-1]))
         links = [
-            _between(stage, a, b, {i: known[i] for i, _ in spec.skips if i <= states[0]}, context)
+            _between(
+                stage, a, b, {i: known[i] for i, _ in spec.skips if i <= states[0]}, context, bare and b == states[-1]
+            )
             for a, b in itertools.pairwise(states)
         ]
         if position in starts:
@@ -487,11 +497,14 @@ def _run_skipping(
             known.update((i, next(leaving)) for i in range(a + 1, b))
             penalties.update((i, next(leaving)) for i in range(a + 1, b + 1) if i in spec.penalties)
         position = states[-1]
+        if bare:
+            added = (known[source] for source, link in spec.skips if link == position + 1)
+            known[position] = sum(added, known[position])
     # Nobody looks at a state to which a skip adds something before it does: see ``strategies.stacks``.
     return [known[i] for i in range(spec.depth + 1)], [penalties[i] for i in spec.penalties]
 
 
-def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], context: Tensor) -> Link:
+def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], context: Tensor, bare: bool) -> Link:
     """State ``start`` to state ``end`` as one link; the states between them and all penalties leave sideways."""
     spec = stage.spec
 
@@ -502,7 +515,7 @@ def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], con
             known[i], hidden = stage.links[i - 1](known[i - 1], side[0], hold)
             hiddens += [hidden] if i in spec.penalties else []
             for source, link in spec.skips:
-                if link == i + 1:
+                if link == i + 1 and not (bare and i == end):
                     known[i] = known[i] + known[source]
         return (known[end],), (*(known[i] for i in range(start + 1, end)), *hiddens)
 
