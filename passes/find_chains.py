@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 _CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_element_type.default}
 
-_ELEMENTWISE, _HEAVY = 1, 2
+_ELEMENTWISE, _HEAVY, _INSIDE, _SMOOTHLY_INSIDE = 1, 2, 4, 8
 
 # A search that has seen this many nodes without meeting a join is given up, or this many that are reached element by
 # element: no block is that large, no highway that long within one link. Without the second limit a recurrence that is
@@ -53,6 +53,8 @@ def find_chains(info: GraphInfo) -> list[Track]:
             after = next_join(info, join)
             if after is not None:
                 following[join] = after
+    _leave_blocks(info, following)
+    joins = set(following.values())
     branches: dict[int, list[int]] = {}
     for start, join in following.items():
         branches.setdefault(join, []).append(start)
@@ -88,8 +90,29 @@ def _tracks(following: dict[int, int], joins: set[int], branches: dict[int, list
     return tracks
 
 
-def next_join(info: GraphInfo, start: int) -> int | None:
-    """The first join of an elementwise and a heavy path from ``start``, as the root of its tree of additions."""
+def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
+    """Replace, in ``following``, joins that lie within a block by the one behind the block.
+
+    A block that ends in ``y * gate(y)`` (squeeze and excitation) or ``y + f(y)`` has a join of its own, which gradients
+    meet before that of the residual addition around it. No track goes on from there.
+    """
+    todo = list(following)
+    while todo:
+        start = todo.pop()
+        join = following[start]
+        while join not in following and (outer := next_join(info, start, join)) is not None:
+            following[start] = join = outer
+            if join not in following and info.users[join] and (after := next_join(info, join)) is not None:
+                following[join] = after
+                todo.append(join)
+
+
+def next_join(info: GraphInfo, start: int, inside: int | None = None) -> int | None:
+    """The first join of an elementwise and a heavy path from ``start``, as the root of its tree of additions.
+
+    With ``inside``, an earlier join, the first one where an elementwise path that avoids ``inside`` meets a heavy path
+    through it: ``inside`` is then part of the block.
+    """
     flags = {start: _ELEMENTWISE}
     heap: list[int] = []
     waiting: set[int] = set()
@@ -111,10 +134,16 @@ def next_join(info: GraphInfo, start: int) -> int | None:
         reached = [p for p in info.sources[node] if p in flags]
         smooth = [p for p in reached if flags[p] & _ELEMENTWISE and info.elementwise(p, node)]
         heavy = [p for p in reached if flags[p] & _HEAVY]
-        if info.is_sum(node) and any(p != q for p in smooth for q in heavy):
+        if inside is None or node != inside:
+            inner = _INSIDE if any(flags[p] & _INSIDE for p in reached) else 0
+            if any(flags[p] & _SMOOTHLY_INSIDE and info.elementwise(p, node) for p in reached):
+                inner |= _SMOOTHLY_INSIDE
+        else:
+            smooth, inner = [], _HEAVY | _INSIDE | _SMOOTHLY_INSIDE
+        if info.is_sum(node) and any(p != q for p in smooth for q in heavy) and (inside is None or inner == _INSIDE):
             return root_of_sum(info, node)
         smoothly_reached += bool(smooth)
-        flags[node] = (_ELEMENTWISE if smooth else 0) | (_HEAVY if heavy else 0)
+        flags[node] = (_ELEMENTWISE if smooth else 0) | (_HEAVY if heavy else 0) | inner
         if info.kind(node) in (Kind.HEAVY, None):
             flags[node] |= _HEAVY
         push(node)

@@ -26,6 +26,7 @@ EVERYDAY = {
     "resnet_preact_train",
     "resnet_postact_eval",
     "resnet_norm_on_trunk_train",
+    "resnet_squeeze_excite",
     "decoder_causal",
     "encoder_post_norm",
     "encoder_parallel",

@@ -95,6 +95,27 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class SqueezeExcite(nn.Module):
+    """``relu(x + y * gate(y))``: the block has a join of its own, where the gradients of ``y`` meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(conv3(CHANNELS, CHANNELS) for _ in range(4))
+        self.gates = nn.ModuleList(
+            nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.Sigmoid()
+            ) for _ in range(4)
+        )
+
+    def forward(self, x):
+        for conv, gate in zip(self.convs, self.gates, strict=True):
+            y = conv(x)
+            y = y * gate(y)
+            y += x
+            x = F.relu(y)
+        return x.mean((2, 3))
+
+
 class NormOnTrunk(nn.Module):
     """``bn(x + conv(relu(conv(x))))``: BatchNorm on the trunk, K = weight / sigma."""
 
@@ -166,6 +187,23 @@ def _resnet_program(model):
     return program_of(model, forward)
 
 
+def _squeeze_excite_program(model):
+    def link(weights, gate):
+        def step(state, side, hold):
+            (x,) = state
+            y = conv(weights, x)
+            pooled = y.mean((2, 3), keepdim=True)
+            return (F.relu(x + hold(y * torch.sigmoid(conv(gate[1], pooled)))),), ()
+
+        return Link(step)
+
+    def forward(run, x):
+        links = [link(*parts) for parts in zip(model.convs, model.gates, strict=True)]
+        return run(links, (x,)).states[-1][0].mean((2, 3))
+
+    return program_of(model, forward)
+
+
 def _norm_on_trunk_program(model):
     def link(first, second, norm):
         def step(state, side, hold):
@@ -210,5 +248,8 @@ CASES = [
         setup(lambda: NormOnTrunk(training=False), STATE),
         _norm_on_trunk_program,
         (ExpectedChain(5, "weight/sigma"),),
+    ),
+    Case(
+        "resnet_squeeze_excite", setup(SqueezeExcite, STATE), _squeeze_excite_program, (ExpectedChain(4, "mask"),)
     ),
 ]
