@@ -47,8 +47,8 @@ def _scan_blocks(a: Tensor, m: Tensor, out: Tensor, block: int) -> bool:
     """Blocks of ``block`` links side by side, in about ``2 sqrt(L)`` steps instead of L.
 
     Every block is scanned from zero, then the carries pass from block to block, and ``carry * product of the
-    block's multipliers`` is added. False where such a product overflows: infinity times a carry of zero is no
-    number, while the scan link by link stays finite.
+    block's multipliers`` is added. False where a product or a carry overflows: infinity times zero is no number,
+    while the scan link by link has a finite state, or an infinite one.
     """
     blocks = a.shape[0] // block
     head = blocks * block
@@ -63,10 +63,11 @@ def _scan_blocks(a: Tensor, m: Tensor, out: Tensor, block: int) -> bool:
     for j in range(1, block):
         torch.addcmul(a_block[j], m_block[j], local[j - 1], out=local[j])
         torch.mul(m_block[j], product[j - 1], out=product[j])
-    # Asking an accelerator would wait for it; there the scan is compiled, and this is the spare wheel.
-    if a.device.type == "cpu" and not bool(torch.isfinite(product[:, 1:]).all()):
-        return False
     for b in range(1, blocks):
         local[:, b].addcmul_(product[:, b], local[-1, b - 1])
+    # Either overflow has reached the end of a block. Asking an accelerator would wait for it; there the scan is
+    # compiled, and this is the spare wheel.
+    if a.device.type == "cpu" and not bool(torch.isfinite(local[-1]).all()):
+        return False
     _scan_links(a, m, out, head)
     return True

@@ -310,8 +310,11 @@ struct Scan {
 #endif
   }
 
-  // The same rows without output; also multiplies their multipliers into product.
-  void reduce(int64_t first, int64_t last, A* u, A* product) { pass<Result::product>(first, last, u, product); }
+  // The same rows with no output that matters; also multiplies their multipliers into product.
+  void reduce(int64_t first, int64_t last, A* u, A* product) {
+    if (first == 0) start(u, first++);
+    pass<Result::product>(first, last, u, product);
+  }
 
  private:
   // The first link of the whole scan has no predecessor. Its multiplier must not meet the zero there, or an
@@ -389,8 +392,8 @@ void by_columns(const Problem<T>& p, int threads) {
   for (int thread = 0; thread < threads; ++thread) work(thread);
 }
 
-// See Note [Few columns]. Returns false, having written nothing that matters, where a product of multipliers
-// overflows: infinity times a carry of zero is no number, while the plain scan stays finite.
+// See Note [Few columns]. Returns false, having written nothing that matters, where a product of multipliers or a
+// carry overflows: infinity times zero is no number, while the plain scan has a finite state, or an infinite one.
 template <typename T, typename A, Multiplier M>
 bool by_blocks(const Problem<T>& p, int blocks) {
   const int64_t columns = p.columns;
@@ -403,7 +406,7 @@ bool by_blocks(const Problem<T>& p, int blocks) {
   }
   std::copy(last.begin(), last.begin() + columns, carry.begin() + columns);
   for (int64_t j = columns; j < (blocks - 1) * columns; ++j) {
-    if (!finite(product[j])) return false;
+    if (!finite(product[j]) || !finite(carry[j])) return false;
     carry[j + columns] = last[j] + product[j] * carry[j];
   }
 #pragma omp parallel for num_threads(blocks) schedule(static, 1)
