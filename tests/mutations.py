@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROPERTIES = "tests/test_properties.py"
+SCAN = "tests/test_scan.py"
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,69 @@ MUTATIONS = [
         "return states if _kind(info, states[-1]) == common else states[:-1]",
         "return states",
         ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
+    ),
+    Mutation(
+        "the multipliers' gradient of a scan is not shifted",
+        "hwbp_compiler/scan/operator.py",
+        "full = grad_values * previous(states, ctx.reverse).conj()",
+        "full = grad_values * states.conj()",
+        (f"{SCAN}::test_first_and_second_derivatives",),
+    ),
+    Mutation(
+        "the multipliers' gradient of a scan is not conjugate",
+        "hwbp_compiler/scan/operator.py",
+        "previous(states, ctx.reverse).conj()",
+        "previous(states, ctx.reverse)",
+        (f"{SCAN}::test_first_and_second_derivatives",),
+    ),
+    Mutation(
+        "an outer transform does not see the scan of an inner one",
+        "hwbp_compiler/scan/operator.py",
+        "torch.enable_grad(), _set_fwd_grad_enabled(True), ",
+        "",
+        (f"{SCAN}::test_the_transforms_of_torch_func_are_those_of_the_loop",),
+    ),
+    Mutation(
+        "the tangent of a multiplier meets its own state",
+        "hwbp_compiler/scan/operator.py",
+        "spread(multipliers, primal) * previous(states, ctx.reverse)",
+        "spread(multipliers, primal) * states",
+        (f"{SCAN}::test_forward_mode_and_batched_derivatives",),
+    ),
+    Mutation(
+        "a tuple's multipliers are those of the link before",
+        "hwbp_compiler/scan/function.py",
+        "factor = previous(factor, not reverse)",
+        "factor = previous(factor, reverse)",
+        (f"{SCAN}::test_a_triangular_tuple_is_the_recurrence_of_its_matrix",),
+    ),
+    Mutation(
+        "half precision is scanned in half precision",
+        "hwbp_compiler/scan/checks.py",
+        "if dtype in (torch.float16, torch.bfloat16) else dtype",
+        "if dtype is torch.bfloat16 else dtype",
+        (f"{SCAN}::test_the_scan_in_torch_operators_errs_no_more_than_a_loop",),
+    ),
+    Mutation(
+        "the first multiplier is used where a scan is cut into blocks",
+        "hwbp_compiler/scan/linear_scan.cpp",
+        "if (first == 0) start(u, first++);\n    pass<Result::product>",
+        "pass<Result::product>",
+        (f"{SCAN}::test_the_first_multiplier_has_nothing_to_multiply_in_blocks_either",),
+    ),
+    Mutation(
+        "an infinite carry is multiplied by zero",
+        "hwbp_compiler/scan/linear_scan.cpp",
+        " || !finite(carry[j])",
+        "",
+        (f"{SCAN}::test_an_infinite_state_stays_infinite_where_the_product_of_multipliers_is_zero",),
+    ),
+    Mutation(
+        "a block of links ends one link early",
+        "hwbp_compiler/scan/linear_scan.cpp",
+        "scan.rows(p.length * b / blocks, p.length * (b + 1) / blocks,",
+        "scan.rows(p.length * b / blocks, p.length * (b + 1) / blocks - (b + 1 < blocks),",
+        (f"{SCAN}::test_few_columns_are_scanned_in_blocks_of_links",),
     ),
 ]  # fmt: skip
 

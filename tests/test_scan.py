@@ -262,6 +262,25 @@ def test_the_first_multiplier_has_nothing_to_multiply(scan):
     assert scan(values, multipliers.flip(0), reverse=True).isfinite().all()
 
 
+@pytest.mark.parametrize("unused", [torch.inf, torch.nan])
+@pytest.mark.parametrize("columns", [(), (8,)])
+@pytest.mark.parametrize("scan", [linear_scan, linear_scan_torch])
+def test_the_first_multiplier_has_nothing_to_multiply_in_blocks_either(scan, columns, unused, four_threads):
+    for reverse in (False, True):
+        values, multipliers = torch.ones(200_000, *columns), torch.full((200_000, *columns), 0.5)
+        want = scan(values, multipliers, reverse=reverse)
+        multipliers[-1 if reverse else 0] = unused
+        assert torch.equal(scan(values, multipliers, reverse=reverse), want)
+
+
+@pytest.mark.parametrize("scan", [linear_scan, lambda a, m: linear_scan_torch(a, m, False)])
+def test_an_infinite_state_stays_infinite_where_the_product_of_multipliers_is_zero(scan, four_threads):
+    values, multipliers = torch.ones(200_000), torch.tensor(0.5)
+    values[10] = torch.inf
+    found = scan(values, multipliers)
+    assert found[:10].isfinite().all() and found[10:].isposinf().all()
+
+
 @pytest.mark.parametrize("scan", [linear_scan, lambda a, m: linear_scan_torch(a, m, False)])
 def test_overflowing_products_of_multipliers_do_no_harm_where_the_states_are_finite(scan, four_threads):
     values = torch.zeros(200_000)
@@ -330,6 +349,48 @@ def test_first_and_second_derivatives(dtype, kind, reverse):
     assert torch.autograd.gradgradcheck(scan, inputs)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_forward_mode_and_batched_derivatives(dtype, kind, reverse):
+    shape = (4, 3, 2)
+    wanted = multiplier_shape(kind, shape)
+    inputs = [random(shape, dtype, -1, 1, 0).requires_grad_()]
+    if wanted is not None:
+        inputs.append(random(wanted, dtype, -1, 1, 1).requires_grad_())
+
+    def scan(values: Tensor, multipliers: Tensor | None = None) -> Tensor:
+        return linear_scan(values, multipliers, reverse=reverse)
+
+    assert torch.autograd.gradcheck(
+        scan, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(scan, inputs, check_fwd_over_rev=True)
+
+
+def test_the_transforms_of_torch_func_are_those_of_the_loop():
+    values, multipliers = (random((5, 3), torch.float64, -1, 1, seed) for seed in range(2))
+    batch = random((4, 5, 3), torch.float64, -1, 1, 2)
+    found, want = {}, {}
+    for results, scan in ((found, linear_scan), (want, linear_scan_reference)):
+
+        def loss(m: Tensor, a: Tensor) -> Tensor:
+            return scan(a, m, reverse=True).sin().sum()  # noqa: B023 (called in this round)
+
+        results["grad"] = torch.func.grad(loss)(multipliers, values)
+        results["grad of each"] = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(multipliers, batch)
+        results["hessian"] = torch.func.hessian(loss, argnums=(0, 1))(multipliers, values)
+        results["jacobian"] = torch.func.jacfwd(torch.func.jacrev(loss, argnums=1))(multipliers, values)
+        results["both reverse"] = torch.func.jacrev(torch.func.jacrev(loss, argnums=1))(multipliers, values)
+        results["reverse over forward"] = torch.func.jacrev(torch.func.jacfwd(loss, argnums=1))(multipliers, values)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+def test_forward_mode_within_forward_mode_is_refused_rather_than_zero():
+    with pytest.raises(NotImplementedError, match="linear_scan: forward mode within forward mode"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda m: linear_scan(torch.ones(3), m)))(torch.ones(3))
+
+
 @pytest.mark.parametrize("length", [0, 1])
 def test_derivatives_of_the_shortest_scans(length):
     values = torch.rand(length, 3, dtype=torch.float64, requires_grad=True)
@@ -384,6 +445,13 @@ def test_vmap_is_a_stack_of_scans(kind, multipliers_dim, values_dim):
         ]
     )
     torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (0, 0)])
+def test_vmap_over_values_without_a_dimension_says_so(in_dims):
+    values, multipliers = (torch.ones(()) if dim is None else torch.ones(3) for dim in in_dims)
+    with pytest.raises(ValueError, match="values has no dimension"):
+        torch.func.vmap(linear_scan, in_dims=in_dims)(values, multipliers)
 
 
 def test_complex_conjugates_that_are_only_views_are_resolved():

@@ -60,7 +60,8 @@ def linear_scan(values, multipliers=None, *, reverse=False):
     Every entry is a multiplier as above; ``None`` is one and the number ``0`` no path at all. The result is a
     tuple. For instance ``linear_scan((c, h), ((f,), (o, 0)))``. Being triangular it is one scan per component.
 
-    Differentiable any number of times, also under ``torch.func.vmap`` and ``torch.compile``.
+    Differentiable any number of times, also under ``torch.compile`` and by the transforms of ``torch.func``; in
+    forward mode once, over any number of reverse modes (torch loses an outer tangent, so this is refused).
 
     >>> linear_scan(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0, 0.5, 2.0]))
     tensor([1.0000, 1.5000, 4.0000])

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Private, checked on torch 2.13.0.
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+
 from .checks import check_multipliers, check_values
 from .cpu import linear_scan_cpu
 from .fallback import linear_scan_torch
@@ -57,30 +61,69 @@ def previous(states: Tensor, reverse: bool) -> Tensor:
     return F.pad(states[1:], [*rest, 0, 1]) if reverse else F.pad(states[:-1], [*rest, 1, 0])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, bool], output: Tensor) -> None:
-    _, multipliers, ctx.reverse = inputs
-    ctx.save_for_backward(multipliers, output if ctx.needs_input_grad[1] else None)
+# torch.library.register_autograd knows no forward mode, whose tangents it drops without a word, and what it makes
+# cannot be called within torch.func.grad. Private, checked on torch 2.13.0: the class is what torch.func itself
+# derives from for the level that a transform is at, which is where the dispatcher calls an Autograd kernel.
+class _Scan(torch.autograd.function._SingleLevelFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, multipliers: Tensor | None, reverse: bool, below: torch._C.DispatchKeySet
+    ) -> Tensor:
+        # apply switches both modes off, but what is below may be the kernel of an outer transform.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            states = operator.redispatch(below, values, multipliers, reverse)
+        ctx.reverse = reverse
+        ctx.save_for_backward(multipliers, states if ctx.needs_input_grad[1] else None)
+        ctx.save_for_forward(values, multipliers)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """The adjoint of a scan is the scan of the other direction, with each multiplier moved by one link:
+        ``g[i] = grad[i] + conj(m[i+1]) * g[i+1]``, and ``grad_m[i] = g[i] * conj(u[i-1])`` summed as m was spread.
+        """
+        multipliers, states = ctx.saved_tensors
+        adjoint = None
+        if multipliers is not None:
+            adjoint = multipliers.conj()
+            if multipliers.ndim > 0 and multipliers.shape[0] != 1:
+                adjoint = previous(adjoint, not ctx.reverse)
+        grad_values = operator(grad, adjoint, not ctx.reverse)
+        grad_multipliers = None
+        if ctx.needs_input_grad[1]:
+            full = grad_values * previous(states, ctx.reverse).conj()
+            grad_multipliers = full.sum_to_size(spread(multipliers, full).shape).reshape(multipliers.shape)
+        return grad_values, grad_multipliers, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, values: Tensor | None, multipliers: Tensor | None, *_: None) -> Tensor:
+        """A scan again: ``du[i] = da[i] + dm[i] * u[i-1] + m[i] * du[i-1]``, for tangents da and dm."""
+        levels = torch._C._functorch.get_interpreter_stack() or []
+        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+            # Torch switches forward mode off in here, so the outer tangents would be lost.
+            raise NotImplementedError(
+                "linear_scan: forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; "
+                "make one of the two reverse mode (torch.func.hessian, jacfwd of jacrev)"
+            )
+        primal, factor = ctx.saved_tensors
+        fed = torch.zeros_like(primal) if values is None else values
+        if multipliers is not None:
+            # Computed anew: the output of forward is not yet one that depends on the inputs.
+            states = operator(primal, factor, ctx.reverse)
+            fed = fed + spread(multipliers, primal) * previous(states, ctx.reverse)
+        return operator(fed, factor, ctx.reverse)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    """The adjoint of a scan is the scan of the other direction, with each multiplier moved by one link:
-    ``g[i] = grad[i] + conj(m[i+1]) * g[i+1]``, and ``grad_m[i] = g[i] * conj(u[i-1])`` summed as m was spread.
-    """
-    multipliers, states = ctx.saved_tensors
-    adjoint = None
-    if multipliers is not None:
-        adjoint = multipliers.conj()
-        if multipliers.ndim > 0 and multipliers.shape[0] != 1:
-            adjoint = previous(adjoint, not ctx.reverse)
-    grad_values = operator(grad, adjoint, not ctx.reverse)
-    grad_multipliers = None
-    if ctx.needs_input_grad[1]:
-        full = grad_values * previous(states, ctx.reverse).conj()
-        grad_multipliers = full.sum_to_size(spread(multipliers, full).shape).reshape(multipliers.shape)
-    return grad_values, grad_multipliers, None
+def _autograd(
+    keys: torch._C.DispatchKeySet, values: Tensor, multipliers: Tensor | None, reverse: bool = False
+) -> Tensor:
+    below = keys & torch._C._after_autograd_keyset
+    with enable_single_level_autograd_function():
+        states: Tensor = _Scan.apply(values, multipliers, reverse, below)
+    return states
 
 
-torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, lib=library)
+library.impl("linear_scan", _autograd, "Autograd", with_keyset=True)
 
 
 def _vmap(
@@ -92,10 +135,12 @@ def _vmap(
 ) -> tuple[Tensor, int]:
     """The mapped dimension becomes one more column dimension, right behind the length."""
     values_dim, multipliers_dim = in_dims[:2]
+    if values.ndim == (values_dim is not None):
+        check_values(values.new_empty(()))  # it says what is wrong
     if values_dim is None:
         values = values.unsqueeze(1).expand(values.shape[0], info.batch_size, *values.shape[1:])
     else:
-        values = values.movedim(values_dim, 1) if values.ndim > 1 else values
+        values = values.movedim(values_dim, 1)
     if multipliers is not None:
         if multipliers_dim is not None:
             multipliers = multipliers.movedim(multipliers_dim, 0)
