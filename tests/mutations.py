@@ -207,13 +207,6 @@ MUTATIONS = [
         (f"{SCAN}::test_the_scan_in_torch_operators_errs_no_more_than_a_loop",),
     ),
     Mutation(
-        "the first multiplier is used where a scan is cut into blocks",
-        "hwbp_compiler/scan/linear_scan.cpp",
-        "if (first == 0) start(u, first++);\n    pass<Result::product>",
-        "pass<Result::product>",
-        (f"{SCAN}::test_the_first_multiplier_has_nothing_to_multiply_in_blocks_either",),
-    ),
-    Mutation(
         "an infinite carry is multiplied by zero",
         "hwbp_compiler/scan/linear_scan.cpp",
         " || !finite(carry[j])",

@@ -52,7 +52,7 @@ def error_bound(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Te
 
     A link makes two roundings in the accumulator's precision, one of ``m * u`` and one of the sum, and passes the
     error so far on through m: ``e[i] = |m| e[i-1] + eps (|m| s[i-1] + s[i])`` with s the scan of absolute values.
-    Storing rounds once more, in the precision of the dtype.
+    Storing rounds the state once more, in the precision of the dtype.
     """
     accumulator = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
     eps = precision(accumulator)
@@ -65,7 +65,8 @@ def error_bound(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Te
     rounded = eps * ((states - sizes) + states)
     error = exact(rounded, factors, reverse)
     smallest = torch.finfo(values.dtype).smallest_normal
-    return error + precision(values.dtype) * states + smallest * values.shape[0]
+    stored = exact(values, multipliers, reverse).abs() + error
+    return error + precision(values.dtype) * stored + smallest * values.shape[0]
 
 
 def assert_as_good_as_a_loop(found: Tensor, values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> None:
