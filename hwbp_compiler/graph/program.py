@@ -242,8 +242,8 @@ class _Builder:
             raise NotALink(
                 f"a block uses {operator_name(node)}, an operator that the compiler has no rule for, so it cannot "
                 "tell how a gradient passes through it",
-                "Write that part with PyTorch's own operators, or keep it outside the residual blocks; a rule for an "
-                "operator is one line in hwbp_compiler/graph/rules.py.",
+                "Write that part with other operators of PyTorch's, or keep it outside the residual blocks; a rule for "
+                "an operator is one line in hwbp_compiler/graph/rules.py.",
             )
         linear = linear_arguments(node, positions)
         if linear is None:

@@ -92,7 +92,7 @@ _register(H, [{0}], "_scaled_dot_product_cudnn_attention_backward")
 _register(H, [{0}], "embedding_dense_backward", "index.Tensor", "_softmax_backward_data", "_log_softmax_backward_data")
 _register(H, [{0}], "rev", namespace=prims)
 _register(H, [{0, 2}], "index_put", "_unsafe_index_put")
-_register(H, [{0, 3}], "scatter_add", "_unsafe_masked_index_put_accumulate")
+_register(H, [{0, 3}], "scatter.src", "scatter_add", "_unsafe_masked_index_put_accumulate")
 _register(H, [{0}], "_unsafe_index.Tensor")
 
 

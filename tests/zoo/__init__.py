@@ -27,6 +27,7 @@ EVERYDAY = {
     "resnet_postact_eval",
     "resnet_norm_on_trunk_train",
     "resnet_squeeze_excite",
+    "mlp_top_k_experts",
     "decoder_causal",
     "encoder_post_norm",
     "encoder_parallel",

@@ -42,6 +42,34 @@ class Looped(nn.Module):
         return self.head(self.norm(x))
 
 
+class Experts(nn.Module):
+    """The two best of three experts, as mixtures of experts choose them: ``gather`` and ``topk``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.route = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+        self.experts = nn.Parameter(0.3 * torch.randn(3, WIDTH, WIDTH))
+
+    def forward(self, x):
+        x = self.norm(x)
+        weight, best = self.route(x).softmax(-1).topk(2, -1)
+        found = torch.einsum("bi,eij->bej", x, self.experts)
+        chosen = found.gather(1, best.unsqueeze(-1).expand(-1, -1, WIDTH))
+        return (chosen * weight.unsqueeze(-1)).sum(1)
+
+
+class MixtureOfExperts(Looped):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Experts() for _ in range(DEPTH))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
 class AddInPlace(Looped):
     """``out += identity``, as in torchvision."""
 
@@ -214,6 +242,19 @@ def _looped(model, link=lambda model, i: residual(branch(model.blocks[i])), norm
     return program_of(model, forward)
 
 
+def _experts(model, i):
+    block = model.blocks[i]
+
+    def mixed(x):
+        x = layer_norm(block.norm, x)
+        shares = torch.softmax(linear(block.route, x), -1)
+        threshold = shares.sort(-1).values[:, 1:2]  # of the second best of three
+        kept = torch.where(shares >= threshold, shares, 0.0)
+        return sum(kept[:, e : e + 1] * (x @ block.experts[e]) for e in range(3))
+
+    return residual(mixed)
+
+
 def _layer_scale(model, i):
     block = branch(model.blocks[i])
     return residual(lambda x: model.gammas[i] * block(x))
@@ -348,5 +389,6 @@ CASES = [
     Case("mlp_gated_self", setup(GatedSelf, RAW), _gated_self, _chain("gate")),
     Case("highway_network", setup(Highway, RAW), _highway, _chain("gate")),
     Case("mlp_positions_on_the_way", setup(PositionsOnTheWay, X), lambda m: _looped(m, _with_vector), _chain()),
+    Case("mlp_top_k_experts", setup(MixtureOfExperts, X), lambda m: _looped(m, _experts), _chain()),
     Case("mlp_all_states", setup(AllStates, X), _all_states, _chain()),
 ]
