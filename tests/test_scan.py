@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -333,10 +334,8 @@ def test_a_component_fed_by_nothing_is_returned_as_a_copy():
 # ---- gradients and the rest of torch ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-def test_first_and_second_derivatives(dtype, kind, reverse):
+def differentiable(dtype: torch.dtype, kind: str, reverse: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A small scan with this kind of multiplier as a function of tensors, and its inputs."""
     shape = (4, 3, 2)
     wanted = multiplier_shape(kind, shape)
     inputs = [random(shape, dtype, -1, 1, 0).requires_grad_()]
@@ -346,6 +345,14 @@ def test_first_and_second_derivatives(dtype, kind, reverse):
     def scan(values: Tensor, multipliers: Tensor | None = None) -> Tensor:
         return linear_scan(values, multipliers, reverse=reverse)
 
+    return scan, inputs
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_first_and_second_derivatives(dtype, kind, reverse):
+    scan, inputs = differentiable(dtype, kind, reverse)
     assert torch.autograd.gradcheck(scan, inputs)
     assert torch.autograd.gradgradcheck(scan, inputs)
 
@@ -354,15 +361,7 @@ def test_first_and_second_derivatives(dtype, kind, reverse):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 def test_forward_mode_and_batched_derivatives(dtype, kind, reverse):
-    shape = (4, 3, 2)
-    wanted = multiplier_shape(kind, shape)
-    inputs = [random(shape, dtype, -1, 1, 0).requires_grad_()]
-    if wanted is not None:
-        inputs.append(random(wanted, dtype, -1, 1, 1).requires_grad_())
-
-    def scan(values: Tensor, multipliers: Tensor | None = None) -> Tensor:
-        return linear_scan(values, multipliers, reverse=reverse)
-
+    scan, inputs = differentiable(dtype, kind, reverse)
     assert torch.autograd.gradcheck(
         scan, inputs, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
     )
