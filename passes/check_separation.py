@@ -76,12 +76,23 @@ def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
     nodes = tuple(info.nodes[i] for i in sorted(inside))
     width = _width(info, joins, inside)
     if width <= _WIDEST:
-        return Refusal(nodes, lost, BY_PASS, BY_PASS_ADVICE)
+        parts = len(_parts(info, joins[len(joins) // 2]))
+        return _divided(nodes, lost, parts) if parts > _WIDEST else Refusal(nodes, lost, BY_PASS, BY_PASS_ADVICE)
     return Refusal(
         nodes,
         lost,
         f"{width} tensors pass from each step to the next; a state of more than {_WIDEST} is not handled",
         f"Carry at most {_WIDEST} tensors from step to step; what depends on the input alone can go before the loop.",
+    )
+
+
+def _divided(nodes: tuple[Node, ...], lost: int, parts: int) -> Refusal:
+    """An LSTM with peepholes: two tensors cross, but the gradient of one is a sum of more terms than a state holds."""
+    return Refusal(
+        nodes,
+        lost,
+        f"the gradient of a step's state is the sum of {parts} terms that no {_WIDEST} tensors of the graph stand for",
+        "Give the step to hwbp_compiler.recurrent(cell, inputs, state), which knows what the state is.",
     )
 
 
@@ -155,7 +166,13 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
 
 
 def _widened(info: GraphInfo, join: int) -> State | None:
-    """The terms that meet in ``join``, each pulled back to where it is a gradient of its own: (dh, dc) of an LSTM."""
+    """The parts of ``join`` as a state: (dh, dc) of an LSTM."""
+    parts = _parts(info, join)
+    return parts if 2 <= len(parts) <= _WIDEST else None
+
+
+def _parts(info: GraphInfo, join: int) -> tuple[Node, ...]:
+    """The terms that meet in ``join``, each pulled back to where it is a gradient of its own."""
     heavy: list[Node] = []
     light: list[Node] = []
     for term in sum_terms(info.nodes[join], info):
@@ -170,8 +187,7 @@ def _widened(info: GraphInfo, join: int) -> State | None:
         elif info.carries[info.index[term]]:
             light.append(term)
     # Heavy terms first: K is lower triangular then in the order the model's own state has, (h, c).
-    ordered = tuple(dict.fromkeys([*heavy, *light]))
-    return ordered if 2 <= len(ordered) <= _WIDEST else None
+    return tuple(dict.fromkeys([*heavy, *light]))
 
 
 def _is_own(info: GraphInfo, node: Node) -> bool:

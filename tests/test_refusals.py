@@ -202,6 +202,29 @@ def test_a_state_of_more_tensors_than_are_handled():
     assert "at most 3 tensors" in chain.advice and "torch.tanh(new(seen))" in chain.source
 
 
+class Peepholes(nn.Module):
+    """An LSTM whose gates see the cell state, so that its gradient has a term for each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.peep = nn.Linear(3 + WIDTH, 4 * WIDTH), nn.Parameter(torch.rand(3, WIDTH))
+
+    def forward(self, x):
+        h = c = x.new_zeros(x.shape[1], WIDTH)
+        for x_t in x:
+            i, f, g, o = self.gates(torch.cat([x_t, h], -1)).chunk(4, -1)
+            i, f = torch.sigmoid(i + self.peep[0] * c), torch.sigmoid(f + self.peep[1] * c)
+            c = f * c + i * torch.tanh(g)
+            h = torch.sigmoid(o + self.peep[2] * c) * torch.tanh(c)
+        return h
+
+
+def test_a_state_whose_gradient_has_too_many_terms():
+    chain = only(declined(Peepholes(), torch.randn(6, 2, 3)))
+    assert chain.reason.startswith("the gradient of a step's state is the sum of 5 terms")
+    assert "hwbp_compiler.recurrent" in chain.advice
+
+
 def test_a_loop_of_unknown_length():
     scan = pytest.importorskip("torch._higher_order_ops.scan").scan
     weight = torch.randn(WIDTH, WIDTH, requires_grad=True)

@@ -350,7 +350,11 @@ def _functionalise(graph: fx.Graph) -> None:
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.split(".")[0].endswith("_"):
-            assert list(node.args[0].users) == [node], f"{node.format_node()} mutates what is used elsewhere"
+            if list(node.args[0].users) != [node]:
+                raise NotImplementedError(
+                    f"trace handles operators that change nothing in place, and {node.target} changes {node.args[0]}, "
+                    "which is used elsewhere; use capture, which functionalises as AOTAutograd does"
+                )
             packet, overload = name.split(".")
             node.target = getattr(getattr(torch.ops.aten, packet.removesuffix("_")), overload)
     graph.eliminate_dead_code()
