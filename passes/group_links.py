@@ -239,7 +239,7 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     template, state = group.template, chain.states[-1]
     sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
     heavy = any(_is_heavy(template, c) for c in range(template.arity, len(template.statements)))
-    if not sides or heavy and not any(_is_heavy(template, c) for _, needed in sides for c in needed):
+    if not sides or heavy and not any(_is_product(template, c) for _, needed in sides for c in needed):
         return None
     reached = sorted(_near(info, state, 8 * len(template.statements)))
     return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted, _shared(group))
@@ -273,3 +273,12 @@ def _is_heavy(program: Program, i: int) -> bool:
     node = program.raw[i]
     rule = rule_of(node) if node is not None and program.statements[i].target is not SUM else None
     return rule is not None and rule.kind is Kind.HEAVY
+
+
+def _is_product(program: Program, i: int) -> bool:
+    """Heavy, or what is left of a matrix product with an inner dimension of one: ``[n, 1] * [1, m]``."""
+    node = program.raw[i]
+    if node is None or node.target is not torch.ops.aten.mul.Tensor or program.statements[i].target is SUM:
+        return _is_heavy(program, i)
+    shapes = [shape_of(a) for a in node.args if isinstance(a, Node)]
+    return len(shapes) == 2 and shape_of(node) not in shapes
