@@ -2,7 +2,7 @@
 
     python examples/pixel_gru.py                                     # digits: 64 steps, k = 10
     python examples/pixel_gru.py --method fpi                        # the same without the highway
-    python examples/pixel_gru.py --data cifar10 --folder ... --batch 128 --epochs 100      # the paper's: 1,024 steps
+    python examples/pixel_gru.py --data cifar10 --folder ... --batch 128 --lr 1e-3           # the paper's: 1,024 steps
 
 The gradient has to travel from the last pixel to the first. Along the highway (the product of the update gates) it
 does in one scan; fixed-point iteration moves it one step per iteration, and sees the last k + 1 pixels only.
@@ -33,7 +33,7 @@ class PixelGRU(nn.Module):
 
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
-    p = parser(__doc__, epochs=40, batch=64, iterations=10)
+    p = parser(__doc__, epochs=40, batch=64, iterations=10, lr=1e-2)
     p.add_argument("--hidden", type=int, default=64, help="64, the paper's")
     p.add_argument("--layers", type=int, default=1)
     p.add_argument("--data", choices=["digits", "cifar10", "cifar100"], default="digits")

@@ -45,7 +45,7 @@ def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> ar
     """The options all examples have; ``defaults`` gives some of them another default."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--method", choices=["exact", "highway", "fpi"], default="highway")
-    p.add_argument("--iterations", type=int, default=3, metavar="K", help="k, for highway and fpi (default: 3)")
+    p.add_argument("--iterations", type=int, default=3, metavar="K", help="for highway and fpi (default: %(default)s)")
     p.add_argument("--damping", type=float, default=damping, metavar="G", help="gamma, for highway; fpi is gamma = 1")
     p.add_argument(
         "--rewrite", choices=["always", "profitable"], default="always", help="profitable: only where it is faster"
@@ -55,7 +55,7 @@ def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> ar
     length.add_argument("--epochs", type=float, default=10)
     length.add_argument("--steps", type=int, help="instead of --epochs")
     p.add_argument("--batch", type=int, default=128)
-    p.add_argument("--lr", type=float, default=1e-3, help="peak of a cosine schedule with warm-up (default: 1e-3)")
+    p.add_argument("--lr", type=float, default=1e-3, help="peak of a cosine schedule with warm-up (%(default)s)")
     p.add_argument("--every", type=int, metavar="N", help="evaluate, log, save every N steps (default: 20 times)")
     p.add_argument("--watch", type=int, default=0, metavar="N", help="log the cosine with the exact gradient")
     p.add_argument("--out", type=Path, help="folder of log.csv, log.png, checkpoint.pt (default: out/...)")
