@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from . import paper
 from .harness import ROOT, say
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -237,7 +238,7 @@ def expected() -> str:
     return in_short(rows("accuracy"))
 
 
-SECTIONS: list[Callable[[], str | None]] = [recurrent, deep, compile_time, scaling, accuracy, scan]
+SECTIONS: list[Callable[[], str | None]] = [recurrent, deep, compile_time, scaling, accuracy, scan, paper.section]
 
 
 def in_short() -> str:

@@ -10,7 +10,7 @@ place of ``recurrent_backward`` it also empties that list, and the forward keeps
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,56 +41,59 @@ operator = torch.ops.highway.recurrent.default
 backward_operator = torch.ops.highway.recurrent_backward.default
 
 
-def _kernel(
-    kind: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    state: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    has_biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    hx = tuple(state) if kind == "lstm" else state[0]
-    rest = (list(weights), has_biases, layers, dropout, train, bidirectional)
-    function = getattr(torch, kind)
-    with torch.autocast(input.device.type, autocast, enabled=autocast is not None, cache_enabled=False):
-        if batch_sizes is None:
-            return function(input, hx, *rest, False)
-        return function(input, batch_sizes, hx, *rest)
+class Call(NamedTuple):
+    """What the operator is called with, but for ``record``: the arguments of the schema, in its order."""
+
+    kind: str
+    input: Tensor
+    batch_sizes: Tensor | None
+    state: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    has_biases: bool
+    layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    autocast: torch.dtype | None
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn: dropout is between layers."""
+        return self.train and self.dropout > 0 and self.layers > 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the outputs, as in eager mode: a CPU interpolates the GRU's state in its own type."""
+        if self.autocast is None:
+            return self.input.dtype
+        if self.kind == "gru" and self.input.device.type == "cpu":
+            return torch.promote_types(self.state[0].dtype, self.autocast)
+        return self.autocast
+
+    def run(self) -> tuple[Tensor, ...]:
+        """PyTorch's own kernel: the outputs, then the last states."""
+        hx = tuple(self.state) if self.kind == "lstm" else self.state[0]
+        rest = (list(self.weights), self.has_biases, self.layers, self.dropout, self.train, self.bidirectional)
+        function = getattr(torch, self.kind)
+        device = self.input.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            if self.batch_sizes is None:
+                return function(self.input, hx, *rest, False)
+            return function(self.input, self.batch_sizes, hx, *rest)
 
 
-def _recurrent(
-    kind: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    state: list[Tensor],
-    weights: list[Tensor],
-    has_biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    record: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    arguments = (kind, input, batch_sizes, state, weights, has_biases, layers, dropout, train, bidirectional, autocast)
-    dtype = _output_dtype(kind, input, state, autocast)
+def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *arguments, record = given
+    call = Call(*arguments)
     if any(record):
-        recording = _Recording(*arguments, record)
+        recording = _Recording(call, record)
         output, *last = (t.detach() for t in recording.outputs)
         # What runs afterwards may write into the last states.
-        return *_outputs(dtype, output, [t.clone() for t in last]), kept.token(recording)
-    # cuDNN would set memory aside for a backward pass when it is told to train.
-    train = train and layers > 1 and dropout > 0
+        return *_outputs(call.dtype, output, [t.clone() for t in last]), kept.token(recording)
     with below_autograd():
-        output, *last = _kernel(
-            kind, input, batch_sizes, state, weights, has_biases, layers, dropout, train, bidirectional, autocast
-        )
-    return *_outputs(dtype, output, last), kept.token()
+        # cuDNN would set memory aside for a backward pass when it is told to train.
+        output, *last = call._replace(train=call.random).run()
+    return *_outputs(call.dtype, output, last), kept.token()
 
 
 def _outputs(dtype: torch.dtype, output: Tensor, last: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,21 +103,15 @@ def _outputs(dtype: torch.dtype, output: Tensor, last: list[Tensor]) -> tuple[Te
 
 
 class _Recording:
-    """One run of the kernel with the autograd graph it recorded, and the random state it started from."""
+    """One run of the kernel with the autograd graph it recorded."""
 
-    def __init__(self, *given: Any) -> None:
-        *arguments, record = given
-        kind, input, batch_sizes, state, weights, _, layers, dropout, train, *_ = arguments
-        device = input.device
-        random = train and dropout > 0 and layers > 1
-        self.random_state = _random_state(device) if random else None
+    def __init__(self, call: Call, record: Sequence[bool]) -> None:
         with recording_autograd():
-            tensors = (input, *state, *weights)
+            tensors = (call.input, *call.state, *call.weights)
             self.leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, record, strict=True)]
-            count = 1 + len(state)
-            self.outputs = _kernel(
-                kind, self.leaves[0], batch_sizes, self.leaves[1:count], self.leaves[count:], *arguments[5:]
-            )
+            count = 1 + len(call.state)
+            own = call._replace(input=self.leaves[0], state=self.leaves[1:count], weights=self.leaves[count:])
+            self.outputs = own.run()
 
     def gradients(self, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
         pairs = [(o, g) for o, g in zip(self.outputs, incoming, strict=False) if g is not None and o.requires_grad]
@@ -122,10 +119,6 @@ class _Recording:
             # Not autograd.grad: it asks for every node of the graph whether it leads to a leaf.
             torch.autograd.backward([o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs])
         return [leaf.grad for leaf in self.leaves]
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else getattr(torch, device.type).get_rng_state(device)
 
 
 def _recurrent_backward(
@@ -141,7 +134,7 @@ def _recurrent_backward(
     assert all(recorded or not want for recorded, want in zip(record, wanted, strict=True)), "not recorded"
     recording = kept.take(token)
     if recording is None:  # a second backward pass through the same forward pass
-        recording = _again(kind, *arguments, record)
+        recording = _again(Call(kind, *arguments), record)
     found = recording.gradients((grad_output, grad_h_n, grad_c_n))
     return [
         leaf.new_empty(0) if not want else torch.zeros_like(leaf) if g is None else g.contiguous()
@@ -149,52 +142,27 @@ def _recurrent_backward(
     ]
 
 
-def _again(*arguments: Any) -> _Recording:
-    layers, dropout, train = arguments[6:9]
-    if train and dropout > 0 and layers > 1:
+def _again(call: Call, record: Sequence[bool]) -> _Recording:
+    if call.random:
         raise RuntimeError(
             "backward through a recurrent module with dropout between its layers a second time: its random masks are "
             "not kept. Call the module again, or compile with an approximating `iterations`, where layers are apart."
         )
-    return _Recording(*arguments)
+    return _Recording(call, record)
 
 
-def _output_dtype(kind: str, input: Tensor, state: Sequence[Tensor], autocast: torch.dtype | None) -> torch.dtype:
-    """As eager mode: on a CPU the GRU's state is interpolated in its own type, whatever the products are made in."""
-    if autocast is None:
-        return input.dtype
-    if kind == "gru" and input.device.type == "cpu":
-        return torch.promote_types(state[0].dtype, autocast)
-    return autocast
-
-
-def _fake(
-    kind: str,
-    input: Tensor,
-    batch_sizes: Tensor | None,
-    state: list[Tensor],
-    weights: list[Tensor],
-    has_biases: bool,
-    layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    autocast: torch.dtype | None,
-    record: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    h = state[0]
-    dtype = _output_dtype(kind, input, state, autocast)
-    output = input.new_empty((*input.shape[:-1], h.shape[-1] * (1 + bidirectional)), dtype=dtype)
-    c_n = h.new_empty(state[1].shape, dtype=dtype) if kind == "lstm" else output.new_empty(0)
-    return output, h.new_empty(h.shape, dtype=dtype), c_n, torch.empty(1, dtype=torch.int64, device="cpu")
+def _fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*given[:-1])
+    input, h = call.input, call.state[0]
+    output = input.new_empty((*input.shape[:-1], h.shape[-1] * (1 + call.bidirectional)), dtype=call.dtype)
+    c_n = h.new_empty(call.state[1].shape, dtype=call.dtype) if call.kind == "lstm" else output.new_empty(0)
+    return output, h.new_empty(h.shape, dtype=call.dtype), c_n, torch.empty(1, dtype=torch.int64, device="cpu")
 
 
 def _fake_backward(kind: str, *arguments: Any) -> list[Tensor]:
     input, _, state, weights = arguments[5:9]
     wanted = arguments[-1]
-    return [
-        t.new_empty(t.shape if want else 0) for t, want in zip((input, *state, *weights), wanted, strict=True)
-    ]
+    return [t.new_empty(t.shape if want else 0) for t, want in zip((input, *state, *weights), wanted, strict=True)]
 
 
 library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
