@@ -24,6 +24,7 @@ from .passes.decide import cores
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
+from .recurrence import packed
 from .recurrence.tracing import traced_whole
 from .rolled.capture import replace_loops
 from .torch_private import (
@@ -36,6 +37,7 @@ from .torch_private import (
     observed,
     trace_artifact,
     user_joint_passes,
+    watch_graph_breaks,
 )
 
 log = logging.getLogger(__name__)
@@ -121,6 +123,7 @@ def register_lowerings() -> None:
 
 # torch.compile gives the options to this check at once, and to the backend only with the first graph.
 configure_backend(highway, lambda mode=None, options=None: parse(options, mode), traced_whole)
+watch_graph_breaks(packed.seen)
 
 
 @dataclass(frozen=True)

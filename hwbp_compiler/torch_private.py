@@ -27,6 +27,7 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
 | `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
 | `serving_backend` | `torch._dynamo.symbolic_convert` | which backend the function being traced is for |
+| `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
 These belong to one place alone and stand there:
@@ -56,6 +57,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from traceback import FrameSummary
 from typing import Any, TypeVar
 
 import torch
@@ -301,9 +303,13 @@ def serving_backend() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+        return _serves(InstructionTranslator.current_tx().output.compiler_fn)
     except (AttributeError, LookupError):
         return False
+
+
+def _serves(backend: Any) -> bool:
+    """Whether ``backend`` is one of ours, however it is wrapped."""
     todo, seen = [backend], set()
     while todo:
         function = todo.pop()
@@ -314,3 +320,23 @@ def serving_backend() -> bool:
             return True
         todo += [getattr(function, name, None) for name in _WRAPPED]
     return False
+
+
+def watch_graph_breaks(seen: Callable[[list[FrameSummary], str], None]) -> None:
+    """From now on call ``seen(stack, error)`` wherever Dynamo breaks a graph that is for a backend of ours: the user's
+    lines that led there, outermost first, and what Dynamo says. Nothing is watched where torch has another form."""
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+
+    original = getattr(InstructionTranslatorBase, "log_graph_break", None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def log_graph_break(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(Exception):  # to watch must not break anything else
+            error = next(e for e in (*args, *kwargs.values()) if isinstance(e, Exception))
+            if not getattr(error, "logged", False) and _serves(self.output.compiler_fn):
+                seen(list(getattr(error, "real_stack", None) or ()), str(error))
+        return original(self, *args, **kwargs)
+
+    InstructionTranslatorBase.log_graph_break = log_graph_break  # type: ignore[method-assign]

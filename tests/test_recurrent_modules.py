@@ -24,7 +24,7 @@ import hwbp_compiler
 from hwbp_compiler import testing
 from hwbp_compiler.passes import decide_recurrent
 from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
-from hwbp_compiler.recurrence import operator
+from hwbp_compiler.recurrence import operator, packed
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
 from hwbp_compiler.testing.compare import assert_outputs_close
 
@@ -347,14 +347,14 @@ def test_a_packed_sequence_has_eager_modes_gradients(kind):
     )
     assert_gradients_close(dict(enumerate(found)), dict(enumerate(expected)), 1e-12)
 
-    packed = rnn.pack_padded_sequence(x.detach(), lengths)
-    data = packed.data.requires_grad_()
+    sequence = rnn.pack_padded_sequence(x.detach(), lengths)
+    data = sequence.data.requires_grad_()
     zeros = torch.zeros(1, BATCH, HIDDEN, dtype=torch.float64)
     state = (zeros, zeros) if kind == "LSTM" else zeros
 
     def raw(data, *weights):
         function = torch.lstm if kind == "LSTM" else torch.gru
-        return function(data, packed.batch_sizes, state, weights, True, 1, 0.0, True, False)[0]
+        return function(data, sequence.batch_sizes, state, weights, True, 1, 0.0, True, False)[0]
 
     expected = torch.autograd.grad(testing.probe_loss(raw(data, *model.parameters())), [data, *model.parameters()])
     hwbp_compiler.reset_counters()
@@ -362,6 +362,39 @@ def test_a_packed_sequence_has_eager_modes_gradients(kind):
     found = torch.autograd.grad(testing.probe_loss(step(data, *model.parameters())), [data, *model.parameters()])
     assert_gradients_close(dict(enumerate(found)), dict(enumerate(expected)), 1e-12)
     assert hwbp_compiler.counters()["declined: a packed sequence"] == 1
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["", "given_state"])
+@pytest.mark.parametrize("kind", ["GRU", "RNN"])
+def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
+    """Where Dynamo breaks the graph no pass sees the module: the reason is told all the same, of our graphs alone."""
+    model, (x,) = Case("").build(kind)
+    lengths = torch.tensor([STEPS, STEPS - 3, 2])
+    state = torch.zeros(1, BATCH, HIDDEN, dtype=torch.float64) if given else None
+
+    def run(x):
+        output, _ = model.module(rnn.pack_padded_sequence(x, lengths), state)
+        return rnn.pad_packed_sequence(output)[0]
+
+    packed._tell.cache_clear()
+    with caplog.at_level("INFO", logger="hwbp_compiler"):
+        with torch._dynamo.config.patch(allow_rnn=True):
+            torch.compile(run, backend="inductor")(x)
+        assert hwbp_compiler.counters()["chains_declined"] == 0
+        torch._dynamo.reset()
+        ours = torch.compile(run, backend="highway")
+        ours(x)
+        assert hwbp_compiler.counters()["declined: a packed sequence"] == 1
+        torch._dynamo.reset()
+        ours(x)  # compiled anew: not told again
+    (told,) = [message for message in caplog.messages if message.startswith("recurrent module declined")]
+    assert "a packed sequence: Dynamo breaks the graph at it" in told
+    assert f"{__file__}:" in told and "model.module(rnn.pack_padded_sequence(x, lengths), state)" in told
+
+    counted = hwbp_compiler.counters()
+    (note,) = [note for note in hwbp_compiler.explain(run, x).notes if "packed" in note]
+    assert "eager mode, with exact gradients" in note and f"{__file__}:" in note
+    assert hwbp_compiler.counters() == counted  # explain compiles nothing
 
 
 def test_without_gradients_nothing_is_recorded():

@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | ``tracing`` | Dynamo traces the modules as one call each, for our backend alone |
+| ``packed`` | packed sequences, at which Dynamo breaks the graph |
 | ``arguments`` | such a call in one form |
 | ``operator`` | ``highway::recurrent``, which takes the call's place, and ``highway::recurrent_backward`` |
 | ``kept`` | a forward pass's recording, tied to the life of a tensor |

@@ -21,6 +21,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.passes.near_misses import near_misses
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
+from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.capture import replace_loops
 from hwbp_compiler.torch_private import SERVES, CustomGraphPass, user_joint_passes
@@ -71,10 +72,10 @@ def explain(
     patches["joint_custom_pre_pass"] = PassSequence((*user_joint_passes(patches), looking))
     wanted = errors if isinstance(errors, bool) else tuple(errors)
     times = None
-    with left_as_it_was(model) as keep:
+    with left_as_it_was(model) as keep, packed.listening() as looking.packed:
         output = _traced(model, patches, keep, looking, bool(wanted))(*args, **kwargs)
         total = _sum_of_outputs(output) if loss is None else loss(output)
-        notes = _notes(looking, total)
+        notes = _notes(looking, total) + [f"Declined: {packed.REASON} [{line}]." for line in looking.packed]
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None
@@ -114,6 +115,7 @@ class _Looking(CustomGraphPass):
         self.pieces = 0  # what Dynamo made of the model; a piece may hold graphs of its own, such as a scan's body
         self.lacking: list[str] = []  # what the report has to do without, and why
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
+        self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
         self.rolled: list[ChainRecord] = []  # of the loops that hwbp_compiler.recurrent left in it
 
     def __call__(self, graph: fx.Graph) -> None:
