@@ -144,16 +144,18 @@ def described_device(target: Target) -> Iterator[None]:
 
     Process-wide, so not for use while another thread compiles.
     """
-    # Private, checked on torch 2.13.0 with triton 3.7.1.
     import triton
-    from torch._dynamo.device_interface import CudaInterface
-    from torch._inductor import select_algorithm
-    from torch._inductor import utils as inductor_utils
-    from torch._inductor.codecache import CacheBase
-    from torch._inductor.runtime import triton_helpers
-    from torch._inductor.runtime.hints import DeviceProperties
-    from torch.utils import _triton as triton_utils
     from triton.backends.compiler import GPUTarget
+
+    from .torch_private import (
+        CacheBase,
+        CudaInterface,
+        DeviceProperties,
+        inductor_utils,
+        select_algorithm,
+        triton_helpers,
+        triton_utils,
+    )
 
     cached = (
         CacheBase.get_system,
@@ -246,19 +248,17 @@ def generate_kernels(
         OptionError: a target that is not known.
         HighwayError: there is no ``triton`` package.
     """
-    # Private, checked on torch 2.13.0: the steps of Inductor's inner compiler up to the text.
-    from torch._inductor import config
-    from torch._inductor.compile_fx import (
-        _recursive_post_grad_passes,
-        _recursive_record_original_output_strides,
+    from .scan import inductor as scan_lowering
+    from .torch_private import (  # the steps of Inductor's inner compiler up to the text
+        DebugContext,
+        GraphLowering,
+        V,
         fake_tensor_prop,
+        inductor_config,
+        post_grad_passes,
+        record_output_strides,
         view_to_reshape,
     )
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-
-    from .scan import inductor as scan_lowering
 
     target = Target.parse(target) if isinstance(target, str) else target
     if target is not None:
@@ -268,12 +268,12 @@ def generate_kernels(
     inputs = list(fake_inputs)
     device = contextlib.nullcontext() if target is None else described_device(target)
     # No compile workers: they would ask the real machine.
-    with device, config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
+    with device, inductor_config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
         view_to_reshape(gm)
         mode = fake_tensor_prop(gm, inputs)
-        _recursive_record_original_output_strides(gm)
+        record_output_strides(gm)
         with V.set_fake_mode(mode), DebugContext():
-            _recursive_post_grad_passes(gm, is_inference=is_inference)
+            post_grad_passes(gm, is_inference=is_inference)
             graph = GraphLowering(
                 gm,
                 example_inputs=inputs,
@@ -319,14 +319,14 @@ def compile_kernel(kernel: Kernel) -> Binary:
     Raises:
         HighwayError: a kernel of the CPU, which is C++.
     """
-    from torch._inductor import config  # private, checked on torch 2.13.0
+    from .torch_private import inductor_config
 
     if kernel.target is None:
         raise HighwayError(f"{kernel.name} is C++ for the CPU: only kernels of CUDA targets compile to PTX and cubin")
     # The static launcher keeps the binary and drops the text.
     with (
         described_device(kernel.target),
-        config.patch(use_static_cuda_launcher=False),
+        inductor_config.patch(use_static_cuda_launcher=False),
         tempfile.TemporaryDirectory() as folder,
     ):
         # Triton reads a kernel's source back from its file.

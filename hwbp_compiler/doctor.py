@@ -69,8 +69,7 @@ def _accelerators() -> tuple[str, bool]:
 
 
 def _compiler() -> tuple[str, bool]:
-    # Private, checked on torch 2.13.0: how Inductor itself chooses.
-    from torch._inductor.cpp_builder import get_cpp_compiler
+    from .torch_private import get_cpp_compiler  # how Inductor itself chooses
 
     try:
         name = get_cpp_compiler()
@@ -99,10 +98,7 @@ def _triton() -> tuple[str, bool]:
 
 
 def _caches() -> tuple[str, bool]:
-    # Private, checked on torch 2.13.0.
-    from torch._functorch import config as functorch_config
-    from torch._inductor import config as inductor_config
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from .torch_private import cache_dir, functorch_config, inductor_config
 
     folder = Path(cache_dir())
     try:

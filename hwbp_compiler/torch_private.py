@@ -1,5 +1,5 @@
-"""Every private torch API the package uses, in this one file. Run on torch 2.13.0; on 2.11.0
-and 2.14.1 in part (docs/reliability.md says how far).
+"""Every private torch API the package uses, in this one file, as ``tests/test_torch_private.py`` makes sure. All of
+them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which tests ran on each.
 
 | name here | torch's | why |
 |---|---|---|
@@ -30,18 +30,7 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
-These belong to one place alone and stand there:
-
-- `scan/inductor.py`, the lowering of `linear_scan`: of `torch._inductor`, `ir` (`Scan`, `Pointwise`, `Reduction`,
-  `ExternKernelOut`, views), `lowering` (`register_lowering`, `lowerings`, `pointwise_cat`, `fallback_handler`),
-  `virtualized`, `codegen.common.BackendFeature`, `runtime.hints`;
-- `scan/cpu.py`, which builds the CPU kernel as Inductor builds its own: `torch._inductor.codecache.CppCodeCache`;
-- `cross_compile.py`, code for a device that is not there: of `torch._inductor`, `graph.GraphLowering`, `compile_fx`
-  (`_recursive_post_grad_passes`, `_recursive_record_original_output_strides`, `fake_tensor_prop`,
-  `view_to_reshape`), `debug.DebugContext`, `codecache.CacheBase`, `select_algorithm`, `utils`, `runtime`, and
-  `_precompile_config` of a generated kernel; `torch._dynamo.device_interface.CudaInterface`; `torch.utils._triton`;
-  `triton.runtime.driver` (triton 3.7.1);
-- `report/capture.py`: `torch._inductor.compile_fx.compile_fx`, for `explain` generates no code.
+What is used as it stands, in one place each, is in ``LATE``: torch's own name behind the name here.
 
 `torch._inductor.list_options` and `list_mode_options` are public.
 """
@@ -51,6 +40,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import importlib
 import typing
 import warnings
 from collections import Counter
@@ -78,6 +68,72 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 NEWEST_KNOWN = (2, 14)
+
+# name here -> module, or module:name, of torch's. Imported when asked for: most bring in all of Inductor.
+LATE = {
+    # scan/inductor.py: the lowering of linear_scan
+    "BackendFeature": "torch._inductor.codegen.common:BackendFeature",
+    "CeilDiv": "torch.utils._sympy.functions:CeilDiv",
+    "DeviceProperties": "torch._inductor.runtime.hints:DeviceProperties",
+    "ReductionHint": "torch._inductor.runtime.hints:ReductionHint",
+    "V": "torch._inductor.virtualized:V",
+    "fallback_handler": "torch._inductor.lowering:fallback_handler",
+    "ir": "torch._inductor.ir",
+    "lowerings": "torch._inductor.lowering:lowerings",
+    "ops": "torch._inductor.virtualized:ops",
+    "pointwise_cat": "torch._inductor.lowering:pointwise_cat",
+    "register_lowering": "torch._inductor.lowering:register_lowering",
+    # scan/operator.py: an autograd function at the level of one torch.func transform, as torch.func has its own
+    "AutoDispatchBelowAutograd": "torch._C:_AutoDispatchBelowAutograd",
+    "DispatchKeySet": "torch._C:DispatchKeySet",
+    "SingleLevelFunction": "torch.autograd.function:_SingleLevelFunction",
+    "after_autograd_keyset": "torch._C:_after_autograd_keyset",
+    "enable_single_level_autograd_function": "torch._functorch.utils:enable_single_level_autograd_function",
+    "functorch_levels": "torch._C:_functorch",
+    "set_forward_grad_enabled": "torch.autograd.forward_ad:_set_fwd_grad_enabled",
+    # scan/cpu.py builds its kernel as Inductor builds those of a CPU
+    "CppCodeCache": "torch._inductor.codecache:CppCodeCache",
+    # cross_compile.py: code for a device that is not there (with triton.runtime.driver of triton 3.6 to 3.8)
+    "CacheBase": "torch._inductor.codecache:CacheBase",
+    "CudaInterface": "torch._dynamo.device_interface:CudaInterface",
+    "DebugContext": "torch._inductor.debug:DebugContext",
+    "GraphLowering": "torch._inductor.graph:GraphLowering",
+    "fake_tensor_prop": "torch._inductor.compile_fx:fake_tensor_prop",
+    "inductor_utils": "torch._inductor.utils",
+    "post_grad_passes": "torch._inductor.compile_fx:_recursive_post_grad_passes",
+    "record_output_strides": "torch._inductor.compile_fx:_recursive_record_original_output_strides",
+    "select_algorithm": "torch._inductor.select_algorithm",
+    "triton_helpers": "torch._inductor.runtime.triton_helpers",
+    "triton_utils": "torch.utils._triton",
+    "view_to_reshape": "torch._inductor.compile_fx:view_to_reshape",
+    # doctor.py
+    "cache_dir": "torch._inductor.runtime.runtime_utils:cache_dir",
+    "get_cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
+    # rolled/: one step of a user's cell, traced and made functional
+    "FunctionalTensor": "torch._subclasses.functional_tensor:FunctionalTensor",
+    "FunctionalTensorMode": "torch._subclasses.functional_tensor:FunctionalTensorMode",
+    "PythonReferenceAnalysis": "torch.utils._sympy.reference:PythonReferenceAnalysis",
+    "TorchDynamoException": "torch._dynamo.exc:TorchDynamoException",
+    "dispatch_functionalize": "torch._subclasses.functional_tensor:dispatch_functionalize",
+    "enable_python_dispatcher": "torch._dispatch.python:enable_python_dispatcher",
+    "has_data_mutation": "torch:_functionalize_has_data_mutation",
+    "sympy_interp": "torch.utils._sympy.interp:sympy_interp",
+    "wrap": "torch._higher_order_ops.wrap:wrap",
+    # graph/batching.py, testing/
+    "FakeTensorMode": "torch._subclasses:FakeTensorMode",
+    "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
+    "aot_autograd": "torch._dynamo.backends.common:aot_autograd",
+    "select_decomp_table": "torch._inductor.decomposition:select_decomp_table",
+    "without_modes": "torch.utils._python_dispatch:_disable_current_modes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = LATE[name].partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def _warn_if_newer(version: str) -> None:

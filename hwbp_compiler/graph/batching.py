@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch._inductor.inductor_prims
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma)
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -29,7 +30,7 @@ class NoBatchingRule(Exception):
 
 @functools.cache
 def decompositions() -> dict:
-    from torch._inductor.decomposition import select_decomp_table
+    from hwbp_compiler.torch_private import select_decomp_table
 
     return dict(select_decomp_table())
 

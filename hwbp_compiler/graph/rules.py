@@ -19,8 +19,9 @@ import enum
 from dataclasses import dataclass
 
 import torch
-import torch._inductor.inductor_prims  # registers prims.fma, which Inductor's decompositions emit
 from torch.fx import Node
+
+import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma, which Inductor's decompositions emit)
 
 aten = torch.ops.aten
 prims = torch.ops.prims

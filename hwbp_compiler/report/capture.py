@@ -24,7 +24,7 @@ from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_mod
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.capture import replace_loops
-from hwbp_compiler.torch_private import SERVES, CustomGraphPass, user_joint_passes
+from hwbp_compiler.torch_private import SERVES, CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
 from .data import ExplainedGraph, Report, copy_of
@@ -166,9 +166,6 @@ def _traced(
     With ``recorded``, forward and backward graphs are run instead, and what they are given is kept in ``runs``."""
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        # Private, checked on torch 2.13.0. Inductor owns the module it is given and may change it.
-        from torch._inductor.compile_fx import compile_fx
-
         looking.pieces += 1
         loops = replace_loops(module, looking.options, lambda own: parse(own)[0])
         looking.rolled = [record for loop in loops for record in loop.records]
@@ -176,7 +173,7 @@ def _traced(
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
-        halves = compile_fx(module, inputs, inner_compile=inner, config_patches=patches)
+        halves = compile_fx(module, inputs, patches, inner_compile=inner)  # which owns the module and may change it
 
         def run(*values: Any) -> Any:
             keep(values)

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops.wrap import wrap
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.options import parse
-from hwbp_compiler.torch_private import serving_backend
+from hwbp_compiler.torch_private import TorchDynamoException, serving_backend, wrap
 
 from .capture import encode, enter, first, rolled
 
@@ -122,7 +121,7 @@ def _by_itself(cell: Any, inputs: Any, state: Any, options: Mapping[str, Any] | 
         torch._dynamo.maybe_mark_dynamic(leaf, 0)
     try:
         return compiled(cell, inputs, state, "")  # type: ignore[no-any-return]
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         raise HighwayError(f"recurrent: {_why(cell, inputs, state, error)}") from error
 
 
@@ -196,4 +195,3 @@ def _named(x: Any, state: Any) -> list[tuple[str, Tensor]]:
         *((f"input {i}", t) for i, t in enumerate(pytree.tree_leaves(x))),
         *((f"component {i} of its state", t) for i, t in enumerate(pytree.tree_leaves(state))),
     ]
-

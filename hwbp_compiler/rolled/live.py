@@ -66,8 +66,7 @@ class LiveEmitter(Emitter):
     def _evaluate(self, expression: sympy.Expr) -> Any:
         if not expression.free_symbols:
             return int(expression)
-        from torch.utils._sympy.interp import sympy_interp
-        from torch.utils._sympy.reference import PythonReferenceAnalysis
+        from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
 
         return sympy_interp(PythonReferenceAnalysis, dict(self.sizes), expression)
 

@@ -8,14 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, dispatch_functionalize
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.torch_private import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    dispatch_functionalize,
+    enable_python_dispatcher,
+    has_data_mutation,
+)
 
 
 class CannotRoll(Exception):
@@ -64,7 +69,7 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     def run(*values: Any) -> list[Tensor]:
         found = cell(*values)
         for name, value in zip(names, values, strict=False):
-            if isinstance(value, FunctionalTensor) and torch._functionalize_has_data_mutation(value.elem):
+            if isinstance(value, FunctionalTensor) and has_data_mutation(value.elem):
                 raise MutatingCell(
                     f"recurrent: the cell changes {name} in place; every step must find it as it was. Write the change "
                     "as a new tensor (h * z instead of h.mul_(z)), and what is to be remembered into the state"
@@ -204,7 +209,6 @@ def depends_on(nodes: Sequence[Node], graph: Graph) -> set[Node]:
         if any(n in found for n in node.all_input_nodes):
             found.add(node)
     return found
-
 
 
 def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:

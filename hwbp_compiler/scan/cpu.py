@@ -94,9 +94,9 @@ def _warn_once(reason: str) -> None:
 
 
 def _build(dtype: torch.dtype) -> Callable[..., bool]:
-    # Private, checked on torch 2.13.0. CppCodeCache compiles with the compiler and flags of Inductor's CPU
+    # CppCodeCache compiles with the compiler and flags of Inductor's CPU
     # kernels, under a lock, into Inductor's cache directory, and returns a ctypes library.
-    from torch._inductor.codecache import CppCodeCache
+    from hwbp_compiler.torch_private import CppCodeCache
 
     # Inductor switches fused multiply-add off to match eager mode; a scan has nothing to match. The loops are
     # written out in vectors, and -O3 finds nothing more in them for half as much compile time again.

@@ -29,13 +29,19 @@ from typing import Any
 import sympy
 import torch
 
-# Private, checked on torch 2.13.0.
-from torch._inductor import ir
-from torch._inductor.codegen.common import BackendFeature
-from torch._inductor.lowering import fallback_handler, lowerings, pointwise_cat, register_lowering
-from torch._inductor.runtime.hints import DeviceProperties, ReductionHint
-from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import CeilDiv
+from hwbp_compiler.torch_private import (
+    BackendFeature,
+    CeilDiv,
+    DeviceProperties,
+    ReductionHint,
+    V,
+    fallback_handler,
+    ir,
+    lowerings,
+    ops,
+    pointwise_cat,
+    register_lowering,
+)
 
 from .checks import accumulator
 from .operator import operator

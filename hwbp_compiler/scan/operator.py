@@ -8,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Private, checked on torch 2.13.0.
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from hwbp_compiler.torch_private import (
+    AutoDispatchBelowAutograd,
+    DispatchKeySet,
+    SingleLevelFunction,
+    after_autograd_keyset,
+    enable_single_level_autograd_function,
+    functorch_levels,
+    set_forward_grad_enabled,
+)
 
 from .checks import check_multipliers, check_values
 from .cpu import linear_scan_cpu
@@ -62,15 +68,13 @@ def previous(states: Tensor, reverse: bool) -> Tensor:
 
 
 # torch.library.register_autograd knows no forward mode, whose tangents it drops without a word, and what it makes
-# cannot be called within torch.func.grad. Private, checked on torch 2.13.0: the class is what torch.func itself
+# cannot be called within torch.func.grad. The class is what torch.func itself
 # derives from for the level that a transform is at, which is where the dispatcher calls an Autograd kernel.
-class _Scan(torch.autograd.function._SingleLevelFunction):
+class _Scan(SingleLevelFunction):
     @staticmethod
-    def forward(
-        ctx: Any, values: Tensor, multipliers: Tensor | None, reverse: bool, below: torch._C.DispatchKeySet
-    ) -> Tensor:
+    def forward(ctx: Any, values: Tensor, multipliers: Tensor | None, reverse: bool, below: DispatchKeySet) -> Tensor:
         # apply switches both modes off, but what is below may be the kernel of an outer transform.
-        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), set_forward_grad_enabled(True), AutoDispatchBelowAutograd():
             states = operator.redispatch(below, values, multipliers, reverse)
         ctx.reverse = reverse
         ctx.save_for_backward(multipliers, states if ctx.needs_input_grad[1] else None)
@@ -98,8 +102,8 @@ class _Scan(torch.autograd.function._SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, values: Tensor | None, multipliers: Tensor | None, *_: None) -> Tensor:
         """A scan again: ``du[i] = da[i] + dm[i] * u[i-1] + m[i] * du[i-1]``, for tangents da and dm."""
-        levels = torch._C._functorch.get_interpreter_stack() or []
-        if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1:
+        levels = functorch_levels.get_interpreter_stack() or []
+        if sum(level.key() == functorch_levels.TransformType.Jvp for level in levels) > 1:
             # Torch switches forward mode off in here, so the outer tangents would be lost.
             raise NotImplementedError(
                 "linear_scan: forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; "
@@ -114,10 +118,8 @@ class _Scan(torch.autograd.function._SingleLevelFunction):
         return operator(fed, factor, ctx.reverse)
 
 
-def _autograd(
-    keys: torch._C.DispatchKeySet, values: Tensor, multipliers: Tensor | None, reverse: bool = False
-) -> Tensor:
-    below = keys & torch._C._after_autograd_keyset
+def _autograd(keys: DispatchKeySet, values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
+    below = keys & after_autograd_keyset
     with enable_single_level_autograd_function():
         states: Tensor = _Scan.apply(values, multipliers, reverse, below)
     return states

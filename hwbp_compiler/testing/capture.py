@@ -29,17 +29,19 @@ from functorch.compile import (  # type: ignore[import-untyped]
     min_cut_rematerialization_partition,
 )
 from torch import Tensor, fx, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor import config as inductor_config
-from torch._inductor.decomposition import select_decomp_table
-from torch._subclasses import FakeTensorMode
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._python_dispatch import _disable_current_modes as _without_modes
 
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence.tracing import traced_whole
+from hwbp_compiler.torch_private import (
+    FakeTensorMode,
+    TorchDispatchMode,
+    aot_autograd,
+    inductor_config,
+    select_decomp_table,
+    without_modes,
+)
 
 # What a Record of passes.run says about one chain: .length, .decision, .reason.
 Record = Any
@@ -335,7 +337,7 @@ class _Recorder(TorchDispatchMode):
             return value
         key = (tuple(value.shape), value.stride(), value.dtype)
         if key not in self.described:
-            with _without_modes(), _fakes():
+            with without_modes(), _fakes():
                 self.described[key] = torch.empty_strided(key[0], key[1], dtype=key[2], device=value.device)
         return self.described[key]
 

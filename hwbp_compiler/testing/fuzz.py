@@ -32,6 +32,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
+from hwbp_compiler.torch_private import functorch_config
+
 from . import models, strategies
 from .capture import capture, leaves_of, options, trace
 from .compare import total_norm
@@ -186,7 +188,7 @@ def _through_inductor(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]
 
         torch._dynamo.reset()
         ours = {"strict": True, **vars(setting), "fx_graph_cache": False}
-        with mock.patch.object(passes, "run", noting), torch._functorch.config.patch(enable_autograd_cache=False):
+        with mock.patch.object(passes, "run", noting), functorch_config.patch(enable_autograd_cache=False):
             output = torch.compile(model, backend="highway", options=ours)(*args)
             leaves = leaves_of(model, args)
             found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
