@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROPERTIES = "tests/test_properties.py"
 SCAN = "tests/test_scan.py"
+MODULES = "tests/test_recurrent_modules.py"
+CELLS = "tests/test_any_cell.py"
 
 
 @dataclass(frozen=True)
@@ -219,6 +221,111 @@ MUTATIONS = [
         "scan.rows(p.length * b / blocks, p.length * (b + 1) / blocks,",
         "scan.rows(p.length * b / blocks, p.length * (b + 1) / blocks - (b + 1 < blocks),",
         (f"{SCAN}::test_few_columns_are_scanned_in_blocks_of_links",),
+    ),
+    Mutation(
+        "the derivative of the GRU's candidate is not tanh's",
+        "hwbp_compiler/recurrence/gru.py",
+        "into_n = (1 - z) * (1 - n * n)",
+        "into_n = (1 - z) * (1 - n)",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "K of a GRU is the other gate",
+        "hwbp_compiler/recurrence/gru.py",
+        "keep = with_row_of_zeros(z)[1:]",
+        "keep = with_row_of_zeros(1 - z)[1:]",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "the state before a GRU's first step gets nothing along the highway",
+        "hwbp_compiler/recurrence/gru.py",
+        "return w, into_first + z[0] *",
+        "return w, into_first + 0 * z[0] *",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "damping reaches the state before a GRU's first step an iteration early",
+        "hwbp_compiler/recurrence/gru.py",
+        "+ damping * before_last)",
+        "+ damping * w[0])",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "K of an LSTM is the input gate",
+        "hwbp_compiler/recurrence/lstm.py",
+        "keep = with_row_of_zeros(f)[1:]",
+        "keep = with_row_of_zeros(i)[1:]",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "the cell states of an LSTM are those of the step before",
+        "hwbp_compiler/recurrence/lstm.py",
+        "tanh_c = torch.tanh(c[1:])",
+        "tanh_c = torch.tanh(c[:-1])",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "the first cell state of an LSTM gets no gradient",
+        "hwbp_compiler/recurrence/lstm.py",
+        "first_c = f[0] * (",
+        "first_c = 0 * f[0] * (",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "back through time a step takes the gate of the next",
+        "hwbp_compiler/recurrence/through_time.py",
+        "before.addcmul_(kept[i], states[i])",
+        "before.addcmul_(kept[min(i + 1, steps - 1)], states[i])",
+        (f"{MODULES}::test_iterations_up_to_the_length_are_backprop",),
+    ),
+    Mutation(
+        "the backward direction reads forwards",
+        "passes/replace_recurrent_modules.py",
+        "input = series if forward else self._emit(torch.flip, series, [0])",
+        "input = series",
+        (f"{MODULES}::test_gradients_are_those_of_w_k",),
+    ),
+    Mutation(
+        "a second backward pass draws the dropout masks anew",
+        "hwbp_compiler/recurrence/operator.py",
+        "    if call.random:\n        raise",
+        "    if False:\n        raise",
+        (f"{MODULES}::test_pytorchs_own_kernel_is_bit_for_bit_eager_mode_also_the_second_time",),
+    ),
+    Mutation(
+        "K of a cell changes its sign",
+        "hwbp_compiler/rolled/chain.py",
+        "own = factor * keep\n",
+        "own = -factor * keep\n",
+        (f"{CELLS}::test_gradients_are_those_of_the_paper",),
+    ),
+    Mutation(
+        "a cell's first state gets no gradient",
+        "hwbp_compiler/rolled/chain.py",
+        "[r[0] for r in rows]",
+        "[torch.zeros_like(r[0]) for r in rows]",
+        (f"{CELLS}::test_gradients_are_those_of_the_paper",),
+    ),
+    Mutation(
+        "a cell's weights meet the gradient of the state before",
+        "hwbp_compiler/rolled/chain.py",
+        "constant(row[1:], True)",
+        "constant(row[:-1], True)",
+        (f"{CELLS}::test_gradients_are_those_of_the_paper",),
+    ),
+    Mutation(
+        "a linear recurrence starts from nothing",
+        "hwbp_compiler/rolled/chain.py",
+        "else own) * like\n",
+        "else own) * 0 * like\n",
+        (f"{CELLS}::test_gradients_are_those_of_the_paper",),
+    ),
+    Mutation(
+        "the loop back through time runs forwards",
+        "hwbp_compiler/rolled/loop.py",
+        "order = range(length - 1, -1, -1) if reverse else range(length)",
+        "order = range(length)",
+        (f"{CELLS}::test_step_by_step_is_backprop_through_time",),
     ),
 ]  # fmt: skip
 
