@@ -51,13 +51,14 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The short hash of the checkout, with a + where it has been changed; None outside a checkout."""
+    """The short hash of the checkout, with a + where more than results has changed; None outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    status = ("status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short", "HEAD") + ("+" if git(*status) else "")
     return None
 
 
