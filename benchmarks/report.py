@@ -142,14 +142,15 @@ def recurrent() -> str | None:
 
 
 def cells() -> str | None:
-    found = rows("cells")
+    found = sorted(rows("cells"), key=lambda r: (r["device"], r["length"]))
     if not found:
         return None
     parts = [
         "## Cells of one's own\n\n`python -m benchmarks run --suite cells`. `hwbp_compiler.recurrent` against the same "
         "loop written in Python: in eager mode, the baseline, and compiled by stock Inductor (`inductor`), which "
         "unrolls it. `auto` is the default at k = 2. Cosine: of all parameter gradients with eager mode's. Times in "
-        "milliseconds, a cold compilation in seconds.\n\n"
+        "milliseconds, the first call in seconds: a cold compilation, or none where a cell of the same code and sizes has "
+        "run at another length before.\n\n"
         "**A LayerNorm in the cell asks for a larger k, or for a smaller gain.** It brings what comes from the state "
         "to size 1, however small the weights are: much of an untrained cell's gradient goes through the blocks. The "
         "low cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
@@ -166,7 +167,7 @@ def cells() -> str | None:
             )
             for r in group
         ]  # fmt: skip
-        head = ("run", "backward", "", "whole step", "", "cosine", "compile")
+        head = ("run", "backward", "", "whole step", "", "cosine", "first call")
         title = f"{case}, batch {batch}, hidden {hidden}, {length} steps"
         parts.append(f"### {title}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
