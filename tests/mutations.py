@@ -183,7 +183,7 @@ MUTATIONS = [
     Mutation(
         "an outer transform does not see the scan of an inner one",
         "hwbp_compiler/scan/operator.py",
-        "torch.enable_grad(), _set_fwd_grad_enabled(True), ",
+        "torch.enable_grad(), set_forward_grad_enabled(True), ",
         "",
         (f"{SCAN}::test_the_transforms_of_torch_func_are_those_of_the_loop",),
     ),

@@ -17,6 +17,7 @@ SMALL = {
     "resnet_cifar": ["--depth", "32", "--width", "4", "--batch", "8"],
     "resnet_cifar_strided": ["--depth", "32", "--width", "4", "--batch", "8", "--shortcut", "strided"],
     "pixel_gru": ["--hidden", "8", "--batch", "8"],
+    "custom_cell": ["--hidden", "8", "--batch", "8"],
     "char_lm_gru": ["--cell", "gru", "--layers", "2", "--width", "16", "--length", "12", "--batch", "4"],
     "char_lm_lstm": ["--cell", "lstm", "--width", "16", "--length", "12", "--batch", "4"],
     "char_lm_transformer": [
@@ -28,7 +29,7 @@ SLOW = {"resnet_cifar", "resnet_cifar_strided", "char_lm_gru", "finetune_bert"}
 
 
 def script(case: str) -> str:
-    return next(name for name in ("resnet_cifar", "pixel_gru", "char_lm", "finetune_bert") if case.startswith(name))
+    return next(name for name in ("resnet_cifar", "pixel_gru", "custom_cell", "char_lm", "finetune_bert") if case.startswith(name))
 
 
 @pytest.fixture
