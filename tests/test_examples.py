@@ -29,7 +29,8 @@ SLOW = {"resnet_cifar", "resnet_cifar_strided", "char_lm_gru", "finetune_bert"}
 
 
 def script(case: str) -> str:
-    return next(name for name in ("resnet_cifar", "pixel_gru", "custom_cell", "char_lm", "finetune_bert") if case.startswith(name))
+    scripts = ("resnet_cifar", "pixel_gru", "custom_cell", "char_lm", "finetune_bert")
+    return next(name for name in scripts if case.startswith(name))
 
 
 @pytest.fixture
