@@ -25,7 +25,13 @@ _KIND = {getattr(torch, kind): kind for kind in KINDS}
 
 
 def replace_recurrent_modules(module: GraphModule, options: Options) -> None:
-    """Rewrite the graph that Dynamo gives to a backend, in place."""
+    """Rewrite the graph that Dynamo gives to a backend, and those of its regions (a checkpoint), in place."""
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            _replace_in(part, options)
+
+
+def _replace_in(module: GraphModule, options: Options) -> None:
     graph = module.graph
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _KIND]
     for node in calls:
@@ -99,7 +105,9 @@ class _Call:
             operator, call.kind, call.input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases,
             call.layers, dropout, call.train, call.bidirectional, None, record,
         )  # fmt: skip
-        return [self._emit(python.getitem, node, number) for number in range(1 + len(call.state))]
+        output, *last = (self._emit(python.getitem, node, number) for number in range(1 + len(call.state)))
+        # The backward pass reads the output, which what comes next may change in place (see ``_join_copies``).
+        return [self._emit(torch.clone, output) if any(record) else output, *last]
 
     def _emit(self, target: Any, *args: Any) -> Node:
         node = self.graph.call_function(target, args)

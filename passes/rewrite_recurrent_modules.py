@@ -42,6 +42,7 @@ def rewrite_recurrent_modules(graph: Graph, options: Options) -> tuple[list[Chai
     records: list[ChainRecord] = []
     created: set[Node] = set()
     record_nothing(graph)  # but what a backward pass asks for
+    _join_copies(graph)
     for node in graph.find_nodes(op="call_function", target=backward_operator):
         call = _Backward.of(node)
         record = _described(call)
@@ -78,6 +79,15 @@ def record_nothing(graph: Graph) -> None:
     """Let no forward pass record."""
     for node in graph.find_nodes(op="call_function", target=forward_operator):
         node.args = (*node.args[:-1], [])
+
+
+def _join_copies(graph: Graph) -> None:
+    """Nothing is changed in place any more: an output and its copy (``replace_recurrent_modules``) are one."""
+    for forward in graph.find_nodes(op="call_function", target=forward_operator):
+        for output in [user for user in forward.users if user.args[1] == 0]:
+            for copy in [user for user in output.users if user.target is torch.ops.aten.clone.default]:
+                copy.replace_all_uses_with(output)
+                graph.erase_node(copy)
 
 
 @dataclass(frozen=True)

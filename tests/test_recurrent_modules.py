@@ -5,6 +5,7 @@ The oracle is the module written out as a loop over time (``retold``), in float6
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import torch
 from eager_backend import capture, leaves_of, options
 from torch import nn
 from torch.nn.utils import rnn
+from torch.utils.checkpoint import checkpoint
 from zoo.recurrent import gru_step, lstm_step
 
 import hwbp_compiler
@@ -232,6 +234,54 @@ def test_the_exact_backward_of_an_rnn_knows_both_nonlinearities(nonlinearity):
     leaves = leaves_of(model, args)
     found = torch.autograd.grad(testing.probe_loss(compiled(model)(*args)), list(leaves.values()))
     assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-12)
+
+
+class Checkpointed(nn.Module):
+    """A GRU of two layers and an LSTM, computed again in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(INPUT, HIDDEN, 2, batch_first=True)
+        self.lstm = nn.LSTM(HIDDEN, HIDDEN, bidirectional=True)
+
+    def region(self, x):
+        return self.lstm(self.gru(x.sin())[0].cos())[0]
+
+    def forward(self, x):
+        return checkpoint(self.region, x, use_reentrant=False)
+
+
+def test_inside_a_checkpoint_layers_are_chains_as_outside():
+    torch.manual_seed(0)
+    model, x = Checkpointed().double(), torch.randn(STEPS, STEPS, INPUT, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    plain.forward = plain.region
+    found, expected = (
+        torch.autograd.grad(testing.probe_loss(compiled(m, iterations=2, damping=0.3)(x)), list(m.parameters()))
+        for m in (model, plain)
+    )
+    assert hwbp_compiler.counters()["chains_rewritten"] == 2 * 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", ["exact", STEPS - 1])
+def test_an_output_may_be_changed_in_place(iterations):
+    """Eager mode on a CPU allows it, though the backward pass here reads that output."""
+    torch.manual_seed(0)
+    gru, x = nn.GRU(INPUT, HIDDEN).double(), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+
+    def changed(x):
+        output, h_n = gru(x)
+        output[3:].mul_(2)
+        return output.relu_(), h_n.exp_()
+
+    parameters = list(gru.parameters())
+    expected = torch.autograd.grad(testing.probe_loss(changed(x)), parameters)
+    found = torch.autograd.grad(testing.probe_loss(compiled(changed, iterations=iterations)(x)), parameters)
+    bound = 1e-12 if iterations == "exact" else 1e-2  # all but the longest path
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
 def test_a_recording_dies_with_its_output():
