@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, recurrent
 from hwbp_compiler.options import parse
-from hwbp_compiler.rolled import capture, function
+from hwbp_compiler.rolled import capture, function, loop
 from hwbp_compiler.rolled.chain import How
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.losses import probe_loss
@@ -326,6 +326,39 @@ def test_a_complex_diagonal_recurrence_is_a_scan_both_ways(dtype):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     ((plan,), (record,)) = captured.recurrences[0].plans, captured.recurrences[0].records
     assert plan.affine is not None and record.decision == "rewritten"
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda x, h: (h, h + x.sum()),
+        lambda x, h: (h, x.sum(-1, keepdim=True) - 0.5 * h),
+        lambda x, h: (h, x[0] - 0.5 * h),
+    ],
+    ids=["number", "column", "row"],
+)
+def test_a_linear_recurrence_may_broadcast_what_it_adds(cell):
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
+    assert recurrence.plans[0].affine is not None
+
+
+def test_a_step_that_indexes_does_not_read_what_memory_holds(monkeypatch):
+    """A step is traced on made-up tensors; here what is not written to is full of the largest integers."""
+    loop._compiled.cache_clear()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        x, h = leaf(LENGTH, 3, 4), leaf(3, 4)
+        cell = lambda x, h: (h, torch.sigmoid(h.roll(1, -1)) * h + x)  # noqa: E731
+        wanted = [x, h]
+        found, expected = (
+            torch.autograd.grad(probe_loss(pytree.tree_leaves(run(cell, x, h))), wanted)
+            for run in (lambda *a: recurrent(*a, options={"iterations": "exact", "strict": True}), in_a_loop)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_linear_recurrences_run_no_loop():

@@ -19,11 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.fx import Node
 
 from .batching import Emitter, Value, convolution_backward
 from .chain import Group
 from .program import INPUT, SUM, External, Ref, elementwise_argument
-from .rules import Kind, is_zero, linear_arguments, operands, rule_of
+from .rules import Kind, is_zero, linear_arguments, operands, rule_of, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -178,8 +179,10 @@ class Evaluator:
 
     def _with_zeros(self, target, args):
         """add and sub with a zero operand, without making zeros."""
-        if target is aten.sub.Tensor and args[1] is _Zero:
+        if target in (aten.add.Tensor, aten.sub.Tensor) and args[1] is _Zero:
             return args[0]
+        if target is aten.add.Tensor and args[0] is _Zero:
+            return args[1]
         if target is aten.sub.Tensor and args[0] is _Zero:
             return self._apply(aten.neg.default, (args[1],), {})
         return NotImplemented
@@ -218,9 +221,16 @@ class Evaluator:
         if statement.target in (aten.add.Tensor, aten.sub.Tensor) and not statement.kwargs:
             first, second = args[0], args[1]
             zeros = isinstance(first, (_zero_like, _zero_external)), isinstance(second, (_zero_like, _zero_external))
-            if any(zeros) and not all(zeros):
+            if any(zeros) and not all(zeros) and self._has_the_shape(i, 1 if zeros[0] else 0):
                 return (_Zero if zeros[0] else first, _Zero if zeros[1] else second)
         return tuple(self._materialise(a) for a in args)
+
+    def _has_the_shape(self, i: int, position: int) -> bool:
+        """Whether this operand alone has the result's shape: zeros may be what it is broadcast to."""
+        node = self.program.raw[i]
+        assert node is not None
+        operand = node.args[position]
+        return isinstance(operand, Node) and shape_of(operand) == shape_of(node)
 
     def _linear(self, i: int) -> frozenset[int]:
         node = self.program.raw[i]

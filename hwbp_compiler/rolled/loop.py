@@ -82,8 +82,10 @@ def step_of(code: str) -> GraphModule:
 @functools.lru_cache(maxsize=1024)
 def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tensor]], Any]:
     """Takes [*results to write, *state, *inputs, *shared]."""
+    # Zeros: the step is run on them while it is traced, and whatever is in memory would be no index.
     examples = [
-        torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in description
+        torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+        for shape, stride, dtype, device in description
     ]
     with torch.no_grad():
         # Inductor takes decomposed operators.
