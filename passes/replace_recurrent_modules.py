@@ -76,7 +76,7 @@ class _Call:
         if not self.differentiable or options.rewrite == "never" or call.batch_sizes is not None or projected:
             return False
         approximates = options.iterations != "exact" and call.kind in ("gru", "lstm")
-        return approximates or (call.kind in THROUGH_TIME and _on_a_cpu(call.input))
+        return approximates or (call.kind in THROUGH_TIME and _on_a_cpu(call))
 
     def _by_layers(self, call: Arguments) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""
@@ -117,10 +117,9 @@ class _Call:
         return node
 
 
-def _on_a_cpu(tensor: Node) -> bool:
-    value = tensor.meta.get("example_value")  # none of a transposed input, which is emitted here
-    tensor = tensor.args[0] if value is None and isinstance(tensor.args[0], Node) else tensor
-    return tensor.meta["example_value"].device.type == "cpu"
+def _on_a_cpu(call: Arguments) -> bool:
+    """Its weights tell: nothing is known yet of an input that is emitted here."""
+    return call.weights[0].meta["example_value"].device.type == "cpu"
 
 
 def _may_need_gradient(tensor: Node) -> bool:

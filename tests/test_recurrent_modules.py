@@ -236,6 +236,22 @@ def test_the_exact_backward_of_an_rnn_knows_both_nonlinearities(nonlinearity):
     assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_one_module_feeds_another(kind):
+    torch.manual_seed(0)
+    first, second = (getattr(nn, kind)(INPUT, INPUT).double() for _ in range(2))
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+
+    def both(x):
+        return second(first(x)[0])[0]
+
+    wanted = [x, *first.parameters(), *second.parameters()]
+    expected = torch.autograd.grad(testing.probe_loss(both(x)), wanted)
+    found = torch.autograd.grad(testing.probe_loss(compiled(both, iterations="exact")(x)), wanted)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
 class Checkpointed(nn.Module):
     """A GRU of two layers and an LSTM, computed again in the backward pass."""
 
