@@ -148,7 +148,8 @@ def _known_operators() -> dict:
 def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict | None = None) -> GraphModule:
     functional = dispatch_functionalize(function, FunctionalTensorMode())
     with fake_mode, preserve_node_meta(), enable_python_dispatcher():
-        traced = make_fx(functional, decomposed)(*examples)
+        # An empty table, not none: where none is given newer releases trace ``detach`` as an alias.
+        traced = make_fx(functional, decomposed or {})(*examples)
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
