@@ -119,6 +119,8 @@ LATE = {
     "has_data_mutation": "torch:_functionalize_has_data_mutation",
     "sympy_interp": "torch.utils._sympy.interp:sympy_interp",
     "wrap": "torch._higher_order_ops.wrap:wrap",
+    # recurrence/tracing.py: said while Dynamo runs a call on fake tensors, it breaks the graph there
+    "UnsupportedOperatorException": "torch._subclasses.fake_tensor:UnsupportedOperatorException",
     # graph/batching.py, testing/
     "FakeTensorMode": "torch._subclasses:FakeTensorMode",
     "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",

@@ -252,6 +252,17 @@ def test_one_module_feeds_another(kind):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_inside_a_transform_of_torch_func_it_runs_in_eager_mode():
+    torch.manual_seed(0)
+    gru, x = nn.GRU(INPUT, HIDDEN).double(), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
+    parameters = dict(gru.named_parameters())
+    gradients = torch.func.grad(lambda p: testing.probe_loss(torch.func.functional_call(gru, p, (x,))))
+    expected = gradients(parameters)
+    found = torch.compile(lambda p: gradients(p), backend="highway", options={"iterations": 2})(parameters)
+    for name in parameters:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
 class Checkpointed(nn.Module):
     """A GRU of two layers and an LSTM, computed again in the backward pass."""
 

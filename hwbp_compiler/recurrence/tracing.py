@@ -17,7 +17,12 @@ from typing import Any
 
 import torch
 
-from hwbp_compiler.torch_private import allow_rnn, override_python_kernels
+from hwbp_compiler.torch_private import (
+    UnsupportedOperatorException,
+    allow_rnn,
+    functorch_levels,
+    override_python_kernels,
+)
 
 from .arguments import KINDS, Arguments
 from .operator import operator
@@ -55,6 +60,9 @@ def _whole(kind: str, original: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if not getattr(_here, "active", False):
             return original(*args, **kwargs)
+        if functorch_levels.peek_interpreter_stack() is not None:
+            # Inside torch.func.grad and the like: eager mode, as under any other backend.
+            raise UnsupportedOperatorException(getattr(torch.ops.aten, kind))
         return shapes_of(Arguments.of(kind, args, kwargs))
 
     return kernel
