@@ -263,6 +263,19 @@ def test_inside_a_transform_of_torch_func_it_runs_in_eager_mode():
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_gradients_share_no_memory(kind):
+    """What is accumulated, or clipped in place, would otherwise be so twice."""
+    model, args = Case("output").build(kind)
+    for _ in range(2):
+        testing.probe_loss(compiled(model, iterations=2)(*args)).backward()
+    found = [p.grad for p in model.parameters()]
+    assert len({g.untyped_storage().data_ptr() for g in found}) == len(found)
+    expected = torch.autograd.grad(testing.probe_loss(compiled(model, iterations=2)(*args)), list(model.parameters()))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, 2 * b, rtol=1e-12, atol=1e-12)
+
+
 class Checkpointed(nn.Module):
     """A GRU of two layers and an LSTM, computed again in the backward pass."""
 

@@ -72,7 +72,7 @@ def gradients(
         w_ih=weights[:, :inputs],
         w_hh=weights[:, inputs:],
         b_ih=sums,
-        b_hh=sums,
+        b_hh=sums.clone(),  # both are added to and clipped in place
     )
 
 

@@ -25,5 +25,5 @@ def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Ten
         w_ih=torch.mm(flat.t(), rows(layer.input)),
         w_hh=torch.addmm(torch.mm(flat[:batch].t(), first), flat[batch:].t(), rows(later)),
         b_ih=sums,
-        b_hh=sums,
+        b_hh=sums.clone(),  # both are added to and clipped in place
     )
