@@ -18,6 +18,7 @@ from torch.fx import Node
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
 from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.graph.stacking import StackPlan, is_shared
 
 aten = torch.ops.aten
@@ -210,30 +211,14 @@ def _flops(node: Node) -> float:
         return 2.0 * bytes_of(value)
 
 
-def bytes_of(value: object) -> int:
-    """Bytes of a node's value; a symbolic size counts as its hint."""
-    if isinstance(value, (tuple, list)):
-        return sum(bytes_of(v) for v in value)
-    if not isinstance(value, torch.Tensor):
-        return 0
-    total = value.element_size()
-    for size in value.shape:
-        total *= _hint(size)
-    return total
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1
-
-
 def _with_hints(value: object) -> object:
     """``value`` with numbers for symbolic sizes: to compute with a symbol would tie the graph to this size of it."""
     if isinstance(value, (tuple, list)):
         return type(value)(_with_hints(v) for v in value)
     if isinstance(value, torch.SymInt):
-        return _hint(value)
+        return hint(value)
     if isinstance(value, torch.Tensor) and not all(isinstance(size, int) for size in value.shape):
-        return torch.empty([_hint(size) for size in value.shape], dtype=value.dtype, device="meta")
+        return torch.empty([hint(size) for size in value.shape], dtype=value.dtype, device="meta")
     return value
 
 

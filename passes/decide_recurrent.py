@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hwbp_compiler.graph.sizes import hint
+
 from .decide import Estimate, cores
 
 _GATES = {"gru": 3, "lstm": 4}
@@ -47,8 +49,8 @@ def _figures(kind: str, like: Tensor) -> _Figures:
 
 def estimate_recurrent(kind: str, input: Tensor, output: Tensor, iterations: int) -> Estimate:
     """Seconds for input [T, B, I] and output [T, B, H]; symbolic sizes count as what they were seen to be."""
-    steps, batch, width = (_hint(size) for size in input.shape)
-    hidden = _hint(output.shape[2])
+    steps, batch, width = (hint(size) for size in input.shape)
+    hidden = hint(output.shape[2])
     figures = _figures(kind, output)
     gates = _GATES[kind] * hidden
     of_input, of_state = (2.0 * steps * batch * gates * columns / figures.flops for columns in (width, hidden))
@@ -62,7 +64,3 @@ def estimate_recurrent(kind: str, input: Tensor, output: Tensor, iterations: int
     else:  # two of them: into the state before and into the weights
         exact = 2 * of_input + 2 * 2 * of_state + by_step
     return Estimate(exact, rewritten, 0)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

@@ -19,13 +19,14 @@ from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, 
 from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
+from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
-from .decide import bytes_of, estimate
+from .decide import estimate
 from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links

@@ -83,6 +83,16 @@ def test_the_debug_log_holds_the_report(no_code, caplog):
     assert "[0..4; " in caplog.text and "return x + torch.relu(self.linear(x))]" in caplog.text
 
 
+def test_a_log_of_a_dynamic_batch_holds_the_report_and_ties_the_graph_to_no_size(no_code, caplog):
+    model = nn.Sequential(*(Block() for _ in range(5)))
+    compiled = torch.compile(model, backend="highway", options=ALWAYS, dynamic=True)
+    with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
+        for batch in (3, 400):  # bytes that are told in kB, and in MB
+            compiled(torch.ones(batch, 4)).sum().backward()
+    assert "not shown" not in caplog.text and "kB more at a time" in caplog.text
+    assert counters["highway"]["graphs_seen"] == 1
+
+
 def test_dynamos_own_explain_is_still_fine(no_code):
     found = torch._dynamo.explain(train())(torch.ones(2, 4))
     assert found.graph_count == 1 and found.graph_break_count == 0

@@ -327,6 +327,15 @@ def test_compilations_of_the_users_are_neither_dropped_nor_made_dynamic():
     assert counter.frame_count == 1
 
 
+def test_a_dynamic_batch_is_told_of_in_numbers_like_any_other():
+    torch._dynamo.mark_dynamic(dynamic := torch.ones(3, WIDTH), 0)
+    found, expected = (explain(mlp(), batch, options=ALWAYS) for batch in (dynamic, torch.ones(3, WIDTH)))
+    inputs = found.graph_before.graph.find_nodes(op="placeholder")
+    assert any(isinstance(node.meta["val"], torch.SymInt) for node in inputs)
+    assert json.dumps(found.to_dict()["chains"]) == json.dumps(expected.to_dict()["chains"])
+    assert str(found).partition("chain 1")[2] == str(expected).partition("chain 1")[2]
+
+
 def test_nothing_is_counted():
     explain(nn.Linear(2, 2), torch.ones(1, 2))
     assert set(hwbp_compiler.counters().values()) == {0}

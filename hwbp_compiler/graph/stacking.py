@@ -24,6 +24,7 @@ from .batching import Emitter, Value
 from .match import same_value
 from .program import _constant, _dtype_of
 from .rules import shape_of
+from .sizes import bytes_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -91,7 +92,7 @@ class StackPlan:
     def operands(self, nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | None:
         """The operands to compute ``nodes`` from, where stacking them copies no more than stacking the results."""
         columns = _columns(nodes)
-        return None if columns is None or self._cost_of_operands(columns) > _bytes(nodes[0]) else columns
+        return None if columns is None or self._cost_of_operands(columns) > bytes_of(nodes[0].meta["val"]) else columns
 
     def _cost_of_operands(self, columns: list[tuple[int, tuple[Node, ...]]]) -> int:
         return sum(self._cost(c) for c in dict.fromkeys(column for _, column in columns))
@@ -101,10 +102,10 @@ class StackPlan:
         if nodes in self._announced or is_shared(nodes):
             return 0
         if nodes not in self._costs:
-            self._costs[nodes] = _bytes(nodes[0])  # a bound while we look deeper, and for what is not cheap
+            self._costs[nodes] = bytes_of(nodes[0].meta["val"])  # a bound while we look deeper, and for what is not cheap
             columns = _columns(nodes)
             if columns is not None:
-                self._costs[nodes] = min(_bytes(nodes[0]), self._cost_of_operands(columns))
+                self._costs[nodes] = min(bytes_of(nodes[0].meta["val"]), self._cost_of_operands(columns))
         return self._costs[nodes]
 
 
@@ -156,7 +157,7 @@ class Stacker:
     def _copied(self, nodes: tuple[Node, ...]) -> Value:
         if any((shape_of(n), _dtype_of(n)) != (shape_of(nodes[0]), _dtype_of(nodes[0])) for n in nodes):
             raise AssertionError("only equal shapes are stacked")
-        self.copied_bytes += len(nodes) * _bytes(nodes[0])
+        self.copied_bytes += len(nodes) * bytes_of(nodes[0].meta["val"])
         return Value(stack(self.e, nodes), True)
 
 
@@ -218,8 +219,3 @@ def _has_node(value: object) -> bool:
     if isinstance(value, (list, tuple)):
         return any(_has_node(v) for v in value)
     return isinstance(value, Node)
-
-
-def _bytes(node: Node) -> int:
-    value = node.meta["val"]
-    return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else 0

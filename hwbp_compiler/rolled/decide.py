@@ -5,8 +5,9 @@ from __future__ import annotations
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
-from hwbp_compiler.passes.decide import Estimate, _cost, bytes_of, device_figures
+from hwbp_compiler.passes.decide import Estimate, _cost, device_figures
 
 from .chain import How
 from .link import Backward
