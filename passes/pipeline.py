@@ -31,6 +31,7 @@ from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
 from .rewrite import Rewriting, rewrite_chain
+from .rewrite_recurrent_modules import Watcher as ModuleWatcher
 from .rewrite_recurrent_modules import rewrite_recurrent_modules
 from .split_links import Split, split_links
 
@@ -57,7 +58,7 @@ class Candidate:
         return {n for g in self.groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
 
 
-class Watcher(Protocol):
+class Watcher(ModuleWatcher, Protocol):
     """Looks on while chains are treated; changes nothing."""
 
     def found(self, record: ChainRecord, candidate: Candidate, origins: list[Origin]) -> None:
@@ -74,7 +75,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     raised. Any other exception comes before the graph is changed.
     """
     origins = Origins(graph)
-    records, settled = rewrite_recurrent_modules(graph, options)
+    records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}
     decided: set[tuple] = set()
     first_look = True

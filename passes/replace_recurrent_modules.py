@@ -91,7 +91,7 @@ class _Call:
                 cell = replace(call, weights=call.cells[number], state=state, layers=1, bidirectional=False)
                 forward = direction == 0
                 input = series if forward else self._emit(torch.flip, series, [0])
-                output, *ends = self._recurrent(replace(cell, input=input), 0.0)
+                output, *ends = self._recurrent(replace(cell, input=input), 0.0, self._place(layer, direction))
                 outputs.append(output if forward else self._emit(torch.flip, output, [0]))
                 last.append(ends)
             series = outputs[0] if len(outputs) == 1 else self._emit(torch.cat, outputs, -1)
@@ -99,12 +99,22 @@ class _Call:
             return [series, *last[0]]
         return [series, *(self._emit(torch.cat, list(parts), 0) for parts in zip(*last, strict=True))]
 
-    def _recurrent(self, call: Arguments, dropout: float) -> list[Node]:
+    def _place(self, layer: int, direction: int) -> str:
+        """What tells this part of the module from the others; "" where it is the whole module."""
+        call = self.arguments
+        whole = call.layers * call.directions == 1
+        return "" if whole else f"layer {layer} reverse" if direction else f"layer {layer}"
+
+    def _recurrent(self, call: Arguments, dropout: float, place: str = "") -> list[Node]:
         record = [_may_need_gradient(t) for t in call.tensors] if self.differentiable else []
         node = self._emit(
             operator, call.kind, call.input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases,
             call.layers, dropout, call.train, call.bidirectional, None, record,
         )  # fmt: skip
+        stack = node.meta.get("nn_module_stack")
+        if place and stack:  # as if each had been a module inside it
+            name, kind = list(stack.values())[-1]
+            node.meta["nn_module_stack"] = {**stack, place: (f"{name} {place}", kind)}
         output, *last = (self._emit(python.getitem, node, number) for number in range(1 + len(call.state)))
         # The backward pass reads the output, which what comes next may change in place (see ``_join_copies``).
         return [self._emit(torch.clone, output) if any(record) else output, *last]

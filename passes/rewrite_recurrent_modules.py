@@ -6,11 +6,12 @@ replays every operator of every step; there all but the step from state to state
 
 from __future__ import annotations
 
+import copy
 import logging
 import operator as python
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,12 +21,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hwbp_compiler.graph.batching import decompositions
 from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
+from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
+from .decide import Estimate
 from .decide_recurrent import estimate_recurrent
 
 log = logging.getLogger(__name__)
@@ -37,7 +41,19 @@ _NO_PATH = "no elementwise path: a step of a {} sees the state before it through
 _NAMES = {"gru": "GRU", "lstm": "LSTM", "rnn_tanh": "tanh RNN", "rnn_relu": "ReLU RNN"}
 
 
-def rewrite_recurrent_modules(graph: Graph, options: Options) -> tuple[list[ChainRecord], set[Node]]:
+class Watcher(Protocol):
+    """Looks on; changes nothing. ``records``: those of one module, a chain for each layer and direction."""
+
+    def found_module(self, records: list[ChainRecord], backward: Node) -> None:
+        """Before ``backward``, the module's backward pass as one operator, is decided upon."""
+
+    def rewrote_module(self, records: list[ChainRecord], created: list[Node]) -> None:
+        """After it was rewritten."""
+
+
+def rewrite_recurrent_modules(
+    graph: Graph, options: Options, watcher: Watcher | None = None
+) -> tuple[list[ChainRecord], set[Node]]:
     """Decide every recurrent layer of the joint graph and rewrite in place; what was decided, and the nodes emitted."""
     records: list[ChainRecord] = []
     created: set[Node] = set()
@@ -45,34 +61,78 @@ def rewrite_recurrent_modules(graph: Graph, options: Options) -> tuple[list[Chai
     _join_copies(graph)
     for node in graph.find_nodes(op="call_function", target=backward_operator):
         call = _Backward.of(node)
-        record = _described(call)
-        records += [record] * call.chains
+        mine = _described(call)
+        records += mine
+        if watcher is not None:
+            watcher.found_module(mine, node)
         call.record(call.wanted)
-        reason = call.unsound() or _decline(call, options, record)
-        if reason is not None:
-            record.reason = reason
-            if not call.goes_through_time:
-                continue
-        iterations = None if reason is not None else int(options.iterations)
+        decision = call.unsound() or _decide(call, options)
+        for record in mine:
+            record.estimate, record.reason, record.advice = decision.estimate, decision.reason, decision.advice
+        if not decision.rewrites and not call.goes_through_time:
+            continue
+        iterations = int(options.iterations) if decision.rewrites else None
         try:
-            created |= _rewrite(graph, call, iterations, options.damping)
+            emitted = _rewrite(graph, call, iterations, options.damping)
         except Exception as error:
             if options.strict:
                 raise
-            record.failed, record.reason = True, f"{type(error).__name__}: {error}"
+            for record in mine:
+                record.failed, record.reason = True, f"{type(error).__name__}: {error}"
             log.debug("rewriting a recurrent layer failed", exc_info=error)
             continue
-        if reason is None:
-            record.decision = "rewritten"
+        created.update(emitted)
+        if decision.rewrites:
+            for record in mine:
+                record.decision, record.added_bytes = "rewritten", _held_at_once(emitted)
+            if watcher is not None:
+                watcher.rewrote_module(mine, emitted)
     return records, created
 
 
-def _described(call: _Backward) -> ChainRecord:
+@dataclass(frozen=True)
+class _Decision:
+    """``rewrites`` or not, and what the records say of it."""
+
+    reason: str
+    advice: str = ""
+    estimate: Estimate | None = None
+    rewrites: bool = False
+
+
+def _described(call: _Backward) -> list[ChainRecord]:
+    """One record for each layer and direction."""
     source, module = source_line(call.node), module_of(call.node)
+    # Without an elementwise path there is no chain to be drawn.
+    members = [0] * call.length if call.multiplier != "0" else []
     group = GroupRecord(call.length, {"mm": 1}, call.multiplier, module, source)
-    return ChainRecord(
-        call.length, "declined", "", call.multiplier, [group], source, module=module, sources=[source] if source else []
-    )
+    record = ChainRecord(
+        call.length, "declined", "", call.multiplier, [group], source, module=module,
+        sources=[source] if source else [], members=members, modules=[module] * len(members),
+    )  # fmt: skip
+    return [copy.copy(record) for _ in range(call.chains)]
+
+
+def _held_at_once(nodes: Sequence[Node]) -> int:
+    """Most bytes that these nodes hold at a time, in this order and each kept until its last use: fusion needs less."""
+    position = {node: i for i, node in enumerate(nodes)}
+    owner: dict[Node, Node] = {}  # whose memory a node shows
+    last: dict[Node, int] = {}
+    for i, node in enumerate(nodes):
+        rule = rule_of(node)
+        source = node.args[0] if rule is not None and rule.kind is Kind.LAYOUT else None
+        owner[node] = owner.get(source, node) if isinstance(source, Node) else node
+        last[owner[node]] = max([i, last.get(owner[node], 0), *(position.get(u, len(nodes)) for u in node.users)])
+    held = most = 0
+    ends: dict[int, int] = {}
+    for i, node in enumerate(nodes):
+        if owner[node] is node:
+            size = bytes_of(node.meta.get("val"))
+            held += size
+            ends[last[node]] = ends.get(last[node], 0) + size
+        most = max(most, held)
+        held -= ends.pop(i, 0)
+    return most
 
 
 def record_nothing(graph: Graph) -> None:
@@ -145,46 +205,58 @@ class _Backward:
         assert isinstance(forward, Node)
         forward.args = (*forward.args[:-1], needed)
 
-    def unsound(self) -> str | None:
+    def unsound(self) -> _Decision | None:
         """Why this cannot be rewritten; None if it can."""
         if self.kind not in _CELLS:
-            return _NO_PATH.format(_NAMES[self.kind])
+            return _Decision(
+                _NO_PATH.format(_NAMES[self.kind]),
+                "Nothing: its gradients are exact. nn.GRU and nn.LSTM carry their state past the matrix, through a gate.",
+            )
         if self.batch_sizes is not None:
-            return "a packed sequence: its steps have batches of different sizes. PyTorch's own kernel is used"
+            return _Decision(
+                "a packed sequence: its steps have batches of different sizes. PyTorch's own kernel is used",
+                "A padded batch in place of the packed one.",
+            )
         if len(self.weights) != self.chains * (4 if self.has_biases else 2):
-            return "an LSTM with projections (proj_size). PyTorch's own kernel is used"
+            return _Decision(
+                "an LSTM with projections (proj_size). PyTorch's own kernel is used",
+                "No proj_size, and a smaller hidden_size or a linear layer behind the LSTM instead.",
+            )
         if self.autocast is not None:
-            return "under autocast PyTorch's own kernel is used"
+            return _Decision(
+                "under autocast PyTorch's own kernel is used",
+                "Call it inside torch.autocast(device_type, enabled=False), or give the model and its inputs the lower "
+                "precision themselves.",
+            )
         return None
 
 
-def _decline(call: _Backward, options: Options, record: ChainRecord) -> str | None:
-    """Why the layer is left to ordinary backprop, or None. Puts the estimate into ``record``."""
-    if options.iterations == "exact":
-        record.advice = f"Any iterations below {call.length}."
-        return 'iterations="exact" asks for ordinary backprop'
-    if call.length < options.min_length:
-        record.advice = f"min_length={call.length} lets it be considered."
-        return f"shorter than min_length={options.min_length}"
-    if options.iterations >= call.length:
-        record.advice = f"iterations below {call.length}, or leave it: these gradients are exact."
-        return f"iterations={options.iterations} reaches the chain's length {call.length}: that is ordinary backprop"
-    expected = estimate_recurrent(
-        call.kind, call.input.meta["val"], call.output.meta["val"], int(options.iterations)
-    )
-    record.estimate = expected
+def _decide(call: _Backward, options: Options) -> _Decision:
+    """What becomes of a layer that can be rewritten."""
+    length, k = call.length, options.iterations
+    if k == "exact":
+        return _Decision('iterations="exact" asks for ordinary backprop', f"Any iterations below {length}.")
+    if length < options.min_length:
+        return _Decision(f"shorter than min_length={options.min_length}", f"min_length={length} lets it be considered.")
+    if k >= length:
+        return _Decision(
+            f"iterations={k} reaches the chain's length {length}: that is ordinary backprop",
+            f"iterations below {length}, or leave it: these gradients are exact.",
+        )
+    expected = estimate_recurrent(call.kind, call.input.meta["val"], call.output.meta["val"], int(k))
     if options.rewrite == "always":
-        record.reason = f'rewrite="always"; estimated {expected}'
-    elif expected.pays:
-        record.reason = f"expected to be faster: {expected}"
-    else:
-        record.advice = 'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.'
-        return f"not expected to be faster: {expected}"
-    return None
+        return _Decision(f'rewrite="always"; estimated {expected}', "", expected, True)
+    if expected.pays:
+        return _Decision(f"expected to be faster: {expected}", "", expected, True)
+    return _Decision(
+        f"not expected to be faster: {expected}",
+        'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.',
+        expected,
+    )
 
 
-def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> set[Node]:
-    """In Highway-BP form; exact, through time, if ``iterations`` is None."""
+def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> list[Node]:
+    """In Highway-BP form; exact, through time, if ``iterations`` is None. The nodes emitted."""
     steps = call.input.meta["val"].shape[0]
     if iterations is not None and not steps > iterations:  # symbolic: the guard makes a shorter sequence compile anew
         raise AssertionError("iterations reach the length")
@@ -209,12 +281,10 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: flo
         graph.erase_node(user)
     graph.erase_node(call.node)
     call.record([])
-    alive = set(created)
     for node in reversed(created):
         if not node.users:
             graph.erase_node(node)
-            alive.discard(node)
-    return alive
+    return [node for node in created if not node._erased]
 
 
 def _gradients(

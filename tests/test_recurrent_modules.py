@@ -347,7 +347,7 @@ def test_a_tanh_recurrence_has_no_highway_and_the_report_says_so():
     report = hwbp_compiler.explain(model, *args, options={"rewrite": "always", "iterations": 1})
     (chain,) = report.chains
     assert (chain.length, chain.multiplier, chain.decision) == (STEPS, "0", "declined")
-    assert "no elementwise path" in chain.reason
+    assert "no elementwise path" in chain.reason and "nn.GRU" in chain.advice
 
 
 def test_explain_shows_one_chain_per_layer_and_direction_with_the_users_line():
@@ -358,8 +358,30 @@ def test_explain_shows_one_chain_per_layer_and_direction_with_the_users_line():
         assert chain.decision == "rewritten"
         assert chain.multiplier.startswith("c->c: sigmoid(...)")
         assert "test_recurrent_modules.py" in chain.source and "self.module(" in chain.source
+    places = {"layer 0", "layer 0 reverse", "layer 1", "layer 1 reverse"}
+    assert {c.module for c in report.chains} == {f"module {place}" for place in places}
     assert "recurrent_backward" in str(report.graph_before.graph)
     assert "recurrent_backward" not in str(report.graph_after.graph)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_explain_draws_a_recurrent_module_shows_its_programs_and_measures_the_error(kind, tmp_path):
+    model, args = Case("plain").build(kind)
+    report = hwbp_compiler.explain(model, *args, options={"rewrite": "always", "iterations": 1}, errors=True)
+    (chain,), (graph,) = report.chains, report.graphs
+    ((program,),) = graph.programs
+    assert "self.module(" in program.forward[0]
+    assert "recurrent_backward(" in program.before and "linear_scan(" in program.after
+    errors = [e.relative_error for e in graph.errors]
+    assert errors[0] > errors[-1] and errors[-1] < 1e-2
+    # The series of states at least, and no more than every value that the rewritten form computes.
+    nodes = [n.meta["val"] for n in report.graph_after.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    assert args[0].new_empty(STEPS, BATCH, HIDDEN).nbytes < chain.added_bytes < sum(value.nbytes for value in nodes)
+    report.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="block ') == STEPS
+    report.save_repro(tmp_path / "repro.py")
+    assert f"for k in (0, 1, {STEPS - 1}):" in (tmp_path / "repro.py").read_text()
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])

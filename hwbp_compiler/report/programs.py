@@ -51,6 +51,16 @@ class Programs:
     def rewritten(self, record: ChainRecord, candidate: Candidate, rewriting: Rewriting) -> None:
         self._rewritten.append((record, candidate, rewriting))
 
+    def found_module(self, records: list[ChainRecord], backward: Node) -> None:
+        for record in records:
+            before = "\n".join(["# one operator, which goes through the steps one after another", _line(backward)])
+            self.blocks[id(record)] = [BlockPrograms(list(record.sources), before, example=record.length)]
+
+    def rewrote_module(self, records: list[ChainRecord], created: list[Node]) -> None:
+        after = "\n".join(map(_line, created))
+        for record in records:
+            self.blocks[id(record)][0].after = after
+
     def finish(self) -> None:
         """After the last chain: what a later rewriting dropped of an earlier one is not shown."""
         for record, _, rewriting in self._rewritten:
