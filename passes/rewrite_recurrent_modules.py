@@ -145,9 +145,9 @@ def _join_copies(graph: Graph) -> None:
     """Nothing is changed in place any more: an output and its copy (``replace_recurrent_modules``) are one."""
     for forward in graph.find_nodes(op="call_function", target=forward_operator):
         for output in [user for user in forward.users if user.args[1] == 0]:
-            for copy in [user for user in output.users if user.target is torch.ops.aten.clone.default]:
-                copy.replace_all_uses_with(output)
-                graph.erase_node(copy)
+            for cloned in [user for user in output.users if user.target is torch.ops.aten.clone.default]:
+                cloned.replace_all_uses_with(output)
+                graph.erase_node(cloned)
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Backward:
         if self.kind not in _CELLS:
             return _Decision(
                 _NO_PATH.format(_NAMES[self.kind]),
-                "Nothing: its gradients are exact. nn.GRU and nn.LSTM carry their state past the matrix, through a gate.",
+                "Nothing: its gradients are exact. nn.GRU and nn.LSTM carry a state past the matrix, through a gate.",
             )
         if self.batch_sizes is not None:
             return _Decision(
