@@ -6,6 +6,7 @@ import argparse
 import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     from .report.text import show
 
     try:
-        made = _load(arguments.maker)()
+        _check_places(arguments)
+        maker = _load(arguments.maker)
+        _check_takes_nothing(maker, arguments.maker)
+        made = maker()
         if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
             raise _Usage(
                 f"{arguments.maker} returned {type(made).__name__}"
@@ -119,6 +123,26 @@ def _load_file(path: Path) -> Any:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+def _check_places(arguments: argparse.Namespace) -> None:
+    """What cannot be written is told before the work, not after it."""
+    from .report.draw import SUFFIXES
+
+    for place in filter(None, (arguments.html, arguments.json, arguments.repro, arguments.draw)):
+        if not Path(place).absolute().parent.is_dir():
+            raise _Usage(f"{place!r} is in a folder that does not exist; make it first")
+    if arguments.draw and Path(arguments.draw).suffix not in SUFFIXES:
+        raise _Usage(f"--draw {arguments.draw!r} must end in one of {', '.join(SUFFIXES)}")
+
+
+def _check_takes_nothing(function: Callable[..., Any], name: str) -> None:
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise _Usage(f"{name} cannot be called without arguments: {error}. {_MAKER}") from None
+    except ValueError:  # what is written in C may have no signature
+        pass
 
 
 def _call(inputs: Any, tensor: type) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

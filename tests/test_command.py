@@ -32,6 +32,9 @@ def by_keyword():
 def nothing():
     return nn.Linear(2, 2), "inputs"
 
+def of_width(width):
+    return positional()
+
 def the_model_alone():
     return positional()[0]
 """
@@ -69,17 +72,22 @@ def test_inputs_by_keyword_and_a_loss(folder, capsys):
         (["a_model:the_model_alone"], "returned Sequential; it must return (model, inputs)"),
         (["no_such_module:f"], "cannot be imported"),
         (["no_such_file.py:f"], "no file"),
-        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, positional, the_model_alone"),
+        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, of_width, positional, the_model_alone"),
         (["a_model"], "names no function"),
         (["a_model:nothing"], "the inputs are a str"),
+        (["a_model:Block.forward"], "has no function 'Block.forward'"),
+        (["a_model:of_width"], "cannot be called without arguments: missing a required argument: 'width'"),
+        (["a_model:positional", "--html", "no/such/folder/a.html"], "folder that does not exist"),
+        (["a_model:positional", "--draw", "a.pdf"], "must end in one of .dot, .svg, .png"),
         (["a_model:positional", "-o", "iterations"], "has no value"),
         (["a_model:positional", "-o", "iterations=-1"], "iterations"),
         (["a_model:positional", "-o", "iteration=1"], "Did you mean 'iterations'"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_status_is_2(folder, capsys, arguments, said):
+def test_what_is_wrong_is_said_before_anything_else_and_the_status_is_2(folder, capsys, arguments, said):
     assert main(["explain", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert said in told.err and told.out == ""
 
 
 def test_the_doctor_finds_this_machine_well():

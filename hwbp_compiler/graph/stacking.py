@@ -102,10 +102,11 @@ class StackPlan:
         if nodes in self._announced or is_shared(nodes):
             return 0
         if nodes not in self._costs:
-            self._costs[nodes] = bytes_of(nodes[0].meta["val"])  # a bound while looking deeper; where it is not cheap
+            copied = bytes_of(nodes[0].meta["val"])
+            self._costs[nodes] = copied  # a bound while we look deeper, and for what is not cheap
             columns = _columns(nodes)
             if columns is not None:
-                self._costs[nodes] = min(bytes_of(nodes[0].meta["val"]), self._cost_of_operands(columns))
+                self._costs[nodes] = min(copied, self._cost_of_operands(columns))
         return self._costs[nodes]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
 def copy_of(graph: fx.Graph) -> fx.GraphModule:
     """A module of its own over a copy of ``graph``."""
     assert graph.owning_module is not None
+    return fx.GraphModule(graph.owning_module, copied(graph), "JointGraph")
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
     with warnings.catch_warnings():  # copying a graph warns of how torch itself copies the layout of its inputs
         warnings.simplefilter("ignore", FutureWarning)
-        return fx.GraphModule(graph.owning_module, copy.deepcopy(graph), "JointGraph")
+        return copy.deepcopy(graph)
 
 
 @dataclass
@@ -49,6 +54,10 @@ class ErrorAt:
     iterations: int
     cosine: float
     relative_error: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """None for what overflowed: JSON has no word for it."""
+        return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
 @dataclass
@@ -134,7 +143,7 @@ class Report:
                     "nodes_after": len(graph.after.graph.nodes),
                     "chains": len(graph.chains),
                     "failure": graph.failure,
-                    "errors": [asdict(error) for error in graph.errors],
+                    "errors": [error.to_dict() for error in graph.errors],
                 }
                 for graph in self.graphs
             ],

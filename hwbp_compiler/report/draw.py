@@ -9,14 +9,14 @@ from pathlib import Path
 from torch import fx
 from torch.fx.passes.graph_drawer import FxGraphDrawer
 
-_SUFFIXES = (".dot", ".svg", ".png")
+SUFFIXES = (".dot", ".svg", ".png")
 
 
 def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
     """See :meth:`Report.draw`."""
     path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it takes one of {', '.join(_SUFFIXES)}")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it takes one of {', '.join(SUFFIXES)}")
     if module is None:
         raise ValueError("draw: the report has no joint graph to draw; print(report) says why")
     try:

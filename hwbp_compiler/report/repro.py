@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch.fx.graph import CodeGen
 
 from hwbp_compiler.options import Options
 
-from .data import ExplainedGraph
+from .data import ExplainedGraph, copied
 
 _LARGEST_CONSTANT = 4096
 
@@ -22,7 +21,6 @@ _SCRIPT = '''"""Rebuilds a joint graph, runs hwbp_compiler's passes on it and co
 Made by report.save_repro. torch {version}, options {options}
 """
 
-import copy
 import sys
 
 import torch
@@ -104,7 +102,7 @@ def write(found: ExplainedGraph | None, options: Options, path: str | os.PathLik
     """See :meth:`Report.save_repro`."""
     if found is None:
         raise ValueError("save_repro: the report has no joint graph; print(report) says why")
-    graph = copy.deepcopy(found.before.graph)
+    graph = copied(found.before.graph)
     graph.set_codegen(CodeGen())  # plain arguments, one per input
     longest = max((c.length for c in found.chains if c.members), default=1)
     given = options.iterations if isinstance(options.iterations, int) else 1
