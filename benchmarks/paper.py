@@ -11,20 +11,3 @@ STEP_MS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "GRU of 3 layers, 256 steps": (687, (240, 268, 300, 332, 389, 538, 839), (226, 243, 260, 281, 316, 400, 573)),
     "GRU, 1024 steps": (715, (205, 210, 210, 210, 230, 248, 292), (191, 207, 204, 203, 209, 216, 241)),
 }
-
-
-def section() -> str:
-    """The table as Markdown, with the speed-up of each cell."""
-    head = ("", "backprop", "method", *(f"k = {k}" for k in ITERATIONS))
-    lines: list[tuple[object, ...]] = [head, ("---",) * len(head)]
-    for case, (exact, highway, fixed_point) in STEP_MS.items():
-        lines.append((case, exact, "Highway-BP", *(f"{ms} ({exact / ms:.1f}x)" for ms in highway)))
-        lines.append(("", "", "FPI", *(f"{ms} ({exact / ms:.1f}x)" for ms in fixed_point)))
-    table = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-    return (
-        "## The paper's own figures\n\n"
-        "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
-        "batch 128, hidden size 512 (256 steps) or 64 (1024 steps), and in brackets the ratio to their own sequential "
-        "backprop. Not measured by us: nothing on this page ran on a GPU, so no figure above compares with these.\n\n"
-        f"{table}"
-    )

@@ -270,6 +270,21 @@ def accuracy() -> str | None:
     return section(rows("accuracy"))
 
 
+def papers_own() -> str:
+    lines: list[tuple[object, ...]] = []
+    for case, (exact, highway, fixed_point) in paper.STEP_MS.items():
+        lines.append((case, exact, "Highway-BP", *(f"{ms} ({exact / ms:.1f}x)" for ms in highway)))
+        lines.append(("", "", "FPI", *(f"{ms} ({exact / ms:.1f}x)" for ms in fixed_point)))
+    table = markdown(("", "backprop", "method", *(f"k = {k}" for k in paper.ITERATIONS)), lines)
+    return (
+        "## The paper's own figures\n\n"
+        "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
+        "batch 128, hidden size 512 (256 steps) or 64 (1024 steps), and in brackets the ratio to their own sequential "
+        "backprop. Not measured by us: nothing on this page ran on a GPU, so no figure above compares with these.\n\n"
+        f"{table}"
+    )
+
+
 def expected() -> str:
     from .accuracy_report import in_short
 
@@ -277,7 +292,7 @@ def expected() -> str:
 
 
 SECTIONS: list[Callable[[], str | None]] = [
-    recurrent, cells, deep, compile_time, scaling, accuracy, scan, paper.section,
+    recurrent, cells, deep, compile_time, scaling, accuracy, scan, papers_own,
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from data import images, shuffled
+from data import pixels, shuffled
 from torch import nn
 from training import Task, accuracy, main, parser
 
@@ -66,9 +66,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def task(args: argparse.Namespace) -> Task:
-    x, test_x, labels, test_labels = images(args.data, args.folder)
-    x, test_x = x.flatten(2).mT.contiguous() - 0.5, test_x.flatten(2).mT.contiguous() - 0.5
-
+    x, test_x, labels, test_labels = pixels(args.data, args.folder)
     torch.manual_seed(args.seed)
     model = Reader(x.shape[2], args.hidden, int(labels.max()) + 1, args.loop)
     batch = shuffled(x, labels, args.batch, args.seed)

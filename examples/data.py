@@ -19,6 +19,12 @@ def images(name: str, folder: str | None) -> Images:
     return digits() if name == "digits" else cifar(name, folder)
 
 
+def pixels(name: str, folder: str | None) -> Images:
+    """The same images read pixel by pixel: [N, H * W, C] in -0.5..0.5."""
+    x, test_x, labels, test_labels = images(name, folder)
+    return x.flatten(2).mT.contiguous() - 0.5, test_x.flatten(2).mT.contiguous() - 0.5, labels, test_labels
+
+
 def digits() -> Images:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split

@@ -2,7 +2,7 @@
 
     python examples/pixel_gru.py                                     # digits: 64 steps, k = 10
     python examples/pixel_gru.py --method fpi                        # the same without the highway
-    python examples/pixel_gru.py --data cifar10 --folder ... --batch 128 --lr 1e-3           # the paper's: 1,024 steps
+    python examples/pixel_gru.py --data cifar10 --folder ... --batch 128 --lr 1e-3 --epochs 100   # 1,024 steps
 
 The gradient has to travel from the last pixel to the first. Along the highway (the product of the update gates) it
 does in one scan; fixed-point iteration moves it one step per iteration, and sees the last k + 1 pixels only.
@@ -14,7 +14,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from data import images, shuffled
+from data import pixels, shuffled
 from torch import nn
 from training import Task, accuracy, main, parser
 
@@ -42,9 +42,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def task(args: argparse.Namespace) -> Task:
-    x, test_x, labels, test_labels = images(args.data, args.folder)
-    x, test_x = x.flatten(2).mT.contiguous() - 0.5, test_x.flatten(2).mT.contiguous() - 0.5
-
+    x, test_x, labels, test_labels = pixels(args.data, args.folder)
     torch.manual_seed(args.seed)
     model = PixelGRU(x.shape[2], args.hidden, args.layers, int(labels.max()) + 1)
     batch = shuffled(x, labels, args.batch, args.seed)

@@ -8,7 +8,7 @@ from torch import nn
 from zoo import CASES
 
 from hwbp_compiler import testing
-from hwbp_compiler.testing import assertions
+from hwbp_compiler.testing import assertions, capture
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -161,3 +161,18 @@ def test_the_compiler_passes_every_claim(name):
     case = BY_NAME[name]
     model, args, loss = case.build()
     assert testing.check(model, args, loss, case.program, iterations=(0, 2), damping=(0.2,))
+
+
+def test_trace_refuses_what_changes_a_tensor_that_is_used_elsewhere():
+    def loop(cell, x):
+        h = x.new_zeros(2, 4)
+        for x_t in x:
+            h = cell(x_t, h)
+        return h
+
+    class Loop(nn.GRUCell):
+        def forward(self, x):
+            return loop(super().forward, x)
+
+    with pytest.raises(NotImplementedError, match="changes .*, which is used elsewhere; use capture"):
+        capture.trace(Loop(3, 4), (torch.randn(6, 2, 3),), lambda output: output.sum())
