@@ -39,7 +39,11 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
             "Later steps may see earlier ones through the state alone.",
         )
     elif superseded & _alive(order):
-        refused = NotALink("a value inside a block is used elsewhere in a way that is not understood")
+        refused = NotALink(
+            "the backward pass uses a value inside a block for something else as well, and how is not understood",
+            "Keep connections that skip over several blocks, as in a U-Net, out of this stretch. If it has none: "
+            "report.save_repro(path) writes a script for a report.",
+        )
     if order is None or refused is not None:
         for user, args, kwargs in reversed(journal):
             user.args, user.kwargs = args, kwargs

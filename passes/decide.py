@@ -20,6 +20,7 @@ from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, clos
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.graph.stacking import StackPlan, is_shared
+from hwbp_compiler.options import Options
 
 aten = torch.ops.aten
 
@@ -116,6 +117,13 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
     rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
+
+
+def shorter(length: int, options: Options) -> tuple[str, str]:
+    """Why a chain below ``min_length`` is left alone, and what to change."""
+    exact = options.iterations == "exact" or options.iterations >= length
+    fewer = f" with iterations={length - 1}{' or fewer' if length > 1 else ''}" if exact else ""
+    return f"shorter than min_length={options.min_length}", f"min_length={length}{fewer} lets it be considered."
 
 
 def _kind(program: Program, i: int) -> Kind | None:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph
 
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.origin import Origins
+from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_range, source_line
 from hwbp_compiler.graph.program import sum_terms
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, shape_of
@@ -41,7 +41,20 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
     origins = Origins(graph)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
     lines = {(c.source, c.reason) for c in chains}
-    return [r for r in collapsed([refused(f, origins) for f in found]) if (r.source, r.reason) not in lines]
+    return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason) not in lines]
+
+
+def _told(refusal: Refusal, origins: Origins) -> ChainRecord:
+    """Of concatenated features the line that concatenates, not one inside a block."""
+    record = refused(refusal, origins)
+    if refusal.reason == _CONCATENATED[0]:
+        calls = {node.meta.get("seq_nr") for node in refusal.nodes}
+        cats = [n for call in calls for n in origins.by_call.get(call, ()) if n.target is aten.cat.default]
+        if lines := by_frequency(map(source_line, cats)):
+            record.source, record.sources = lines[0], lines[:1]
+            adding = name_range([module_of(n) for n in cats if source_line(n) == lines[0]])
+            record.module = adding or origins.of_nodes(refusal.nodes).inside
+    return record
 
 
 class _ThroughCuts(GraphInfo):
@@ -106,18 +119,21 @@ def _projections(info: GraphInfo) -> Iterator[Refusal]:
         if start is None or meeting is None:
             continue
         join, counts, layers = meeting
-        # Two layers side by side are a block with a shortcut only where a chain goes on behind them.
-        if min(counts) != 1 or not layers or max(counts) < 2 and _branch(info, join) not in heads:
+        before, after = (_sizes(info, i) for i in (join, start))
+        # Two layers side by side, or one beside none, are a block with a shortcut only where a chain goes on behind.
+        goes_on = _branch(info, join) in heads
+        cut = min(counts) == 0 and max(counts) > 0 and before != after and goes_on
+        if not cut and (min(counts) != 1 or not layers or max(counts) < 2 and not goes_on):
             continue
         if not any(info.kind(i) is Kind.HEAVY for i in info.descendants({join}) - {join}):
             continue  # the gradient of a parameter, or of the model's input: there is no block before
-        before, after = (_sizes(info, i) for i in (join, start))
-        change = f" and changes its shape from {before} to {after}" if before != after else ""
+        what = [f"has {layers} in it"] if layers else []
+        what += [f"changes its shape from {before} to {after}"] if before != after else []
         yield Refusal(
             tuple(info.nodes[i] for i in sorted(info.between({start}, {join}) - {start})),
             1,
-            f"the shortcut of this block has {layers} in it{change}: no element of the state leads straight to one of "
-            "the next",
+            f"the shortcut of this block {' and '.join(what)}: no element of the state leads straight to one of the "
+            "next",
             "Nothing, if it is a strided or widening block: it is left exact, and the blocks on either side are chains "
             "of their own.",
         )

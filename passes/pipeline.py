@@ -26,7 +26,7 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
-from .decide import estimate
+from .decide import estimate, shorter
 from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
@@ -109,9 +109,6 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
     short: list[Candidate] = []
     below: list[Refusal] = []
     for track in find_chains(info):
-        if len(track.joins) + 2 < options.min_length:  # head and tail can add one link each
-            below.append(_too_short(info, track, options))
-            continue
         chains, refused = check_separation(info, track)
         if len(track.joins) >= options.min_length:
             refusals += _of_one_track(refused, len(track.joins))
@@ -140,14 +137,10 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
 
 
 def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
-    start = track.joins[-2] if len(track.joins) > 1 else max(track.branches, default=track.joins[-1])
+    start = min(track.branches, default=track.joins[0])
     inside = info.between({start}, {track.joins[-1]}) - {start}
     nodes = tuple(info.nodes[i] for i in sorted(inside))
-    return Refusal(nodes, len(track.joins), *_shorter(len(track.joins), options))
-
-
-def _shorter(length: int, options: Options) -> tuple[str, str]:
-    return f"shorter than min_length={options.min_length}", f"min_length={length} lets it be considered."
+    return Refusal(nodes, len(track.joins), *shorter(len(track.joins), options))
 
 
 def _of_one_track(refused: list[Refusal], joins: int) -> list[Refusal]:
@@ -349,7 +342,7 @@ def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
         "declined",
         refusal.reason,
         source=origin.source,
-        module=origin.module or origin.inside,
+        module=name_range(origins.modules(origin)) or origin.inside,
         sources=[origin.source] if origin.source else [],
         advice=refusal.advice,
     )
@@ -357,7 +350,7 @@ def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
 
 def _short(candidate: Candidate, origins: Origins, options: Options) -> ChainRecord:
     record = _described(candidate, [origins.of_link(link) for link in _forward_links(candidate)])
-    record.reason, record.advice = _shorter(record.length, options)
+    record.reason, record.advice = shorter(record.length, options)
     return record
 
 

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -262,7 +263,8 @@ def test_without_gradients_there_is_no_graph_and_the_report_says_why():
     assert report.graph_before is report.graph_after is None and report.chains == []
     assert "torch.no_grad" in str(report)
     assert len(explain(model, torch.ones(1, 2)).graphs) == 1  # eval mode alone changes nothing
-    assert "requires a gradient" in str(explain(model.requires_grad_(False), torch.ones(1, 2)))
+    (note,) = explain(model.requires_grad_(False), torch.ones(1, 2)).notes
+    assert "requires a gradient" in note
 
 
 def test_without_any_graph_the_report_says_so():
@@ -336,6 +338,62 @@ def test_a_dynamic_batch_is_told_of_in_numbers_like_any_other():
     assert str(found).partition("chain 1")[2] == str(expected).partition("chain 1")[2]
 
 
+def test_an_output_without_a_gradient_is_not_put_down_to_the_parameters_alone():
+    report = explain(lambda x: mlp()(x).argmax(-1), torch.ones(2, WIDTH))
+    (note,) = report.notes
+    assert "or the output carries none" in note
+
+
+class AddsOnALineOfItsOwn(nn.Module):
+    """Of a ReLU's result autograd keeps a copy, which leads to no addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        residual = torch.relu(self.linear(x))
+        return x + residual
+
+
+@pytest.mark.parametrize("min_length", [4, 9])
+def test_the_line_told_is_the_one_that_adds(min_length):
+    model = nn.Sequential(*(AddsOnALineOfItsOwn() for _ in range(DEPTH)))
+    (chain,) = explain(model, x(), options={**ALWAYS, "min_length": min_length}).chains
+    assert chain.source.endswith("return x + residual") and chain.module == "0..4"
+
+
+class ByParity(nn.Module):
+    """Two kinds of blocks on one line."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 6), nn.ReLU(), nn.Linear(6, WIDTH)) for _ in range(2))
+        self.narrow = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        for block in (*self.wide, *self.narrow):
+            x = x + block(x)
+        return x
+
+
+def test_groups_of_one_line_are_told_apart_by_their_modules():
+    text = str(explain(ByParity(), torch.ones(2, WIDTH, requires_grad=True), options=ALWAYS))
+    assert "(wide.0..wide.1)" in text and "(narrow.0..narrow.1)" in text
+
+
+def test_links_that_stay_one_after_another_are_not_said_to_be_at_once():
+    assert "links alike" in str(explain(mlp(), x(), options={**ALWAYS, "iterations": "exact"}))
+    assert "links at once" in str(explain(mlp(), x(), options=ALWAYS))
+
+
+def test_an_error_that_overflows_is_null_in_json():
+    report = explain(mlp(), x(), options=ALWAYS, errors=[0])
+    report.graphs[0].errors[0].cosine = float("nan")
+    (error,) = json.loads(json.dumps(report.to_dict(), allow_nan=False))["graphs"][0]["errors"]
+    assert error["cosine"] is None and error["relative_error"] > 0
+
+
 def test_nothing_is_counted():
     explain(nn.Linear(2, 2), torch.ones(1, 2))
     assert set(hwbp_compiler.counters().values()) == {0}
@@ -373,7 +431,9 @@ def test_a_chain_on_which_a_pass_failed_is_told_from_one_that_was_declined(monke
 
 def test_a_repro_script_stands_alone_and_compares_gradients(mlp_report, tmp_path):
     script = tmp_path / "repro.py"
-    mlp_report.save_repro(script)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mlp_report.save_repro(script)
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = re.findall(r"k = (\d+): relative error (\S+) \(5 links rewritten\)", done.stdout)

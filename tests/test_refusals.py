@@ -61,6 +61,25 @@ def test_a_strided_shortcut():
     assert refused.module == "4" and "self.shortcut(x) + self.conv2" in refused.source
 
 
+class Padded(Strided):
+    """The shortcut of the first ResNets for CIFAR: every second pixel, new channels zero."""
+
+    def forward(self, x):
+        new = self.conv2.out_channels - x.shape[1]
+        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, new)) if new else x
+        return F.relu(shortcut + self.conv2(F.relu(self.conv1(x))))
+
+
+def test_a_strided_shortcut_without_a_layer():
+    stages = nn.Sequential(
+        *(Padded(2, 2, 1) for _ in range(4)), Padded(2, 3, 2), *(Padded(3, 3, 1) for _ in range(3))
+    )
+    report = explained(stages, torch.randn(1, 2, 4, 4, requires_grad=True), min_length=3)
+    refused = only([chain for chain in report.chains if chain.decision == "declined"])
+    assert "the shortcut of this block changes its shape from [1, 2, 4, 4] to [1, 3, 2, 2]" in refused.reason
+    assert refused.module == "4" and "shortcut + self.conv2" in refused.source
+
+
 class OneLayer(nn.Module):
     """The smallest strided block: one convolution, and another one beside it."""
 
@@ -112,6 +131,23 @@ def test_a_densely_connected_network():
     chain = only(declined(Dense(), torch.randn(3, WIDTH, requires_grad=True)))
     assert chain.reason.startswith("features are concatenated (torch.cat, as in a DenseNet), not added")
     assert chain.length >= 4 and "torch.cat([x" in chain.source
+
+
+class DenseOnItsOwnLine(Dense):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm1d(layer.in_features) for layer in self.layers)
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            new = layer(torch.relu(norm(x)))
+            x = torch.cat([x, new], -1)
+        return x
+
+
+def test_the_line_of_a_densely_connected_network_is_the_one_that_concatenates():
+    chain = only(declined(DenseOnItsOwnLine(), torch.randn(3, WIDTH, requires_grad=True)))
+    assert chain.source.endswith("x = torch.cat([x, new], -1)") and chain.sources == [chain.source]
 
 
 class DenseList(Dense):
@@ -314,3 +350,34 @@ def test_equal_refusals_are_one_record_that_counts_them():
     chain = only(declined(nn.Sequential(*apart), given))
     assert (chain.length, chain.times) == (1, 3) and chain.module == "0..4"
     assert "1 link, 3 times, declined" in str(explained(nn.Sequential(*apart), given))
+
+
+@pytest.mark.parametrize("iterations", [1, 9, "exact"])
+def test_what_is_too_short_names_all_its_modules_and_advice_that_helps(iterations):
+    blocks = nn.Sequential(*(Residual() for _ in range(5)))
+    x = torch.randn(2, WIDTH, requires_grad=True)
+    chain = only(declined(blocks, x, min_length=9, iterations=iterations))
+    assert chain.module == "0..4"
+    advised = {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", chain.advice)}
+    followed = only(explained(blocks, x, **{"min_length": 9, "iterations": iterations, **advised}).chains)
+    assert followed.decision == "rewritten", (chain.advice, followed.reason)
+
+
+class U(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.ModuleList(Residual() for _ in range(4))
+        self.up = nn.ModuleList(Residual() for _ in range(4))
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            skips.append(x := block(x))
+        for block in self.up:
+            x = block(x) + skips.pop()
+        return x
+
+
+def test_connections_that_skip_over_blocks():
+    chain = only(declined(U(), torch.randn(2, WIDTH)))
+    assert "U-Net" in chain.advice and "for something else as well" in chain.reason

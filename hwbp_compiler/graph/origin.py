@@ -28,6 +28,8 @@ _ADDITIONS = {
     aten.addcmul.default,
     torch.ops.prims.fma.default,
 }
+# Of a value that is saved for the backward pass.
+_COPIES = {aten.alias.default, aten.detach.default}
 # Between a block's last call and the addition there may be a view, a cast, a dropout mask, a scale.
 _STEPS_TO_ADDITION = 12
 
@@ -40,12 +42,14 @@ class Origin:
     module    dotted name of the module whose code adds
     inside    dotted name of the module that holds the block
     forward   the block's forward nodes and the addition, in the order they run
+    addition  the node that adds
     """
 
     source: str = ""
     module: str = ""
     inside: str = ""
     forward: tuple[Node, ...] = ()
+    addition: Node | None = None
 
 
 class Origins:
@@ -72,18 +76,42 @@ class Origins:
             return Origin(next(filter(None, map(source_line, nodes)), ""))
         addition = self._addition(forward)
         heavy = [n for n in forward if _kind(n) is Kind.HEAVY] or forward
+        run = sorted({*forward, addition}, key=self.order.__getitem__)
         return Origin(
             source_line(addition) or source_line(forward[-1]),
             module_of(addition),
             _common([module_of(n) for n in heavy]),
-            tuple(sorted({*forward, addition}, key=self.order.__getitem__)),
+            tuple(run),
+            addition,
         )
+
+    def modules(self, origin: Origin) -> list[str]:
+        """The modules of a stretch of blocks: of every addition like the last one, on its line, in the order they run.
+
+        An addition leaves no node in the backward graph, so those within the stretch are looked for between its first
+        node and the last addition. A batch norm's addition, on the same line, is told apart by its shapes."""
+        last = origin.addition
+        if last is None:
+            return []
+        start, end = self.order[origin.forward[0]], self.order[last]
+        source = source_line(last)
+        return [
+            module_of(node)
+            for node, i in self.order.items()
+            if start <= i <= end
+            and node.target == last.target
+            and not _is_backward(node)
+            and (node is last or _adds(node) and source_line(node) == source)
+        ]
 
     def _addition(self, forward: Sequence[Node]) -> Node:
         """The residual addition or gated update of a block: what its last value is added in, or was added in."""
-        last = node = forward[-1]
+        last = forward[-1]
+        while last.target in _COPIES and not self._users(last):
+            last = last.all_input_nodes[0]
+        node = last
         for _ in range(_STEPS_TO_ADDITION):
-            users = [u for u in node.users if u in self.order and not _is_backward(u)]
+            users = self._users(node)
             if len(users) != 1 or _kind(users[0]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
                 break
             node = users[0]
@@ -103,6 +131,11 @@ class Origins:
                     if _kind(source) is not Kind.HEAVY:
                         todo.append(source)
         return last
+
+    def _users(self, node: Node) -> list[Node]:
+        """What uses ``node`` in the forward pass, without copies that are kept for the backward pass alone."""
+        users = [u for u in node.users if u in self.order and not _is_backward(u)]
+        return [u for u in users if u.target not in _COPIES or self._users(u)]
 
 
 def _kind(node: Node) -> Kind | None:

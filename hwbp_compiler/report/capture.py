@@ -253,7 +253,10 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if not looking.graphs:
         if not torch.is_grad_enabled():
             return ["Gradients are switched off (torch.no_grad), so there is no backward pass to rewrite."]
-        return ["No parameter or input requires a gradient, so there is no backward pass to rewrite."]
+        return [
+            "No parameter or input that the output depends on requires a gradient, or the output carries none (it is "
+            "detached, or made of integers): there is no backward pass to rewrite."
+        ]
     notes = list(looking.lacking)
     if looking.options.rewrite == "never":
         notes.append('rewrite="never" asks for plain Inductor: nothing was looked for.')

@@ -64,9 +64,13 @@ def _graphs(report: Report) -> Iterator[dict[str, Any]]:
             "chains": chains,
             "no_chain": text.NO_CHAIN if not chains and report.options.rewrite != "never" else "",
             "errors": graph.errors,
-            "plot": picture.errors_svg(graph.errors) if len(graph.errors) > 1 else "",
+            "plot": picture.errors_svg(graph.errors) if _worth_a_plot(graph) else "",
             "programs": [("before", _readable(graph.before)), ("after", _readable(graph.after))],
         }
+
+
+def _worth_a_plot(graph: ExplainedGraph) -> bool:
+    return len(graph.errors) > 1 and any(e.relative_error for e in graph.errors)
 
 
 def _groups(graph: ExplainedGraph, chain: int) -> Iterator[dict[str, Any]]:
@@ -75,7 +79,7 @@ def _groups(graph: ExplainedGraph, chain: int) -> Iterator[dict[str, Any]]:
     for group, program in zip(record.groups, programs, strict=False):
         yield {
             "record": group,
-            "text": text.group_text(group),
+            "text": text.group_text(group, record.decision == "rewritten"),
             "forward": [text.place_and_code(line) for line in program.forward],
             "example": _example(record, program.example),
             "before": _cut(program.before),

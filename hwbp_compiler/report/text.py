@@ -139,8 +139,9 @@ def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
         yield "", f"  {code}" if code else ""
     if chain.multiplier:
         yield "multiplier", chain.multiplier
-    for group in chain.groups:
-        yield "group", group_text(group, len(chain.groups) > 1)
+    for group, place in zip(chain.groups, _places(chain.groups), strict=True):
+        text = group_text(group, chain.decision == "rewritten")
+        yield "group", f"{text} ({place})" if place else text
     if chain.side_losses:
         yield "side losses", side_text(chain)
     yield "why", chain.reason
@@ -152,13 +153,22 @@ def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
         yield "to change", chain.advice
 
 
-def group_text(group: GroupRecord, with_module: bool = False) -> str:
+def _places(groups: list[GroupRecord]) -> list[str]:
+    """What tells groups apart: their lines, or their modules where a line belongs to several."""
+    lines = [place_and_code(group.source)[0].rpartition("/")[2] for group in groups]
+    if len(groups) == 1:
+        return [""]
+    apart = len(set(lines)) == len(groups)
+    return [line if apart else group.module or line for group, line in zip(groups, lines, strict=True)]
+
+
+def group_text(group: GroupRecord, rewritten: bool) -> str:
     heavy = ", ".join(f"{times} {short(name)}" for name, times in group.operators.items()) or "elementwise only"
-    text = f"{group.links} links at once, each: {heavy}" if group.links > 1 else f"1 link: {heavy}"
+    how = "at once" if rewritten else "alike"
+    text = f"{group.links} links {how}, each: {heavy}" if group.links > 1 else f"1 link: {heavy}"
     if group.batched:
         text += f"; together, per iteration: {', '.join(group.batched)}"
-    line = place_and_code(group.source)[0].rpartition("/")[2]
-    return f"{text} ({line})" if with_module and line else text
+    return text
 
 
 def side_text(chain: ChainRecord) -> str:
