@@ -6,7 +6,9 @@ is rewrite="profitable" at k = 2; then all take turns. What every k gains over `
 gains over eager mode (GRU and RNN on a CPU) comes from computing gates and weights' gradients for all steps at once.
 Reported: the backward and the whole step, seconds of a cold compile, peak memory of a step, and the cosine of the
 weights' gradient with eager mode's. ``loop`` is the same GRU as a loop over its cell, compiled by stock Inductor, which
-unrolls it: at 128 steps alone, for at 512 it compiles for many minutes.
+unrolls it: at 128 steps alone, for at 512 it compiles for many minutes. On a GPU the baseline is cuDNN, the cases are
+the paper's, of one and three layers, and products of float32 matrices may be rounded to TF32 (``matmul`` "high"), as
+cuDNN's are by default, or not ("highest", PyTorch's default for products).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -22,17 +25,38 @@ from torch import nn
 from .harness import in_turns, peak_memory, say, summary, synchronize
 
 RESUMES = True  # a run measures the cases that the results lack
-ITERATIONS = (0, 1, 2, 4, 8)
+ITERATIONS = {"cpu": (0, 1, 2, 4, 8), "cuda": (0, 1, 2, 5, 10)}
 SHAPES = ((1, 128, 512), (4, 128, 512), (16, 128, 512), (32, 64, 1024), (32, 256, 256))
 UNROLLED = ((1, 128, 128), (16, 128, 128))  # beside a compiled loop
 LONG = ((1, 64, 1_000), (1, 64, 10_000))  # the time a step must not grow with the length
 PAPER = ((128, 512, 256), (128, 64, 1024))
 
 
+@dataclass(frozen=True)
+class Case:
+    """``matmul``: how exactly float32 matrices are multiplied, as ``torch.set_float32_matmul_precision`` has it."""
+
+    kind: str
+    batch: int
+    hidden: int
+    steps: int
+    layers: int = 1
+    dtype: str = "float32"
+    matmul: str = "highest"
+
+    def __str__(self) -> str:
+        more = f", {self.layers} layers" * (self.layers > 1) + f", {self.dtype}" + ", TF32" * self.tf32
+        return f"{self.kind} {self.batch}x{self.hidden}x{self.steps}{more}"
+
+    @property
+    def tf32(self) -> bool:
+        return self.matmul != "highest"
+
+
 class Layer(nn.Module):
-    def __init__(self, kind: str, hidden: int) -> None:
+    def __init__(self, kind: str, hidden: int, layers: int = 1) -> None:
         super().__init__()
-        self.layer = getattr(nn, kind)(hidden, hidden)
+        self.layer = getattr(nn, kind)(hidden, hidden, layers)
 
     def forward(self, x):
         return self.layer(x)[0]
@@ -66,6 +90,7 @@ class Contender:
         start = time.perf_counter()
         self.step()
         self.compile_s = time.perf_counter() - start if how else None
+        self.step()  # the first one after it chooses algorithms and fills pools of memory
         self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
     def step(self) -> dict[str, float]:
@@ -102,31 +127,31 @@ def allocated(run: Callable[[], object]) -> float:
     return max(held, default=0) / 1e6
 
 
-def contenders(kind: str, shape: tuple[int, int, int], device: str) -> list[Contender]:
+def contenders(case: Case, device: str) -> list[Contender]:
     torch._dynamo.reset()
     torch.manual_seed(0)
-    batch, hidden, steps = shape
-    model = Layer(kind, hidden).to(device)
-    x = torch.randn(steps, batch, hidden, device=device, requires_grad=True)
-    target = torch.randn(steps, batch, hidden, device=device)
+    torch.set_float32_matmul_precision(case.matmul)
+    dtype = getattr(torch, case.dtype)
+    model = Layer(case.kind, case.hidden, case.layers).to(device, dtype)
+    x = torch.randn(case.steps, case.batch, case.hidden, device=device, dtype=dtype, requires_grad=True)
+    target = torch.randn_like(x)
     ways: dict[str, Any] = {"eager": {}}
-    chosen = ("exact",) if kind == "RNN" else ("exact", *ITERATIONS)
+    chosen = ("exact",) if case.kind == "RNN" else ("exact", *ITERATIONS[device])
     for k in chosen:
         name = k if k == "exact" else f"k={k}"
         ways[name] = {"backend": "highway", "options": {"iterations": k, "rewrite": "always"}}
     ways["auto"] = {"backend": "highway", "options": {"iterations": 2}}
     made = [Contender(name, model, x, target, how, device) for name, how in ways.items()]
-    if kind == "GRU" and shape in UNROLLED:
+    if device == "cpu" and case.kind == "GRU" and (case.batch, case.hidden, case.steps) in UNROLLED:
         made.append(Contender("loop", Loop(model.layer).to(device), x, target, {"backend": "inductor"}, device))
     return made
 
 
-def measured(kind: str, shape: tuple[int, int, int], made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
+def measured(case: Case, made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
     samples = in_turns({c.name: c.step for c in made}, repeats, budget=6.0)
     base = {what: summary(what, seconds)[f"{what}_ms"] for what, seconds in samples["eager"].items()}
-    batch, hidden, steps = shape
     for c in made:
-        row: dict[str, Any] = {"kind": kind, "batch": batch, "hidden": hidden, "steps": steps, "run": c.name, "k": c.k}
+        row: dict[str, Any] = asdict(case) | {"run": c.name, "k": c.k}
         for what, seconds in samples[c.name].items():
             row |= summary(what, seconds)
             row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
@@ -134,23 +159,40 @@ def measured(kind: str, shape: tuple[int, int, int], made: list[Contender], repe
         yield row | {"compile_s": c.compile_s, "peak_memory_mb": c.memory()}
 
 
-def cases(device: str, quick: bool) -> list[tuple[str, tuple[int, int, int]]]:
+def cases(device: str, quick: bool) -> list[Case]:
     if quick:
-        return [("GRU", (1, 32, 64))]
-    shapes = (*SHAPES, *(PAPER if device == "cuda" else ()))
-    of_gru = [("GRU", shape) for shape in LONG + UNROLLED]
-    return [(kind, shape) for kind in ("GRU", "LSTM", "RNN") for shape in shapes] + of_gru
+        return [Case("GRU", 1, 32, 64)]
+    if device == "cpu":
+        every = [Case(kind, *shape) for kind in ("GRU", "LSTM", "RNN") for shape in SHAPES]
+        return every + [Case("GRU", *shape) for shape in LONG + UNROLLED]
+    tf32, low, full = ("float32", "high"), ("bfloat16", "highest"), ("float32", "highest")
+    layers = {("GRU", 1): (tf32, low, full), ("GRU", 3): (tf32, low), ("LSTM", 1): (tf32, low), ("RNN", 1): (tf32,)}
+    return [Case(kind, *shape, n, *how) for (kind, n), hows in layers.items() for how in hows for shape in PAPER]
 
 
-def run(device: str, quick: bool, done: list[dict[str, Any]], repeats: int = 15) -> Iterator[dict[str, Any]]:
-    known = {(r["kind"], r["batch"], r["hidden"], r["steps"]) for r in done}
-    for kind, shape in cases(device, quick):
-        if (kind, *shape) in known:
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(**{key: row[key] for key in Case.__dataclass_fields__ if key in row})
+
+
+def missing(device: str, quick: bool, done: list[dict[str, Any]]) -> list[Case]:
+    known = {case_of(row) for row in done}
+    return [case for case in cases(device, quick) if case not in known]
+
+
+def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
+    return [f"{case};" for case in missing(device, quick, done)]
+
+
+def run(
+    device: str, quick: bool, done: list[dict[str, Any]], only: str = "", repeats: int = 15
+) -> Iterator[dict[str, Any]]:
+    for case in missing(device, quick, done):
+        if only not in f"{case};":
             continue
-        rows = list(measured(kind, shape, contenders(kind, shape, device), repeats))
+        rows = list(measured(case, contenders(case, device), repeats))
         for r in rows:
             say(
-                f"{kind} {shape} {r['run']:>6}: {r['step_ms']:8.2f} ({r['step_iqr_ms']:.2f}) {r['step_ratio']:.2f}x,"
+                f"{case} {r['run']:>6}: {r['step_ms']:8.2f} ({r['step_iqr_ms']:.2f}) {r['step_ratio']:.2f}x,"
                 f" forward {r['forward_ms']:.2f}, backward {r['backward_ms']:.2f} {r['backward_ratio']:.2f}x,"
                 f" cosine {r['cosine']:.6f}, {r['peak_memory_mb'] or 0:.0f} MB, compile {r['compile_s'] or 0:.1f} s"
             )

@@ -75,6 +75,12 @@ def time(row: Row, what: str) -> str:
     return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f})"
 
 
+def compiling(row: Row) -> str:
+    """Seconds of forward and backward; nothing where the suite was compiled ahead."""
+    forward, backward = row["compile_forward_s"], row["compile_backward_s"]
+    return "" if forward is None else f"{forward:.0f} + {backward:.1f}"
+
+
 def by(found: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
     grouped: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
@@ -99,7 +105,7 @@ def deep() -> str | None:
             (
                 r["run"], time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
                 f"{r['step_ratio']:.2f}x", f"{r['cosine']:.4f}",
-                f"{r['compile_forward_s']:.0f} + {r['compile_backward_s']:.1f}",
+                compiling(r),
                 "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.1f}",
             )
             for r in group

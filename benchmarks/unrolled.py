@@ -197,10 +197,14 @@ def table(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def run(device: str, quick: bool, repeats: int = 30) -> Iterator[dict[str, Any]]:
+def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
+    return [case.name for case in CASES if case.quick or not quick]
+
+
+def run(device: str, quick: bool, only: str = "", repeats: int = 30) -> Iterator[dict[str, Any]]:
     """The suite: rows of all cases, or of the short ones."""
     for case in CASES:
-        if quick and not case.quick:
+        if only not in case.name or (quick and not case.quick):
             continue
         rows = list(measured(case, contenders(case, device), repeats))
         table(rows)

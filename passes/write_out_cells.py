@@ -38,8 +38,9 @@ def write_out_cells(module: GraphModule, everywhere: bool = False) -> int:
 
 
 def _is_fused(node: Node) -> bool:
-    value = node.args[0].meta.get("example_value") if isinstance(node.args[0], Node) else None
-    return isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta")
+    """Its weights tell: of a cell written out below it nothing is known yet."""
+    values = [argument.meta.get("example_value") for argument in node.all_input_nodes]
+    return any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in values)
 
 
 # The order of operands is ATen's, so the numbers are too. Only functions of torch's own: a graph with others is not

@@ -6,6 +6,7 @@ Transformer and a post-ReLU ResNet, so that a lost fusion is seen; every kernel 
 
 from __future__ import annotations
 
+import ast
 import functools
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from cells import CASES as CELLS
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError
@@ -335,3 +339,43 @@ def test_cells_on_a_cpu_are_left_to_torch():
         return module.forward
 
     torch.compile(nn.GRUCell(3, 4), backend=backend)(torch.randn(2, 3))
+
+
+def test_a_cell_above_another_is_written_out_too():
+    """Of what the cell below it has become, nothing says where it lies."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.ModuleList(nn.GRUCell(3, 3) for _ in range(2))
+
+        def forward(self, x, h):
+            return self.cells[1](self.cells[0](x, h), h)
+
+    counts = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list):
+        with FakeTensorMode():
+            for node in module.graph.nodes:  # as if it were a GPU's
+                value = node.meta.get("example_value")
+                if isinstance(value, Tensor):
+                    node.meta["example_value"] = torch.empty(value.shape, device="cuda")
+        counts.append(write_out_cells(module))
+        return module.forward
+
+    torch.compile(Two(), backend=backend)(torch.randn(2, 3), torch.randn(2, 3))
+    assert counts == [2]
+
+
+@pytest.mark.usefixtures("needs_triton")
+@pytest.mark.parametrize("case", CELLS, ids=lambda case: case.name)
+def test_the_code_of_a_cell_over_time_is_python(case):
+    """The text of a step is an argument in it, which Inductor also quotes in comments."""
+    cell, x, state = case.build(5)
+
+    def run(x, *state):
+        return hwbp_compiler.recurrent(cell, x, pytree.tree_unflatten(state, spec))[0]
+
+    leaves, spec = pytree.tree_flatten(state)
+    code = generate_code(run, x, *leaves, options={"iterations": 1, "rewrite": "always"}, target=TARGET)
+    ast.parse(code)

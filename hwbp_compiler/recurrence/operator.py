@@ -9,6 +9,7 @@ place of ``recurrent_backward`` it also empties that list, and the forward keeps
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,16 +27,18 @@ _OPTIONS = (
     "bool has_biases, int layers, float dropout, bool train, bool bidirectional, ScalarType? autocast, bool[] record"
 )
 library = torch.library.Library("highway", "FRAGMENT")
+# A CUDA graph would replay the kernels and leave out what is kept in Python between them (``kept``).
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 # Random: with dropout between layers two equal calls must not become one.
 library.define(
     f"recurrent(str kind, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded),
+    tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
 )
 library.define(
     "recurrent_backward(str kind, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor kept,"
     f" Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS}, bool[] wanted) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 operator = torch.ops.highway.recurrent.default
 backward_operator = torch.ops.highway.recurrent_backward.default
@@ -199,14 +202,27 @@ torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, l
 def _under_autocast(device: str) -> Any:
     """Tracing under autocast writes down what autocast would do: compiled code runs without it."""
 
-    def call(*options: Any) -> Any:
-        *arguments, _, record = options
-        dtype = torch.get_autocast_dtype(device)
+    def call(kind: str, input: Tensor, sizes: Any, state: Any, weights: Any, *options: Any) -> Any:
+        *rest, _, record = options
+        dtype: torch.dtype | None = torch.get_autocast_dtype(device)
+        if device == "cuda" and torch.backends.cudnn.enabled:
+            (input,), state, weights, dtype = _halved([input]), _halved(state), _halved(weights), None
         with torch.autocast(device, enabled=False):
-            return operator(*arguments, dtype, record)
+            return operator(kind, input, sizes, state, weights, *rest, dtype, record)
 
     return call
 
 
+def _halved(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What autocast does before it calls cuDNN: to float16 whatever its own type is, but for float64."""
+    return [t.half() if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
+
+
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     library.impl("recurrent", _under_autocast(_device), _key)
+
+# Said of a layer by itself (its weights lie in the memory of the module's) and of weights just cast: cuDNN packs them
+# in every call, which costs little beside a run over time.
+warnings.filterwarnings(
+    "ignore", "RNN module weights are not part of single contiguous chunk of memory", UserWarning, __name__
+)

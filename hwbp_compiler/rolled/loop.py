@@ -64,7 +64,13 @@ def code_of(
     unknown = set(code.globals) - _NAMES.keys() - _UNUSED
     if unknown:
         raise NotImplementedError(f"the step uses {', '.join(sorted(unknown))}")
-    return code.src
+    return _in_one_line(code.src)
+
+
+def _in_one_line(source: str) -> str:
+    """Of a function without branches. Inductor quotes a node's arguments in comments, one line of comment each."""
+    head, *statements = [line.strip() for line in source.splitlines() if line.strip()]
+    return f"{head} {'; '.join(statements)}"
 
 
 @functools.lru_cache(maxsize=1024)
