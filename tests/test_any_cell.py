@@ -552,3 +552,62 @@ def test_explain_shows_the_loop_and_its_k():
     assert (chain.length, chain.multiplier, chain.decision) == (LENGTH, "sigmoid(...)", "rewritten")
     assert "cells.py" in chain.source
     assert "sigmoid(...)" in str(report)
+
+
+def relative_error(found, exact):
+    a, b = (torch.cat([g[name].flatten() for name in exact if isinstance(name, str)]) for g in (found, exact))
+    return float((a - b).norm() / b.norm())
+
+
+def test_explain_measures_the_error_of_a_loop():
+    case = next(c for c in CASES if c.make is GRU)
+    cell, x, state = case.build(LENGTH)
+    model = lambda x, state: recurrent(cell, x, state, options={"iterations": 1})  # noqa: E731
+    report = hwbp_compiler.explain(model, x, state, loss=every_step, errors=[0, 2, LENGTH])
+    found = {k: reference_gradients(case.program(cell), (x, state), every_step, k, 0.0)[1] for k in (0, 2, "exact")}
+    expected = [relative_error(found[k], found["exact"]) for k in (0, 2)]
+    errors = [e.relative_error for e in report.graphs[0].errors]
+    assert errors == pytest.approx([*expected, 0.0], rel=1e-6, abs=1e-12) and expected[0] > 1e-3
+
+
+def test_explain_draws_a_loop_and_shows_its_programs(tmp_path):
+    cell, x, state = CellCase(GRU, "").build(LENGTH)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell = cell
+
+        def forward(self, x, state):
+            return recurrent(self.cell, x, state)
+
+    report = hwbp_compiler.explain(Model(), x, state, options={"iterations": 2, "rewrite": "always"})
+    (chain,) = report.chains
+    assert chain.module.startswith("cell") and chain.members == [0] * LENGTH
+    ((program,),) = report.graphs[0].programs
+    assert any("cells.py" in line for line in program.forward)
+    assert all("function.py" not in line for line in program.forward)
+    assert "cell." in program.before and "mm(" in program.before
+    assert f"[{LENGTH}, " in program.after and "linear_scan" in program.after
+    report.to_html(tmp_path / "page.html")
+    assert f'data-link="{LENGTH}"' in (tmp_path / "page.html").read_text()
+    assert "its loops rewritten before it was traced" in str(report) and "left as it is" not in str(report)
+
+
+@pytest.mark.parametrize("options", [{"iterations": "exact"}, {"min_length": 20}, {"iterations": 7}])
+def test_a_loop_that_is_not_rewritten_says_what_to_change(options):
+    cell, x, state = CellCase(GRU, "").build(LENGTH)
+    model = lambda x, state: recurrent(cell, x, state)  # noqa: E731
+    (chain,) = hwbp_compiler.explain(model, x, state, options=options).chains
+    assert chain.decision == "declined" and chain.advice
+    assert hwbp_compiler.explain(model, x, state, options={"iterations": 6}).chains[0].decision == "rewritten"
+
+
+@pytest.mark.parametrize("cell", [stops_gradients, own_function, nn.Dropout])
+def test_a_cell_that_is_stepped_through_says_what_to_change(cell):
+    if cell is nn.Dropout:
+        drop = nn.Dropout(0.5)
+        cell = lambda x, h: (h, torch.sigmoid(x) * drop(h))  # noqa: E731
+    chain = hwbp_compiler.explain(lambda x, h: recurrent(cell, x, h), leaf(LENGTH, 3), leaf(3)).chains[0]
+    assert "which unrolls the loop" in chain.reason and chain.advice
+    assert chain.decision == "declined" and not chain.failed

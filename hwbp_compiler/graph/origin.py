@@ -80,7 +80,7 @@ class Origins:
         return Origin(
             source_line(addition) or source_line(forward[-1]),
             module_of(addition),
-            _common([module_of(n) for n in heavy]),
+            common([module_of(n) for n in heavy]),
             tuple(run),
             addition,
         )
@@ -203,7 +203,8 @@ def plain_name(name: str) -> str:
     return re.sub(r"@\d+", "", name).strip(".")
 
 
-def _common(names: Sequence[str]) -> str:
+def common(names: Sequence[str]) -> str:
+    """The module that holds all of these: ``encoder`` of ``encoder.0`` and ``encoder.1``."""
     if not names:
         return ""
     parts = [name.split(".") for name in names]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -24,11 +25,12 @@ from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_mod
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.capture import replace_loops
+from hwbp_compiler.rolled.recurrence import Recurrence
 from hwbp_compiler.torch_private import SERVES, CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
 from .data import ExplainedGraph, Report, copy_of
-from .programs import Programs
+from .programs import Programs, of_loop
 from .restore import left_as_it_was
 
 
@@ -69,18 +71,23 @@ def explain(
     ours, patches = parse(options)
     looking = _Looking(ours)
     inductor_options = dict(patches)
-    patches["joint_custom_pre_pass"] = PassSequence((*user_joint_passes(patches), looking))
+    users = user_joint_passes(patches)
     wanted = errors if isinstance(errors, bool) else tuple(errors)
     times = None
     with left_as_it_was(model) as keep, packed.listening() as looking.packed:
-        output = _traced(model, patches, keep, looking, bool(wanted))(*args, **kwargs)
+
+        def traced(looking: _Looking, recorded: bool) -> Any:
+            shown = {**patches, "joint_custom_pre_pass": PassSequence((*users, looking))}
+            return _traced(model, shown, keep, looking, recorded)(*args, **kwargs)
+
+        output = traced(looking, bool(wanted))
         total = _sum_of_outputs(output) if loss is None else loss(output)
         notes = _notes(looking, total) + [f"Declined: {packed.REASON} [{line}]." for line in looking.packed]
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None
             measuring.backward(total)
-            _measure_errors(looking, wanted)
+            _measure_errors(looking, wanted, _retracing(traced, ours))
         if measure and can_run:
             register_lowerings()
             times = measuring.step_times(
@@ -94,11 +101,30 @@ def _name_of(model: Any) -> str:
     return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, "__qualname__", "model")
 
 
-def _measure_errors(looking: _Looking, wanted: Any) -> None:
-    for graph, run in zip(looking.graphs, looking.runs, strict=True):
+def _measure_errors(looking: _Looking, wanted: Any, retraced: Callable[[int | str], list[fx.GraphModule]]) -> None:
+    for number, (graph, run) in enumerate(zip(looking.graphs, looking.runs, strict=True)):
         longest = max((c.length for c in graph.chains if c.members), default=0)
         if run.primals and run.tangents and longest:
-            graph.errors = measuring.errors(graph.before, run, looking.options, wanted, longest)
+
+            def joint(k: int | str, number: int = number, graph: ExplainedGraph = graph) -> fx.GraphModule:
+                return retraced(k)[number] if graph.loops else graph.before
+
+            graph.errors = measuring.errors(joint, run, looking.options, wanted, longest)
+
+
+def _retracing(
+    traced: Callable[[_Looking, bool], Any], options: Options
+) -> Callable[[int | str], list[fx.GraphModule]]:
+    """The joint graphs once more, with another k for the loops that are rewritten before these are traced."""
+
+    @functools.cache
+    def graphs(iterations: Any) -> list[fx.GraphModule]:
+        again = _Looking(dataclasses.replace(options, rewrite="never", strict=False))
+        again.of_loops = dataclasses.replace(options, iterations=iterations, rewrite="always", strict=False)
+        traced(again, False)
+        return [graph.before for graph in again.graphs]
+
+    return graphs
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------
@@ -109,6 +135,7 @@ class _Looking(CustomGraphPass):
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.of_loops: Options | None = None  # what holds for all loops of hwbp_compiler.recurrent, if not their own
         self.graphs: list[ExplainedGraph] = []
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
@@ -116,7 +143,7 @@ class _Looking(CustomGraphPass):
         self.lacking: list[str] = []  # what the report has to do without, and why
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
         self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
-        self.rolled: list[ChainRecord] = []  # of the loops that hwbp_compiler.recurrent left in it
+        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # of hwbp_compiler.recurrent in it, with names
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(is_tangent(node) for node in graph.nodes):
@@ -125,10 +152,16 @@ class _Looking(CustomGraphPass):
         found = ExplainedGraph(copy_of(graph), copy_of(graph))
         self.graphs.append(found)
         self.runs.append(measuring.Run())
-        found.chains = list(self.rolled)
+        found.chains = [record for loop, _ in self.loops for record in loop.records]
+        found.loops = len(found.chains)
+        programs = Programs(_inputs_by_name(graph, self.names))
+        for loop, names in self.loops:
+            for record, plan in zip(loop.records, loop.recurring, strict=False):
+                if record.members:
+                    programs.blocks[id(record)] = of_loop(plan, record.length, found.before.graph, names)
+        found.programs = [programs.blocks.get(id(chain), []) for chain in found.chains]
         if self.options.rewrite == "never":
             return
-        programs = Programs(_inputs_by_name(graph, self.names))
         try:
             found.chains += passes.run(found.after.graph, self.options, programs)
             programs.finish()
@@ -167,8 +200,9 @@ def _traced(
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         looking.pieces += 1
-        loops = replace_loops(module, looking.options, lambda own: parse(own)[0])
-        looking.rolled = [record for loop in loops for record in loop.records]
+        chosen = looking.of_loops
+        loops = replace_loops(module, chosen or looking.options, lambda own: chosen or parse(own)[0])
+        looking.loops = [(loop, _names_in_step(module, loop)) for loop in loops]
         replace_recurrent_modules(module, looking.options)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
@@ -198,6 +232,19 @@ def _names(graph: fx.Graph) -> list[str]:
     # A method of Dynamo's before torch 2.12, an attribute since.
     names = [getattr(source, "name", "") for source in sources]
     return [plain_name(str(name() if callable(name) else name)) for name in names]
+
+
+def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
+    """The user's names for what a loop's step takes from outside, by their names in the step."""
+    if loop.step is None:
+        return {}
+    placeholders = module.graph.find_nodes(op="placeholder")
+    given = dict(zip(placeholders, _names(module.graph), strict=True))
+    (call,) = [n for n in module.graph.find_nodes(op="call_module") if module.get_submodule(str(n.target)) is loop]
+    outside = call.args[len(loop.step.state) + len(loop.step.inputs) :]
+    return {
+        inner.name: given[outer] for inner, outer in zip(loop.step.shared, outside, strict=True) if given.get(outer)
+    }
 
 
 def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:

@@ -70,6 +70,8 @@ class ExplainedGraph:
     programs        per chain, one entry per group
     rest            per chain, what of its rewritten form belongs to no group: multipliers, scans, states
     errors          error of w^k against k; empty where it was not asked for
+    loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``: those are
+                    rewritten before the joint graph is traced, which holds them as they are in ``before`` too
     """
 
     before: fx.GraphModule
@@ -79,6 +81,7 @@ class ExplainedGraph:
     programs: list[list[BlockPrograms]] = field(default_factory=list)
     rest: list[str] = field(default_factory=list)
     errors: list[ErrorAt] = field(default_factory=list)
+    loops: int = 0
 
 
 @dataclass

@@ -44,19 +44,20 @@ class Run:
 
 
 def errors(
-    joint: fx.GraphModule, run: Run, options: Options, wanted: Iterable[int] | bool, length: int
+    joint: Callable[[int | str], fx.GraphModule], run: Run, options: Options, wanted: Iterable[int] | bool, length: int
 ) -> list[ErrorAt]:
     """The parameter gradient of w^k for every k in ``wanted`` (True: a ladder up to ``length``) against the exact one.
 
-    Runs ``joint`` in eager mode once per k, all chains rewritten whether it pays or not, with one seed for all.
+    Runs the joint graph in eager mode once per k, all chains rewritten whether it pays or not, with one seed for all.
+    ``joint(k)`` is that graph before the passes, with k (or ``"exact"``) for whatever is rewritten before they run.
     """
     ks = [k for k in _LADDER if k < length] if wanted is True else sorted({int(k) for k in wanted or ()})
     if wanted is True and isinstance(options.iterations, int) and options.iterations < length:
         ks = sorted({*ks, options.iterations})
-    exact = _gradient(joint, run)
+    exact = _gradient(joint("exact"), run)
     found: list[ErrorAt] = []
     for k in ks:
-        rewritten = copy_of(joint.graph)
+        rewritten = copy_of(joint(k).graph)
         chosen = dataclasses.replace(options, iterations=k, rewrite="always", strict=False)
         passes.run(rewritten.graph, chosen)
         rewritten.recompile()

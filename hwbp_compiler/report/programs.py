@@ -6,14 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from hwbp_compiler.graph.describe import STANDS_FOR
 from hwbp_compiler.graph.origin import Origin, source_line
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.passes.pipeline import Candidate
 from hwbp_compiler.passes.rewrite import Rewriting
+from hwbp_compiler.rolled.capture import is_ours
+from hwbp_compiler.rolled.recurrence import Plan
+from hwbp_compiler.rolled.settled import MARK
 
 from .data import BlockPrograms
 
@@ -90,6 +94,26 @@ def _forward_lines(origin: Origin) -> list[str]:
     return list(dict.fromkeys(filter(None, map(source_line, origin.forward))))
 
 
+# -- a loop of hwbp_compiler.recurrent -----------------------------------------------------------------------------
+
+
+def of_loop(plan: Plan, length: int, joint: Graph, names: Mapping[str, str]) -> list[BlockPrograms]:
+    """The one group of a loop over time; ``joint`` holds its backward pass. ``names``: the user's, of what the step
+    takes from outside."""
+    assert plan.stage.link is not None
+    lines = [source_line(node) for node in plan.stage.link.graph.nodes if node.op == "call_function"]
+    forward = [line for line in dict.fromkeys(filter(None, lines)) if not is_ours(line)]
+    if plan.affine is not None:
+        after = "# autograd differentiates the scan: one scan in reverse, exact, without iterations"
+        return [BlockPrograms(forward, "# step after step", after, length)]
+    assert plan.loop is not None
+    program = plan.loop.backward.program
+    before = "" if program is None else _before(program, (), names)
+    emitted = [node for node in joint.nodes if node.meta.get(MARK) == plan.loop.name]
+    after = "\n".join(map(_line, emitted)) if plan.how.iterations is not None else ""
+    return [BlockPrograms(forward, before, after, length)]
+
+
 # -- a link's program, before -----------------------------------------------------------------------------------
 
 
@@ -145,9 +169,13 @@ def _call(program: Program, i: int, names: dict[int, str], given: Mapping[str, s
 def _external(node: Node, given: Mapping[str, str]) -> str:
     """A weight by its own name, through views of it; anything else as the graph calls it."""
     source, transposed = node, ""
-    for _ in range(4):
+    for _ in range(8):
+        if STANDS_FOR in source.meta:
+            source = source.meta[STANDS_FOR]
+            continue
         rule = rule_of(source)
-        if rule is None or rule.kind is not Kind.LAYOUT or not isinstance(source.args[0], Node):
+        is_view = source.target is torch.ops.aten.alias.default or rule is not None and rule.kind is Kind.LAYOUT
+        if not is_view or not isinstance(source.args[0], Node):
             break
         if source.target in (torch.ops.aten.permute.default, torch.ops.aten.t.default):
             transposed = "" if transposed else ".T"

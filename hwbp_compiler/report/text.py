@@ -106,7 +106,10 @@ def _chains(records: list[ChainRecord], counted: int) -> Iterator[_Line]:
 
 
 def sizes(graph: ExplainedGraph) -> str:
-    return _nodes(len(graph.before.graph.nodes), len(graph.after.graph.nodes))
+    text = _nodes(len(graph.before.graph.nodes), len(graph.after.graph.nodes))
+    if any(chain.decision == "rewritten" for chain in graph.chains[: graph.loops]):
+        text = text.removesuffix(", left as it is") + ", its loops rewritten before it was traced"
+    return text
 
 
 def _nodes(before: int, after: int) -> str:

@@ -94,8 +94,8 @@ def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Opti
         starts, rows, same = ([_example(n) for n in part] for part in (state, inputs, shared))
         mine = parse(json.loads(own)) if own else options
         source = _source(body, results[0]) or source_line(node)
-        recurrence = build(cell, starts, rows, same, starts[0].fake_mode, mine, source)
         name = f"highway_recurrence_{len(found)}"
+        recurrence = build(name, cell, starts, rows, same, starts[0].fake_mode, mine, source)
         gm.add_submodule(name, recurrence)
         with gm.graph.inserting_before(node):
             call = gm.graph.call_module(name, (*state, *inputs, *shared))
@@ -123,9 +123,14 @@ def _example(node: Any) -> Any:
     return node.meta["example_value"] if isinstance(node, Node) else node
 
 
+def is_ours(line: str) -> bool:
+    """Whether this source line is of the loop around the user's step."""
+    return _HERE in line
+
+
 def _source(body: GraphModule, result: int) -> str:
     """The user's line that makes the next state: our own copy of it stands behind."""
     node = body.graph.find_nodes(op="output")[0].args[0][result]
-    while _HERE in source_line(node) and node.args and isinstance(node.args[0], Node):
+    while is_ours(source_line(node)) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]
     return source_line(node)

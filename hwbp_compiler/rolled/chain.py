@@ -99,7 +99,7 @@ class HighwayLoop(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         width = ctx.link.width
         arguments, states = saved[:-width], saved[-width:]
-        with settled(), torch.no_grad():
+        with settled(ctx.link.name), torch.no_grad():
             gradients = _Backprop(ctx.link, ctx.length, arguments, states, contributions).run(ctx.how)
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True))
@@ -107,8 +107,9 @@ class HighwayLoop(torch.autograd.Function):
 
 @dataclass
 class LoopLink:
-    """A link that has to be looped over: its step as text, and its backward."""
+    """A link that has to be looped over: its step as text, and its backward. ``name`` marks what becomes of that."""
 
+    name: str
     code: str
     width: int
     per_step: int

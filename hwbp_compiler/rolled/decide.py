@@ -7,7 +7,7 @@ from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
-from hwbp_compiler.passes.decide import Estimate, _cost, device_figures
+from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, shorter
 
 from .chain import How
 from .link import Backward
@@ -18,26 +18,32 @@ _CALL = 6e-6
 
 def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRecord]:
     """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
+    record = ChainRecord(length, "declined", "", link.multiplier)
     if link.split is None:
-        return How(None), ChainRecord(length, "declined", f"left exact: {link.reason}", link.multiplier)
-    record = ChainRecord(length, "declined", "", link.multiplier, [link.group(length)])
+        record.reason, record.advice = f"left exact: {link.reason}", link.advice
+        return How(None), record
+    record.groups = [link.group(length)]
     if options.rewrite == "never":
         record.reason = 'rewrite="never" asks for ordinary backprop'
+        record.advice = 'rewrite="profitable", the default, or "always".'
         return How(None), record
     if options.iterations == "exact":
         record.reason = 'iterations="exact" asks for ordinary backprop'
+        record.advice = f"Any iterations below {length}."
         return How(None), record
     k = int(options.iterations)
     exact = How(None, 0.0, max(k + 1, options.min_length))
+    if length < options.min_length:
+        record.reason, record.advice = shorter(length, options)
+        return exact, record
     if k >= length:
         record.reason = f"iterations={k} reaches the chain's length {length}: that is ordinary backprop"
-        return exact, record
-    if length < options.min_length:
-        record.reason = f"{length} links, shorter than min_length={options.min_length}"
+        record.advice = f"iterations below {length}, or leave it: these gradients are exact."
         return exact, record
     expected = record.estimate = estimate(link, k, length)
     if options.rewrite != "always" and not expected.pays:
-        record.reason = f'not expected to be faster: {expected}; rewrite="always" rewrites it all the same'
+        record.reason = f"not expected to be faster: {expected}"
+        record.advice = 'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.'
         return exact, record
     why = 'rewrite="always"; estimated' if options.rewrite == "always" else "expected to be faster:"
     record.decision, record.reason = "rewritten", f"{why} {expected}"

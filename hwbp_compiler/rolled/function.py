@@ -53,7 +53,8 @@ def recurrent(
     chains of their own. Exact are: recurrences without an elementwise path (K = 0), ``iterations="exact"`` or at least
     T, and linear recurrences ``s' = a * s + b`` whose gates do not see s (LRU, minGRU), which are scans in both
     directions. A cell that draws random numbers (dropout), contains a custom ``autograd.Function`` or switches
-    gradients off is stepped through while autograd records, exact too, but unrolled; ``explain`` gives the reason.
+    gradients off is stepped through while autograd records, which unrolls it; it is then what a Python loop over the
+    cell would be. ``explain`` gives the reason.
 
     Works in eager mode, where it compiles itself (once; a new T compiles nothing), and inside a function compiled with
     ``backend="highway"``, in one graph. Under another backend it is a graph break.

@@ -23,7 +23,7 @@ from hwbp_compiler.graph.program import (
     elementwise_argument,
 )
 from hwbp_compiler.graph.record import GroupRecord
-from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
 from hwbp_compiler.passes.split_links import Split, split_links
 
 from .stages import Stage
@@ -37,7 +37,7 @@ class Backward:
     arguments   nodes of the link's arguments: state, then per_step, then shared
     gradients   a node per argument, None where nothing reaches it
     program     from the gradient at the next state to that at the state
-    split       K; None where the link has no sound one, and ``reason`` says why
+    split       K; None where the link has no sound one, ``reason`` says why and ``advice`` what to change
     """
 
     module: GraphModule
@@ -47,6 +47,7 @@ class Backward:
     program: Program | None = None
     split: Split | None = None
     reason: str = ""
+    advice: str = ""
 
     @property
     def has_block(self) -> bool:
@@ -59,10 +60,8 @@ class Backward:
         return multiplier_text(self.program, self.split.support) if self.split is not None else "0"
 
     def group(self, length: int) -> GroupRecord:
-        assert self.program is not None
-        statements = range(self.program.arity, len(self.program.statements))
-        heavy = Counter(str(self.program.statements[i].target) for i in statements if _is_heavy(self.program, i))
-        return GroupRecord(length, dict(heavy))
+        """What one link is made of; ``length`` of them are alike."""
+        return _group(self.program, self.multiplier, length)
 
 
 @dataclass
@@ -78,6 +77,9 @@ class Affine:
     def multiplier(self) -> str:
         return multiplier_text(self.program, self.split.support)
 
+    def group(self, length: int) -> GroupRecord:
+        return _group(self.program, self.multiplier, length)
+
 
 def look_backward(stage: Stage, fake_mode: Any) -> Backward:
     assert stage.link is not None
@@ -90,7 +92,7 @@ def look_backward(stage: Stage, fake_mode: Any) -> Backward:
         found.program = _program(info, vjp.tangents, vjp.gradients[:width])
         found.split = _split(found.program)
     except NotALink as reason:
-        found.reason = str(reason)
+        found.reason, found.advice = str(reason), reason.advice
     return found
 
 
@@ -131,7 +133,10 @@ def _split(program: Program) -> Split:
     state = tuple(program.raw[i] for i in program.outputs)
     split = split_links(Chain([program.inputs, state], [program]))
     if not split.support:
-        raise NotALink("the state has no elementwise path from one step to the next: K = 0")
+        raise NotALink(
+            "the state has no elementwise path from one step to the next: K = 0",
+            "Nothing: its gradients are exact. A gate that leads the state past the matrix (GRU, LSTM) would make one.",
+        )
     return split
 
 
@@ -151,6 +156,16 @@ def _refs(args: tuple) -> list[Ref]:
         elif isinstance(a, tuple):
             found += _refs(a)
     return found
+
+
+def _group(program: Program | None, multiplier: str, length: int) -> GroupRecord:
+    assert program is not None
+    heavy = Counter(
+        operator_name(node).removeprefix("aten::")
+        for i, node in enumerate(program.raw)
+        if node is not None and i >= program.arity and _is_heavy(program, i)
+    )
+    return GroupRecord(length, dict(heavy), multiplier)
 
 
 def _is_heavy(program: Program, i: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hwbp_compiler.digest import source_digest
 from hwbp_compiler.graph.batching import NoBatchingRule
+from hwbp_compiler.graph.origin import common, module_of
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options
 
@@ -50,6 +51,11 @@ class Recurrence(nn.Module):
         self.step: Step | None = None
         self.plans: list[Plan] | None = None
         self.records: list[ChainRecord] = []
+
+    @property
+    def recurring(self) -> list[Plan]:
+        """The plans that ``records`` tell of, in their order; empty where the cell is stepped through."""
+        return [plan for plan in self.plans or () if plan.stage.link is not None]
 
     def forward(self, *arguments: Any) -> tuple[Any, ...]:
         a, b = self.states, self.states + self.inputs
@@ -109,7 +115,7 @@ class Recurrence(nn.Module):
 
 
 def build(
-    cell: Body, state: list, inputs: list, shared: list, fake_mode: Any, options: Options, source: str
+    name: str, cell: Body, state: list, inputs: list, shared: list, fake_mode: Any, options: Options, source: str
 ) -> Recurrence:
     """``cell`` over time; ``state``, ``inputs`` and ``shared`` are fake tensors (inputs ``[T, ...]``) or sizes."""
     made = Recurrence(cell, len(state), len(inputs))
@@ -118,7 +124,9 @@ def build(
         with fake_mode:
             first = [x[0] for x in inputs]
         step = trace_step(cell, state, first, shared, fake_mode)
-        plans, records = _plans(step, fake_mode, options, length, source)
+        plans, records = _plans(name, step, fake_mode, options, length)
+        for record, plan in zip(records, (p for p in plans if p.stage.link is not None), strict=True):
+            _tell_where(record, plan.stage, source)
         made.step, made.plans = step, plans
         _rehearse(made, state, inputs, shared, fake_mode)
         made.records = records
@@ -130,14 +138,32 @@ def build(
         if not declined and options.strict:
             raise
         reason = str(error) if declined else f"{type(error).__name__}: {error}".partition("\n")[0]
-        reason = f"the cell is stepped through: {reason}"
-        made.records = [ChainRecord(length, "declined", reason, source=source, failed=not declined)]
+        reason = f"the cell is stepped through, which unrolls the loop: {reason}"
+        advice = getattr(error, "advice", "Write the cell with operators that torch.compile can trace.")
+        if not declined:
+            advice = "A defect of ours: please report it, with the cell."
+        made.records = [
+            ChainRecord(
+                length, "declined", reason, source=source, sources=[source] if source else [], failed=not declined,
+                advice=advice,
+            )
+        ]  # fmt: skip
         log.debug("rolling a recurrence failed", exc_info=error)
     return made
 
 
+def _tell_where(record: ChainRecord, stage: Stage, source: str) -> None:
+    """The line and the module of the links, and that they are all alike."""
+    assert stage.link is not None
+    record.source, record.sources = source, [source] if source else []
+    record.module = common([module_of(node) for node in stage.link.graph.nodes if node.op == "call_function"])
+    for group in record.groups:
+        group.source, group.module = source, record.module
+        record.members, record.modules = [0] * record.length, [record.module] * record.length
+
+
 def _plans(
-    step: Step, fake_mode: Any, options: Options, length: int, source: str
+    name: str, step: Step, fake_mode: Any, options: Options, length: int
 ) -> tuple[list[Plan], list[ChainRecord]]:
     plans: list[Plan] = []
     records: list[ChainRecord] = []
@@ -149,7 +175,8 @@ def _plans(
         plan.affine = look_for_affine(stage, fake_mode)
         if plan.affine is not None:
             reason = "a linear recurrence, its gates see the input alone: a scan in both directions, exact at k = 0"
-            records.append(ChainRecord(length, "rewritten", reason, plan.affine.multiplier, source=source))
+            group = plan.affine.group(length)
+            records.append(ChainRecord(length, "rewritten", reason, plan.affine.multiplier, [group]))
             continue
         backward = look_backward(stage, fake_mode)
         width = len(stage.members)
@@ -157,9 +184,8 @@ def _plans(
         results = stage.link.graph.find_nodes(op="output")[0].args[0]
         a = width + len(stage.per_step)
         code = code_of(stage.link.graph, link[:width], link[width:a], link[a:], results)
-        plan.loop = LoopLink(code, width, len(stage.per_step), backward)
+        plan.loop = LoopLink(f"{name}.{len(records)}", code, width, len(stage.per_step), backward)
         plan.how, record = decide(backward, options, length)
-        record.source = source
         records.append(record)
     return plans, records
 

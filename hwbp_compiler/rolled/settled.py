@@ -1,4 +1,6 @@
-"""Mark what a recurrence's backward pass puts into a joint graph: no highway is to be looked for in it again."""
+"""Mark what a recurrence's backward pass puts into a joint graph: no highway is to be looked for in it again.
+
+The mark is the name of the recurrence, by which a report finds these nodes."""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ MARK = "highway_settled"
 
 
 @contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Mark every node that is traced inside."""
+def settled(name: str) -> Iterator[None]:
+    """Mark every node that is traced inside with ``name``."""
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()
@@ -22,7 +24,7 @@ def settled() -> Iterator[None]:
     if graph is not None:
         for node in graph.nodes:
             if node not in before:
-                node.meta[MARK] = True
+                node.meta[MARK] = name
 
 
 def is_settled(node: Node) -> bool:

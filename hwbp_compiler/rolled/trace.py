@@ -24,7 +24,12 @@ from hwbp_compiler.torch_private import (
 
 
 class CannotRoll(Exception):
-    """A step that has to be left to a recording loop; the message says why, for the user."""
+    """A step that has to be left to a recording loop; the message says why and ``advice`` what to change, for the
+    user."""
+
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(reason)
+        self.advice = advice
 
 
 @dataclass
@@ -87,9 +92,15 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     results = list(module.graph.find_nodes(op="output")[0].args[0])
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            raise CannotRoll("the cell holds a tensor that is no parameter, buffer or captured variable")
+            raise CannotRoll(
+                "the cell holds a tensor that is no parameter, buffer or captured variable",
+                "Make the tensor outside the cell, or register it as a buffer.",
+            )
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise CannotRoll(f"the cell draws random numbers ({node.target}); computed again they would differ")
+            raise CannotRoll(
+                f"the cell draws random numbers ({node.target}); computed again they would differ",
+                "Draw them for all steps before the loop and hand them in as an input.",
+            )
     a, b = len(state), len(state) + len(inputs)
     return Step(module, nodes[:a], nodes[a:b], nodes[b:], results[:a], results[a:])
 
@@ -102,9 +113,15 @@ def _check_traceable(cell: GraphModule) -> None:
         for node in module.graph.nodes:
             name = getattr(node.target, "__name__", str(node.target))
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                raise CannotRoll(f"the cell contains {name}, which has its own way to differentiate")
+                raise CannotRoll(
+                    f"the cell contains {name}, which has its own way to differentiate",
+                    "Write that part with PyTorch's operators, or move it out of the cell.",
+                )
             if node.op == "call_function" and ("grad_enabled" in name or "inference_mode" in name):
-                raise CannotRoll("the cell switches gradients on or off inside")
+                raise CannotRoll(
+                    "the cell switches gradients on or off inside",
+                    "Use x.detach() where no gradient is to pass, or compute that part before the loop.",
+                )
 
 
 def subgraph(inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
@@ -153,7 +170,7 @@ def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise CannotRoll(f"the cell writes in place ({node.target})")
+            raise CannotRoll(f"the cell writes in place ({node.target})", "Write the change as a new tensor.")
     return traced
 
 
