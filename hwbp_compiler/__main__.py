@@ -51,6 +51,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     from .errors import OptionError
     from .report import explain
+    from .report.capture import LossError
     from .report.text import show
 
     try:
@@ -74,7 +75,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         report = explain(
             model, *args, options=options, loss=loss, measure=arguments.measure, errors=arguments.errors, **kwargs
         )
-    except OptionError as error:
+    except (OptionError, LossError) as error:
         print(f"python -m hwbp_compiler explain: {error}", file=sys.stderr)
         return 2
     show(report)
@@ -82,10 +83,14 @@ def _explain(arguments: argparse.Namespace) -> int:
         report.to_html(arguments.html)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
-    if arguments.repro:
-        report.save_repro(arguments.repro)
-    if arguments.draw:
-        report.draw(arguments.draw)
+    try:
+        if arguments.repro:
+            report.save_repro(arguments.repro)
+        if arguments.draw:
+            report.draw(arguments.draw)
+    except ValueError as error:  # there is no graph, or one that no script can spell out
+        print(f"python -m hwbp_compiler explain: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -127,13 +132,16 @@ def _load_file(path: Path) -> Any:
 
 def _check_places(arguments: argparse.Namespace) -> None:
     """What cannot be written is told before the work, not after it."""
-    from .report.draw import SUFFIXES
+    from .report import draw
 
     for place in filter(None, (arguments.html, arguments.json, arguments.repro, arguments.draw)):
         if not Path(place).absolute().parent.is_dir():
             raise _Usage(f"{place!r} is in a folder that does not exist; make it first")
-    if arguments.draw and Path(arguments.draw).suffix not in SUFFIXES:
-        raise _Usage(f"--draw {arguments.draw!r} must end in one of {', '.join(SUFFIXES)}")
+    if arguments.draw:
+        try:
+            draw.check(arguments.draw)
+        except (ValueError, ImportError, FileNotFoundError) as error:
+            raise _Usage(f"--draw: {error}") from None
 
 
 def _check_takes_nothing(function: Callable[..., Any], name: str) -> None:

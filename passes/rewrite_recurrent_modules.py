@@ -29,7 +29,7 @@ from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
-from .decide import Estimate
+from .decide import Estimate, shorter
 from .decide_recurrent import estimate_recurrent
 
 log = logging.getLogger(__name__)
@@ -210,7 +210,7 @@ class _Backward:
         if self.kind not in _CELLS:
             return _Decision(
                 _NO_PATH.format(_NAMES[self.kind]),
-                "Nothing: its gradients are exact. nn.GRU and nn.LSTM carry a state past the matrix, through a gate.",
+                "Nothing: its gradients are exact. nn.GRU and nn.LSTM lead their state past the matrix by a gate.",
             )
         if self.batch_sizes is not None:
             return _Decision(
@@ -237,7 +237,7 @@ def _decide(call: _Backward, options: Options) -> _Decision:
     if k == "exact":
         return _Decision('iterations="exact" asks for ordinary backprop', f"Any iterations below {length}.")
     if length < options.min_length:
-        return _Decision(f"shorter than min_length={options.min_length}", f"min_length={length} lets it be considered.")
+        return _Decision(*shorter(length, options))
     if k >= length:
         return _Decision(
             f"iterations={k} reaches the chain's length {length}: that is ordinary backprop",

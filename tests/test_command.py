@@ -32,6 +32,9 @@ def by_keyword():
 def nothing():
     return nn.Linear(2, 2), "inputs"
 
+def without_reduction():
+    return *positional(), lambda output: output
+
 def of_width(width):
     return positional()
 
@@ -72,13 +75,14 @@ def test_inputs_by_keyword_and_a_loss(folder, capsys):
         (["a_model:the_model_alone"], "returned Sequential; it must return (model, inputs)"),
         (["no_such_module:f"], "cannot be imported"),
         (["no_such_file.py:f"], "no file"),
-        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, of_width, positional, the_model_alone"),
+        (["a_model:no_such_function"], "it has Block, by_keyword, nothing, of_width, positional, "),
         (["a_model"], "names no function"),
         (["a_model:nothing"], "the inputs are a str"),
         (["a_model:Block.forward"], "has no function 'Block.forward'"),
         (["a_model:of_width"], "cannot be called without arguments: missing a required argument: 'width'"),
         (["a_model:positional", "--html", "no/such/folder/a.html"], "folder that does not exist"),
         (["a_model:positional", "--draw", "a.pdf"], "must end in one of .dot, .svg, .png"),
+        (["a_model:without_reduction"], "loss(output) is a tensor of shape (2, 4); it must be one number: reduce it"),
         (["a_model:positional", "-o", "iterations"], "has no value"),
         (["a_model:positional", "-o", "iterations=-1"], "iterations"),
         (["a_model:positional", "-o", "iteration=1"], "Did you mean 'iterations'"),
@@ -88,6 +92,22 @@ def test_what_is_wrong_is_said_before_anything_else_and_the_status_is_2(folder, 
     assert main(["explain", *arguments]) == 2
     told = capsys.readouterr()
     assert said in told.err and told.out == ""
+
+
+def test_a_missing_program_is_told_before_the_work(folder, capsys, monkeypatch):
+    pytest.importorskip("pydot")
+    monkeypatch.setenv("PATH", "")
+    assert main(["explain", "a_model:positional", "--draw", "a.svg"]) == 2
+    told = capsys.readouterr()
+    assert "`dot` on the PATH (apt-get install graphviz)" in told.err and told.out == ""
+
+
+def test_where_there_is_no_graph_the_report_is_printed_and_the_status_is_1(folder, capsys):
+    frozen = "def frozen():\n    return nn.Linear(4, 4).requires_grad_(False), torch.ones(2, 4)"
+    (folder / "a_model.py").write_text(MODEL + frozen)
+    assert main(["explain", "a_model:frozen", "--repro", "a.py"]) == 1
+    told = capsys.readouterr()
+    assert "0 chains" in told.out and "no joint graph" in told.err
 
 
 def test_the_doctor_finds_this_machine_well():

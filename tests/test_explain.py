@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounter
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, explain, passes
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.report.text import plain
 from hwbp_compiler.testing import Link, Program, reference_gradients
 
 WIDTH, DEPTH = 4, 5
@@ -275,7 +276,7 @@ def test_without_any_graph_the_report_says_so():
 
 def test_the_loss_must_be_one_number_that_wants_a_gradient():
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"shape \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 2\); it must be one number: reduce it"):
         explain(model, torch.ones(1, 2), loss=lambda output: output)
     report = explain(model, torch.ones(1, 2), loss=lambda output: output.detach().sum())
     assert "does not depend on anything" in str(report)
@@ -459,13 +460,33 @@ def test_drawings(mlp_report, tmp_path):
     assert "linear_scan" not in (tmp_path / "before.dot").read_text()
     mlp_report.draw(tmp_path / "after.dot")
     assert "linear_scan" in (tmp_path / "after.dot").read_text()
-    if shutil.which("dot"):
-        mlp_report.draw(tmp_path / "after.svg")
-        assert "<svg" in (tmp_path / "after.svg").read_text()
+
+
+def test_pictures(mlp_report, tmp_path):
+    pytest.importorskip("pydot")
+    if shutil.which("dot") is None:
+        pytest.skip("graphviz's program `dot` is not on the PATH (apt-get install graphviz)")
+    mlp_report.draw(tmp_path / "after.svg")
+    assert "<svg" in (tmp_path / "after.svg").read_text()
+    mlp_report.draw(tmp_path / "after.png")
+    assert (tmp_path / "after.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_graphviz_is_asked_for_the_picture(mlp_report, tmp_path, monkeypatch, suffix):
+    """With a program in the place of graphviz's that writes down what it is asked for."""
+    pytest.importorskip("pydot")
+    stub = tmp_path / "dot"
+    stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho a picture\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    mlp_report.draw(tmp_path / f"after.{suffix}")
+    assert f"-T{suffix}" in (tmp_path / "asked").read_text()
+    assert (tmp_path / f"after.{suffix}").read_text() == "a picture\n"
 
 
 def test_drawings_say_what_is_missing(mlp_report, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'.pdf'; it takes one of .dot, .svg, .png"):
+    with pytest.raises(ValueError, match=r"'.pdf'; it must end in one of .dot, .svg, .png"):
         mlp_report.draw(tmp_path / "a.pdf")
     monkeypatch.setenv("PATH", "")
     with pytest.raises(FileNotFoundError, match="graphviz"):
@@ -528,6 +549,25 @@ def test_modules_and_all_lines_are_told(mlp_report):
     assert chain.groups[0].batched and chain.added_bytes > 0
 
 
+@pytest.mark.parametrize("keys", [["a b", "c-d", "é"], ["it's", 'say "x"', "a[0]"], ["]", "L['self']", "@3"]])
+def test_keys_of_a_module_dict_are_told_as_they_are(keys):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleDict({key: Block() for key in keys})
+
+        def forward(self, x):
+            for block in self.blocks.values():
+                x = block(x)
+            return x
+
+    report = explain(Named(), x(), options={**ALWAYS, "min_length": 3})
+    (chain,) = report.chains
+    assert chain.module == f"blocks.{keys[0]}..blocks.{keys[-1]}"
+    ((programs,),) = report.graphs[0].programs
+    assert any(f"blocks.{key}.up.weight" in programs.before for key in keys)
+
+
 def test_the_programs_of_a_block_name_its_weights(mlp_report):
     (block,) = mlp_report.graphs[0].programs[0]
     assert block.forward[-1].endswith("return x + self.down(torch.relu(self.up(self.norm(x))))")
@@ -537,8 +577,12 @@ def test_the_programs_of_a_block_name_its_weights(mlp_report):
 
 
 def test_a_terminal_of_any_width(mlp_report, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "70")
-    assert max(map(len, str(mlp_report).splitlines())) <= 70
+    for columns in (36, 40, 59, 70):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = str(mlp_report).splitlines()
+        assert max(map(len, lines)) <= columns
+        # Every word is there, unless it is longer than a line.
+        assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", plain(mlp_report, 100))
 
 
 def test_rich_prints_the_same_text(mlp_report, capsys):

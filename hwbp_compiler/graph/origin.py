@@ -7,6 +7,7 @@ update is the addition that the block's result runs into.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -197,10 +198,20 @@ def module_of(node: Node) -> str:
 
 
 def plain_name(name: str) -> str:
-    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too."""
-    name = re.sub(r"(\._(modules|parameters|buffers))?\[['\"]?([^'\"\]]+)['\"]?\]", r".\3", name)
-    name = re.sub(r"^(L|G)\.\w+", "", name)
-    return re.sub(r"@\d+", "", name).strip(".")
+    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too. The key of an
+    ``nn.ModuleDict`` may hold quotes and brackets; it is spelt as it is."""
+    name = re.sub(r"^[LG]\['\w+'\]", "", name)
+    name = re.sub(r"(?<=[^.\]])@\d+(?=$|\.)", "", name)  # the second call of a module, the third
+    return _KEY.sub(lambda found: "." + _unquoted(found[1]), name).strip(".")
+
+
+_KEY = re.compile(
+    r"""(?:\._(?:modules|parameters|buffers))?\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^'"\]]*)\]""", re.DOTALL
+)
+
+
+def _unquoted(key: str) -> str:
+    return str(ast.literal_eval(key)) if key[:1] in ("'", '"') else key
 
 
 def common(names: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ def explain(
 
     Raises:
         OptionError: a key or a value in ``options`` that is not allowed.
-        ValueError: ``loss(output)`` is not one number.
+        LossError: ``loss(output)`` is not one number (a ``ValueError``).
         HighwayError: a pass failed and ``strict`` is set; otherwise the failure stands in the report.
 
     >>> report = explain(model, x, options={"iterations": 1})
@@ -128,6 +128,10 @@ def _retracing(
 
 
 # -- tracing ----------------------------------------------------------------------------------------------------
+
+
+class LossError(ValueError):
+    """``loss(output)`` is not one number."""
 
 
 class _Looking(CustomGraphPass):
@@ -291,7 +295,7 @@ def _sum_of_outputs(output: Any) -> Tensor | None:
 def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-        raise ValueError(f"explain: loss(output) is {what}; it must be one number")
+        raise LossError(f"explain: loss(output) is {what}; it must be one number: reduce it, by .mean() or .sum()")
     if not looking.graphs and not looking.inference_graphs:
         return [
             "torch.compile's front end, Dynamo, found no graph to compile: all of it runs in eager mode. "

@@ -10,15 +10,14 @@ from torch import fx
 from torch.fx.passes.graph_drawer import FxGraphDrawer
 
 SUFFIXES = (".dot", ".svg", ".png")
+_ENDINGS = "one of " + ", ".join(SUFFIXES)
 
 
-def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
-    """See :meth:`Report.draw`."""
+def check(path: str | os.PathLike[str]) -> None:
+    """Raise what :meth:`Report.draw` would for want of a program, a package or a suffix."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it takes one of {', '.join(SUFFIXES)}")
-    if module is None:
-        raise ValueError("draw: the report has no joint graph to draw; print(report) says why")
+        raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it must end in {_ENDINGS}")
     try:
         import pydot  # noqa: F401
     except ImportError:
@@ -28,6 +27,14 @@ def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
             f"draw: {path.suffix} pictures need graphviz's program `dot` on the PATH (apt-get install graphviz); a "
             ".dot file needs nothing"
         )
+
+
+def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
+    """See :meth:`Report.draw`."""
+    if module is None:
+        raise ValueError("draw: the report has no joint graph to draw; print(report) says why")
+    path = Path(path)
+    check(path)
     # What an attribute of the module is, or a call's stack trace, is in print_readable() already.
     drawing = FxGraphDrawer(module, path.stem, ignore_getattr=True, ignore_parameters_and_buffers=True)
     drawing.get_dot_graph().write(str(path), format={".dot": "raw"}.get(path.suffix, path.suffix[1:]))

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 # A line as it stands, or (indent, label, text to be wrapped).
 _Line = str | tuple[int, str, str]
 
-_NARROWEST, _WIDEST = 60, 100
+_NARROWEST, _WIDEST = 30, 100
 _LABEL = 11
+# Below this width labels stand on lines of their own.
+_BESIDE = 60
 NO_CHAIN = (
     "nothing that carries a gradient past a block element by element (a residual addition, a gate) was found. "
     "All gradients of this graph are exact."
@@ -207,20 +209,29 @@ def count(number: int, what: str) -> str:
 
 
 def _wrapped(lines: Iterable[_Line], width: int | None = None) -> str:
-    """Labels in a column of their own, their text beside it, no line wider than the terminal."""
+    """Labels in a column of their own, their text beside it or below it, no line wider than the terminal."""
     if width is None:
         width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
     width = max(_NARROWEST, width)
     done: list[str] = []
     for line in lines:
         if isinstance(line, str):
-            done.append(line)
-            continue
-        indent, label, text = line
+            head, text = "", line
+            margin = " " * (len(line) - len(line.lstrip()) + 2)
+        else:
+            indent, label, text = line
+            head = " " * indent + label.ljust(_LABEL) + " "
+            margin = " " * len(head)
+            if width < _BESIDE:
+                margin = " " * (indent + 2)
+                head = f"{' ' * indent}{label}  " if label else margin
+                if len(head + text) > width and label:
+                    done.append(head.rstrip())
+                    head = margin
         inner = text.lstrip()
         kept = " " * (len(text) - len(inner))
-        head = " " * indent + label.ljust(_LABEL) + " "
         done += textwrap.wrap(
-            inner, width, initial_indent=head + kept, subsequent_indent=" " * len(head) + kept, break_on_hyphens=False
-        )
+            inner, width, initial_indent=head + kept, subsequent_indent=margin + (kept if head else ""),
+            break_on_hyphens=False,
+        ) or [""]  # fmt: skip
     return "\n".join(done)
