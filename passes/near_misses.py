@@ -7,6 +7,7 @@ why: features that are concatenated, shortcuts with a layer in them, loops whose
 from __future__ import annotations
 
 import heapq
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 
@@ -20,7 +21,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, shape_of
 
 from .check_separation import Refusal
-from .find_chains import find_chains, root_of_sum
+from .find_chains import Track, find_chains, root_of_sum
 from .pipeline import collapsed, refused
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
         return []
     origins = Origins(graph)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
+    found += _interrupted(info, origins)
     lines = {(c.source, c.reason) for c in chains}
     return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason) not in lines]
 
@@ -171,6 +173,62 @@ def _meeting(info: GraphInfo, start: int) -> tuple[int, list[int], str] | None:
 
 def _sizes(info: GraphInfo, i: int) -> str:
     return "[" + ", ".join(map(str, shape_of(info.nodes[i]) or ())) + "]"
+
+
+def _interrupted(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
+    """Tracks of one join or two, one behind the other, with the same operator between them every time."""
+    tracks = sorted(find_chains(info), key=lambda t: t.joins[0])
+    short = [t for t in tracks if len(t.joins) <= 2 and t.branches]
+    stretch: list[Track] = []
+    names: list[str] = []
+    for track, following in itertools.zip_longest(short, short[1:]):
+        name = None if following is None else _between_tracks(info, origins, track, following)
+        stretch.append(track)
+        if following is not None and name is not None and name == (names[-1] if names else name):
+            names.append(name)
+            continue
+        if len(names) + 1 >= _SHORTEST_STRETCH:
+            inside = info.between({stretch[0].branches[0]}, {stretch[-1].joins[-1]})
+            yield Refusal(
+                tuple(info.nodes[i] for i in sorted(inside)),
+                sum(len(t.joins) for t in stretch),
+                _INTERRUPTED.format(names[0]),
+                "Move it inside the blocks, or before the first and behind the last of them.",
+            )
+        stretch, names = [], []
+
+
+_INTERRUPTED = (
+    "between one block and the next the state itself goes through {}, which moves or mixes its elements: no element of "
+    "it leads straight to one behind the next block"
+)
+_SHORTEST_STRETCH = 3
+_LAYERS = {"addmm": "a linear layer", "mm": "a linear layer", "convolution": "a convolution"}
+
+
+def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> str | None:
+    """The one operator of the forward pass that stands between them; None if it is none, or more than one."""
+    end, start = track.joins[-1], following.branches[0]
+    if start <= end:
+        return None
+    inside = info.between({end}, {start}) - {end}
+    cuts = [info.nodes[i] for i in inside if info.kind(i) not in (Kind.ELEMENTWISE, Kind.LAYOUT)]
+    calls = {node.meta.get("seq_nr") for node in cuts}
+    if not inside or len(calls) != 1:
+        return None
+    forward = [n for n in origins.by_call.get(calls.pop(), ()) if info.kind(info.index[n]) is not Kind.LAYOUT]
+    if not forward:
+        return None
+    # What the user called is known of an operator that was taken apart.
+    called = getattr(forward[0].meta.get("original_aten"), "_schema", None)
+    name = (operator_name(forward[0]) if called is None else called.name).removeprefix("aten::")
+    return _LAYERS.get(name, f"torch's {name.strip('_')}")
+
+
+def is_piece_of(record: ChainRecord, missed: Sequence[ChainRecord]) -> bool:
+    """Whether ``record`` tells of one link of a stretch that one of ``missed`` tells of as a whole."""
+    whole = {m.source for m in missed if m.reason.startswith(_INTERRUPTED.partition("{")[0])}
+    return record.reason.startswith("shorter than min_length") and record.length <= 2 and record.source in whole
 
 
 def _loops(info: GraphInfo) -> Iterator[Refusal]:

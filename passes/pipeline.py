@@ -286,7 +286,7 @@ def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> str
     elif expected.pays:
         record.reason = f"expected to be faster: {expected}"
     else:
-        record.advice = 'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.'
+        record.advice = 'rewrite="always" asks for it all the same; fewer iterations or a smaller batch may pay.'
         return f"not expected to be faster: {expected}"
     return None
 

@@ -345,7 +345,8 @@ def test_a_chain_below_min_length_is_told_once():
 
 
 def test_equal_refusals_are_one_record_that_counts_them():
-    apart = [layer for _ in range(3) for layer in (Residual(), nn.Linear(WIDTH, WIDTH))]
+    between = [nn.Linear(WIDTH, WIDTH) for _ in range(6)]
+    apart = [layer for _ in range(3) for layer in (Residual(), nn.Sequential(between.pop(), nn.Tanh(), between.pop()))]
     given = torch.randn(3, WIDTH, requires_grad=True)
     chain = only(declined(nn.Sequential(*apart), given))
     assert (chain.length, chain.times) == (1, 3) and chain.module == "0..4"
@@ -381,3 +382,39 @@ class U(nn.Module):
 def test_connections_that_skip_over_blocks():
     chain = only(declined(U(), torch.randn(2, WIDTH)))
     assert "U-Net" in chain.advice and "for something else as well" in chain.reason
+
+
+@pytest.mark.parametrize("options", [{"rewrite": "profitable"}, {"iterations": "exact"}, {"iterations": 5}])
+def test_advice_that_would_not_help_is_not_given(options):
+    chain = only(declined(U(), torch.randn(2, WIDTH), **options))
+    assert "would not have it rewritten either" in chain.advice and "U-Net" in chain.advice
+
+
+class Interrupted(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.blocks, self.between = nn.ModuleList(Residual() for _ in range(6)), between
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.between(block(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("between", "named"),
+    [
+        (lambda x: x.roll(1, -1), "torch's roll"),
+        (lambda x: x.flip(-1), "torch's flip"),
+        (lambda x: x.cumsum(-1), "torch's cumsum"),
+        (nn.Linear(WIDTH, WIDTH), "a linear layer"),
+    ],
+)
+def test_what_stands_on_the_trunk_is_named(between, named):
+    chain = only(declined(Interrupted(between), torch.randn(2, WIDTH, requires_grad=True)))
+    assert chain.length == 6 and f"the state itself goes through {named}, which" in chain.reason
+
+
+def test_nothing_is_said_to_stand_on_a_trunk_that_is_free():
+    report = explained(Interrupted(nn.Hardtanh()), torch.randn(2, WIDTH, requires_grad=True))
+    assert only(report.chains).decision == "rewritten"

@@ -20,7 +20,7 @@ from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.origin import plain_name
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
-from hwbp_compiler.passes.near_misses import near_misses
+from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
@@ -29,6 +29,7 @@ from hwbp_compiler.rolled.recurrence import Recurrence
 from hwbp_compiler.torch_private import SERVES, CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
+from .advice import put_to_the_test
 from .data import ExplainedGraph, Report, copy_of
 from .programs import Programs, of_loop
 from .restore import left_as_it_was
@@ -177,7 +178,9 @@ class _Looking(CustomGraphPass):
                     inner_exception=error,
                     first_useful_frame=inspect.currentframe(),
                 ).with_traceback(error.__traceback__) from error
-        found.chains += self._near_misses(found)
+        self._put_to_the_test(found)
+        missed = self._near_misses(found)
+        found.chains = [c for c in found.chains if not is_piece_of(c, missed)] + missed
         found.programs = [programs.blocks.get(id(chain), []) for chain in found.chains]
         found.rest = [programs.rest.get(id(chain), "") for chain in found.chains]
         found.after.recompile()
@@ -189,6 +192,12 @@ class _Looking(CustomGraphPass):
         except Exception as error:
             self.lacking.append(f"What looks like a chain and is none is not told of: {type(error).__name__}: {error}.")
             return []
+
+    def _put_to_the_test(self, found: ExplainedGraph) -> None:
+        try:
+            put_to_the_test(found.before, found.chains[found.loops :], self.options)
+        except Exception as error:
+            self.lacking.append(f"What is said to change a decision is not tried: {type(error).__name__}: {error}.")
 
     def uuid(self) -> None:
         """None keeps the graph out of torch.compile's caches: found there, it would not be shown to a pass."""

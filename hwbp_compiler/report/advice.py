@@ -1,0 +1,49 @@
+"""Advice put to the test: a chain that ``rewrite="always"`` would not rewrite either is not said to be.
+
+A chain is declined for what it costs before it is rewritten, and some chains turn out only then to be none. The report
+tries it on a copy of the graph, which takes as long as the passes once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from hwbp_compiler import passes
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.options import Options
+
+from .data import copy_of
+
+
+def put_to_the_test(before: fx.GraphModule, records: Sequence[ChainRecord], options: Options) -> None:
+    """Correct the advice of those ``records`` that stay declined when it is followed."""
+    weighed = [record for record in records if _was_weighed(record, options)]
+    for iterations in dict.fromkeys(_fewer(record, options) for record in weighed):
+        trial = copy_of(before.graph)
+        chosen = dataclasses.replace(options, iterations=iterations, rewrite="always", strict=False)
+        found = passes.run(trial.graph, chosen)
+        for record in (r for r in weighed if _fewer(r, options) == iterations):
+            same = [other for other in found if _key(other) == _key(record)]
+            if same and all(other.decision == "declined" for other in same):
+                what = 'rewrite="always"' if iterations == options.iterations else "Fewer iterations"
+                record.advice = f"{what} would not have it rewritten either: {same[0].reason}. {same[0].advice}"
+
+
+def _was_weighed(record: ChainRecord, options: Options) -> bool:
+    """Declined for its cost or its iterations: other values of these options are what it is said to take."""
+    if record.decision == "rewritten" or record.failed or not record.members or record.length < options.min_length:
+        return False
+    return options.rewrite != "always" or _fewer(record, options) != options.iterations
+
+
+def _fewer(record: ChainRecord, options: Options) -> int:
+    most = record.length - 1
+    return most if options.iterations == "exact" else min(options.iterations, most)
+
+
+def _key(record: ChainRecord) -> tuple[Any, ...]:
+    return record.length, record.source, record.module, record.multiplier
