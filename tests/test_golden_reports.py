@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from zoo import CASES
+from zoo.case import Case, setup
 
-from hwbp_compiler import explain
+from hwbp_compiler import explain, recurrent
 
 GOLDEN = Path(__file__).parent / "golden" / "reports.txt"
 OPTIONS = {"iterations": 1, "rewrite": "always", "min_length": 2}
@@ -23,9 +26,45 @@ FAMILIES = (
     "lstm_cell_start_given", "chunk_gru_last_step", "cat_lstm_last_step", "min_gru_every_step", "diagonal_last_step",
     "gru_2_layers_interleaved_every_step", "gru_3_layers_layer_by_layer_last_step", "encoder_decoder",
     "activity_penalties", "hf_gpt2_sdpa", "hf_llama_sdpa", "hf_bert_eager", "hf_roberta_sdpa", "hf_vit_sdpa",
-    "nothing_densenet",
+    "nothing_densenet", "nn_gru", "nn_gru_2_layers_both_directions", "nn_lstm", "nn_rnn", "recurrent_gru",
 )  # fmt: skip
-BY_NAME = {case.name: case for case in CASES}
+
+
+class Reader(nn.Module):
+    """A recurrent module as PyTorch has it."""
+
+    def __init__(self, kind: type[nn.Module], **arguments: Any) -> None:
+        super().__init__()
+        self.reader = kind(3, 4, **arguments)
+
+    def forward(self, x):
+        return self.reader(x)[0]
+
+
+class GRUOfOnesOwn(nn.Module):
+    """A cell over time by ``hwbp_compiler.recurrent``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 4)
+
+    def step(self, x, h):
+        h = self.cell(x, h)
+        return h, h
+
+    def forward(self, x):
+        return recurrent(self.step, x, x.new_zeros(x.shape[1], 4))[0]
+
+
+MODULES = (
+    Case("nn_gru", setup(lambda: Reader(nn.GRU), (7, 2, 3)), None),
+    Case("nn_gru_2_layers_both_directions", setup(lambda: Reader(nn.GRU, num_layers=2, bidirectional=True), (7, 2, 3)),
+         None),
+    Case("nn_lstm", setup(lambda: Reader(nn.LSTM), (7, 2, 3)), None),
+    Case("nn_rnn", setup(lambda: Reader(nn.RNN), (7, 2, 3)), None),
+    Case("recurrent_gru", setup(GRUOfOnesOwn, (7, 2, 3)), None),
+)  # fmt: skip
+BY_NAME = {case.name: case for case in (*CASES, *MODULES)}
 
 
 def fields(name: str) -> str:
