@@ -4,7 +4,7 @@ Weighed is what differs: on one side the operators that ``recurrence.gru`` and `
 other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
 products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
 it is ``recurrence.through_time``, which pays so for the step from state to state alone. The figures are of the size
-seen on two cores of a server CPU (``benchmarks/recurrent.py``); those of GPUs are guesses.
+seen on two cores of a server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
 """
 
 from __future__ import annotations
@@ -27,18 +27,22 @@ _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 @dataclass(frozen=True)
 class _Figures:
     """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
-    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step."""
+    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
+    what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
+    ``kernel_flops``: those of PyTorch's own kernel."""
 
     flops: float
     bytes: float
     launch: float
     step: float
     element: float
+    more: float = 1.0
+    kernel_flops: float = 0.0
 
 
 def _figures(kind: str, like: Tensor) -> _Figures:
     if like.device.type != "cpu":
-        return _Figures(flops=15e12, bytes=1.0e12, launch=6e-6, step=15e-6, element=2e-11)
+        return _figures_of_a_gpu(kind, like)
     flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
     if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         return _Figures(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9)  # oneDNN's, one call a layer
@@ -47,20 +51,51 @@ def _figures(kind: str, like: Tensor) -> _Figures:
     return _Figures(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width)
 
 
-def estimate_recurrent(kind: str, input: Tensor, output: Tensor, iterations: int) -> Estimate:
-    """Seconds for input [T, B, I] and output [T, B, H]; symbolic sizes count as what they were seen to be."""
+def _figures_of_a_gpu(kind: str, like: Tensor) -> _Figures:
+    """cuDNN keeps a small state in one kernel for all steps, but not in bfloat16."""
+    full, tf32, low = 45e12, 180e12, 400e12
+    flops = kernel = low if like.element_size() < 4 else full
+    if like.dtype is torch.float32:
+        flops = tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else full
+        kernel = tf32 if torch.backends.cudnn.rnn.fp32_precision == "tf32" else full
+    small = hint(like.shape[-1]) <= 256 and like.dtype is not torch.bfloat16
+    step = {"gru": 6e-6, "lstm": 2e-6} if small else {"gru": 21e-6, "lstm": 16e-6}
+    return _Figures(flops, 2.5e12, launch=10e-6, step=step[kind], element=5e-11, more=0.5, kernel_flops=kernel)
+
+
+def estimate_recurrent(
+    kind: str, input: Tensor, output: Tensor, iterations: int, layers: int = 1, directions: int = 1
+) -> Estimate:
+    """Seconds for input [T, B, I] and output [T, B, H] ([T, B, 2 H] of both directions); symbolic sizes count as what
+    they were seen to be."""
     steps, batch, width = (hint(size) for size in input.shape)
-    hidden = hint(output.shape[2])
+    hidden = hint(output.shape[2]) // directions
     figures = _figures(kind, output)
+    exact = rewritten = 0.0
+    for layer in range(layers):
+        for direction in range(directions):
+            columns = hidden * directions if layer else width
+            one = _of_a_layer(kind, figures, (steps, batch, columns, hidden), output, iterations)
+            exact += one.substitution * (figures.more if layer or direction else 1.0)
+            rewritten += one.rewritten
+    return Estimate(exact, rewritten, 0)
+
+
+def _of_a_layer(
+    kind: str, figures: _Figures, sizes: tuple[int, int, int, int], like: Tensor, iterations: int
+) -> Estimate:
+    steps, batch, width, hidden = sizes
     gates = _GATES[kind] * hidden
     of_input, of_state = (2.0 * steps * batch * gates * columns / figures.flops for columns in (width, hidden))
-    once, each = (series * steps * batch * hidden * output.element_size() / figures.bytes for series in _SERIES[kind])
-    before_and_after = 3 * of_input + 2 * of_state + once + 12 * figures.launch
+    once, each = (series * steps * batch * hidden * like.element_size() / figures.bytes for series in _SERIES[kind])
+    on_a_cpu = like.device.type == "cpu"
+    before_and_after = 3 * of_input + 2 * of_state + once + (12 if on_a_cpu else 40) * figures.launch
     rewritten = before_and_after + iterations * (of_state + each + 4 * figures.launch)
     by_step = steps * (figures.step + figures.element * batch * hidden)
     # The products of one step run at half speed.
-    if kind == "gru" and output.device.type == "cpu":
+    if kind == "gru" and on_a_cpu:
         exact = before_and_after + 2 * of_state + by_step
     else:  # two of them: into the state before and into the weights
-        exact = 2 * of_input + 2 * 2 * of_state + by_step
+        slower = figures.flops / (figures.kernel_flops or figures.flops)
+        exact = (2 * of_input + 2 * 2 * of_state) * slower + by_step
     return Estimate(exact, rewritten, 0)

@@ -19,6 +19,7 @@ from hwbp_compiler.recurrence import dropout
 from hwbp_compiler.recurrence.arguments import KINDS, Arguments
 from hwbp_compiler.recurrence.operator import operator
 
+from .decide_recurrent import estimate_recurrent
 from .rewrite_recurrent_modules import THROUGH_TIME
 
 _KIND = {getattr(torch, kind): kind for kind in KINDS}
@@ -41,6 +42,7 @@ def _replace_in(module: GraphModule, options: Options) -> None:
         with graph.inserting_before(node):
             outputs = _Call(graph, node, arguments).outputs(options)
         for user in list(node.users):
+            outputs[user.args[1]].meta.setdefault("example_value", user.meta.get("example_value"))
             user.replace_all_uses_with(outputs[user.args[1]])
             graph.erase_node(user)
         graph.erase_node(node)
@@ -76,7 +78,19 @@ class _Call:
         if not self.differentiable or options.rewrite == "never" or call.batch_sizes is not None or projected:
             return False
         approximates = options.iterations != "exact" and call.kind in ("gru", "lstm")
-        return approximates or (call.kind in THROUGH_TIME and _on_a_cpu(call))
+        if _on_a_cpu(call):
+            return approximates or call.kind in THROUGH_TIME
+        return approximates and self._is_worth_taking_apart(options)
+
+    def _is_worth_taking_apart(self, options: Options) -> bool:
+        """cuDNN runs layers and directions side by side, which is lost."""
+        call, seen = self.arguments, self.arguments.input.meta.get("example_value")
+        if options.rewrite == "always" or call.layers * call.directions == 1 or seen is None or seen.dim() != 3:
+            return True
+        output = self.origin.meta["example_value"][0]
+        if call.batch_first:
+            seen, output = seen.transpose(0, 1), output.transpose(0, 1)
+        return estimate_recurrent(call.kind, seen, output, int(options.iterations), call.layers, call.directions).pays
 
     def _by_layers(self, call: Arguments) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""

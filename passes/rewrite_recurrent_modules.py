@@ -243,10 +243,12 @@ def _decide(call: _Backward, options: Options) -> _Decision:
             f"iterations={k} reaches the chain's length {length}: that is ordinary backprop",
             f"iterations below {length}, or leave it: these gradients are exact.",
         )
-    expected = estimate_recurrent(call.kind, call.input.meta["val"], call.output.meta["val"], int(k))
+    expected = estimate_recurrent(
+        call.kind, call.input.meta["val"], call.output.meta["val"], int(k), call.layers, 1 + call.bidirectional
+    )
     if options.rewrite == "always":
         return _Decision(f'rewrite="always"; estimated {expected}', "", expected, True)
-    if expected.pays:
+    if expected.pays and call.chains == 1:  # several come in one call only where taking them apart would not pay
         return _Decision(f"expected to be faster: {expected}", "", expected, True)
     return _Decision(
         f"not expected to be faster: {expected}",

@@ -15,7 +15,13 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def write_out_cells(module: GraphModule, everywhere: bool = False) -> int:
-    """Replace cells in a graph from Dynamo, in place, where they are fused (or ``everywhere``); says how many."""
+    """Replace cells in a graph from Dynamo and in its regions (a checkpoint, a step of ``recurrent``), in place, where
+    they are fused (or ``everywhere``); says how many."""
+    parts = [part for part in module.modules() if isinstance(part, GraphModule)]
+    return sum(_write_out_in(part, everywhere) for part in parts)
+
+
+def _write_out_in(module: GraphModule, everywhere: bool) -> int:
     replaced = 0
     for node in list(module.graph.nodes):
         written = _WRITTEN_OUT.get(node.target) if node.op == "call_function" else None

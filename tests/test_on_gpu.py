@@ -7,6 +7,7 @@ runs these tests where there is one; elsewhere they are skipped.
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 
 import pytest
@@ -18,6 +19,7 @@ from test_recurrent_modules import CASES as MODULES
 from test_recurrent_modules import STEPS, Reader, retold
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 from zoo import CASES, EVERYDAY
 
 import hwbp_compiler
@@ -181,6 +183,16 @@ def test_under_autocast_it_is_no_worse_than_eager_mode(kind):
     assert_closer(exact, found, eager, slack=3.0)
 
 
+@pytest.mark.parametrize("hidden", [32, 512])
+def test_layers_that_stay_exact_stay_one_call(hidden):
+    """cuDNN runs them side by side; the cost model is asked before they are taken apart."""
+    model = nn.GRU(hidden, hidden, 3).to(DEVICE)
+    x = torch.randn(64, 128, hidden, device=DEVICE)
+    report = hwbp_compiler.explain(model, x, options={"iterations": 20})
+    calls = [n for n in report.graph_after.graph.nodes if n.target is torch.ops.highway.recurrent.default]
+    assert len(calls) == (1 if {c.decision for c in report.chains} == {"declined"} else 3), report
+
+
 def test_dropout_between_layers_draws_masks_and_learns():
     model = Reader("GRU", num_layers=3, dropout=0.5).to(DEVICE)
     x = torch.randn(STEPS, 3, 4, device=DEVICE)
@@ -234,6 +246,36 @@ def other_numbers(x):
     if not x.is_floating_point():
         return x.flatten()[torch.randperm(x.numel())].view(x.shape)
     return torch.randn_like(x).requires_grad_(x.requires_grad)
+
+
+class TwoCellsUnderACheckpoint(nn.Module):
+    """A GRUCell is one fused kernel on a GPU, unless it is written out before autograd sees it: here too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(nn.GRUCell(4, 4) for _ in range(2))
+
+    def forward(self, x):
+        def both(x_t, *states):
+            states = [self.cells[0](x_t, states[0]), states[1]]
+            return states[0], self.cells[1](states[0], states[1])
+
+        states = (x.new_zeros(x.shape[1:]),) * 2
+        for x_t in x:
+            states = checkpoint(both, x_t, *states, use_reentrant=False)
+        return states[1]
+
+
+def test_cells_within_a_checkpoint_are_chains():
+    torch.manual_seed(0)
+    model, x = TwoCellsUnderACheckpoint().double(), torch.randn(STEPS, 3, 4, dtype=torch.float64, requires_grad=True)
+    on_cpu = [f.cpu() for f in backward(compiled(model, iterations=1), model, (x,))[1].values()]
+    expected = rewritten()
+    model, x = moved((model, x))
+    on_gpu = backward(compiled(model, iterations=1), model, (x,))[1].values()
+    assert rewritten() == 2 * expected > 0
+    for found, other in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", [REDUCE_OVERHEAD, MAX_AUTOTUNE], ids=lambda mode: next(iter(mode)))
@@ -305,7 +347,9 @@ def test_generated_code_is_what_runs_here():
     model, args = moved((model, args))
     step = compiled(model, iterations=1)
     _, sources = run_and_get_code(lambda: backward(step, model, args))
-    assert kernels(code) == kernels("\n".join(sources))
+    there, here = kernels(code), kernels("\n".join(sources))
+    different = list(difflib.unified_diff("\n".join(there).split("\n"), "\n".join(here).split("\n"), n=2))
+    assert there == here, "\n".join(different)
 
 
 def kernels(source: str) -> list[str]:

@@ -87,16 +87,16 @@ def _truncated(
     """w^k [T, B, H], and what it makes of the state before the first step [B, H]."""
     keep = with_row_of_zeros(z)[1:]
     w = scan(c, keep, damping)
-    into_first, before_last = torch.zeros_like(c[0]), torch.zeros_like(c[0])
+    into_first = torch.zeros_like(c[0])
     for _ in range(iterations):
-        before_last = w[0]
         through_blocks = torch.mm(rows(into * w.unsqueeze(2)), w_hh).view(w.shape)
         into_first, moved = through_blocks[0], through_blocks[1:]
         if damping:
+            into_first = into_first + damping * z[0] * w[0]
             moved = moved + damping * keep[:-1] * w[1:]
         # The last state gets nothing. A pad that is added costs no copy of its own.
         w = scan(c + F.pad(moved, (0, 0, 0, 0, 0, 1)), keep, damping)
-    return w, into_first + z[0] * ((1 - damping) * w[0] + damping * before_last)
+    return w, into_first + (1 - damping) * z[0] * w[0]
 
 
 def _from_front(weight: Tensor, size: int) -> Tensor:

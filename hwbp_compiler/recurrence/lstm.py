@@ -65,7 +65,9 @@ def gradients(
     sums = column_sums(flat)
     inputs = layer.input.shape[-1]
     crossed = torch.mm(_into_gates(into[:1], h_before_last[None], c_before_last[None])[0].flatten(1), layer.w_hh)
-    first_c = f[0] * ((1 - damping) * w_c[0] + damping * c_before_last)
+    first_c = f[0] * w_c[0]
+    if damping:
+        first_c = (1 - damping) * first_c + damping * f[0] * c_before_last
     return Gradients(
         input=torch.mm(flat, layer.w_ih).view(layer.input.shape),
         state=(crossed.unsqueeze(0), first_c.unsqueeze(0)),

@@ -70,6 +70,8 @@ def encode(options: Mapping[str, Any] | None) -> str:
 
 def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Options]) -> list[Any]:
     """Replace in place; returns the recurrences, in graph order. ``parse(mapping)`` gives a loop's own options."""
+    from hwbp_compiler.passes.write_out_cells import write_out_cells
+
     from .recurrence import Recurrence, build
     from .trace import Body
 
@@ -78,6 +80,7 @@ def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Opti
         next_state, outputs, state, inputs, own = node.args
         step = next_state[0].args[0]
         body: GraphModule = getattr(gm, step.args[0].target)
+        write_out_cells(body)
         taken: dict[Node, int] = {}  # argument of the step -> position among (state, inputs, shared)
         shared: list[Node] = []
         for argument in step.args[1:]:
