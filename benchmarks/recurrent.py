@@ -184,10 +184,10 @@ def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
 
 
 def run(
-    device: str, quick: bool, done: list[dict[str, Any]], only: str = "", repeats: int = 15
+    device: str, quick: bool, done: list[dict[str, Any]], wanted: Callable[[str], bool], repeats: int = 15
 ) -> Iterator[dict[str, Any]]:
     for case in missing(device, quick, done):
-        if only not in f"{case};":
+        if not wanted(f"{case};"):
             continue
         rows = list(measured(case, contenders(case, device), repeats))
         for r in rows:
