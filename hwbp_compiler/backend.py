@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,14 +58,15 @@ def highway(
     """
     ours, patches = parse(options, mode)
     register_lowerings()
-    for recurrence in replace_loops(gm, ours, lambda own: parse(own)[0]):
-        report_all(recurrence.records)
+    loops = [r for loop in replace_loops(gm, ours, lambda own: parse(own)[0]) for r in loop.records]
+    report_all(loops)
     replace_recurrent_modules(gm, ours)
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
         _warn_of_cuts()
-    rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), HighwayPass(ours))}
+    ourselves = HighwayPass(ours, tuple(loops))
+    rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), ourselves)}
     # Inductor changes the graph it is given; what is tried next starts from here.
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))
@@ -128,9 +129,11 @@ watch_graph_breaks(packed.seen)
 
 @dataclass(frozen=True)
 class HighwayPass(CustomGraphPass):
-    """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph."""
+    """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph. ``loops``: what was
+    decided about those of ``hwbp_compiler.recurrent`` before, for the report."""
 
     options: Options
+    loops: tuple[ChainRecord, ...] = field(default=(), compare=False, repr=False)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         count("graphs_seen")
@@ -156,10 +159,11 @@ class HighwayPass(CustomGraphPass):
             log.info('switched off by torch._inductor.config.disabled_passes = "highway"')
             return
         trace_artifact("highway_joint_graph_after", lambda: _readable(graph))
-        trace_artifact("highway_report", lambda: _report(records, nodes, len(graph.nodes)))
+        told = [*self.loops, *records]
+        trace_artifact("highway_report", lambda: _report(told, nodes, len(graph.nodes)))
         log.debug("joint graph of %d nodes: %d chains", nodes, len(records))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s", _report(records, nodes, len(graph.nodes)))
+            log.debug("%s", _report(told, nodes, len(graph.nodes)))
         report_all(records)
 
     def uuid(self) -> str:

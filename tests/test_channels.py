@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from torch._dynamo.utils import compile_times, counters
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 
+import hwbp_compiler
 from hwbp_compiler import backend
 
 ALWAYS = {"iterations": 1, "rewrite": "always"}
@@ -81,6 +81,21 @@ def test_the_debug_log_holds_the_report(no_code, caplog):
         train()
     assert "chain of 5 links rewritten" in caplog.text
     assert "[0..4; " in caplog.text and "return x + torch.relu(self.linear(x))]" in caplog.text
+
+
+def test_the_debug_log_tells_of_the_loops_of_a_graph_too(no_code, caplog):
+    cell = nn.GRUCell(3, 4)
+
+    def step(x, h):
+        h = cell(x, h)
+        return h, h
+
+    model = torch.compile(
+        lambda x: hwbp_compiler.recurrent(step, x, torch.zeros(2, 4))[0], backend="highway", options=ALWAYS
+    )
+    with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
+        model(torch.ones(7, 2, 3)).sum().backward()
+    assert "chain 1: 7 links, rewritten" in caplog.text and "gradients of this graph are exact" not in caplog.text
 
 
 def test_a_log_of_a_dynamic_batch_holds_the_report_and_ties_the_graph_to_no_size(no_code, caplog):
@@ -168,9 +183,32 @@ def test_tlparse_shows_them(trace, tmp_path):
     assert "highway_report" in (tmp_path / "out" / "index.html").read_text()
 
 
+NO_RICH = """
+import sys
+sys.modules["rich"] = None
+import torch
+from torch import nn
+from hwbp_compiler import explain
+from hwbp_compiler.report import text
+
+class Terminal:
+    isatty = lambda self: True
+    def __getattr__(self, name):
+        return getattr(sys.__stdout__, name)
+
+sys.stdout = Terminal()
+report = explain(nn.Linear(2, 2), torch.ones(1, 2))
+text.show(report)
+print("-- and", str(report) != "")
+"""
+
+
 def test_rich_is_optional():
-    """Without it the same text is printed plain."""
-    assert importlib.util.find_spec("hwbp_compiler.report.text") is not None
-    code = "import sys; sys.modules['rich'] = None; from hwbp_compiler.report import text; text.show('a report')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout == "a report\n", done.stderr
+    """Without it the same text is printed plain, in a terminal too."""
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    done = subprocess.run(
+        [sys.executable, "-c", NO_RICH], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("0 chains in 1 joint graph") and done.stdout.endswith("-- and True\n")
+    assert "\x1b" not in done.stdout

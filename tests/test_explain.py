@@ -178,6 +178,17 @@ def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
     assert seen == [str(mlp_report.graph_before.graph)]
 
 
+def test_a_cell_that_is_one_kernel_is_written_out_as_the_backend_does(monkeypatch):
+    """Which it is on a GPU."""
+    from hwbp_compiler.passes import write_out_cells
+
+    asked = []
+    monkeypatch.setattr(write_out_cells, "_is_fused", lambda node: asked.append(node) or True)
+    model = Recurrent(nn.GRUCell(WIDTH, WIDTH))
+    (chain,) = explain(model, torch.randn(6, 2, WIDTH), options=ALWAYS).chains
+    assert chain.decision == "rewritten" and len(asked) == 6
+
+
 def test_a_graph_break_gives_several_graphs_and_the_one_with_chains_is_shown(broken_report):
     assert [len(graph.chains) for graph in broken_report.graphs] == [0, 1]
     assert broken_report.graph_before is broken_report.graphs[1].before

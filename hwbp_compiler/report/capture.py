@@ -22,6 +22,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
+from hwbp_compiler.passes.write_out_cells import write_out_cells
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.capture import replace_loops
@@ -217,6 +218,8 @@ def _traced(
         loops = replace_loops(module, chosen or looking.options, lambda own: chosen or parse(own)[0])
         looking.loops = [(loop, _names_in_step(module, loop)) for loop in loops]
         replace_recurrent_modules(module, looking.options)
+        if looking.options.rewrite != "never":
+            write_out_cells(module)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
