@@ -218,7 +218,7 @@ def _traced(
         loops = replace_loops(module, chosen or looking.options, lambda own: chosen or parse(own)[0])
         looking.loops = [(loop, _names_in_step(module, loop)) for loop in loops]
         replace_recurrent_modules(module, looking.options)
-        if looking.options.rewrite != "never":
+        if looking.options.rewrite != "never" or chosen is not None:
             write_out_cells(module)
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
