@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup test test-slow lint types quickstart bench clean
+.PHONY: setup test test-slow lint types quickstart gpu bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,9 @@ types: setup
 
 quickstart: setup
 	$(BIN)/python examples/quickstart.py
+
+gpu: setup
+	PYTHON=$(BIN)/python benchmarks/on_gpu.sh
 
 bench: setup
 	$(BIN)/python -m benchmarks run

@@ -11,3 +11,11 @@ STEP_MS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "GRU of 3 layers, 256 steps": (687, (240, 268, 300, 332, 389, 538, 839), (226, 243, 260, 281, 316, 400, 573)),
     "GRU, 1024 steps": (715, (205, 210, 210, 210, 230, 248, 292), (191, 207, 204, 203, 209, 216, 241)),
 }
+
+# The same cases as the recurrent suite has them: kind, layers, steps.
+CASES = {
+    "LSTM, 256 steps": ("LSTM", 1, 256),
+    "GRU, 256 steps": ("GRU", 1, 256),
+    "GRU of 3 layers, 256 steps": ("GRU", 3, 256),
+    "GRU, 1024 steps": ("GRU", 1, 1024),
+}
