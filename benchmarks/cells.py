@@ -102,6 +102,7 @@ QUICK = [Case("LayerNorm-GRU", 2, 16, 16), Case("minGRU", 2, 16, 16)]
 RUNS: dict[str, dict[str, Any]] = {
     "exact": {"iterations": "exact"},
     **{f"k={k}": {"iterations": k, "rewrite": "always"} for k in (0, 1, 2, 4, 8)},
+    "fpi k=2": {"iterations": 2, "damping": 1.0, "rewrite": "always"},
     "auto": {"iterations": 2},
 }
 

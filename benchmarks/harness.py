@@ -62,6 +62,13 @@ def commit() -> str | None:
     return None
 
 
+def start_anew() -> None:
+    """Forget all compiled code. One function is then compiled in more ways than Dynamo would stand."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

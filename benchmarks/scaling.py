@@ -57,7 +57,7 @@ def run(device: str, quick: bool, done: Sequence[dict[str, Any]] = ()) -> Iterat
             if (curve, size) in had:
                 continue
             case = Case(f"{curve}, {size} {axis}", curve, build(size), size)
-            rows = list(measured(case, contenders(case, device, (2,)), REPEATS))
+            rows = list(measured(case, contenders(case, device, (2,)), REPEATS, warm=False))
             for row in rows:
                 say(f"{case.name}, {row['run']}: step {row['step_ms']:.2f} ms, {row['step_ratio']:.2f}x")
             yield from ({"curve": curve, "axis": axis, "size": size} | row for row in rows)
