@@ -178,7 +178,7 @@ class _Generating:
             # Inductor owns the module it is given and may change it.
             eager = fx.GraphModule(module, copy.deepcopy(module.graph))
             with backward_at_once(), contextlib.nullcontext() if self.where is None else cuda_device_guard():
-                compile_fx(
+                compiled = compile_fx(
                     module,
                     inputs,
                     self.patches,
@@ -190,7 +190,7 @@ class _Generating:
                 keep(values)
                 return eager(*values)
 
-            return run
+            return self._what_runs(compiled, run)
 
         setattr(backend, SERVES, True)
         compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
@@ -201,6 +201,9 @@ class _Generating:
                 return compiled(*args, **kwargs)
 
         return run
+
+    def _what_runs(self, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        return eager
 
     def _generate(self, module: fx.GraphModule, example_inputs: Any, **about: Any) -> Callable[..., Any]:
         # The example inputs are those of this machine; the graph's own say where they would be.

@@ -6,13 +6,11 @@ text; that they are valid, by compiling them to PTX; what they compute, by runni
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
+
+from triton_interpreter import load  # noqa: E402
 
 from hwbp_compiler import cross_compile  # noqa: E402
 from hwbp_compiler.cross_compile import CodeText, generate_kernels  # noqa: E402
@@ -229,47 +229,6 @@ def test_the_graph_handed_in_is_not_changed():
 # ---- what the kernels compute -------------------------------------------------------------------------------
 
 
-def interpret(code: CodeText, inputs: list[Tensor], blocks: dict[str, int]) -> list[Tensor]:
-    """Run generated code on CPU tensors, its kernels in Triton's interpreter."""
-
-    class Kernel:
-        def __init__(self, name: str, source: str) -> None:
-            # Without Inductor's launcher; the interpreter reads the source from a file.
-            plain = re.sub(r"@triton_heuristics\.\w+\((?s:.*?)\n\)\n(?=@triton.jit)", "", source)
-            plain = plain.replace("triton_helpers.set_driver_to_gpu()", "")
-            path = Path(tempfile.mkdtemp()) / f"{name}.py"
-            path.write_text(plain)
-            scope: dict[str, Any] = {}
-            exec(compile(plain, str(path), "exec"), scope)
-            self.function = scope[name]
-            self.blocks = {k: v for k, v in blocks.items() if k in self.function.arg_names}
-            self.columns = self.function.arg_names.index("xnumel")
-
-        def run(self, *arguments: Any, stream: Any = None) -> None:
-            programs = -(-arguments[self.columns] // self.blocks["XBLOCK"])
-            self.function[(programs,)](*arguments, **self.blocks)
-
-    class Compile:
-        @staticmethod
-        def triton(name: str, source: str, device_str: str) -> Kernel:
-            return Kernel(name, source)
-
-    source = code.source[: code.source.index("if __name__ ==")]
-    for old, new in {
-        "async_compile = AsyncCompile()": "",
-        "async_compile.wait(globals())": "",
-        "del async_compile": "",
-        "empty_strided_cuda(": "empty_strided_cpu(",
-        "torch.cuda._DeviceGuard(0)": "contextlib.nullcontext()",
-        "torch.cuda.set_device(0)": "pass",
-        "from torch._C import _cuda_getCurrentRawStream as get_raw_stream": "",
-    }.items():
-        source = source.replace(old, new)
-    scope = {"async_compile": Compile, "contextlib": contextlib, "get_raw_stream": lambda device: None}
-    exec(source, scope)
-    return list(scope["call"](list(inputs)))
-
-
 # Shape, shape of the multipliers, reverse, dtype; lengths from 50 are scanned in blocks of eight below.
 CASES = [
     ((37, 3, 5), (37, 3, 5), False, torch.float32),
@@ -307,7 +266,7 @@ def check_interpreted(long: int) -> None:
 
         code = generate(function, *(x.shape for x in inputs), dtype=dtype)
         assert len(code.kernels) == (3 if shape[0] >= long else 1)
-        (found,) = interpret(code, inputs, {"XBLOCK": 16, "R0_BLOCK": 16})
+        (found,) = load(code.source)(inputs)
         halved = None if wanted is None else 0.5 * inputs[1].double()
         want = linear_scan_reference(2 * values.double(), halved, reverse=reverse)
         assert found.shape == values.shape and found.dtype == dtype
@@ -317,11 +276,11 @@ def check_interpreted(long: int) -> None:
     code = generate(interleaved, *((4, 2, 3),) * 10, (3,), (9,))
     assert len(code.kernels) == 1 and not calls(code)
     inputs = [torch.randn(4, 2, 3) for _ in range(10)] + [torch.randn(3), torch.randn(9)]
-    (found,) = interpret(code, inputs, {"XBLOCK": 16, "R0_BLOCK": 16})
+    (found,) = load(code.source)(inputs)
     torch.testing.assert_close(found, interleaved(*inputs))
     zeros = torch.zeros(200, 1)
     code = generate(lambda a, m: scan(a, m), (200, 1), ())
-    (found,) = interpret(code, [zeros, torch.tensor(1e6)], {"XBLOCK": 1, "R0_BLOCK": 16})
+    (found,) = load(code.source, XBLOCK=1)([zeros, torch.tensor(1e6)])
     assert torch.equal(found, zeros), "the product of multipliers overflows, the states do not"
 
 

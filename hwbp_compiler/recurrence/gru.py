@@ -10,6 +10,7 @@ from .layer import Gradients, Layer, column_sums, contributions, rows, scan, wit
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
+_LONG = 1024  # rows of a matrix, of which half still keeps a core busy
 
 
 def gradients(
@@ -89,7 +90,7 @@ def _truncated(
     w = scan(c, keep, damping)
     into_first = torch.zeros_like(c[0])
     for _ in range(iterations):
-        through_blocks = torch.mm(rows(into * w.unsqueeze(2)), w_hh).view(w.shape)
+        through_blocks = _through_blocks(into, w, w_hh)
         into_first, moved = through_blocks[0], through_blocks[1:]
         if damping:
             into_first = into_first + damping * z[0] * w[0]
@@ -97,6 +98,16 @@ def _truncated(
         # The last state gets nothing. A pad that is added costs no copy of its own.
         w = scan(c + F.pad(moved, (0, 0, 0, 0, 0, 1)), keep, damping)
     return w, into_first + (1 - damping) * z[0] * w[0]
+
+
+def _through_blocks(into: Tensor, w: Tensor, w_hh: Tensor) -> Tensor:
+    """[T, B, H]. On a CPU by halves: what is multiplied with W_hh is the largest tensor of an iteration."""
+    steps = into.shape[0]
+    by_halves = into.device.type == "cpu" and isinstance(steps, int) and steps * into.shape[1] >= _LONG
+    half = -(-steps // 2) if by_halves else steps
+    parts = [slice(0, half), slice(half, steps)] if by_halves else [slice(None)]
+    products = [torch.mm(rows(into[part] * w[part].unsqueeze(2)), w_hh) for part in parts]
+    return (torch.cat(products) if by_halves else products[0]).view(w.shape)
 
 
 def _from_front(weight: Tensor, size: int) -> Tensor:
