@@ -48,6 +48,17 @@ def accelerated_scan(values: Tensor, multipliers: Tensor) -> Run | str:
     return lambda: scan(m, v)
 
 
+def assoc_scan(values: Tensor, multipliers: Tensor) -> Run | str:
+    """The published package's scan in torch operators, for [batch, length, columns]; or why it cannot run."""
+    try:
+        from assoc_scan import AssocScan
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    v, m = (x.movedim(0, 1).contiguous() for x in (values, multipliers))
+    scan = AssocScan()
+    return lambda: scan(m, v)
+
+
 def competitors(shape: tuple[int, ...], device: str, quick: bool) -> dict[str, tuple[Run | str, int]]:
     """Name -> what to run, or why it cannot run, and the bytes it has to move."""
     values = torch.randn(shape, device=device)
@@ -70,6 +81,7 @@ def competitors(shape: tuple[int, ...], device: str, quick: bool) -> dict[str, t
         generic = torch.compile(associative_scan_generic)
         runs["associative_scan compiled"] = (lambda: generic(values, multipliers), 3 * size)
         runs["Python loop"] = (lambda: linear_scan_reference(values, multipliers), 3 * size)
+    runs["assoc-scan"] = (assoc_scan(values, multipliers), 3 * size)
     runs["accelerated-scan"] = (accelerated_scan(values, multipliers), 3 * size)
     runs["copy of the same bytes, K = 1"] = (lambda: copied[2].clone(), 2 * size)
     runs["linear_scan, K = 1"] = (lambda: linear_scan(values), 2 * size)
