@@ -19,8 +19,9 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `backward_at_once` | `torch._functorch.config` | backward graphs are otherwise compiled when first run |
 | `device_decompositions` | `torch._inductor.decomposition.select_decomp_table` | some depend on the device |
 | `cuda_device_guard` | libc10's `device_guard_impl_registry` | fake CUDA tensors in a torch without CUDA |
-| `allow_rnn` | `torch._dynamo.config.allow_rnn` | recurrent modules in the graph |
+| `allow_rnn` | `torch._dynamo.config.allow_rnn`, `_config` of it | recurrent modules in the graph |
 | `override_python_kernels` | `OpOverload.py_kernels` | what tracing runs for `aten.gru` and its like |
+| `guard_composite` | `OpOverload.py_impl`, `._op_dk` | tracing breaks the graph at `aten._pad_packed_sequence` |
 | `recording_autograd`, `below_autograd` | `torch._C._ForceDispatchKeyGuard` | autograd on or off in a kernel |
 | `observed` | `torch.fx.passes.graph_transform_observer` | names, times and can switch off a pass |
 | `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
@@ -46,6 +47,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from traceback import FrameSummary
 from typing import Any, TypeVar
@@ -287,6 +289,12 @@ def _autograd(records: bool) -> Iterator[None]:
         yield
 
 
+def config_is_per_thread() -> bool:
+    """Whether what is set in Dynamo's config holds in this thread alone: on torch 2.13 and 2.14; for all on 2.11."""
+    entry = getattr(dynamo_config, "_config", {}).get("allow_rnn")
+    return isinstance(getattr(entry, "user_override", None), ContextVar)
+
+
 def allow_rnn(allowed: bool) -> bool:
     """Let Dynamo trace recurrent modules, or not; returns what was in force."""
     before: bool = dynamo_config.allow_rnn
@@ -301,6 +309,18 @@ def override_python_kernels(operator: Any, make: Callable[[Callable[..., Any]], 
         if callable(original):
             operator.py_kernels[key] = make(original)
     operator._dispatch_cache.clear()
+
+
+def guard_composite(operator: Any, look: Callable[[], None]) -> None:
+    """While tracing, call ``look()``, which may raise, before the composite ``operator``, which has no kernel in Python
+    that :func:`override_python_kernels` could replace."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return operator._op_dk(key, *args, **kwargs)
+
+    operator.py_impl(key)(guarded)
 
 
 def configure_backend(

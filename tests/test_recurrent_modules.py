@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ import hwbp_compiler
 from hwbp_compiler import testing
 from hwbp_compiler.passes import decide_recurrent
 from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
-from hwbp_compiler.recurrence import operator, packed
+from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
 from hwbp_compiler.testing.compare import assert_outputs_close
 
@@ -490,8 +491,9 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
 
     packed._tell.cache_clear()
     with caplog.at_level("INFO", logger="hwbp_compiler"):
-        with torch._dynamo.config.patch(allow_rnn=True):
-            torch.compile(run, backend="inductor")(x)
+        if not torch.__version__.startswith("2.11."):  # whose Dynamo fails at pad_packed_sequence there
+            with torch._dynamo.config.patch(allow_rnn=True):
+                torch.compile(run, backend="inductor")(x)
         assert hwbp_compiler.counters()["chains_declined"] == 0
         torch._dynamo.reset()
         ours = torch.compile(run, backend="highway")
@@ -507,6 +509,22 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
     (note,) = [note for note in hwbp_compiler.explain(run, x).notes if "packed" in note]
     assert "eager mode, with exact gradients" in note and f"{__file__}:" in note
     assert hwbp_compiler.counters() == counted  # explain compiles nothing
+
+
+def test_threads_that_overlap_do_not_switch_off_each_others_setting():
+    """On torch 2.11 one setting holds for all threads."""
+    pools = [ThreadPoolExecutor(1) for _ in range(2)]
+    contexts = [tracing.traced_whole() for _ in pools]
+
+    def allowed():
+        return torch._dynamo.config.allow_rnn
+
+    for pool, context in zip(pools, contexts, strict=True):
+        pool.submit(context.__enter__).result()
+    pools[0].submit(contexts[0].__exit__, None, None, None).result()
+    assert pools[1].submit(allowed).result()
+    pools[1].submit(contexts[1].__exit__, None, None, None).result()
+    assert not any(pool.submit(allowed).result() for pool in pools) and not allowed()
 
 
 def test_without_gradients_nothing_is_recorded():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import types
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,9 @@ import torch
 from hwbp_compiler.torch_private import (
     UnsupportedOperatorException,
     allow_rnn,
+    config_is_per_thread,
     functorch_levels,
+    guard_composite,
     override_python_kernels,
 )
 
@@ -29,19 +32,32 @@ from .operator import operator
 
 _here = threading.local()
 
+# Where the setting holds for all threads, the last of them to leave puts back what the first found.
+_setting: Any = threading.local() if config_is_per_thread() else types.SimpleNamespace()
+_lock = threading.Lock()
+
 
 class traced_whole:
     """A context in which Dynamo traces recurrent modules as one call each."""
 
     def __enter__(self) -> None:
-        self.before = (allow_rnn(True), getattr(_here, "active", False))
+        self.before = getattr(_here, "active", False)
         _here.active = True
+        with _lock:
+            found = allow_rnn(True)
+            inside = getattr(_setting, "inside", 0)
+            if not inside:
+                _setting.found = found
+            _setting.inside = inside + 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        allowed, _here.active = self.before
-        allow_rnn(allowed)
+        _here.active = self.before
+        with _lock:
+            _setting.inside -= 1
+            if not _setting.inside:
+                allow_rnn(_setting.found)
 
 
 def shapes_of(arguments: Arguments) -> tuple[Any, ...]:
@@ -72,3 +88,13 @@ for _kind in KINDS:
     for _overload in ("input", "data"):
         _operator = getattr(getattr(torch.ops.aten, _kind), _overload)
         override_python_kernels(_operator, functools.partial(_whole, _kind))
+
+
+def _break_at_padding() -> None:
+    """With ``allow_rnn`` on, Dynamo 2.11 traces ``pad_packed_sequence``, whose operator reads the memory that its fake
+    tensors do not have, and fails. Later ones skip the function."""
+    if getattr(_here, "active", False):
+        raise UnsupportedOperatorException(torch.ops.aten._pad_packed_sequence.default)
+
+
+guard_composite(torch.ops.aten._pad_packed_sequence.default, _break_at_padding)
