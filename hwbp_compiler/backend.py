@@ -20,7 +20,7 @@ from .errors import HighwayError
 from .graph.info import is_tangent
 from .graph.record import ChainRecord
 from .options import Options, parse
-from .passes.decide import cores
+from .passes.decide import at_full_length, cores
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
@@ -42,6 +42,8 @@ from .torch_private import (
 
 log = logging.getLogger(__name__)
 
+_EAGER = "this graph runs in eager mode"
+
 
 def highway(
     gm: torch.fx.GraphModule,
@@ -60,7 +62,15 @@ def highway(
     register_lowerings()
     loops = [r for loop in replace_loops(gm, ours, lambda own: parse(own)[0]) for r in loop.records]
     report_all(loops)
-    replace_recurrent_modules(gm, ours)
+    try:
+        replace_recurrent_modules(gm, ours)
+    except Exception as error:
+        count("failures")
+        if ours.strict:
+            raise _as_highway_error("taking recurrent modules apart failed", error) from error
+        _warn_once(_first_line(error), "taking recurrent modules apart failed", _EAGER)
+        log.debug("where it failed", exc_info=error)
+        return gm.forward  # Dynamo's code as it was: half a change of the graph is not compiled into it
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
@@ -71,8 +81,8 @@ def highway(
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))
     again = torch.fx.GraphModule(gm, copied)
-    write_out_cells(gm)
     try:
+        write_out_cells(gm)
         return compile_fx(gm, example_inputs, rewriting)
     except (HighwayError, *CONTROL_FLOW):
         raise
@@ -87,7 +97,7 @@ def _less_compiled(
     gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], error: Exception
 ) -> Callable[..., Any]:
     """Without the rewrite; in eager mode where Inductor fails on that too (no C++ compiler, say)."""
-    reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    reason = _first_line(error)
     log.debug("where it failed", exc_info=error)
     eager = torch.fx.GraphModule(gm, gm.graph)
     try:
@@ -96,10 +106,14 @@ def _less_compiled(
         raise
     except Exception as second:
         log.debug("where it failed without the rewrite", exc_info=second)
-        _warn_once(reason, "compiling failed", "this graph runs in eager mode")
+        _warn_once(reason, "compiling failed", _EAGER)
         return eager.forward
     _warn_once(reason, "compiling the rewritten graph failed")
     return compiled
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def _as_highway_error(what: str, error: Exception) -> HighwayError:
@@ -169,7 +183,8 @@ class HighwayPass(CustomGraphPass):
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
         which the cost model reads."""
-        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}"
+        full = " at full length" if at_full_length.get() else ""
+        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}{full}"
 
 
 @dataclass(frozen=True)

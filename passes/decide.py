@@ -8,8 +8,10 @@ copies what has to be stacked (saved tensors, and the weights of links that have
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -117,6 +119,32 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
     rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
+
+
+# Longer chains are left exact where k reaches their length, whatever is asked for: every round is nodes of the graph.
+_MOST_ROUNDS = 32
+at_full_length = ContextVar("at_full_length", default=False)
+
+
+@contextlib.contextmanager
+def rewriting_at_full_length() -> Iterator[None]:
+    """While this lasts, chains of up to 32 links are rewritten with as many iterations as they have links too.
+
+    It is ordinary backprop by a detour, so no user wants it, but it is how the rewritten form can be compared with
+    eager mode.
+    """
+    token = at_full_length.set(True)
+    try:
+        yield
+    finally:
+        at_full_length.reset(token)
+
+
+def rounds_of(iterations: int, length: int) -> int | None:
+    """How many iterations to write out for a chain of ``length`` links; None where that would be ordinary backprop."""
+    if iterations < length:
+        return iterations
+    return length if at_full_length.get() and length <= _MOST_ROUNDS else None
 
 
 def shorter(length: int, options: Options) -> tuple[str, str]:

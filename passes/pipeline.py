@@ -26,7 +26,7 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
-from .decide import estimate, shorter
+from .decide import estimate, rounds_of, shorter
 from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
@@ -232,13 +232,14 @@ def _treat(
         record.reason = reason
         return record, False
     before = len(graph.nodes)
+    iterations = rounds_of(int(options.iterations), candidate.chain.length)
     try:
         rewriting = rewrite_chain(
             graph,
             candidate.chain,
             candidate.groups,
             candidate.split,
-            int(options.iterations),
+            int(options.iterations) if iterations is None else iterations,
             float(options.damping),
         )
     except Exception as error:
@@ -276,7 +277,7 @@ def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> str
     if options.iterations == "exact":
         record.advice = f"Any iterations below {length}."
         return 'iterations="exact" asks for ordinary backprop'
-    if options.iterations >= length:
+    if rounds_of(int(options.iterations), length) is None:
         record.advice = f"iterations below {length}, or leave it: these gradients are exact."
         return f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
     expected = estimate(candidate.chain, candidate.groups, int(options.iterations))

@@ -29,7 +29,7 @@ from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
-from .decide import Estimate, shorter
+from .decide import Estimate, rounds_of, shorter
 from .decide_recurrent import estimate_recurrent
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def rewrite_recurrent_modules(
             record.estimate, record.reason, record.advice = decision.estimate, decision.reason, decision.advice
         if not decision.rewrites and not call.goes_through_time:
             continue
-        iterations = int(options.iterations) if decision.rewrites else None
+        iterations = rounds_of(int(options.iterations), call.length) if decision.rewrites else None
         try:
             emitted = _rewrite(graph, call, iterations, options.damping)
         except Exception as error:
@@ -238,7 +238,7 @@ def _decide(call: _Backward, options: Options) -> _Decision:
         return _Decision('iterations="exact" asks for ordinary backprop', f"Any iterations below {length}.")
     if length < options.min_length:
         return _Decision(*shorter(length, options))
-    if k >= length:
+    if rounds_of(int(k), length) is None:
         return _Decision(
             f"iterations={k} reaches the chain's length {length}: that is ordinary backprop",
             f"iterations below {length}, or leave it: these gradients are exact.",
@@ -260,7 +260,8 @@ def _decide(call: _Backward, options: Options) -> _Decision:
 def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> list[Node]:
     """In Highway-BP form; exact, through time, if ``iterations`` is None. The nodes emitted."""
     steps = call.input.meta["val"].shape[0]
-    if iterations is not None and not steps > iterations:  # symbolic: the guard makes a shorter sequence compile anew
+    # Symbolic: the guard makes a shorter sequence compile anew.
+    if iterations is not None and iterations != call.length and not steps > iterations:
         raise AssertionError("iterations reach the length")
     given = [n for n in call.incoming if n is not None]
     operands = [*given, call.output, call.input, *call.state, *call.weights]

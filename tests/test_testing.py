@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from zoo import CASES
 
+import hwbp_compiler
 from hwbp_compiler import testing
+from hwbp_compiler.passes import decide, pipeline, rewrite_recurrent_modules
+from hwbp_compiler.rolled import decide as rolled_decide
 from hwbp_compiler.testing import assertions, capture
 
 BY_NAME = {case.name: case for case in CASES}
@@ -36,6 +39,21 @@ class _Block(nn.Module):
 
     def forward(self, x):
         return x + torch.tanh(self.linear(x))
+
+
+class _OverTime(nn.Module):
+    def __init__(self, whole: bool):
+        super().__init__()
+        self.whole, self.gru, self.cell = whole, nn.GRU(4, 5), nn.GRUCell(4, 5)
+
+    def step(self, x, h):
+        h = self.cell(x, h)
+        return h, h
+
+    def forward(self, x):
+        if self.whole:
+            return self.gru(x)[0]
+        return hwbp_compiler.recurrent(self.step, x, x.new_zeros(x.shape[1], 5))[0]
 
 
 def _link(block):
@@ -80,6 +98,30 @@ def test_a_wrong_gradient_is_noticed(small, compile_with):
     testing.assert_forward_unchanged(model, args)
     with pytest.raises(AssertionError, match="is off by"):
         testing.assert_exact_at_full_length(model, args)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "module", "loop"])
+def test_full_length_is_checked_in_the_rewritten_form(kind, monkeypatch):
+    """Outside of the assertion a chain is left alone where k reaches its length, which would prove nothing."""
+    torch.manual_seed(0)
+    if kind == "blocks":
+        model, x = nn.Sequential(*(_Block() for _ in range(4))), torch.randn(3, 4)
+    else:
+        model, x = _OverTime(kind == "module"), torch.randn(6, 2, 4)
+    hwbp_compiler.reset_counters()
+    testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
+    assert hwbp_compiler.counters()["chains_rewritten"] == 1
+
+    whole = decide.rounds_of
+    for module in (pipeline, rewrite_recurrent_modules, rolled_decide):
+        monkeypatch.setattr(module, "rounds_of", lambda k, length: whole(k, length) and whole(k, length) - 2)
+    with pytest.raises(AssertionError, match="iterations=1000000: .* is off by"):
+        testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
+
+
+def test_check_says_where_nothing_was_rewritten(capsys):
+    assert testing.check(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), (torch.randn(3, 4),), damping=(0.0,))
+    assert "No chain was rewritten" in capsys.readouterr().out
 
 
 def test_a_wrong_output_is_noticed(small, compile_with):

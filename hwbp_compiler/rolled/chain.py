@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.fx import Node
 
 from hwbp_compiler.graph.batching import Value
@@ -37,15 +38,17 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class How:
     """How a chain's gradient is computed: ``iterations`` None is ordinary backprop, step after step; so is any chain
-    of less than ``shortest`` links."""
+    of less than ``shortest`` links, and of any other number than ``only``."""
 
     iterations: int | None
     damping: float = 0.0
     shortest: int = 0
+    only: int | None = None
 
     def at(self, length: Any) -> How:
         """For this length. Where it is symbolic, the comparison becomes a guard: both answers are compiled apart."""
-        return self if length >= self.shortest else How(None)
+        right = length >= self.shortest if self.only is None else length == self.only
+        return self if right else How(None)
 
 
 # -- affine: both directions are scans ----------------------------------------------------------------------------
@@ -95,6 +98,7 @@ class HighwayLoop(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
+    @once_differentiable  # compiled, torch.compile refuses a second time; in eager mode this does
     def backward(ctx: Any, *contributions: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         width = ctx.link.width

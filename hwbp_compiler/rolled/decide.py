@@ -7,7 +7,7 @@ from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
-from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, shorter
+from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, rounds_of, shorter
 
 from .chain import How
 from .link import Backward
@@ -36,7 +36,8 @@ def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRec
     if length < options.min_length:
         record.reason, record.advice = shorter(length, options)
         return exact, record
-    if k >= length:
+    written = rounds_of(k, length)
+    if written is None:
         record.reason = f"iterations={k} reaches the chain's length {length}: that is ordinary backprop"
         record.advice = f"iterations below {length}, or leave it: these gradients are exact."
         return exact, record
@@ -47,6 +48,8 @@ def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRec
         return exact, record
     why = 'rewrite="always"; estimated' if options.rewrite == "always" else "expected to be faster:"
     record.decision, record.reason = "rewritten", f"{why} {expected}"
+    if written != k:
+        return How(written, options.damping, only=length), record
     return How(k, options.damping, exact.shortest), record
 
 

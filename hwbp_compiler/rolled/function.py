@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -84,7 +86,10 @@ def _loop(cell: Callable[..., Any], inputs: Any, state: Any, options: str) -> tu
 
     def step(*arguments: Tensor) -> tuple[list[Tensor], Any]:
         before = pytree.tree_unflatten(arguments[:count], structure)
-        output, following = cell(pytree.tree_unflatten(arguments[count:], structure_of_rows), before)
+        made = cell(pytree.tree_unflatten(arguments[count:], structure_of_rows), before)
+        if not isinstance(made, (tuple, list)) or len(made) != 2:  # Dynamo 2.11 asserts where it takes others apart
+            raise TypeError("recurrent: the cell must return a pair (output, next_state)")
+        output, following = made
         # Copies, so that each is a result of the step; they cost nothing in the end.
         kept = [_like(new, old).clone() for new, old in zip(_leaves_like(before, following), arguments, strict=False)]
         return kept, () if output is None else pytree.tree_map(torch.clone, output)
@@ -116,6 +121,8 @@ def _leaves_like(like: Any, tree: Any) -> list[Any]:
 @torch.compiler.disable(reason="hwbp_compiler.recurrent under another backend compiles itself")
 def _by_itself(cell: Any, inputs: Any, state: Any, options: Mapping[str, Any] | None) -> tuple[Any, Any]:
     parse(options)
+    if _exactly.get():
+        options = {**(options or {}), "iterations": "exact"}
     _check(inputs, state)
     compiled = _compiled(cell, options)
     for leaf in pytree.tree_leaves(inputs):
@@ -141,6 +148,19 @@ def _check(inputs: Any, state: Any) -> None:
             f"recurrent: inputs have the shapes {', '.join(map(str, shapes))}; dim 0 must be the number of time steps, "
             "at least 1 and the same for all"
         )
+
+
+_exactly = ContextVar("exactly", default=False)
+
+
+@contextlib.contextmanager
+def exactly() -> Iterator[None]:
+    """While this lasts, loops in eager mode have ordinary backprop, whatever their options: a model to compare with."""
+    token = _exactly.set(True)
+    try:
+        yield
+    finally:
+        _exactly.reset(token)
 
 
 _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
