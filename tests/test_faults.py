@@ -13,11 +13,13 @@ import sys
 import pytest
 import torch
 from test_combinations import OPTIONS, expected, gradients, inputs, loss_of, make
+from torch import nn
 from torch._inductor import codecache
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend
-from hwbp_compiler.passes import pipeline
+from hwbp_compiler.passes import pipeline, replace_recurrent_modules
+from hwbp_compiler.rolled import loop
 from hwbp_compiler.scan import cpu
 from hwbp_compiler.testing import assert_gradients_close
 
@@ -138,16 +140,83 @@ def test_the_scan_kernel_cannot_be_built(monkeypatch, warned):
     torch.testing.assert_close(found, cpu.linear_scan_cpu(values, multipliers))
 
 
+class OverTime(nn.Module):
+    """A recurrent module, or a cell of one's own over time; ``written`` is a plain loop over the same cell."""
+
+    def __init__(self, kind: str, iterations: int | str = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.options = {**RELAXED, "iterations": iterations}
+        self.kind, self.gru, self.cell = kind, nn.GRU(4, 5), nn.GRUCell(4, 5)
+
+    def step(self, x, h):
+        h = self.cell(x, h)
+        return h, h
+
+    def forward(self, x):
+        if self.kind == "module":
+            return self.gru(x)[0]
+        start = x.new_zeros(x.shape[1], 5)
+        if self.kind == "loop":
+            return hwbp_compiler.recurrent(self.step, x, start, options=self.options)[0]
+        rows = [start]
+        for row in x:
+            rows.append(self.cell(row, rows[-1]))
+        return torch.stack(rows[1:])
+
+    def gradients(self, step=None) -> dict[str, torch.Tensor]:
+        self.zero_grad()
+        loss_of((self if step is None else step)(inputs(6, 2, 4))).backward()
+        return {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+
+
+@fault("an exception while recurrent modules are taken apart", "the graph runs in eager mode; exact gradients")
+def test_an_exception_while_recurrent_modules_are_taken_apart(monkeypatch, warned):
+    monkeypatch.setattr(replace_recurrent_modules, "_Call", raising(ZeroDivisionError("planted")))
+    model = OverTime("module")
+    found = model.gradients(torch.compile(model, backend="highway", options=RELAXED))
+    assert_gradients_close(found, model.gradients(), 1e-5, 1e-6)
+    (message,) = warned()
+    assert "ZeroDivisionError: planted" in message and "eager mode" in message
+    torch._dynamo.reset()
+    with pytest.raises(HighwayError, match="planted"):
+        model.gradients(torch.compile(model, backend="highway", options=OPTIONS))
+
+
+@fault(
+    "the step of a loop over time cannot be compiled", "the step runs operator by operator; gradients stay as they were"
+)
+@pytest.mark.parametrize("iterations", [1, "exact"])
+def test_the_step_of_a_loop_cannot_be_compiled(iterations, monkeypatch, warned):
+    model = OverTime("loop", iterations)
+    loop._compiled.cache_clear()
+    wanted = model.gradients()
+    monkeypatch.setattr(loop, "compile_step", raising(AssertionError("planted")))
+    loop._compiled.cache_clear()
+    found = model.gradients()
+    loop._compiled.cache_clear()
+    assert_gradients_close(found, wanted, 1e-5, 1e-6)
+    assert all("planted" in message and "operator by operator" in message for message in warned())
+    assert warned()
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_combinations import make, inputs, loss_of, expected, gradients, OPTIONS
+from test_faults import OverTime
 from hwbp_compiler import HighwayError
 from hwbp_compiler.testing import assert_gradients_close
 
 model, x = make(), inputs()
 loss_of(torch.compile(model, backend="highway", options={**OPTIONS, "strict": False})(x)).backward()
 assert_gradients_close(gradients(model), expected(model, x, "exact"), 1e-4, 1e-6)
+for kind in ("module", "loop"):
+    torch._dynamo.reset()
+    model = OverTime(kind, "exact")
+    found = model.gradients(torch.compile(model, backend="highway", options={**OPTIONS, "strict": False}))
+    model.kind = "module" if kind == "module" else "written"
+    assert_gradients_close(found, model.gradients(), 1e-4, 1e-6)
 torch._dynamo.reset()
 try:
     torch.compile(make(), backend="highway", options=OPTIONS)(x)

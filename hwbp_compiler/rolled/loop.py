@@ -7,6 +7,7 @@ data: it can be printed, and found again in torch.compile's caches by another pr
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.graph.batching import decompositions
 from hwbp_compiler.torch_private import compile_step
+
+log = logging.getLogger(__name__)
 
 # What generated code may name: torch, what torch.fx always adds, and how numbers and devices print.
 _NAMES: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
@@ -88,14 +91,13 @@ def step_of(code: str) -> GraphModule:
 @functools.lru_cache(maxsize=1024)
 def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tensor]], Any]:
     """Takes [*results to write, *state, *inputs, *shared]."""
-    # Zeros: the step is run on them while it is traced, and whatever is in memory would be no index.
     examples = [
         torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
         for shape, stride, dtype, device in description
     ]
     with torch.no_grad():
-        # Inductor takes decomposed operators.
-        step = make_fx(step_of(code), decompositions())(*examples[slots:])
+        # Inductor takes decomposed operators. Fake: nothing may be run on what these hold, which is no index, no pivot.
+        step = make_fx(step_of(code), decompositions(), tracing_mode="fake")(*examples[slots:])
     step.graph.eliminate_dead_code()
     output = step.graph.find_nodes(op="output")[0]
     with step.graph.inserting_before(next(iter(step.graph.nodes))):
@@ -105,7 +107,13 @@ def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tenso
         written = tuple(step.graph.call_function(torch.ops.aten.copy_.default, pair) for pair in pairs)
     output.args = (written,)
     step.recompile()
-    return compile_step(step, examples)
+    try:
+        return compile_step(step, examples)
+    except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        log.warning("the step of a loop over time could not be compiled (%s); it runs operator by operator", reason)
+        log.debug("where it failed", exc_info=error)
+        return lambda arguments: step(*arguments)
 
 
 def _loop(
