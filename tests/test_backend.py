@@ -325,3 +325,30 @@ def test_a_renamed_file_changes_the_digest(copied_sources):
     before = backend.source_digest.__wrapped__()
     (copied_sources / "backend.py").rename(copied_sources / "backend_.py")
     assert backend.source_digest.__wrapped__() != before
+
+
+def test_an_embedding_read_at_every_step_gets_the_sum_of_its_gradients():
+    """Inductor lets writes into a copy of an expanded constant fall into one memory: each row came as often as there
+    are links."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.cell = nn.Embedding(11, 4), nn.GRUCell(4, 4)
+
+        def forward(self, tokens):
+            h = self.embedding.weight.new_zeros(tokens.shape[1], 4)
+            for step in tokens.unbind(0):
+                h = self.cell(self.embedding(step), h)
+            return h
+
+    torch.manual_seed(0)
+    model, tokens = Reader().double(), torch.randint(11, (7, 3))
+    settings = {"iterations": 6, "rewrite": "always", "strict": True}  # nothing is left out: the state starts from zero
+    compiled = torch.compile(model, backend="highway", options=settings)
+    found, expected = (
+        torch.autograd.grad(call(tokens).sin().sum(), list(model.parameters())) for call in (compiled, model)
+    )
+    assert hwbp_compiler.counters()["chains_rewritten"] == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -48,6 +48,24 @@ _KEPT = {
 }
 
 
+# They copy their first argument and write into the copy. Where it is one for all links, vmap expands it, and Inductor
+# (seen in torch 2.13) copies an expanded constant as it lies: all links then write into the same memory.
+_WRITES = {
+    aten.index_put.default,
+    aten._unsafe_index_put.default,
+    aten._unsafe_masked_index_put_accumulate.default,
+    aten.index_add.default,
+    aten.index_copy.default,
+    aten.index_fill.int_Scalar,
+    aten.index_fill.int_Tensor,
+    aten.put.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add.default,
+    aten.scatter_reduce.two,
+}
+
+
 @dataclass(frozen=True)
 class Value:
     node: Node
@@ -193,6 +211,9 @@ class Emitter:
             return rule(self, args, kwargs)
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             return _pointwise(self, target, args, kwargs)
+        if target in _WRITES and isinstance(args[0], Value) and not args[0].batched:
+            own = self.call(aten.clone.default, self.batch(args[0]), memory_format=torch.contiguous_format)
+            args = (Value(own, True), *args[1:])
         return self._vmap(target, args, kwargs)
 
     def _wrap(self, node: Node, batched: bool) -> Value | list[Value]:
