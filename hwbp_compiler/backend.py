@@ -26,7 +26,7 @@ from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
 from .recurrence import packed
 from .recurrence.tracing import traced_whole
-from .rolled.capture import replace_loops
+from .rolled.capture import replace_loops, rolled
 from .torch_private import (
     CONTROL_FLOW,
     SERVES,
@@ -59,16 +59,25 @@ def highway(
     :class:`hwbp_compiler.OptionError` for anything else.
     """
     ours, patches = parse(options, mode)
-    register_lowerings()
-    loops = [r for loop in replace_loops(gm, ours, lambda own: parse(own)[0]) for r in loop.records]
-    report_all(loops)
+    in_the_way = gm.graph.find_nodes(op="call_function", target=rolled)  # stand for loops, and cannot be run
     try:
+        register_lowerings()
+        loops = [r for loop in replace_loops(gm, ours, lambda own: parse(own)[0]) for r in loop.records]
+        in_the_way = []
+        report_all(loops)
         replace_recurrent_modules(gm, ours)
+    except (HighwayError, *CONTROL_FLOW):
+        raise
     except Exception as error:
         count("failures")
+        if in_the_way:
+            raise HighwayError(
+                f"a loop of hwbp_compiler.recurrent could not be built ({_first_line(error)}): a defect of ours, "
+                "please report it with the cell. A Python loop over the cell trains all the same."
+            ) from error
         if ours.strict:
-            raise _as_highway_error("taking recurrent modules apart failed", error) from error
-        _warn_once(_first_line(error), "taking recurrent modules apart failed", _EAGER)
+            raise _as_highway_error("preparing the graph failed", error) from error
+        _warn_once(_first_line(error), "preparing the graph failed", _EAGER)
         log.debug("where it failed", exc_info=error)
         return gm.forward  # Dynamo's code as it was: half a change of the graph is not compiled into it
     if ours.rewrite == "never":

@@ -19,7 +19,7 @@ from torch._inductor import codecache
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend
 from hwbp_compiler.passes import pipeline, replace_recurrent_modules
-from hwbp_compiler.rolled import loop
+from hwbp_compiler.rolled import loop, recurrence
 from hwbp_compiler.scan import cpu
 from hwbp_compiler.testing import assert_gradients_close
 
@@ -170,9 +170,17 @@ class OverTime(nn.Module):
         return {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
 
 
-@fault("an exception while recurrent modules are taken apart", "the graph runs in eager mode; exact gradients")
-def test_an_exception_while_recurrent_modules_are_taken_apart(monkeypatch, warned):
-    monkeypatch.setattr(replace_recurrent_modules, "_Call", raising(ZeroDivisionError("planted")))
+@fault(
+    "an exception before the joint graph: in what finds loops and recurrent modules",
+    "the graph runs in eager mode; exact gradients",
+)
+@pytest.mark.parametrize(
+    "place, name",
+    [(replace_recurrent_modules, "_Call"), (backend, "replace_loops"), (backend, "register_lowerings")],
+    ids=["modules", "loops", "operators"],
+)
+def test_an_exception_before_the_joint_graph(place, name, monkeypatch, warned):
+    monkeypatch.setattr(place, name, raising(ZeroDivisionError("planted")))
     model = OverTime("module")
     found = model.gradients(torch.compile(model, backend="highway", options=RELAXED))
     assert_gradients_close(found, model.gradients(), 1e-5, 1e-6)
@@ -181,6 +189,14 @@ def test_an_exception_while_recurrent_modules_are_taken_apart(monkeypatch, warne
     torch._dynamo.reset()
     with pytest.raises(HighwayError, match="planted"):
         model.gradients(torch.compile(model, backend="highway", options=OPTIONS))
+
+
+@fault("an exception while a loop of `recurrent` is built", "a `HighwayError`, which names the loop")
+def test_an_exception_while_a_loop_is_built(monkeypatch):
+    monkeypatch.setattr(recurrence, "build", raising(ZeroDivisionError("planted")))
+    model = OverTime("loop")
+    with pytest.raises(HighwayError, match="a loop of hwbp_compiler.recurrent could not be built .*planted"):
+        model.gradients(torch.compile(model, backend="highway", options=RELAXED))
 
 
 @fault(
