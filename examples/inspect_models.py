@@ -140,6 +140,7 @@ def take_pictures(pages: dict[str, Path]) -> None:
 
     os.environ["SE_AVOID_STATS"] = "true"  # selenium reports what it does to the network unless told otherwise
     options = webdriver.ChromeOptions()
+    options.binary_location = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
         options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))

@@ -226,7 +226,10 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
 
 def _check_shapes(before: State, after: State) -> None:
     if len(before) != len(after):
-        raise NotALink(f"{len(before)} tensors pass into a step and {len(after)} out of it")
+        raise NotALink(
+            f"{len(before)} tensors pass into a step and {len(after)} out of it",
+            "Carry the same tensors from every step to the next, in the same order.",
+        )
     for a, b in zip(before, after, strict=True):
         if a is not None and b is not None:
             # The gradient goes backward: in the model the state has the shape of ``b`` first.

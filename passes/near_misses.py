@@ -31,6 +31,7 @@ _LOOPS = {"scan", "while_loop", "associative_scan", "map_impl"}
 _PROJECTIONS = {aten.convolution_backward.default: "a convolution", aten.mm.default: "a linear layer"}
 # Two concatenations in a row occur everywhere (gates, heads); a densely connected network has more.
 _SHORTEST_CONCATENATION = 3
+_SHORTEST_STRETCH = 3
 _LARGEST_STEP = 2_000
 
 
@@ -41,7 +42,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
         return []
     origins = Origins(graph)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
-    found += _interrupted(info, origins)
+    found += [*_unknown(info), *_interrupted(info, origins)]
     lines = {(c.source, c.reason) for c in chains}
     return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason) not in lines]
 
@@ -64,6 +65,35 @@ class _ThroughCuts(GraphInfo):
 
     def elementwise(self, source: int, i: int) -> bool:
         return super().elementwise(source, i) or self.nodes[i].target in _CUTS
+
+
+class _ThroughUnknown(GraphInfo):
+    """A look at the graph in which an operator without a rule counts as elementwise."""
+
+    def elementwise(self, source: int, i: int) -> bool:
+        unknown = self.kind(i) is None and shape_of(self.nodes[source]) == shape_of(self.nodes[i])
+        return unknown or super().elementwise(source, i)
+
+
+def _unknown(info: GraphInfo) -> Iterator[Refusal]:
+    """Chains but for an operator that nothing is known of, on the way past every block."""
+    proper = {j for track in find_chains(info) for j in track.joins}
+    loose = _ThroughUnknown(info.graph)
+    for track in find_chains(loose):
+        joins = [j for j in track.joins if j not in proper]
+        if len(joins) < _SHORTEST_STRETCH:
+            continue
+        inside = sorted(info.between({min(track.branches, default=joins[0])}, {joins[-1]}))
+        names = by_frequency(operator_name(info.nodes[i]) for i in inside if info.kind(i) is None)
+        if names:
+            yield Refusal(
+                tuple(info.nodes[i] for i in inside),
+                len(joins),
+                f"the state passes through {names[0]} on its way past the blocks, an operator that the compiler has no "
+                "rule for: it cannot tell whether an element leads straight to one of the next state",
+                "Use other operators of PyTorch's there, or move it into the blocks; a rule for an operator is one "
+                "line in hwbp_compiler/graph/rules.py.",
+            )
 
 
 def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
@@ -202,7 +232,6 @@ _INTERRUPTED = (
     "between one block and the next the state itself goes through {}, which moves or mixes its elements: no element of "
     "it leads straight to one behind the next block"
 )
-_SHORTEST_STRETCH = 3
 _LAYERS = {"addmm": "a linear layer", "mm": "a linear layer", "convolution": "a convolution"}
 
 

@@ -111,7 +111,7 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
     for track in find_chains(info):
         chains, refused = check_separation(info, track)
         if len(track.joins) >= options.min_length:
-            refusals += _of_one_track(refused, len(track.joins))
+            refusals += _of_one_track(info, track, refused)
         more, too_short = _split_and_group(info, chains, options, refusals)
         found, short = found + more, short + too_short
         if not (refused or more or too_short):
@@ -137,21 +137,26 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
 
 
 def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
+    return Refusal(_along(info, track), len(track.joins), *shorter(len(track.joins), options))
+
+
+def _along(info: GraphInfo, track: Track) -> tuple[Node, ...]:
+    """The nodes of all links of ``track``."""
     start = min(track.branches, default=track.joins[0])
     inside = info.between({start}, {track.joins[-1]}) - {start}
-    nodes = tuple(info.nodes[i] for i in sorted(inside))
-    return Refusal(nodes, len(track.joins), *shorter(len(track.joins), options))
+    return tuple(info.nodes[i] for i in sorted(inside))
 
 
-def _of_one_track(refused: list[Refusal], joins: int) -> list[Refusal]:
+def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list[Refusal]:
     """One refusal per reason; where every link but the first is refused, so is the first."""
     merged: dict[str, Refusal] = {}
     for r in refused:
         before = merged.get(r.reason)
         length = r.length + (before.length if before is not None else 0)
         merged[r.reason] = Refusal((*before.nodes, *r.nodes) if before else r.nodes, length, r.reason, r.advice)
+    joins = len(track.joins)
     if len(merged) == 1 and sum(r.length for r in merged.values()) == joins - 1:
-        merged = {k: replace(r, length=joins) for k, r in merged.items()}
+        merged = {k: replace(r, length=joins, nodes=_along(info, track)) for k, r in merged.items()}
     return list(merged.values())
 
 

@@ -592,6 +592,8 @@ def test_explain_draws_a_loop_and_shows_its_programs(tmp_path):
     report.to_html(tmp_path / "page.html")
     assert f'data-link="{LENGTH}"' in (tmp_path / "page.html").read_text()
     assert "its loops rewritten before it was traced" in str(report) and "left as it is" not in str(report)
+    report.save_repro(tmp_path / "repro.py")
+    assert "for a report about them, send the cell" in (tmp_path / "repro.py").read_text()
 
 
 @pytest.mark.parametrize("options", [{"iterations": "exact"}, {"min_length": 20}, {"iterations": 7}])

@@ -53,6 +53,41 @@ def train(iterations: int | str, cache_dir) -> dict:
     return json.loads(line.removeprefix("RESULT "))
 
 
+REWRITE = """
+import hashlib, torch
+from torch import nn
+from hwbp_compiler import explain
+
+class Loop(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTMCell(3, 4)
+
+    def forward(self, x):
+        state = x.new_zeros(2, 4), x.new_zeros(2, 4)
+        for x_t in x:
+            state = self.cell(x_t, state)
+        return state[0]
+
+report = explain(Loop(), torch.ones(6, 2, 3), options={"rewrite": "always", "iterations": 1})
+assert report.chains[0].decision == "rewritten"
+print("RESULT", hashlib.md5(report.graph_after.print_readable(print_output=False).encode()).hexdigest())
+"""
+
+
+def test_every_process_emits_the_same_graph():
+    """Inductor's cache goes by the rewritten graph, and another order of operations rounds otherwise."""
+    found = set()
+    for seed in "123":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", REWRITE], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found |= {line for line in done.stdout.splitlines() if line.startswith("RESULT ")}
+    assert len(found) == 1
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
     """Three processes, one after another, over one fresh cache directory."""

@@ -375,6 +375,42 @@ def test_the_line_told_is_the_one_that_adds(min_length):
     assert chain.source.endswith("return x + residual") and chain.module == "0..4"
 
 
+class WithAPenalty(nn.Module):
+    """What the block computes last leaves it sideways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+
+    def forward(self, x):
+        gates = self.parts[0](x).softmax(-1)
+        out = gates[:, :1] * torch.relu(x) + gates[:, 1:2] * self.parts[1](x)
+        return x + out, gates.mean()
+
+
+class PenaltyModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WithAPenalty() for _ in range(DEPTH))
+
+    def forward(self, x):
+        total = 0.0
+        for block in self.blocks:
+            x, penalty = block(x)
+            total = total + penalty
+        return x.sum() + total
+
+
+def test_the_line_told_is_the_one_that_adds_to_the_state():
+    (chain,) = explain(PenaltyModel(), x().requires_grad_(), options=ALWAYS).chains
+    assert chain.source.endswith("return x + out, gates.mean()")
+
+
+def test_a_module_compiled_before_has_its_own_names():
+    (chain,) = explain(torch.compile(mlp(), dynamic=True), x(), options=ALWAYS).chains
+    assert chain.module == "0..4"
+
+
 class ByParity(nn.Module):
     """Two kinds of blocks on one line."""
 

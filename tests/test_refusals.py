@@ -415,6 +415,43 @@ def test_what_stands_on_the_trunk_is_named(between, named):
     assert chain.length == 6 and f"the state itself goes through {named}, which" in chain.reason
 
 
+@torch.library.custom_op("hwbp_test::unknown", mutates_args=())
+def unknown_to_us(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+unknown_to_us.register_fake(torch.empty_like)
+unknown_to_us.register_autograd(lambda ctx, g: unknown_to_us(g))
+
+
+class ByAnUnknownOperator(Residual):
+    def forward(self, x):
+        return unknown_to_us(x) + torch.relu(self.linear(x))
+
+
+def test_an_operator_without_a_rule_on_the_way_past_the_blocks():
+    blocks = nn.Sequential(*(ByAnUnknownOperator() for _ in range(5)))
+    chain = only(declined(blocks, torch.randn(2, WIDTH, requires_grad=True)))
+    assert "the state passes through hwbp_test::unknown on its way past the blocks" in chain.reason
+    assert (chain.length, chain.module) == (5, "0..4")
+
+
+class PassesOnTwo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Residual() for _ in range(6))
+
+    def forward(self, x):
+        before = x
+        for block in self.blocks:
+            x, before = block(x) + before, x
+        return x
+
+
+def test_a_skip_over_one_block_says_what_to_change():
+    assert all(chain.advice for chain in declined(PassesOnTwo(), torch.randn(2, WIDTH)))
+
+
 def test_nothing_is_said_to_stand_on_a_trunk_that_is_free():
     report = explained(Interrupted(nn.Hardtanh()), torch.randn(2, WIDTH, requires_grad=True))
     assert only(report.chains).decision == "rewritten"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +90,7 @@ class Origins:
         """The modules of a stretch of blocks: of every addition like the last one, on its line, in the order they run.
 
         An addition leaves no node in the backward graph, so those within the stretch are looked for between its first
-        node and the last addition. A batch norm's addition, on the same line, is told apart by its shapes."""
+        node and the last addition. Those of a batch norm, on the same line, are told apart by their shapes."""
         last = origin.addition
         if last is None:
             return []
@@ -101,6 +101,7 @@ class Origins:
             for node, i in self.order.items()
             if start <= i <= end
             and node.target == last.target
+            and _shape(node) == _shape(last)
             and not _is_backward(node)
             and (node is last or _adds(node) and source_line(node) == source)
         ]
@@ -110,16 +111,22 @@ class Origins:
         last = forward[-1]
         while last.target in _COPIES and not self._users(last):
             last = last.all_input_nodes[0]
-        node = last
-        for _ in range(_STEPS_TO_ADDITION):
-            users = self._users(node)
-            if len(users) != 1 or _kind(users[0]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
-                break
-            node = users[0]
-            if _adds(node):
-                return node
         inside = set(forward)
         first = self.order[forward[0]]
+        # What runs last may leave the block sideways (a penalty): the addition that something from before the block
+        # goes into is the one, whichever value of the block it is found from. Of several blocks it is the last one's.
+        heaviest = max((self.order[n] for n in forward if _kind(n) is Kind.HEAVY), default=-1)
+        found = [
+            addition
+            for node in (last, *reversed(forward))
+            for addition in self._additions_behind(node)
+            if self.order[addition] > heaviest
+            and any(self._is_from_before(operand, first, inside) for operand in addition.all_input_nodes)
+        ]
+        if found:  # a batch norm's running statistics are added to as well: they are small
+            return max(found, key=lambda addition: len(_shape(addition)))
+        for addition in self._additions_behind(last):
+            return addition
         todo, seen = [last], {last}
         while todo:
             # The latest first: of several sums that lead to the last value, the one nearest to it.
@@ -132,6 +139,29 @@ class Origins:
                     if _kind(source) is not Kind.HEAVY:
                         todo.append(source)
         return last
+
+    def _additions_behind(self, node: Node) -> Iterator[Node]:
+        """Those that ``node`` runs into, element by element and with nothing else on the way."""
+        for _ in range(_STEPS_TO_ADDITION):
+            users = self._users(node)
+            if len(users) != 1 or _kind(users[0]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
+                return
+            node = users[0]
+            if _adds(node):
+                yield node
+
+    def _is_from_before(self, node: Node, first: int, inside: set[Node]) -> bool:
+        """Whether it depends on nothing of the block, whose nodes are ``inside`` and begin at position ``first``."""
+        todo, seen = [node], {node}
+        while todo:
+            node = todo.pop()
+            if node in inside:
+                return False
+            for source in node.all_input_nodes:
+                if source not in seen and self.order.get(source, -1) >= first:
+                    seen.add(source)
+                    todo.append(source)
+        return True
 
     def _users(self, node: Node) -> list[Node]:
         """What uses ``node`` in the forward pass, without copies that are kept for the backward pass alone."""
@@ -150,6 +180,10 @@ def _kind(node: Node) -> Kind | None:
 
 # The rule table is about gradients; these occur in the forward pass only.
 _FORWARD_HEAVY = {aten.convolution.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(getattr(node.meta.get("val"), "shape", ()))
 
 
 def _adds(node: Node) -> bool:
@@ -200,7 +234,7 @@ def module_of(node: Node) -> str:
 def plain_name(name: str) -> str:
     """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too. The key of an
     ``nn.ModuleDict`` may hold quotes and brackets; it is spelt as it is."""
-    name = re.sub(r"^[LG]\['\w+'\]", "", name)
+    name = re.sub(r"^[LG]\['\w+'\](\.__self__)?", "", name)
     name = re.sub(r"(?<=[^.\]])@\d+(?=$|\.)", "", name)  # the second call of a module, the third
     return _KEY.sub(lambda found: "." + _unquoted(found[1]), name).strip(".")
 

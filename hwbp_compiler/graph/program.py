@@ -16,6 +16,7 @@ order of nodes in the graph, or on how additions are associated:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -183,7 +184,9 @@ class _Builder:
                 return tuple(key(v) for v in value)
             return str(value)
 
-        return hash((str(statement.target), key(statement.args), key(statement.kwargs), str(statement.shape)))
+        text = repr((str(statement.target), key(statement.args), key(statement.kwargs), str(statement.shape)))
+        # Not hash(): of strings that is another one in every process, and with it the order of what is emitted.
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
     def build(self, outputs: Sequence[Node]) -> Program:
         for node in outputs:

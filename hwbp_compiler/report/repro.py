@@ -15,6 +15,10 @@ from hwbp_compiler.options import Options
 from .data import ExplainedGraph, copied
 
 _LARGEST_CONSTANT = 4096
+_LOOPS = (
+    "The loops of hwbp_compiler.recurrent in this graph were rewritten before it was traced and are the same in all "
+    "that is compared here: for a report about them, send the cell."
+)
 
 _SCRIPT = '''"""Rebuilds a joint graph, runs hwbp_compiler's passes on it and compares the gradients.
 
@@ -27,6 +31,7 @@ import torch
 from torch import device, inf, nan, tensor  # noqa: F401
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import hwbp_compiler.rolled.loop  # noqa: F401
 import hwbp_compiler.scan  # noqa: F401
 from hwbp_compiler import Options, passes
 
@@ -56,6 +61,7 @@ INPUTS = {{
 {inputs}
 }}
 OPTIONS = {option_values}
+NOTE = {note!r}
 
 
 def joint_graph():
@@ -75,6 +81,8 @@ def gradients(module):
 
 
 def main():
+    if NOTE:
+        print(NOTE)
     exact = gradients(joint_graph())
     joined = torch.cat([g.double().flatten() for g in exact])
     print(f"{{len(INPUTS)}} inputs, {{len(exact)}} gradients of norm {{joined.norm():.6g}}")
@@ -118,6 +126,7 @@ def write(found: ExplainedGraph | None, options: Options, path: str | os.PathLik
             inputs="\n".join(f"    {n.target!r}: {_input(n)}," for n in graph.find_nodes(op="placeholder")),
             option_values=chosen,
             iterations=tuple(wanted),
+            note=_LOOPS if any(c.decision == "rewritten" for c in found.chains[: found.loops]) else "",
         ),
         encoding="utf-8",
     )
