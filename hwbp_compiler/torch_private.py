@@ -112,10 +112,13 @@ LATE = {
     "cache_dir": "torch._inductor.runtime.runtime_utils:cache_dir",
     "get_cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
     # rolled/: one step of a user's cell, traced and made functional
+    "enter_autocast": "torch.amp.autocast_mode:_enter_autocast",
+    "exit_autocast": "torch.amp.autocast_mode:_exit_autocast",
     "FunctionalTensor": "torch._subclasses.functional_tensor:FunctionalTensor",
     "FunctionalTensorMode": "torch._subclasses.functional_tensor:FunctionalTensorMode",
     "PythonReferenceAnalysis": "torch.utils._sympy.reference:PythonReferenceAnalysis",
     "TorchDynamoException": "torch._dynamo.exc:TorchDynamoException",
+    "without_saved_tensor_hooks": "torch._dynamo.utils:_disable_saved_tensors_hooks_during_tracing",
     "dispatch_functionalize": "torch._subclasses.functional_tensor:dispatch_functionalize",
     "enable_python_dispatcher": "torch._dispatch.python:enable_python_dispatcher",
     "has_data_mutation": "torch:_functionalize_has_data_mutation",

@@ -8,6 +8,7 @@ from cells import CASES, GRU, LSTM, CellCase, MinGRU, TanhRNN, in_a_loop
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, recurrent
@@ -193,6 +194,54 @@ def test_inside_a_function_compiled_for_us_it_is_one_graph_with_the_functions_op
     assert_gradients_close(found, reference, 1e-8)
 
 
+@pytest.mark.parametrize("make", [GRU, MinGRU, TanhRNN])
+def test_an_empty_batch(make):
+    cell = make().double()
+    x, h = leaf(LENGTH, 0, 4), leaf(0, 5)
+    for iterations in ("exact", 2):
+        assert_same_as_the_loop(cell, x, h, {"iterations": iterations, "rewrite": "always", "strict": True})
+
+
+@pytest.mark.parametrize("make", [GRU, MinGRU])
+def test_what_is_returned_may_be_changed_in_place(make):
+    """It is nobody else's: not the states that the backward pass reads, and not the inputs."""
+    cell, x, h = CellCase(make, "").build(LENGTH)
+
+    def everything(x, h):
+        out, h = cell(x, h)
+        return (out, x, x.sum()), h
+
+    def run(over_time):
+        (out, read, sums), last = over_time(everything, x, h)
+        assert not any(t is x for t in (out, read))
+        with torch.no_grad():
+            read.zero_()
+        out[2:].mul_(2)
+        last.exp_()
+        sums.relu_()
+        wanted = [x, h, *cell.parameters()]
+        return out, last, sums, *torch.autograd.grad(probe_loss((out, last, sums)), wanted)
+
+    def loop(cell, x, h):
+        rows = []
+        for t in range(LENGTH):
+            row, h = cell(x[t], h)
+            rows.append(row)
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), h
+
+    before = x.detach().clone()
+    found = run(lambda *args: recurrent(*args, options={"iterations": "exact", "strict": True}))
+    torch.testing.assert_close(x.detach(), before, rtol=0, atol=0)
+    for a, b in zip(found, run(loop), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_inputs_look_to_another_backend_as_if_they_had_not_been_here():
+    x = torch.randn(LENGTH, 3)
+    recurrent(lambda x, h: (h, 0.5 * h + x), x, torch.zeros(3))
+    assert not hasattr(x, "_dynamo_weak_dynamic_indices")
+
+
 def test_its_own_options_win_inside_a_compiled_function():
     cell, x, state = CellCase(GRU, "").build(LENGTH)
 
@@ -201,6 +250,43 @@ def test_its_own_options_win_inside_a_compiled_function():
         return recurrent(cell, x, state, options={"iterations": "exact"})
 
     assert_same_as_the_loop(cell, x, state, run=model)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["", "in_a_checkpoint"])
+def test_autocast_inside_a_compiled_function_holds_for_the_step(within):
+    """The step is traced before the function's graph, and so its autocast, has run."""
+    torch.manual_seed(0)
+    linear, plain = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def cell(x, h):
+        with torch.autocast("cpu", enabled=False):
+            kept = plain(h)
+        h = 0.5 * h + torch.tanh(linear(h) + x + kept)
+        return (linear(h), kept), h
+
+    def model(over_time, x, h):
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(over_time, cell, x, h, use_reentrant=False) if within else over_time(cell, x, h)
+
+    def loop(cell, x, h):
+        rows = []
+        for row in x.unbind(0):
+            out, h = cell(row, h)
+            rows.append(out)
+        return tuple(torch.stack(column) for column in zip(*rows, strict=True)), h
+
+    x, h = torch.randn(LENGTH, 3, 4, requires_grad=True), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="highway", fullgraph=True, options={"iterations": "exact", "strict": True})
+    wanted = [x, *linear.parameters(), *plain.parameters()]
+    (found, kept), last = compiled(recurrent, x, h)
+    (expected, _), _ = model(loop, x, h)
+    assert (found.dtype, kept.dtype, last.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+    (exact, exactly_kept), exact_last = loop(cell, x, h)
+    gradients = torch.autograd.grad(probe_loss((found.float(), kept, last)), wanted)
+    reference = torch.autograd.grad(probe_loss((exact, exactly_kept, exact_last)), wanted)
+    for a, b in zip(gradients, reference, strict=True):
+        assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0) > 0.99
 
 
 def test_under_another_backend_it_is_a_graph_break_and_right():
@@ -300,6 +386,19 @@ def test_a_state_that_only_waits_needs_no_loop():
     assert recurrence.records == [] and recurrence.plans[0].stage.link is None
 
 
+def test_a_state_may_be_copied_to_other_strides():
+    """As attention heads are: transposed, made contiguous, viewed."""
+    linear = nn.Linear(6, 6).double()
+
+    def cell(x, h):
+        heads = linear(h).view(3, 2, 3).transpose(0, 1).contiguous().view(2, 9)
+        h = 0.8 * h + torch.tanh(x + heads.view(2, 3, 3).transpose(0, 1).reshape(3, 6))
+        return h, h
+
+    recurrence = exactly(cell, leaf(LENGTH, 3, 6), leaf(3, 6), strict=True)
+    assert recurrence.plans is not None
+
+
 def test_a_state_handed_on_as_it_is():
     assert exactly(lambda x, h: (x * h, h), leaf(LENGTH, 3), leaf(3)).plans is not None
 
@@ -340,6 +439,58 @@ def test_a_complex_diagonal_recurrence_is_a_scan_both_ways(dtype):
 def test_a_linear_recurrence_may_broadcast_what_it_adds(cell):
     recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
     assert recurrence.plans[0].affine is not None
+
+
+def test_attributes_of_what_a_cell_is_given():
+    """Of a region's argument Dynamo takes ``h.T`` before the region, where it would be the same at all times."""
+    w = leaf(4, 4)
+    cell = lambda x, h: (h.T + x.mT, torch.sigmoid(x) * h + (w.T @ h.T).T)  # noqa: E731
+    exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
+    rotate = torch.polar(torch.full((4,), 0.9, dtype=torch.float64), torch.arange(4.0, dtype=torch.float64))
+    cell = lambda x, h: (h.real, rotate * h + 1 + x)  # noqa: E731
+    x, h = leaf(LENGTH, 3, 4), leaf(3, 4, dtype=torch.complex128)
+    found = recurrent(cell, x, h, options={"strict": True})[0]
+    expected = in_a_loop(cell, x, h)[0]
+    for a, b in zip(*(torch.autograd.grad(probe_loss(r), [x, h]) for r in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_that_forgets_everything():
+    exactly(lambda x, h: (h * x, torch.ones_like(h)), leaf(LENGTH, 3), leaf(3), strict=True)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda x, h: (h, 1 - 0.5 * h + x),
+        lambda x, h: (h, torch.add(torch.sigmoid(x) * h, 2, alpha=0.3)),
+        lambda x, h: (h, torch.where(x > 0, 0.5 * h, 3.0) - 1),
+    ],
+    ids=["from_a_number", "scaled", "chosen"],
+)
+def test_a_linear_recurrence_may_add_numbers(cell):
+    recurrence = exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
+    assert recurrence.plans[0].affine is not None
+
+
+def test_a_state_that_counts_is_no_scan():
+    """Scans are of numbers that have gradients; whole ones are stepped."""
+
+
+    def cell(x, state):
+        h, steps, positive = state
+        return h * steps, (0.5 * h + x / (1 + positive), steps + 1, positive + (x > 0).long())
+
+    x, h = leaf(LENGTH, 3), leaf(3)
+    state = (h, torch.zeros((), dtype=torch.int64), torch.zeros(3, dtype=torch.int64))
+    found, (_, *counted) = Captured(iterations=0, strict=True).compiled()(cell, x, state)
+    expected, (_, *counts) = in_a_loop(cell, x, state)
+    for a, b in zip(counted, counts, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for a, b in zip(
+        torch.autograd.grad(probe_loss(found), (x, h)), torch.autograd.grad(probe_loss(expected), (x, h)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_a_step_that_indexes_does_not_read_what_memory_holds(monkeypatch):
@@ -435,6 +586,56 @@ def test_what_autograd_would_see_otherwise_is_recorded(cell, why):
     recurrence = exactly(cell, leaf(LENGTH, 3), leaf(3))
     assert recurrence.plans is None
     assert why in recurrence.records[0].reason and recurrence.records[0].decision == "declined"
+
+
+def test_a_loop_in_a_cell_is_rolled_where_the_cell_is_not():
+    linear = nn.Linear(4, 4).double()
+
+    def inner(x, h):
+        h = 0.8 * h + torch.tanh(linear(h) + x)
+        return h, h
+
+    def cell(over_time, x, h):
+        outputs, last = over_time(inner, x, h)
+        return outputs.mean(0), 0.5 * h + last
+
+    exact = {"iterations": "exact", "strict": True}
+    x, h = leaf(5, 3, 2, 4), leaf(2, 4)
+    found = recurrent(lambda *args: cell(recurrent, *args), x, h, options=exact)
+    expected = in_a_loop(lambda *args: cell(in_a_loop, *args), x, h)
+    assert hwbp_compiler.counters()["declined: the cell is stepped through, which unrolls the loop"] == 1
+    wanted = [x, h, *linear.parameters()]
+    for a, b in zip(*(torch.autograd.grad(probe_loss(r), wanted) for r in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_a_recurrent_module_in_a_cell_is_right_and_the_reason_names_it():
+    gru = nn.GRU(4, 4).double()
+
+    def cell(x, h):
+        outputs, last = gru(x, h.unsqueeze(0))
+        return outputs, 0.5 * h + last[0]
+
+    x, h = leaf(5, 3, 2, 4), leaf(2, 4)
+    report = hwbp_compiler.explain(lambda x, h: recurrent(cell, x, h), x, h)
+    assert "contains a recurrent module (GRU)" in report.chains[0].reason
+    assert_same_as_the_loop(cell, x, h, {"iterations": "exact", "strict": True})
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_a_checkpoint_and_a_loop(where):
+    """Inside what is compiled it is a region of the graph; around it, it counts what autograd saves."""
+    cell, x, h = CellCase(GRU, "").build(LENGTH)
+    options = {"iterations": "exact", "strict": True}
+    if where == "inside":
+        run = torch.compile(
+            lambda *args: checkpoint(recurrent, *args, use_reentrant=False), backend="highway", options=options
+        )
+    else:
+        alone = lambda *args: recurrent(*args, options=options)  # noqa: E731
+        run = lambda *args: checkpoint(alone, *args, use_reentrant=False)  # noqa: E731
+    assert_same_as_the_loop(cell, x, h, run=run)
+    assert hwbp_compiler.counters()["failures"] == 0
 
 
 def test_detach_stops_a_gradient():
@@ -535,6 +736,14 @@ def test_arguments_are_checked():
         recurrent(cell, (x, x[:1]), h)
     with pytest.raises(ValueError, match="the number of time steps"):
         recurrent(cell, x[:0], h)
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_inputs_of_different_lengths_are_refused_inside_a_compiled_function_too(length):
+    cell = lambda x, h: (h, 0.5 * h + x[0] + x[1])  # noqa: E731
+    model = torch.compile(lambda *x: recurrent(cell, x, torch.zeros(3)), backend="highway", fullgraph=True)
+    with pytest.raises(Exception, match="the inputs differ in dim 0"):
+        model(torch.randn(LENGTH, 3), torch.randn(length, 3))
 
 
 def test_without_gradients_the_loop_is_just_run():

@@ -325,6 +325,43 @@ def test_an_output_may_be_changed_in_place(iterations):
         torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("iterations", ["exact", 2])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_an_output_changed_in_place_outside_the_graph_is_noticed_where_it_matters(kind, iterations):
+    """A backward pass that reads it says so; a copy for whoever may change it would cost everyone its memory."""
+    model, args = Case("plain").build(kind)
+    call, wanted = compiled(model, iterations=iterations), [*args, *model.parameters()]
+    output, *last = call(*args)
+    expected = torch.autograd.grad(
+        testing.probe_loss((torch.cat([output[:2], output[2:] * 2]), *map(torch.exp, last))), wanted
+    )
+    output, *last = call(*args)
+    for state in last:
+        state.exp_()
+    output[2:].mul_(2)
+    try:
+        found = torch.autograd.grad(testing.probe_loss((output, *last)), wanted)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", ["exact", 2])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
+def test_an_empty_batch(kind, iterations):
+    model = Reader(kind).double()
+    x = torch.randn(STEPS, 0, INPUT, dtype=torch.float64, requires_grad=True)
+
+    def both(call):
+        output = call(x)
+        return *output, *torch.autograd.grad(testing.probe_loss(output), [x, *model.parameters()])
+
+    for a, b in zip(both(compiled(model, iterations=iterations)), both(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_a_recording_dies_with_its_output():
     model, args = Case("plain").build("GRU")
     output = compiled(model, iterations="exact", rewrite="never")(*args)

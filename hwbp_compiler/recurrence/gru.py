@@ -62,14 +62,16 @@ def gradients(
 
 def _of_input(layer: Layer, gates: slice) -> Tensor:
     """[T, B, columns of ``gates``]"""
-    of_x = torch.mm(rows(layer.input), layer.w_ih[gates].t()).view(*layer.input.shape[:2], -1)
+    weight = layer.w_ih[gates]
+    of_x = torch.mm(rows(layer.input), weight.t()).view(*layer.input.shape[:2], weight.shape[0])
     return of_x if layer.b_ih is None else of_x + layer.b_ih[gates]
 
 
 def _of_states(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor:
     """The same of the states before, which are never put together in memory."""
     weight = layer.w_hh[gates].t()
-    of_h = torch.cat([torch.mm(first, weight), torch.mm(rows(later), weight)]).view(*layer.output.shape[:2], -1)
+    of_h = torch.cat([torch.mm(first, weight), torch.mm(rows(later), weight)])
+    of_h = of_h.view(*layer.output.shape[:2], weight.shape[1])
     return of_h if layer.b_hh is None else of_h + layer.b_hh[gates]
 
 
@@ -78,7 +80,7 @@ def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor
     batch, weight = first.shape[0], layer.w_hh[gates].t()
     of_x = torch.mm(rows(layer.input), layer.w_ih[gates].t())
     both = torch.cat([torch.addmm(of_x[:batch], first, weight), torch.addmm(of_x[batch:], rows(later), weight)])
-    both = both.view(*layer.output.shape[:2], -1)
+    both = both.view(*layer.output.shape[:2], weight.shape[1])
     return both if layer.b_ih is None or layer.b_hh is None else both + (layer.b_ih + layer.b_hh)[gates]
 
 

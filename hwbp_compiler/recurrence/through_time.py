@@ -30,7 +30,7 @@ def _through_time(values: Tensor, multipliers: Tensor | None, into: Tensor, weig
     steps, batch, size = w.shape
     first = w.new_zeros(batch, size)
     of_gates = into.new_empty(batch, into.shape[2], size)
-    flat = of_gates.view(batch, -1)
+    flat = of_gates.flatten(1)
     with below_autograd():
         states, by_gate, gates = w.unbind(0), w.unsqueeze(2).unbind(0), into.unbind(0)
         kept = None if multipliers is None else multipliers.unbind(0)

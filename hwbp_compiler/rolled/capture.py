@@ -13,6 +13,7 @@ compiled. All guards, and what a new call may reuse, are Dynamo's business as ev
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.fx import GraphModule, Node
 
 from hwbp_compiler.graph.origin import source_line
 from hwbp_compiler.options import Options
+from hwbp_compiler.torch_private import enter_autocast, exit_autocast, without_saved_tensor_hooks
 
 library = torch.library.Library("highway", "FRAGMENT")
 tags = (torch.Tag.pt2_compliant_tag,)
@@ -69,47 +71,74 @@ def encode(options: Mapping[str, Any] | None) -> str:
 
 
 def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Options]) -> list[Any]:
-    """Replace in place; returns the recurrences, in graph order. ``parse(mapping)`` gives a loop's own options."""
-    from hwbp_compiler.passes.write_out_cells import write_out_cells
+    """Replace in place, in the graph and in its regions (a checkpoint, the cell of another loop); returns the
+    recurrences in graph order. ``parse(mapping)`` gives a loop's own options."""
+    found: list[Any] = []
+    _replace_in(gm, (), lambda own: options if own is None else parse(own), found)
+    return found
 
-    from .recurrence import Recurrence, build
-    from .trace import Body
 
-    found: list[Recurrence] = []
-    for node in gm.graph.find_nodes(op="call_function", target=rolled):
-        next_state, outputs, state, inputs, own = node.args
-        step = next_state[0].args[0]
-        body: GraphModule = getattr(gm, step.args[0].target)
-        write_out_cells(body)
-        taken: dict[Node, int] = {}  # argument of the step -> position among (state, inputs, shared)
-        shared: list[Node] = []
-        for argument in step.args[1:]:
-            if argument.target is enter:
-                taken[argument] = state.index(argument.args[0])
-            elif argument.target is first:
-                taken[argument] = len(state) + inputs.index(argument.args[0])
-            else:
-                taken[argument] = len(state) + len(inputs) + len(shared)
-                shared.append(argument)
-        order = [taken[argument] for argument in step.args[1:]]
-        results = [result.args[1] for result in (*next_state, *outputs)]
-        cell = Body(body, order, results)
-        starts, rows, same = ([_example(n) for n in part] for part in (state, inputs, shared))
-        mine = parse(json.loads(own)) if own else options
-        source = _source(body, results[0]) or source_line(node)
-        name = f"highway_recurrence_{len(found)}"
-        recurrence = build(name, cell, starts, rows, same, starts[0].fake_mode, mine, source)
-        gm.add_submodule(name, recurrence)
-        with gm.graph.inserting_before(node):
-            call = gm.graph.call_module(name, (*state, *inputs, *shared))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        _erase([node, *next_state, *outputs, step, *step.args[1:]])
-        found.append(recurrence)
-    if found:
+def _replace_in(
+    gm: GraphModule, around: tuple[Sequence[Any], ...], options: Callable[[Any], Options], found: list[Any]
+) -> None:
+    """``around``: what the autocast regions were entered with that ``gm`` lies in."""
+    before, regions, autocasts = len(found), dict(gm.named_children()), {}
+    for node in list(gm.graph.nodes):
+        if node.target is enter_autocast:
+            autocasts[node] = node.args
+        elif node.target is exit_autocast:
+            autocasts.pop(node.args[0])
+        elif _is_step(node):
+            for region in (regions.get(str(argument.target)) for argument in node.all_input_nodes):
+                if isinstance(region, GraphModule):
+                    _replace_in(region, (*around, *autocasts.values()), options, found)
+        elif node.target is rolled:
+            with contextlib.ExitStack() as stack:
+                for device, dtype, enabled, cached in (*around, *autocasts.values()):
+                    stack.enter_context(torch.autocast(device, dtype, enabled, cached))
+                # A checkpoint in eager mode around all this counts what autograd saves, but not what is traced here.
+                stack.enter_context(without_saved_tensor_hooks())
+                found.append(_replace(gm, node, f"highway_recurrence_{len(found)}", options))
+    if len(found) > before:
         gm.graph.lint()
         gm.recompile()
-    return found
+
+
+def _replace(gm: GraphModule, node: Node, name: str, options: Callable[[Any], Options]) -> Any:
+    """Replace one loop, whose results ``node`` stands for. Its step is traced here, before the graph runs."""
+    from hwbp_compiler.passes.write_out_cells import write_out_cells
+
+    from .recurrence import build
+    from .trace import Body
+
+    next_state, outputs, state, inputs, own = node.args
+    step = next_state[0].args[0]
+    body: GraphModule = getattr(gm, step.args[0].target)
+    write_out_cells(body)
+    taken: dict[Node, int] = {}  # argument of the step -> position among (state, inputs, shared)
+    shared: list[Node] = []
+    for argument in step.args[1:]:
+        if argument.target is enter:
+            taken[argument] = state.index(argument.args[0])
+        elif argument.target is first:
+            taken[argument] = len(state) + inputs.index(argument.args[0])
+        else:
+            taken[argument] = len(state) + len(inputs) + len(shared)
+            shared.append(argument)
+    order = [taken[argument] for argument in step.args[1:]]
+    results = [result.args[1] for result in (*next_state, *outputs)]
+    cell = Body(body, order, results)
+    starts, rows, same = ([_example(n) for n in part] for part in (state, inputs, shared))
+    source = _source(body, results[0]) or source_line(node)
+    mine = options(json.loads(own) if own else None)
+    recurrence = build(name, cell, starts, rows, same, starts[0].fake_mode, mine, source)
+    gm.add_submodule(name, recurrence)
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_module(name, (*state, *inputs, *shared))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    _erase([node, *next_state, *outputs, step, *step.args[1:]])
+    return recurrence
 
 
 def _erase(nodes: Sequence[Node]) -> None:

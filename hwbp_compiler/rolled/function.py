@@ -79,12 +79,16 @@ def _loop(cell: Callable[..., Any], inputs: Any, state: Any, options: str) -> tu
     """What Dynamo traces; see :mod:`.capture`."""
     leaves, structure = pytree.tree_flatten(state)
     rows, structure_of_rows = pytree.tree_flatten(inputs)
+    if any(row.shape[0] != rows[0].shape[0] for row in rows):  # a series of one row would be spread over all
+        raise ValueError("recurrent: the inputs differ in dim 0, the number of time steps; it must be the same for all")
     # A tensor that is given twice is two components of the state, and may be captured by the cell besides.
     leaves = [leaf.contiguous().view_as(leaf) for leaf in leaves]
     rows = [row.view_as(row) for row in rows]
     count = len(leaves)
 
     def step(*arguments: Tensor) -> tuple[list[Tensor], Any]:
+        # Views, made in here: of an argument Dynamo would take an attribute (x.T, x.real) outside of the step.
+        arguments = tuple(argument.view_as(argument) for argument in arguments)
         before = pytree.tree_unflatten(arguments[:count], structure)
         made = cell(pytree.tree_unflatten(arguments[count:], structure_of_rows), before)
         if not isinstance(made, (tuple, list)) or len(made) != 2:  # Dynamo 2.11 asserts where it takes others apart
@@ -125,6 +129,7 @@ def _by_itself(cell: Any, inputs: Any, state: Any, options: Mapping[str, Any] | 
         options = {**(options or {}), "iterations": "exact"}
     _check(inputs, state)
     compiled = _compiled(cell, options)
+    inputs = pytree.tree_map(lambda leaf: leaf.view_as(leaf), inputs)  # a mark is seen by whoever compiles next
     for leaf in pytree.tree_leaves(inputs):
         torch._dynamo.maybe_mark_dynamic(leaf, 0)
     try:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch.fx import GraphModule, Node
+import torch
+from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.describe import STANDS_FOR, multiplier_text
@@ -23,11 +24,11 @@ from hwbp_compiler.graph.program import (
     elementwise_argument,
 )
 from hwbp_compiler.graph.record import GroupRecord
-from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
+from hwbp_compiler.graph.rules import Kind, linear_arguments, operands, operator_name, rule_of
 from hwbp_compiler.passes.split_links import Split, split_links
 
 from .stages import Stage
-from .trace import trace_decomposed, trace_vjp
+from .trace import depends_on, trace_decomposed, trace_vjp
 
 
 @dataclass
@@ -102,7 +103,10 @@ def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
     module = trace_decomposed(stage.link, fake_mode)
     arguments = list(module.graph.find_nodes(op="placeholder"))
     width = len(stage.members)
+    if not all(_is_scanned(state.meta["val"]) for state in arguments[:width]):
+        return None
     _name_arguments(arguments[width:], stage)
+    _numbers_as_tensors(module.graph, arguments[:width], fake_mode)
     results = list(module.graph.find_nodes(op="output")[0].args[0])
     info = GraphInfo(module.graph, tangents=set(arguments[:width]))
     try:
@@ -111,6 +115,29 @@ def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
     except NotALink:
         return None
     return Affine(module, arguments, program, split) if _is_diagonal(program) else None
+
+
+def _is_scanned(state: torch.Tensor) -> bool:
+    return state.is_floating_point() or state.is_complex()
+
+
+def _numbers_as_tensors(graph: Graph, state: list[Node], fake_mode: Any) -> None:
+    """A number that is added to what depends on the state is part of b; a program knows b by its tensors."""
+    moving = depends_on(state, graph)
+    for node in graph.nodes:
+        taken = {p for p, n in operands(node) if n in moving}
+        linear = linear_arguments(node, taken) if taken else None
+        for p in (linear or frozenset()) - taken:
+            number = node.args[p] if p < len(node.args) else 0
+            if not isinstance(number, (int, float, complex)) or number == 0:
+                continue
+            like = node.meta["val"]
+            options = {"dtype": like.dtype, "device": like.device}
+            with graph.inserting_before(node):
+                made = graph.call_function(torch.ops.aten.full.default, ([], number), options)
+            with fake_mode:
+                made.meta["val"] = torch.full([], number, **options)
+            node.update_arg(p, made)
 
 
 def _name_arguments(arguments: list[Node], stage: Stage) -> None:

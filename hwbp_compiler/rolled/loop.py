@@ -145,3 +145,10 @@ def _fake(code, inputs, state, shared, length, reverse=False):
 
 library.impl("loop", _loop, "CompositeExplicitAutograd")
 torch.library.register_fake("highway::loop", _fake, lib=library)
+
+# Inductor takes both of two copies for what they copy: what is returned would be one memory.
+library.define("copy(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+copy = torch.ops.highway.copy.default
+library.impl("copy", lambda tensor: tensor.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")
+torch.library.register_fake("highway::copy", lambda tensor: tensor.new_empty(tensor.shape), lib=library)
+torch.library.register_autograd("highway::copy", lambda ctx, gradient: gradient, lib=library)

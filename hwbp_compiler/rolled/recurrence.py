@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from hwbp_compiler.digest import source_digest
 from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.origin import common, module_of
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.options import Options
 
 from .chain import HighwayLoop, How, LoopLink, run_affine
 from .decide import decide
 from .link import Affine, look_backward, look_for_affine
 from .live import AllSteps, LiveEmitter, constant, symbols_of
-from .loop import code_of
+from .loop import code_of, copy
 from .stages import Stage, split_stages
-from .trace import Body, CannotRoll, MutatingCell, Step, trace_step
+from .trace import Body, CannotRoll, MutatingCell, Step, trace_step, without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +64,8 @@ class Recurrence(nn.Module):
         state, inputs, shared = arguments[:a], arguments[a:b], arguments[b:]
         if self.plans is None or self.step is None:
             return self._recorded(state, inputs, shared)
-        return self._in_stages(self.step, self.plans, list(state), list(inputs), list(shared))
+        with without_autocast(state[0].device.type):
+            return self._in_stages(self.step, self.plans, list(state), list(inputs), list(shared))
 
     def __reduce__(self) -> Any:
         """For torch.compile's caches, which read a graph by pickling it: all that decides what is computed here."""
@@ -109,9 +112,20 @@ class Recurrence(nn.Module):
                 values.known.setdefault(step.next_state[member], constant(rows, True))
                 before = torch.cat([first.unsqueeze(0), rows[:-1]])
                 values.known[step.state[member]] = constant(before, True)
-                last[member] = rows[-1]
-        outputs = [tensor(node, True) for node in step.outputs]
+                last[member] = copy(rows[-1])
+        # As torch.stack would: what is returned may be changed in place, and states and inputs may not.
+        held = {*step.state, *step.inputs, *step.shared, *step.next_state}
+        outputs = [copy(tensor(n, True)) if _is_view_of(n, held) else tensor(n, True) for n in step.outputs]
         return (*(last[m] for m in range(self.states)), *outputs)
+
+
+def _is_view_of(node: Node, nodes: set[Node]) -> bool:
+    while node not in nodes:
+        rule = rule_of(node)
+        if rule is None or rule.kind is not Kind.LAYOUT or not isinstance(node.args[0], Node):
+            return False
+        node = node.args[0]
+    return True
 
 
 def build(
@@ -124,7 +138,8 @@ def build(
         with fake_mode:
             first = [x[0] for x in inputs]
         step = trace_step(cell, state, first, shared, fake_mode)
-        plans, records = _plans(name, step, fake_mode, options, length)
+        with without_autocast(state[0].device.type):
+            plans, records = _plans(name, step, fake_mode, options, length)
         for record, plan in zip(records, (p for p in plans if p.stage.link is not None), strict=True):
             _tell_where(record, plan.stage, source)
         made.step, made.plans = step, plans

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import is_autocast_available
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.recurrence.operator import operator as recurrent_module
 from hwbp_compiler.torch_private import (
     FunctionalTensor,
     FunctionalTensorMode,
@@ -65,8 +68,19 @@ class MutatingCell(HighwayError):
     """The cell changes in place what it did not make."""
 
 
+@contextlib.contextmanager
+def without_autocast(device: str) -> Iterator[None]:
+    """For a step that was traced: autocast's casts are operators of it, and no more are to be made."""
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", device}:
+            if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: Any) -> Step:
-    """``cell`` as ATen operators without mutation. Raises CannotRoll, and MutatingCell where that cannot be."""
+    """``cell`` as ATen operators without mutation, under the autocast that is on. Raises CannotRoll, and MutatingCell
+    where that cannot be."""
     _check_traceable(cell.module)
     names = [*(f"component {i} of its state" for i in range(len(state))), *(f"input {i}" for i in range(len(inputs)))]
     names += [f"the tensor {node.name}" for node in cell.module.graph.find_nodes(op="placeholder")][-len(shared) :]
@@ -84,9 +98,12 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     examples = [*state, *inputs, *shared]
     with torch.no_grad():
         module = _traced(run, [e.detach() if isinstance(e, Tensor) else e for e in examples], fake_mode)
-    # The loop's own copies around every result: a copy of a state has to be that state.
-    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.clone.default):
-        node.replace_all_uses_with(node.args[0])
+    # The loop's own views of every argument and copies of every result: a copy of a state has to be that state. What
+    # changes strides stays: what follows may be a view that only those strides allow.
+    for target in (torch.ops.aten.view.default, torch.ops.aten.clone.default):
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            if _layout(node) == _layout(node.args[0]):
+                node.replace_all_uses_with(node.args[0])
     module.graph.eliminate_dead_code()
     nodes = list(module.graph.find_nodes(op="placeholder"))
     results = list(module.graph.find_nodes(op="output")[0].args[0])
@@ -95,6 +112,13 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
             raise CannotRoll(
                 "the cell holds a tensor that is no parameter, buffer or captured variable",
                 "Make the tensor outside the cell, or register it as a buffer.",
+            )
+        if node.target is recurrent_module:
+            raise CannotRoll(
+                f"the cell contains a recurrent module ({node.args[0].split('_')[0].upper()}), which runs over a time "
+                "of its own",
+                "nn.GRUCell, nn.LSTMCell or nn.RNNCell for one step a call; run the module before or after the loop "
+                "where it does not need the state.",
             )
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise CannotRoll(
@@ -105,11 +129,20 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     return Step(module, nodes[:a], nodes[a:b], nodes[b:], results[:a], results[a:])
 
 
+def _layout(node: Node) -> list[Any]:
+    """Sizes and strides. Comparing them adds no guard."""
+    value = node.meta["val"]
+    return [s if isinstance(s, int) else s.node.expr for s in (*value.shape, *value.stride())]
+
+
 def _check_traceable(cell: GraphModule) -> None:
     """What changes how autograd sees an operator is gone once the step is a graph of operators."""
     for module in cell.modules():
         if not isinstance(module, GraphModule):
-            continue
+            raise CannotRoll(
+                "the cell runs a loop of its own",
+                "Make the inner loop's steps part of the outer cell, or run the inner loop for all steps at once.",
+            )
         for node in module.graph.nodes:
             name = getattr(node.target, "__name__", str(node.target))
             if isinstance(node.target, torch._ops.HigherOrderOperator):
@@ -243,4 +276,4 @@ def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
             todo += node.all_input_nodes
         else:
             found.add(node)
-    return [node for node in results[0].graph.nodes if node in found]
+    return [node for node in results[0].graph.nodes if node in found] if found else []
