@@ -216,6 +216,16 @@ def test_the_step_of_a_loop_cannot_be_compiled(iterations, monkeypatch, warned):
     assert warned()
 
 
+@pytest.mark.parametrize("kind", ["module", "loop"])
+def test_double_backward_is_refused_where_a_graph_runs_in_eager_mode_too(kind, monkeypatch):
+    failing_first(monkeypatch, AssertionError("planted"), times=10)
+    model, x = OverTime(kind), inputs(6, 2, 4).requires_grad_()
+    output = torch.compile(model, backend="highway", options=RELAXED)(x)
+    (first,) = torch.autograd.grad(loss_of(output), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward|differentiate twice"):
+        first.square().sum().backward()
+
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])

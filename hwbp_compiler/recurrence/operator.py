@@ -199,6 +199,17 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
 torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, lib=library)
 
 
+def _no_second_derivative(ctx: Any, *incoming: Any) -> Any:
+    """Compiled graphs refuse this by themselves; this is for one that runs in eager mode because something failed."""
+    raise RuntimeError(
+        "double backward through a recurrent module of a model compiled with backend='highway' is not supported. Call "
+        "the model uncompiled where the gradient itself is differentiated (create_graph=True)."
+    )
+
+
+torch.library.register_autograd(BACKWARD_NAME, _no_second_derivative, lib=library)
+
+
 def _under_autocast(device: str) -> Any:
     """Tracing under autocast writes down what autocast would do: compiled code runs without it."""
 
