@@ -10,7 +10,6 @@ from .layer import Gradients, Layer, column_sums, contributions, rows, scan, wit
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
-_LONG = 1024  # rows of a matrix, of which half still keeps a core busy
 
 
 def gradients(
@@ -105,7 +104,7 @@ def _truncated(
 def _through_blocks(into: Tensor, w: Tensor, w_hh: Tensor) -> Tensor:
     """[T, B, H]. On a CPU by halves: what is multiplied with W_hh is the largest tensor of an iteration."""
     steps = into.shape[0]
-    by_halves = into.device.type == "cpu" and isinstance(steps, int) and steps * into.shape[1] >= _LONG
+    by_halves = into.device.type == "cpu" and isinstance(steps, int) and steps > 1
     half = -(-steps // 2) if by_halves else steps
     parts = [slice(0, half), slice(half, steps)] if by_halves else [slice(None)]
     products = [torch.mm(rows(into[part] * w[part].unsqueeze(2)), w_hh) for part in parts]
