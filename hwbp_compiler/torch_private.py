@@ -27,7 +27,7 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
 | `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
 | `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
-| `serving_backend` | `torch._dynamo.symbolic_convert` | which backend the function being traced is for |
+| `serving_backend`, `tracing_for_another_backend` | `torch._dynamo.symbolic_convert` | whose graph is traced |
 | `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
@@ -372,6 +372,8 @@ def ddp_cuts_graphs() -> bool:
 
 # Backends that know what to do with hwbp_compiler.recurrent carry this attribute.
 SERVES = "serves_highway_recurrences"
+# And this those that know nn.GRU and its like as one call, but no loops.
+TAKES_MODULES = "takes_recurrent_modules"
 
 
 # Where torch keeps the backend that it has wrapped.
@@ -389,7 +391,18 @@ def serving_backend() -> bool:
         return False
 
 
-def _serves(backend: Any) -> bool:
+def tracing_for_another_backend() -> bool:
+    """Whether Dynamo traces right now, and not for a backend of ours."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        backend = InstructionTranslator.current_tx().output.compiler_fn
+        return not (_serves(backend) or _serves(backend, TAKES_MODULES))
+    except (AttributeError, LookupError):
+        return False
+
+
+def _serves(backend: Any, mark: str = SERVES) -> bool:
     """Whether ``backend`` is one of ours, however it is wrapped."""
     todo, seen = [backend], set()
     while todo:
@@ -397,7 +410,7 @@ def _serves(backend: Any) -> bool:
         if function is None or id(function) in seen:
             continue
         seen.add(id(function))
-        if getattr(function, SERVES, False):
+        if getattr(function, mark, False):
             return True
         todo += [getattr(function, name, None) for name in _WRAPPED]
     return False

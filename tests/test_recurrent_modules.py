@@ -253,6 +253,18 @@ def test_one_module_feeds_another(kind):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_another_backend_called_from_ours_breaks_its_graph_as_ever(backend):
+    torch.manual_seed(0)
+    inner = nn.GRU(INPUT, INPUT).double()
+    by_another = torch.compile(lambda x: inner(x)[0], backend=backend)
+    called = torch._dynamo.disable(lambda x: by_another(x))
+    x = torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(inner(2 * x)[0].square().sum(), x)
+    outer = torch.compile(lambda x: called(2 * x), backend="highway")
+    assert torch.equal(torch.autograd.grad(outer(x).square().sum(), x)[0], expected[0])
+
+
 def test_inside_a_transform_of_torch_func_it_runs_in_eager_mode():
     torch.manual_seed(0)
     gru, x = nn.GRU(INPUT, HIDDEN).double(), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)

@@ -25,6 +25,7 @@ from hwbp_compiler.torch_private import (
     functorch_levels,
     guard_composite,
     override_python_kernels,
+    tracing_for_another_backend,
 )
 
 from .arguments import KINDS, Arguments
@@ -76,8 +77,9 @@ def _whole(kind: str, original: Any) -> Any:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if not getattr(_here, "active", False):
             return original(*args, **kwargs)
-        if functorch_levels.peek_interpreter_stack() is not None:
-            # Inside torch.func.grad and the like: eager mode, as under any other backend.
+        if tracing_for_another_backend() or functorch_levels.peek_interpreter_stack() is not None:
+            # Of a function with another backend, called from one of ours; inside torch.func.grad and the like: eager
+            # mode, as under any other backend.
             raise UnsupportedOperatorException(getattr(torch.ops.aten, kind))
         return shapes_of(Arguments.of(kind, args, kwargs))
 

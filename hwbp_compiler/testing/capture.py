@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.torch_private import (
+    TAKES_MODULES,
     FakeTensorMode,
     TorchDispatchMode,
     aot_autograd,
@@ -199,7 +200,8 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
         )(graph, inputs)
 
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend)
+    setattr(backend, TAKES_MODULES, True)
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend)
 
     def run(*args: Any) -> Any:
         with traced_whole():
