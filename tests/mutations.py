@@ -239,15 +239,15 @@ MUTATIONS = [
     Mutation(
         "the state before a GRU's first step gets nothing along the highway",
         "hwbp_compiler/recurrence/gru.py",
-        "return w, into_first + z[0] *",
-        "return w, into_first + 0 * z[0] *",
+        "return w, into_first + (1 - damping) * z[0] * w[0]",
+        "return w, into_first",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
-        "damping reaches the state before a GRU's first step an iteration early",
+        "what damping gives to the blocks never reaches the state before a GRU's first step",
         "hwbp_compiler/recurrence/gru.py",
-        "+ damping * before_last)",
-        "+ damping * w[0])",
+        "into_first = into_first + damping * z[0] * w[0]",
+        "into_first = into_first + 0 * z[0] * w[0]",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
@@ -267,8 +267,8 @@ MUTATIONS = [
     Mutation(
         "the first cell state of an LSTM gets no gradient",
         "hwbp_compiler/recurrence/lstm.py",
-        "first_c = f[0] * (",
-        "first_c = 0 * f[0] * (",
+        "first_c = f[0] * w_c[0]",
+        "first_c = 0 * f[0] * w_c[0]",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
