@@ -2,11 +2,11 @@
 
 Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, which is therefore the baseline:
 oneDNN's kernel for an LSTM in float32, ATen's for the rest. ``exact`` and every k are compiled first, ``auto``
-is rewrite="profitable" at k = 2, ``fpi`` fixed-point iteration (gamma = 1); then all take turns.
-What every k gains over ``exact`` is Highway-BP's; what ``exact``
-gains over eager mode (GRU and RNN on a CPU) comes from computing gates and weights' gradients for all steps at once.
-Reported: the backward and the whole step, seconds of a cold compile, peak memory of a step, and the cosine of the
-weights' gradient with eager mode's. ``loop`` is the same GRU as a loop over its cell, compiled by stock Inductor, which
+is rewrite="profitable" at k = 2, ``fpi`` fixed-point iteration (gamma = 1); then all take turns. What every k gains
+over ``exact`` is Highway-BP's; what ``exact`` gains over eager mode (GRU and RNN on a CPU) comes from computing gates
+and weights' gradients for all steps at once. Reported: the backward and the whole step, seconds of a cold and a warm
+compile, peak memory of a step, and the cosine of the weights' gradient with eager mode's. ``loop`` is the same GRU as a
+loop over its cell, compiled by stock Inductor, which
 unrolls it: at 128 steps alone, for at 512 it compiles for many minutes. On a GPU the baseline is cuDNN, the cases are
 the paper's, of one and three layers, and products of float32 matrices may be rounded to TF32 (``matmul`` "high"), as
 cuDNN's are by default, or not ("highest", PyTorch's default for products).
@@ -167,7 +167,7 @@ def contenders(case: Case, device: str) -> list[Contender]:
 def measured(case: Case, made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
     samples = in_turns({c.name: c.step for c in made}, repeats, budget=6.0)
     base = {what: summary(what, seconds)[f"{what}_ms"] for what, seconds in samples["eager"].items()}
-    made_rows = []
+    rows = []
     for c in made:
         row: dict[str, Any] = asdict(case) | {"run": c.name, "k": c.k, "gamma": c.gamma}
         for what, seconds in samples[c.name].items():
@@ -175,8 +175,8 @@ def measured(case: Case, made: list[Contender], repeats: int) -> Iterator[dict[s
             row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
         row["cosine"] = torch.nn.functional.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
         row["peak_memory_mb"] = c.memory()  # before compiling anew, for which all compiled code is forgotten
-        made_rows.append(row)
-    for row, c in zip(made_rows, made, strict=True):
+        rows.append(row)
+    for row, c in zip(rows, made, strict=True):
         yield row | {"compile_s": c.compile_s, "compile_warm_s": c.compile_again()}
 
 

@@ -189,7 +189,7 @@ def measured(case: Case, made: list[Contender], repeats: int, warm: bool = True)
     samples = in_turns({c.name: c.step for c in made}, repeats)
     stock = samples["inductor"]
     base = {what: summary(what, stock[what])[f"{what}_ms"] for what in stock}
-    made_rows = []
+    rows = []
     for c in made:
         row: dict[str, Any] = {"case": case.name, "why": case.why, "run": c.name, "k": c.options.get("iterations")}
         row["gamma"] = c.options.get("damping", 0.0)
@@ -198,8 +198,8 @@ def measured(case: Case, made: list[Contender], repeats: int, warm: bool = True)
             row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
         row["cosine"] = F.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
         row |= c.compiling | {"peak_memory_mb": c.memory()}
-        made_rows.append(row)
-    for row, c in zip(made_rows, made, strict=True):  # all compiled code is forgotten on the way
+        rows.append(row)
+    for row, c in zip(rows, made, strict=True):  # all compiled code is forgotten on the way
         yield row | ({"compile_warm_s": c.compile_again()} if warm else {})
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 import torch
 from eager_backend import capture, leaves_of, options
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 from zoo.recurrent import gru_step, lstm_step
 
@@ -27,9 +30,11 @@ import hwbp_compiler
 from hwbp_compiler import testing
 from hwbp_compiler.passes import decide_recurrent
 from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
+from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
 from hwbp_compiler.testing.compare import assert_outputs_close
+from hwbp_compiler.torch_private import TAKES_MODULES
 
 STEPS, BATCH, INPUT, HIDDEN = 7, 3, 4, 5
 STEP = {"GRU": gru_step, "LSTM": lstm_step}
@@ -595,6 +600,62 @@ def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(m
     monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
     x = torch.empty(256, 32, 256)
     assert not estimate_recurrent("gru", x, x, 2).pays
+
+
+def measured_on_a_gpu():
+    """k and what was measured of it by case: (kind, hidden, steps, layers, dtype, matmul) -> run -> row."""
+    path = Path(__file__).parent.parent / "benchmarks/results/recurrent-cuda.jsonl"
+    cases: dict[tuple, dict[str, Any]] = {}
+    for row in map(json.loads, path.read_text().splitlines()):
+        if row["kind"] != "RNN":
+            key = tuple(row[name] for name in ("kind", "hidden", "steps", "layers", "dtype", "matmul"))
+            cases.setdefault(key, {})[row["run"]] = row
+    return cases
+
+
+@pytest.mark.parametrize(("case", "runs"), measured_on_a_gpu().items(), ids=lambda value: str(value)[:60])
+def test_the_cost_model_decides_as_a_gpu_measured(case, runs):
+    """And no estimate of it is off by more than 2.2: the shortest backward passes are Python's time, which it leaves
+    out because a training loop hides it."""
+    kind, hidden, steps, layers, dtype, matmul = case
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul)
+    try:
+        with FakeTensorMode():
+            x = torch.empty(steps, 128, hidden, device="cuda", dtype=getattr(torch, dtype))
+            for k in (0, 2, 10):
+                estimate = estimate_recurrent(kind.lower(), x, x, k, layers)
+                for expected, run in ((estimate.rewritten, f"k={k}"), (estimate.substitution, "eager")):
+                    assert 1 / 2.2 < 1e3 * expected / runs[run]["backward_ms"] < 2.2
+                if k == 2:
+                    assert estimate.pays == (runs["k=2"]["step_ratio"] > 1)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "iterations", "calls"), [("profitable", 20, 1), ("profitable", 1, 3), ("always", 20, 3)]
+)
+def test_on_a_gpu_layers_are_taken_apart_only_where_that_pays(rewrite, iterations, calls):
+    model = nn.GRU(64, 64, 3)
+
+    def backend(module, inputs):
+        with FakeTensorMode():
+            for node in module.graph.nodes:  # as if it were a GPU's
+                node.meta["example_value"] = pytree.tree_map_only(
+                    torch.Tensor,
+                    lambda t: torch.empty(t.shape, device="cuda", requires_grad=t.requires_grad),
+                    node.meta.get("example_value"),
+                )
+        replace_recurrent_modules(module, options(rewrite=rewrite, iterations=iterations))
+        found.append(len(module.graph.find_nodes(op="call_function", target=operator.operator)))
+        return lambda *_: (x,)
+
+    setattr(backend, TAKES_MODULES, True)
+    x, found = torch.randn(300, 128, 64), []
+    with tracing.traced_whole():
+        torch.compile(lambda x: model(x)[0], backend=backend)(x)
+    assert found == [calls]
 
 
 # ------------------------------------------------------------------------------------------- in processes of their own
