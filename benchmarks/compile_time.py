@@ -37,9 +37,7 @@ def joint_graph(model: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
     def function(*values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.func.functional_call(model, dict(zip(names, values[:-1], strict=True)), (values[-1],)),)
 
-    return aot_export_joint_simple(
-        function, [*parameters, x], trace_joint=True, decompositions=select_decomp_table()
-    )
+    return aot_export_joint_simple(function, [*parameters, x], trace_joint=True, decompositions=select_decomp_table())
 
 
 def backward_nodes(graph: torch.fx.Graph) -> int:

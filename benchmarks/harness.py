@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -77,12 +78,16 @@ def synchronize(device: str) -> None:
 def in_turns(
     runs: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, budget: float = float("inf")
 ) -> dict[str, dict[str, list[float]]]:
-    """Run everything in turn ``repeats`` times, so that a busy machine slows all alike; each run returns seconds by
-    name. One that has used up ``budget`` seconds drops out, but not before its third turn."""
+    """Run everything in turn ``repeats`` times, so that a busy machine slows all alike, every time in another order,
+    so that none always finds the memory as the same other one left it; each run returns seconds by name. One that has
+    used up ``budget`` seconds drops out, but not before its third turn."""
+    shuffle = random.Random(0).shuffle
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     spent = dict.fromkeys(runs, 0.0)
     for turn in range(repeats):
-        for name, run in runs.items():
+        order = list(runs.items())
+        shuffle(order)
+        for name, run in order:
             if turn >= 3 and spent[name] > budget:
                 continue
             start = time.perf_counter()

@@ -259,8 +259,13 @@ def scan() -> str | None:
         lines = [
             (r["run"], r["not_run"], "", "", "")
             if "not_run" in r
-            else (r["run"], time(r, "run"), f"{r['gb_per_s']:.1f}", f"{r['least_ms']:.2f}",
-                  f"{100 * r['of_copy']:.0f} % ({100 * r['of_copy_least']:.0f} %)")
+            else (
+                r["run"],
+                time(r, "run"),
+                f"{r['gb_per_s']:.1f}",
+                f"{r['least_ms']:.2f}",
+                f"{100 * r['of_copy']:.0f} % ({100 * r['of_copy_least']:.0f} %)",
+            )
             for r in group
         ]
         head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the least times)")

@@ -476,7 +476,6 @@ def test_a_linear_recurrence_may_add_numbers(cell):
 def test_a_state_that_counts_is_no_scan():
     """Scans are of numbers that have gradients; whole ones are stepped."""
 
-
     def cell(x, state):
         h, steps, positive = state
         return h * steps, (0.5 * h + x / (1 + positive), steps + 1, positive + (x > 0).long())

@@ -206,9 +206,7 @@ print("-- and", str(report) != "")
 def test_rich_is_optional():
     """Without it the same text is printed plain, in a terminal too."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
-    done = subprocess.run(
-        [sys.executable, "-c", NO_RICH], capture_output=True, text=True, timeout=120, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", NO_RICH], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("0 chains in 1 joint graph") and done.stdout.endswith("-- and True\n")
     assert "\x1b" not in done.stdout

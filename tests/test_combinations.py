@@ -488,7 +488,7 @@ class _Loss(nn.Module):
 @combination(
     "Hugging Face `Trainer` with `torch_compile_backend`",
     "supported",
-    'after `import hwbp_compiler.huggingface` (Accelerate has a closed list); default options',
+    "after `import hwbp_compiler.huggingface` (Accelerate has a closed list); default options",
 )
 @pytest.mark.slow
 def test_hugging_face_trainer(tmp_path, monkeypatch):

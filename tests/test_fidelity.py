@@ -37,8 +37,7 @@ def fresh_state():
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(case, id=case.name, marks=[] if case.name in EVERYDAY else [pytest.mark.slow])
-        for case in CASES
+        pytest.param(case, id=case.name, marks=[] if case.name in EVERYDAY else [pytest.mark.slow]) for case in CASES
     ],
 )
 def case(request):
@@ -60,8 +59,7 @@ def eager(case):
     output = model(*args)
     found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
     return output, {
-        key: torch.zeros_like(leaf) if g is None else g
-        for (key, leaf), g in zip(leaves.items(), found, strict=True)
+        key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)
     }
 
 
@@ -92,9 +90,7 @@ def compare(case, captured, settings):
         _, found, _ = captured.gradients(options(iterations=iterations, damping=damping))
         _, expected = oracle(case, iterations, damping)
         tolerance = case.tolerance if k != "L" else max(1e-9, case.tolerance if case.noise > 1e-9 else 0.0)
-        assert_gradients_close(
-            found, expected, tolerance, case.noise, what=f"k={iterations} ({k}), gamma={damping}"
-        )
+        assert_gradients_close(found, expected, tolerance, case.noise, what=f"k={iterations} ({k}), gamma={damping}")
 
 
 def test_gradients_match_the_oracle(case, captured):

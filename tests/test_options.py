@@ -124,9 +124,7 @@ def test_a_dash_stands_for_an_underscore_in_our_keys_as_in_inductors():
     assert parse({"min-length": 7})[0].min_length == 7
 
 
-@pytest.mark.parametrize(
-    "key, value, type_", [("max_autotune", "yes", "bool"), ("max-fusion-size", 1.5, "int")]
-)
+@pytest.mark.parametrize("key, value, type_", [("max_autotune", "yes", "bool"), ("max-fusion-size", 1.5, "int")])
 def test_a_value_of_a_type_inductor_refuses_is_refused_with_the_type_it_takes(key, value, type_):
     with pytest.raises(RuntimeError):
         torch.compile(torch.nn.Linear(1, 1), backend="inductor", options={key: value})

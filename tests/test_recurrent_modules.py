@@ -585,7 +585,7 @@ def test_without_gradients_nothing_is_recorded():
     model, (x,) = Case("plain").build("GRU")
     with torch.no_grad():
         output = compiled(model, iterations="exact")(x)
-        assert_outputs_close(output, model(x), 0.0)
+        assert_outputs_close(output, model(x), 1e-12)  # our kernel sums in another order than PyTorch's
     assert len(operator.kept._alive) == 0
 
 

@@ -24,6 +24,7 @@ WITH_PROGRAM = [case for case in CASES if case.program is not None]
 WITH_CHAINS = [case for case in WITH_PROGRAM if case.chains]
 TRUNCATING = [case for case in WITH_CHAINS if not case.elementwise]
 
+
 def cases(which):
     return pytest.mark.parametrize("case", which, ids=str)
 
@@ -35,9 +36,7 @@ def autograd(model, args, loss):
     output = model(*args)
     found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
     zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
-    return output, {
-        k: z if g is None else g for k, g, z in zip(leaves, found, zeros, strict=True)
-    }
+    return output, {k: z if g is None else g for k, g, z in zip(leaves, found, zeros, strict=True)}
 
 
 def oracle(case, iterations, damping=0.0, **kwargs):

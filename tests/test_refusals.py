@@ -71,9 +71,7 @@ class Padded(Strided):
 
 
 def test_a_strided_shortcut_without_a_layer():
-    stages = nn.Sequential(
-        *(Padded(2, 2, 1) for _ in range(4)), Padded(2, 3, 2), *(Padded(3, 3, 1) for _ in range(3))
-    )
+    stages = nn.Sequential(*(Padded(2, 2, 1) for _ in range(4)), Padded(2, 3, 2), *(Padded(3, 3, 1) for _ in range(3)))
     report = explained(stages, torch.randn(1, 2, 4, 4, requires_grad=True), min_length=3)
     refused = only([chain for chain in report.chains if chain.decision == "declined"])
     assert "the shortcut of this block changes its shape from [1, 2, 4, 4] to [1, 3, 2, 2]" in refused.reason

@@ -97,10 +97,11 @@ class Emitter:
         self.fake_mode = fake_mode
         self.count = count
         self.created: list[Node] = []
+        self.puts: dict[Node, Put] = {}
 
     def for_count(self, count: int) -> Emitter:
         other = Emitter(self.graph, self.before, self.fake_mode, count)
-        other.created = self.created
+        other.created, other.puts = self.created, self.puts
         return other
 
     # -- plain nodes --------------------------------------------------------------------------------------------
@@ -212,9 +213,14 @@ class Emitter:
         if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             return _pointwise(self, target, args, kwargs)
         if target in _WRITES and isinstance(args[0], Value) and not args[0].batched:
-            own = self.call(aten.clone.default, self.batch(args[0]), memory_format=torch.contiguous_format)
-            args = (Value(own, True), *args[1:])
-        return self._vmap(target, args, kwargs)
+            args = (Value(self.own(args[0]), True), *args[1:])
+        return self.vmap(target, args, kwargs)
+
+    def own(self, value: Value) -> Node:
+        """The stacked form of a value, for every link to write into its own."""
+        if value.batched:
+            return value.node
+        return self.call(aten.clone.default, self.batch(value), memory_format=torch.contiguous_format)
 
     def _wrap(self, node: Node, batched: bool) -> Value | list[Value]:
         value = node.meta["val"]
@@ -222,7 +228,7 @@ class Emitter:
             return [Value(self.call(operator.getitem, node, i), batched) for i in range(len(value))]
         return Value(node, batched)
 
-    def _vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
+    def vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
         values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
 
         def one_link(*tensors):
@@ -263,8 +269,11 @@ class Emitter:
     # -- sums over links ----------------------------------------------------------------------------------------
 
     def sum_links(self, value: Value) -> Node:
-        """The sum over links of a batched value; of matrix products, it is one long product."""
+        """The sum over links of a batched value; of matrix products, it is one long product, and of what links add to
+        zeros, all of them add to the same."""
         node = value.node
+        if node in self.puts:
+            return self._sum_puts(self.puts[node])
         if node.target in _TRANSPARENT and self._is_ours(node):
             pushed = _TRANSPARENT[node.target](self, node)
             if pushed is not None:
@@ -282,6 +291,13 @@ class Emitter:
             summed = self.call(aten.sum.dim_IntList, source, [0, *dims], keep, **node.kwargs)
             return self.call(aten.squeeze.dim, summed, 0) if keep else summed
         return self.call(aten.sum.dim_IntList, node, [0])
+
+    def _sum_puts(self, put: Put) -> Node:
+        """What all links add, added to one: ``[links, *base]`` is never made."""
+        base = self.apply(aten.mul.Tensor, (put.base, self.count), {})
+        first, *others = put.indices
+        places = [self.aligned(Value(self.batch(first), True), put.rank), *(self.aligned(i, put.rank) for i in others)]
+        return self.call(put.target, base.node, *put.mask, places, put.source, *put.rest)  # type: ignore[union-attr]
 
     def _is_ours(self, node: Node) -> bool:
         return node.meta.get("val") is not None
@@ -501,6 +517,42 @@ def _cumsum(e: Emitter, target, args, kwargs):
     return Value(e.call(target, args[0].node, _shifted(args[1], args[0].rank), **kwargs), True)
 
 
+@dataclass(frozen=True)
+class Put:
+    """All links' additions to ``base``, which is the same for all; of ``rank`` are the places where."""
+
+    target: object
+    base: Value
+    mask: list[Node]
+    indices: list[Value]
+    rank: int
+    source: Node
+    rest: list
+
+
+_MASKED_PUT = aten._unsafe_masked_index_put_accumulate.default
+
+
+@_rule(aten.index_put.default, aten._unsafe_index_put.default, _MASKED_PUT)
+def _index_put(e: Emitter, target, args, kwargs):
+    """Links are one more index, the first. The gradient of an embedding is ``index_put`` into zeros."""
+    base, *mask, indices, values = args[: 4 if target is _MASKED_PUT else 3]
+    rest = list(args[3:]) if target is not _MASKED_PUT else []
+    if kwargs or not all(isinstance(i, Value) and i.tensor.dtype in (torch.int32, torch.int64) for i in indices):
+        return e.vmap(target, args, kwargs)
+    rank = max(i.rank for i in indices)
+    written = rank + base.rank - len(indices)
+    put = Put(
+        target, base, [e.aligned(m, written) for m in mask], list(indices), rank, e.aligned(values, written), rest
+    )
+    link = e.call(aten.arange.default, e.count, dtype=torch.int64, device=base.tensor.device)
+    places = [e.reshape(link, [e.count, *([1] * rank)]), *(e.aligned(i, rank) for i in indices)]
+    node = e.call(target, e.own(base), *put.mask, places, put.source, *rest)
+    if not base.batched and (mask or rest == [True]):
+        e.puts[node] = put
+    return Value(node, True)
+
+
 @_rule(aten.mm.default)
 def _mm(e: Emitter, target, args, kwargs):
     left, right = args
@@ -514,7 +566,7 @@ def _mm(e: Emitter, target, args, kwargs):
 @_rule(aten.addmm.default)
 def _addmm(e: Emitter, target, args, kwargs):
     if kwargs:
-        return e._vmap(target, args, kwargs)
+        return e.vmap(target, args, kwargs)
     bias, left, right = args
     product = e.apply(aten.mm.default, (left, right), {})
     return e.apply(aten.add.Tensor, (product, bias), {})

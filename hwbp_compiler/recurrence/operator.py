@@ -1,10 +1,11 @@
 """``highway::recurrent``: what ``torch.gru``, ``lstm``, ``rnn_tanh`` and ``rnn_relu`` compute, as one operator.
 
 AOTAutograd would take those functions apart, step of time by step of time. This operator stays whole: forward it calls
-PyTorch's own kernel, whichever that is on the device (cuDNN, oneDNN, ATen), and its backward pass is a second
-operator, ``highway::recurrent_backward``, that calls the kernel's own. No graph and no code grows with the length.
-``record`` names the tensors (input, states, weights) that will need a gradient; where a pass puts Highway-BP in the
-place of ``recurrent_backward`` it also empties that list, and the forward keeps nothing.
+PyTorch's own kernel, whichever that is on the device (cuDNN, oneDNN, ATen), but of a GRU that records nothing on a CPU
+ours (:mod:`.cpu`). Its backward pass is a second operator, ``highway::recurrent_backward``, that calls the kernel's
+own. No graph and no code grows with the length. ``record`` names the tensors (input, states, weights) that will need a
+gradient; where a pass puts Highway-BP in the place of ``recurrent_backward`` it also empties that list, and the forward
+keeps nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from hwbp_compiler.torch_private import below_autograd, recording_autograd
 
-from . import kept
+from . import cpu, kept
 
 NAME = "highway::recurrent"
 BACKWARD_NAME = "highway::recurrent_backward"
@@ -94,6 +95,9 @@ def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # What runs afterwards may write into the last states.
         return *_outputs(call.dtype, output, [t.clone() for t in last]), kept.token(recording)
     with below_autograd():
+        ours = cpu.gru(call)
+        if ours is not None:
+            return *_outputs(call.dtype, ours[0], [ours[1]]), kept.token()
         # cuDNN would set memory aside for a backward pass when it is told to train.
         output, *last = call._replace(train=call.random).run()
     return *_outputs(call.dtype, output, last), kept.token()

@@ -137,9 +137,7 @@ class _Backprop:
         self.emitter = LiveEmitter(length, symbols_of(link.backward.module.graph, known))
         self.values = AllSteps(self.emitter, known)
         self.shared = {n for n, v in known.items() if not v.batched}
-        self.direct = [
-            c if c is not None else torch.zeros_like(z) for c, z in zip(contributions, states, strict=True)
-        ]
+        self.direct = [c if c is not None else torch.zeros_like(z) for c, z in zip(contributions, states, strict=True)]
 
     def run(self, how: How) -> list[Tensor | None]:
         rows = self._step_by_step() if how.iterations is None else self._highway(how.iterations, how.damping)

@@ -170,9 +170,7 @@ def _split(program: Program) -> Split:
 def _is_diagonal(program: Program) -> bool:
     """True where no statement on the way from state to state takes the state other than elementwise: J = 0."""
     inside = set().union(*(closure(program, i) for i in program.outputs))
-    return all(
-        elementwise_argument(program, i, ref) for i in inside for ref in _refs(program.statements[i].args)
-    )
+    return all(elementwise_argument(program, i, ref) for i in inside for ref in _refs(program.statements[i].args))
 
 
 def _refs(args: tuple) -> list[Ref]:

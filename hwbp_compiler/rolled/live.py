@@ -49,6 +49,7 @@ class LiveEmitter(Emitter):
         self.count = count
         self.sizes = sizes
         self.created = []
+        self.puts = {}
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
         function = _DIFFERENTIABLE.get(target, target)
@@ -73,7 +74,7 @@ class LiveEmitter(Emitter):
     def reshape(self, node: Any, shape: Sequence) -> Any:
         return self.call(aten.reshape.default, node, [self.size(s) for s in shape])
 
-    def _vmap(self, target: Any, args: tuple, kwargs: dict) -> Value | list[Value]:
+    def vmap(self, target: Any, args: tuple, kwargs: dict) -> Value | list[Value]:
         values = [v for v in _flatten(args) if isinstance(v, Value)]
 
         def one_step(*tensors: Tensor) -> Any:

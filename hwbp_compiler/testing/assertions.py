@@ -221,6 +221,5 @@ def _gradients(
     torch.manual_seed(seed)
     found = torch.autograd.grad(loss(step(*args)), list(leaves.values()), allow_unused=True)
     return {
-        key: torch.zeros_like(leaf) if g is None else g
-        for (key, leaf), g in zip(leaves.items(), found, strict=True)
+        key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)
     }

@@ -293,9 +293,7 @@ class Cell(nn.Module):
         (h,) = state
         rx, zx, nx = self.from_x(x).chunk(3, -1)
         weights, biases = self.from_h.weight.chunk(3), self.from_h.bias.chunk(3)
-        r, z = (
-            torch.sigmoid(a + F.linear(h, w, b)) for a, w, b in zip((rx, zx), weights[:2], biases[:2], strict=True)
-        )
+        r, z = (torch.sigmoid(a + F.linear(h, w, b)) for a, w, b in zip((rx, zx), weights[:2], biases[:2], strict=True))
         n = torch.tanh(nx + F.linear(r * h, weights[2], biases[2]))
         if hold is keep:
             return (h + z * (n - h),)

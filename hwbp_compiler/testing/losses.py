@@ -21,8 +21,7 @@ def probe_loss(output: Any) -> Tensor:
             continue
         generator = torch.Generator().manual_seed(1000 + number)
         slope, weight = (
-            torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device)
-            for _ in range(2)
+            torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf.device) for _ in range(2)
         )
         value = leaf.to(torch.float64)
         total = total + (slope * value).sum() + 0.5 * (weight * value).square().sum()

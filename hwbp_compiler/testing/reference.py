@@ -318,9 +318,7 @@ def _vjp(values: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
     if not pairs or not wanted:
         return tuple(torch.zeros_like(t) for t in inputs)
     found = iter(
-        torch.autograd.grad(
-            [v for v, _ in pairs], wanted, [c for _, c in pairs], retain_graph=True, allow_unused=True
-        )
+        torch.autograd.grad([v for v, _ in pairs], wanted, [c for _, c in pairs], retain_graph=True, allow_unused=True)
     )
     gradients = [next(found) if t.requires_grad else None for t in inputs]
     return tuple(torch.zeros_like(t) if g is None else g for t, g in zip(inputs, gradients, strict=True))
@@ -343,9 +341,7 @@ def _flatten(a: Tensors) -> Tensor:
 
 
 def _unflatten(row: Tensor, like: Tensors) -> Tensors:
-    return tuple(
-        part.reshape(x.shape) for part, x in zip(row.split([x.numel() for x in like]), like, strict=True)
-    )
+    return tuple(part.reshape(x.shape) for part, x in zip(row.split([x.numel() for x in like]), like, strict=True))
 
 
 def _matrix(transposed: Callable[[Tensors], Tensors], like: Tensors) -> Tensor:

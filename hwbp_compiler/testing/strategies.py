@@ -1,9 +1,9 @@
 """Hypothesis strategies for random models; shrinks to ``Model()``, three residual MLP blocks of width 3.
 
-    @given(testing.strategies.models())
-    def test_something(spec):
-        model, args, loss = models.build(spec)
-        _, expected = testing.reference_gradients(models.program(model), args, loss, iterations=1)
+@given(testing.strategies.models())
+def test_something(spec):
+    model, args, loss = models.build(spec)
+    _, expected = testing.reference_gradients(models.program(model), args, loss, iterations=1)
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ _often_false = st.sampled_from((False, False, False, True))
 
 
 @st.composite
-def stacks(
-    draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False
-) -> Stack:
+def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False) -> Stack:
     """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains;
     ``dtypes``: some compute in float32 inside."""
     kinds, afters = (
@@ -91,9 +89,7 @@ def models(
         stage = st.one_of(stage, stage, recurrences(max_width))
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
     if skips and draw(st.booleans()):  # one stack at most: each has several ways to be read
-        stages[draw(st.integers(0, len(stages) - 1))] = draw(
-            stacks(max_depth, max_width, skips=True, dtypes=dtypes)
-        )
+        stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True, dtypes=dtypes))
     recurrent = any(isinstance(found, Recurrence) for found in stages)
     batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(

@@ -373,9 +373,7 @@ def _stacked(layers: int):
             yield Case(
                 f"gru_{layers}_layers_{way}_{'every_step' if every_step else 'last_step'}",
                 setup(
-                    lambda interleaved=interleaved, every_step=every_step: Stacked(
-                        layers, interleaved, every_step
-                    ),
+                    lambda interleaved=interleaved, every_step=every_step: Stacked(layers, interleaved, every_step),
                     SEQUENCE,
                 ),
                 _stacked_program(gru_step),

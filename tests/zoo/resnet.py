@@ -102,9 +102,8 @@ class SqueezeExcite(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(conv3(CHANNELS, CHANNELS) for _ in range(4))
         self.gates = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.Sigmoid()
-            ) for _ in range(4)
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False), nn.Sigmoid())
+            for _ in range(4)
         )
 
     def forward(self, x):
@@ -223,9 +222,7 @@ IMAGE, STATE = (BATCH, 3, SIZE, SIZE), (BATCH, CHANNELS, SIZE, SIZE)
 STAGES = (ExpectedChain(5, "mask"), ExpectedChain(4, "mask"))
 
 CASES = [
-    Case(
-        "resnet_preact_train", setup(PreActivationResNet, IMAGE), _pre_activation_program, (ExpectedChain(5, "1"),)
-    ),
+    Case("resnet_preact_train", setup(PreActivationResNet, IMAGE), _pre_activation_program, (ExpectedChain(5, "1"),)),
     Case(
         "resnet_preact_eval",
         setup(lambda: PreActivationResNet(training=False), IMAGE),
@@ -234,9 +231,7 @@ CASES = [
     ),
     Case("resnet_postact_train", setup(ResNet, IMAGE), _resnet_program, STAGES),
     Case("resnet_postact_eval", setup(lambda: ResNet(training=False), IMAGE), _resnet_program, STAGES),
-    Case(
-        "resnet_postact_not_in_place", setup(lambda: ResNet(inplace=False), IMAGE), _resnet_program, STAGES
-    ),
+    Case("resnet_postact_not_in_place", setup(lambda: ResNet(inplace=False), IMAGE), _resnet_program, STAGES),
     Case(
         "resnet_norm_on_trunk_train",
         setup(NormOnTrunk, STATE),
@@ -249,7 +244,5 @@ CASES = [
         _norm_on_trunk_program,
         (ExpectedChain(5, "weight/sigma"),),
     ),
-    Case(
-        "resnet_squeeze_excite", setup(SqueezeExcite, STATE), _squeeze_excite_program, (ExpectedChain(4, "mask"),)
-    ),
+    Case("resnet_squeeze_excite", setup(SqueezeExcite, STATE), _squeeze_excite_program, (ExpectedChain(4, "mask"),)),
 ]

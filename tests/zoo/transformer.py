@@ -219,8 +219,9 @@ def parallel_links(layer):
     second = getattr(layer, "norm2", layer.norm1)
     return [
         residual(
-            lambda x: attention(layer.attention, layer_norm(layer.norm1, x))
-            + feed_forward(layer.mlp, layer_norm(second, x))
+            lambda x: (
+                attention(layer.attention, layer_norm(layer.norm1, x)) + feed_forward(layer.mlp, layer_norm(second, x))
+            )
         )
     ]
 
@@ -290,9 +291,7 @@ INPUT = (BATCH, LENGTH, WIDTH)
 
 
 def _language(name, layer, links, chains, **kwargs):
-    return Case(
-        name, language_setup(lambda: LanguageModel(layer, **kwargs)), _language_program(links), chains
-    )
+    return Case(name, language_setup(lambda: LanguageModel(layer, **kwargs)), _language_program(links), chains)
 
 
 def _post_rms_links(layer):
@@ -309,9 +308,7 @@ CASES = [
     _language("encoder_post_norm_manual", PostNormLayer, post_norm_links, POST_NORM, final_norm=False, manual=True),
     _language("encoder_post_rms_norm", PostRMSNormLayer, _post_rms_links, POST_NORM, final_norm=False),
     _language("encoder_parallel", ParallelLayer, parallel_links, (ExpectedChain(LAYERS, "1"),)),
-    _language(
-        "encoder_parallel_shared_norm", ParallelLayerSharedNorm, parallel_links, (ExpectedChain(LAYERS, "1"),)
-    ),
+    _language("encoder_parallel_shared_norm", ParallelLayerSharedNorm, parallel_links, (ExpectedChain(LAYERS, "1"),)),
     _language("encoder_sandwich", SandwichLayer, sandwich_links, TWO_PER_LAYER),
     Case("torch_encoder_pre_norm", setup(lambda: torch_encoder(True), INPUT), _torch_program, TWO_PER_LAYER),
     Case(

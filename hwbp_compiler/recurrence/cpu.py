@@ -1,0 +1,104 @@
+"""The forward pass of a GRU on a CPU: ``gru.cpp``, built for a dtype on first use as Inductor builds its own kernels.
+
+PyTorch has a kernel of all steps for an LSTM there (oneDNN), but calls a dozen operators in every step of a GRU. Where
+this one cannot be built, or does not serve a call, PyTorch's own runs as ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .operator import Call
+
+log = logging.getLogger("hwbp_compiler")
+
+_SOURCE = Path(__file__).with_name("gru.cpp")
+_TYPES = {torch.float32: "float", torch.float64: "double"}
+
+
+def gru(call: Call) -> tuple[Tensor, Tensor] | None:
+    """Outputs [T, B, H directions], last states [layers directions, B, H]; None where PyTorch's kernel has to run."""
+    tensors = (call.input, *call.state, *call.weights)
+    served = call.kind == "gru" and call.autocast is None and call.batch_sizes is None and not call.random
+    if not served or call.input.device.type != "cpu" or call.input.dim() != 3 or call.input.numel() == 0:
+        return None
+    if len({t.dtype for t in tensors}) != 1 or call.input.dtype not in _TYPES:
+        return None
+    kernel = _kernel(call.input.dtype)
+    if kernel is None:
+        return None
+    directions, of_one = 1 + call.bidirectional, 4 if call.has_biases else 2
+    series, last = call.input, []
+    for layer in range(call.layers):
+        outputs = []
+        for direction in range(directions):
+            which = layer * directions + direction
+            weights = call.weights[which * of_one : (which + 1) * of_one]
+            outputs.append(_layer(kernel, series, call.state[0][which], weights, direction == 1))
+            last.append(outputs[-1][0 if direction else -1])
+        series = outputs[0] if directions == 1 else torch.cat(outputs, dim=2)
+    return series, torch.stack(last)
+
+
+def _layer(
+    kernel: Callable[..., Any], input: Tensor, first: Tensor, weights: Sequence[Tensor], reverse: bool
+) -> Tensor:
+    """[T, B, H]; ``weights`` are W_ih, W_hh and b_ih, b_hh or no biases."""
+    w_ih, w_hh, *biases = weights
+    (steps, batch, _), hidden = input.shape, first.shape[-1]
+    rows = input.reshape(steps * batch, -1)
+    if biases:
+        b_ih, b_hh = biases
+        of_both = b_ih + torch.cat([b_hh[: 2 * hidden], torch.zeros_like(first[0])])
+        gates, of_candidate = torch.addmm(of_both, rows, w_ih.t()), b_hh[2 * hidden :].contiguous()
+    else:
+        gates, of_candidate = torch.mm(rows, w_ih.t()), None
+    w_hh, first = w_hh.contiguous(), first.contiguous()
+    out = input.new_empty(steps, batch, hidden)
+    kernel(
+        gates.data_ptr(),
+        w_hh.data_ptr(),
+        None if of_candidate is None else of_candidate.data_ptr(),
+        first.data_ptr(),
+        out.data_ptr(),
+        steps,
+        batch,
+        hidden,
+        reverse,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The compiled kernel; None (said once in the log) where it cannot be built."""
+    try:
+        return _build(dtype)
+    except Exception as error:  # whatever a missing or broken compiler raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        log.info("nn.GRU: no kernel of our own for this CPU, PyTorch's runs instead: %s", reason)
+        log.debug("nn.GRU: building the CPU kernel failed", exc_info=True)
+        return None
+
+
+def _build(dtype: torch.dtype) -> Callable[..., Any]:
+    from hwbp_compiler.torch_private import CppCodeCache
+
+    flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
+    kernel: Callable[..., Any] = CppCodeCache.load(
+        f"#define HIGHWAY_TYPE {_TYPES[dtype]}\n{_SOURCE.read_text()}", extra_flags=flags
+    ).highway_gru
+    kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2  # type: ignore[attr-defined]
+    kernel.restype = None  # type: ignore[attr-defined]
+    return kernel
