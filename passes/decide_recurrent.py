@@ -3,7 +3,8 @@
 Weighed is what differs: on one side the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down, on the
 other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
 products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
-it is ``recurrence.through_time``, which pays so for the step from state to state alone. The figures are of the size
+it is ``recurrence.through_time``, which pays so for the step from state to state alone but computes the gates again, or
+where that costs more, PyTorch's kernel after all. The figures are of the size
 seen on two cores of a server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
 """
 
@@ -22,6 +23,9 @@ _GATES = {"gru": 3, "lstm": 4}
 
 # Of [T, B, H], read or written: before the first iteration and after the last, and in every iteration.
 _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
+
+# Seconds a step: what recording a GRU and replaying the record costs a CPU beyond the products.
+_RECORD = 50e-6
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,7 @@ def _of_a_layer(
     kind: str, figures: _Figures, sizes: tuple[int, int, int, int], like: Tensor, iterations: int
 ) -> Estimate:
     steps, batch, width, hidden = sizes
-    gates = _GATES[kind] * hidden
-    of_input, of_state = (2.0 * steps * batch * gates * columns / figures.flops for columns in (width, hidden))
+    of_input, of_state = _products(kind, figures, sizes)
     once, each = (series * steps * batch * hidden * like.element_size() / figures.bytes for series in _SERIES[kind])
     on_a_cpu = like.device.type == "cpu"
     before_and_after = 3 * of_input + 2 * of_state + once + (12 if on_a_cpu else 40) * figures.launch
@@ -95,7 +98,24 @@ def _of_a_layer(
     # The products of one step run at half speed.
     if kind == "gru" and on_a_cpu:
         exact = before_and_after + 2 * of_state + by_step
+        exact -= max(0.0, of_input + of_state - steps * _RECORD)
     else:  # two of them: into the state before and into the weights
         slower = figures.flops / (figures.kernel_flops or figures.flops)
         exact = (2 * of_input + 2 * 2 * of_state) * slower + by_step
     return Estimate(exact, rewritten, 0)
+
+
+def _products(kind: str, figures: _Figures, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
+    """Seconds of one product of all steps with the weights of the input, and with those of the state."""
+    steps, batch, width, hidden = sizes
+    return tuple(2.0 * steps * batch * _GATES[kind] * hidden * n / figures.flops for n in (width, hidden))  # type: ignore
+
+
+def recording_pays(kind: str, input: Tensor, output: Tensor) -> bool:
+    """Whether PyTorch's kernel, recorded and replayed, is expected to be a faster exact backward pass on a CPU than
+    ``through_time``: where the two products that give a GRU's gates again take longer than the record."""
+    if kind != "gru":
+        return False  # the derivatives of an RNN are known from its outputs
+    steps, batch, width = (hint(size) for size in input.shape)
+    sizes = (steps, batch, width, hint(output.shape[2]))
+    return sum(_products(kind, _figures(kind, output), sizes)) > steps * _RECORD

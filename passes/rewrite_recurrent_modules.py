@@ -30,7 +30,7 @@ from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
 from .decide import Estimate, rounds_of, shorter
-from .decide_recurrent import estimate_recurrent
+from .decide_recurrent import estimate_recurrent, recording_pays
 
 log = logging.getLogger(__name__)
 
@@ -195,9 +195,11 @@ class _Backward:
     @property
     def goes_through_time(self) -> bool:
         """Whether its exact backward pass can be all but the step from state to state at once, and is faster so."""
-        on_a_cpu = self.output.meta["val"].device.type == "cpu"
+        input, output = self.input.meta["val"], self.output.meta["val"]
         alone = self.chains == 1 and self.batch_sizes is None and self.autocast is None
-        return self.kind in THROUGH_TIME and on_a_cpu and alone
+        if self.kind not in THROUGH_TIME or output.device.type != "cpu" or not alone:
+            return False
+        return not recording_pays(self.kind, input, output)
 
     def record(self, needed: list[bool]) -> None:
         """Let the forward pass record what leads to these tensors."""

@@ -602,6 +602,17 @@ def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(m
     assert not estimate_recurrent("gru", x, x, 2).pays
 
 
+@pytest.mark.parametrize("batch, hidden, records", [(16, 128, False), (32, 256, True)])
+def test_an_exact_gru_computes_its_gates_again_only_where_that_is_faster(monkeypatch, batch, hidden, records):
+    """``benchmarks/results/recurrent-cpu.jsonl``: the exact runs at these sizes."""
+    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
+    x = torch.randn(6, batch, hidden)
+    graph = hwbp_compiler.explain(nn.GRU(hidden, hidden), x, options={"iterations": "exact"}).graph_after.graph
+    recorded = graph.find_nodes(op="call_function", target=operator.backward_operator)
+    through_time = graph.find_nodes(op="call_function", target=torch.ops.highway.through_time.default)
+    assert (bool(recorded), bool(through_time)) == (records, not records)
+
+
 def measured_on_a_gpu():
     """k and what was measured of it by case: (kind, hidden, steps, layers, dtype, matmul) -> run -> row."""
     path = Path(__file__).parent.parent / "benchmarks/results/recurrent-cuda.jsonl"
