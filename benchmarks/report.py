@@ -54,7 +54,9 @@ HEAD = """# Benchmarks
 
 Written by `python -m benchmarks report` from `benchmarks/results/`; `python -m benchmarks run` measures anew. All
 competitors of a table ran in one process and took turns. Given are medians, the interquartile range in brackets, and
-ratios to the baseline's median: above 1 is faster. Cases that lose are listed like those that win."""
+ratios to the baseline's median: above 1 is faster. Cases that lose are listed like those that win. Where an
+interquartile range is more than half its median, the machine was disturbed, and a question mark says so: ratios in that
+row are no more than a hint."""
 
 
 def markdown(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
@@ -72,7 +74,20 @@ def where(row: Row) -> str:
 
 
 def time(row: Row, what: str) -> str:
-    return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f})"
+    """Median and, in brackets, interquartile range; marked where the one says little beside the other."""
+    return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"
+
+
+def doubtful(row: Row, what: str) -> str:
+    return " ?" if row[f"{what}_iqr_ms"] > row[f"{what}_ms"] / 2 else ""
+
+
+def memory(row: Row, group: list[Row]) -> str:
+    """Megabytes, of a table in which all are known. What a process resides in, which some suites read on a CPU, misses
+    what its allocator has kept from before: a table with a zero in it is no measurement."""
+    if any(r.get("peak_memory_mb") is None or r["peak_memory_mb"] <= 0 for r in group):
+        return ""
+    return f"{row['peak_memory_mb']:.1f}"
 
 
 def compiling(row: Row) -> str:
@@ -107,7 +122,7 @@ def deep() -> str | None:
         "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. Baseline: `torch.compile` with Inductor. "
         '`auto` is what `rewrite="profitable"`, the default, makes of k = 2. Cosine: of all parameter gradients with '
         "the exact ones. `fpi` is fixed-point iteration (gamma = 1). Times in milliseconds, the first call in seconds: "
-        "cold, and where it was measured from warm caches."
+        f"cold, and where it was measured from warm caches. {SHARED}"
     ]
     for (case, why, _), group in by(found, "case", "why", "device").items():
         lines = [
@@ -115,14 +130,19 @@ def deep() -> str | None:
                 r["run"], time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
                 f"{r['step_ratio']:.2f}x", f"{r['cosine']:.4f}",
                 compiling(r),
-                "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.1f}",
+                memory(r, group),
             )
             for r in group
         ]  # fmt: skip
         head = ("run", "backward", "", "whole step", "", "cosine", "compile, cold / warm", "peak MB")
-        parts.append(f"### {case}\n\n{why}. {where(group[0])}\n\n{markdown(head, lines)}")
+        parts.append(f"### {case}\n\n{why}. {places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
+
+SHARED = (
+    "A cold compilation is the first of its program, but not of all that is in it: Inductor's comes first, and C++ "
+    "that two programs share (of the forward pass, mostly) is compiled once, so the seconds of all others are too low."
+)
 
 RECURRENT = ("kind", "batch", "hidden", "steps", "layers", "dtype", "matmul", "device")
 
@@ -173,7 +193,7 @@ def recurrent() -> str | None:
             for r in group
         ]  # fmt: skip
         head = ("run", "forward", "backward", "", "whole step", "", "cosine", "compile, cold / warm", "peak MB")
-        parts.append(f"### {case_of(group[0])}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
+        parts.append(f"### {case_of(group[0])}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -205,7 +225,7 @@ def cells() -> str | None:
         ]  # fmt: skip
         head = ("run", "backward", "", "whole step", "", "cosine", "first call")
         title = f"{case}, batch {batch}, hidden {hidden}, {length} steps"
-        parts.append(f"### {title}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
+        parts.append(f"### {title}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -220,13 +240,16 @@ def compile_time() -> str | None:
     ]  # fmt: skip
     head = ("model", "links", "nodes before", "after", "of the backward", "after", "pass, seconds")
     return (
-        f"## The pass\n\n`python -m benchmarks run --suite compile`. {where(found[0])}\n\n{markdown(head, lines)}\n\n"
+        f"## The pass\n\n`python -m benchmarks run --suite compile`. {places(found)}\n\n{markdown(head, lines)}\n\n"
         "Nodes of the backward: operators on gradients, taking a row out of a stack (`select`) not counted."
     )
 
 
 def scaling() -> str | None:
-    found = rows("scaling")
+    from .scaling import AXES
+
+    curves = list(AXES)  # in their order, whenever they were measured
+    found = sorted(rows("scaling"), key=lambda r: (r["device"], curves.index(r["curve"]), r["size"]))
     if not found:
         return None
     draw_scaling(found)
@@ -240,8 +263,11 @@ def scaling() -> str | None:
         lines.append((curve, f"{size} {axis}", time(stock, "step"), time(two, "step"), ratio, auto, compiling))
     head = ("model", "size", "Inductor, step", "k = 2, step", "", "by default", "compile, s: Inductor / k = 2")
     return (
-        f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {where(found[0])}\n\n"
-        f"![Step time against size](scaling.svg)\n\n{markdown(head, lines)}"
+        f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {places(found)}\n\n"
+        "`nn.GRU` is not compiled by Inductor, which leaves it to PyTorch's own kernels. "
+        f"{SHARED} A program that stands in several curves (32 blocks, width 64, batch 8) is compiled in the first "
+        "alone.\n\n"
+        f"![Step and compile time against size](scaling.svg)\n\n{markdown(head, lines)}"
     )
 
 
@@ -269,7 +295,7 @@ def scan() -> str | None:
             for r in group
         ]
         head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the least times)")
-        parts.append(f"### {list(shape)}\n\n{where(group[0])}\n\n{markdown(head, lines)}")
+        parts.append(f"### {list(shape)}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
@@ -372,10 +398,9 @@ def recurrent_on(found: list[Row]) -> str:
         figures = ("", "no highway", "")
         if two is not None:
             figures = (f"{two['backward_ratio']:.2f}x", f"{two['step_ratio']:.2f}x", f"{two['cosine']:.5f}")
-        lines.append(
-            (case_of(auto, "`").replace("`", "`nn.", 1), *figures,
-             f"{'rewritten' if auto['cosine'] < 1 - 1e-7 else 'exact'}, {auto['step_ratio']:.2f}x")
-        )  # fmt: skip
+        decided = "rewritten" if auto["cosine"] < 1 - 1e-7 else "exact"
+        ratio = f"{auto['step_ratio']:.2f}x{doubtful(auto, 'step')}"
+        lines.append((case_of(auto, "`").replace("`", "`nn.", 1), *figures, f"{decided}, {ratio}"))
     against = "eager mode" if found[0]["device"] == "cpu" else "cuDNN"
     head = (f"recurrent, k = 2, against {against}", "backward", "whole step", "cosine", "by default, whole step")
     return f"{markdown(head, lines)}\n\n{places(found)}."
