@@ -18,6 +18,7 @@ from .counting import count
 from .digest import source_digest
 from .errors import HighwayError
 from .graph.info import is_tangent
+from .graph.old_values import keep_old_values
 from .graph.record import ChainRecord
 from .options import Options, parse
 from .passes.decide import at_full_length, cores
@@ -43,6 +44,7 @@ from .torch_private import (
 log = logging.getLogger(__name__)
 
 _EAGER = "this graph runs in eager mode"
+_UNCHANGED = "this graph is compiled as Inductor would compile it"
 
 
 def highway(
@@ -76,7 +78,7 @@ def highway(
                 "please report it with the cell. A Python loop over the cell trains all the same."
             ) from error
         if ours.strict:
-            raise _as_highway_error("preparing the graph failed", error) from error
+            raise _as_highway_error("preparing the graph failed", error, _EAGER) from error
         _warn_once(_first_line(error), "preparing the graph failed", _EAGER)
         log.debug("where it failed", exc_info=error)
         return gm.forward  # Dynamo's code as it was: half a change of the graph is not compiled into it
@@ -98,7 +100,8 @@ def highway(
     except Exception as error:
         count("failures")
         if ours.strict:
-            raise _as_highway_error("compiling the rewritten graph failed", error) from error
+            raise _as_highway_error("compiling the rewritten graph failed", error, f"{_UNCHANGED} if it can") from error
+        ourselves.take_back()
         return _less_compiled(again, example_inputs, patches, error)
 
 
@@ -125,11 +128,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
-def _as_highway_error(what: str, error: Exception) -> HighwayError:
+def _as_highway_error(what: str, error: Exception, instead: str = _UNCHANGED) -> HighwayError:
     frame = inspect.currentframe()
     return HighwayError(
         f"{what} and strict=True: {type(error).__name__}: {error}. "
-        "Without strict=True this graph is compiled as Inductor would compile it.",
+        f"Without strict=True {instead}.",
         inner_exception=error,
         first_useful_frame=frame and frame.f_back,
     ).with_traceback(error.__traceback__)
@@ -157,6 +160,7 @@ class HighwayPass(CustomGraphPass):
 
     options: Options
     loops: tuple[ChainRecord, ...] = field(default=(), compare=False, repr=False)
+    told: list[ChainRecord] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         count("graphs_seen")
@@ -175,6 +179,7 @@ class HighwayPass(CustomGraphPass):
             if self.options.strict:
                 raise _as_highway_error("the highway rewrite failed", error) from error
             _restore(graph, untouched, output)
+            keep_old_values(graph)
             _warn_once(f"{type(error).__name__}: {error}")
             log.debug("where it failed", exc_info=error)
             return
@@ -188,6 +193,15 @@ class HighwayPass(CustomGraphPass):
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", _report(told, nodes, len(graph.nodes)))
         report_all(records)
+        self.told.extend(records)
+
+    def take_back(self) -> None:
+        """What was rewritten is not compiled after all: count it as declined."""
+        undone = sum(record.decision == "rewritten" for record in self.told)
+        if undone:
+            count("chains_rewritten", -undone)
+            count("chains_declined", undone)
+            count("declined: the rewritten graph could not be compiled", undone)
 
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
@@ -263,7 +277,7 @@ def _warn_of_cuts() -> None:
 def _warn_once(
     reason: str,
     what: str = "the highway rewrite failed",
-    instead: str = "this graph is compiled as Inductor would compile it",
+    instead: str = _UNCHANGED,
 ) -> None:
     log.warning(
         '%s (%s); %s. options={"strict": True} raises instead, TORCH_LOGS="+hwbp_compiler" shows where.',

@@ -15,6 +15,7 @@ from hwbp_compiler.graph.batching import NoBatchingRule
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, modules_of, name_range
 from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
@@ -74,6 +75,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
     raised. Any other exception comes before the graph is changed.
     """
+    keep_old_values(graph)
     origins = Origins(graph)
     records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}

@@ -131,6 +131,20 @@ MUTATIONS = [
         ("tests/test_fidelity.py::test_without_a_chain_the_graph_is_untouched",),
     ),
     Mutation(
+        "what was computed from a buffer is computed again after the buffer was changed",
+        "hwbp_compiler/graph/old_values.py",
+        "    if not written:\n",
+        "    if written:\n",
+        ("tests/test_combinations.py::test_buffers_changed_and_used_in_forward",),
+    ),
+    Mutation(
+        "links compute again from a buffer that was changed",
+        "hwbp_compiler/graph/stacking.py",
+        "        or must_be_kept(n)\n",
+        "",
+        ("tests/test_combinations.py::test_buffers_changed_and_used_in_forward",),
+    ),
+    Mutation(
         "every look at the graph looks at all pairs of nodes",
         "hwbp_compiler/graph/info.py",
         "        self._kinds: dict[int, Kind | None] = {}",

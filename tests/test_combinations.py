@@ -175,6 +175,69 @@ def test_hooks():
     assert sorted(seen) == ["accumulated", "gradient", "output"]
 
 
+@combination(
+    "hooks on intermediate states (`tensor.register_hook`)",
+    "supported",
+    "one made of elementwise operators is part of its link; at one with side effects the chain ends",
+)
+@pytest.mark.parametrize("changes", [True, False])
+def test_hooks_on_intermediate_states(changes):
+    seen = []
+
+    class Hooked(nn.Sequential):
+        def forward(self, x):
+            for i, block in enumerate(self):
+                x = block(x)
+                if i == 2:
+                    x.register_hook((lambda g: 2 * g) if changes else (lambda g: seen.append(g.clone())))
+            return x
+
+    model, x = Hooked(*make(6)), inputs()
+    wide = copy.deepcopy(model).double()
+
+    def link(i, block):
+        def step(state, side, hold):
+            after = state[0] + hold(block.block(state[0]))
+            return (2 * after - after.detach() if i == 2 and changes else after,), ()  # the hook's gradient
+
+        return Link(step)
+
+    def forward(run, x):
+        return run([link(*pair) for pair in enumerate(wide)], (x,)).states[-1][0]
+
+    program = Program(dict(wide.named_parameters()), forward)
+    _, wanted = reference_gradients(program, (x.double(),), loss_of, 1 if changes else "exact")
+    loss_of(compiled(model)(x)).backward()
+    assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
+    assert len(seen) == (0 if changes else 1)
+    assert hwbp_compiler.counters()["chains_rewritten"] == (1 if changes else 0)
+
+
+@combination(
+    "full backward hooks (`register_full_backward_hook`)",
+    "declined",
+    "the chain ends at the module; as under any backend, Dynamo calls none of those on modules of torch's own "
+    "(`nn.Linear`) or on the compiled module",
+)
+@pytest.mark.parametrize("changes", [True, False])
+def test_full_backward_hooks(changes):
+    model, x = make(6), inputs()
+    seen = []
+
+    def hook(module, into, out):
+        seen.append(out[0].clone())
+        return tuple(g if g is None else 2 * g for g in into) if changes else None
+
+    model[2].register_full_backward_hook(hook)
+    loss_of(model(x)).backward()
+    wanted = {name: g.clone() for name, g in gradients(model).items()}
+    model.zero_grad()
+    loss_of(compiled(model)(x)).backward()
+    assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
+    assert len(seen) == 2 and hwbp_compiler.counters()["chains_rewritten"] == 0
+    torch.testing.assert_close(seen[0], seen[1])
+
+
 @combination("in-place updates (`z += x`)", "supported", "")
 def test_in_place_updates():
     class InPlace(Block):
@@ -204,6 +267,50 @@ def test_buffers_mutated_in_forward():
     check(model, x)
     for got, wanted in zip(model.buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+@combination(
+    "buffers that are changed and used in one forward pass",
+    "supported",
+    "gradients are eager mode's or w^k's (those of plain Inductor are wrong where torch 2.11 to 2.14 computes the new "
+    "value again from the buffer, which has it already)",
+)
+@pytest.mark.parametrize("iterations", [1, "exact"])
+@pytest.mark.parametrize("many", [False, True], ids=["one for each block", "one for all"])
+def test_buffers_changed_and_used_in_forward(iterations, many):
+    """The multiplier of a block in step n of the training is n."""
+    model, x = make(), inputs()
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = model
+            self.register_buffer("counts", torch.zeros(len(model)))
+            for i in range(len(model)):
+                self.register_buffer(f"count{i}", torch.zeros(()))
+
+        def forward(self, x):
+            counts = self.counts.add_(1)
+            for i, block in enumerate(self.blocks):
+                count = getattr(self, f"count{i}").add_(1)
+                x = x + block.block(x) * (counts[i] if many else count)
+            return x
+
+    step = compiled(Counting(), options={"iterations": iterations})
+    for number in (1, 2):
+        wide = copy.deepcopy(model).double()
+
+        def link(block, number=number):
+            return Link(lambda state, side, hold: ((state[0] + hold(block.block(state[0]) * number),), ()))
+
+        def forward(run, x, wide=wide, link=link):
+            return run([link(block) for block in wide], (x,)).states[-1][0]
+
+        program = Program(dict(wide.named_parameters()), forward)
+        _, wanted = reference_gradients(program, (x.double(),), loss_of, iterations)
+        model.zero_grad()
+        loss_of(step(x)).backward()
+        assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
 
 
 @combination("dynamic batch size and sequence length", "supported", "`dynamic=True`: one compilation for all sizes")
@@ -302,20 +409,26 @@ def test_several_models():
     assert_gradients_close(gradients(plain), expected(plain, x, "exact"), 1e-4, 1e-6)
 
 
-@combination("threads", "supported", "each with its own compiled model")
+@combination(
+    "threads",
+    "supported",
+    'each with its own compiled model. The first `torch.compile(backend="highway")` of a process is for one thread '
+    "alone: torch looks a plug-in's name up without a lock, and says `duplicate name` where two do it at once",
+)
 def test_threads():
     x = inputs()
     models = [make() for _ in range(3)]
+    steps = [compiled(model) for model in models]
     failed = []
 
-    def train(model):
+    def train(model, step):
         try:
-            loss_of(compiled(model)(x)).backward()
+            loss_of(step(x)).backward()
             assert_gradients_close(gradients(model), expected(model, x), 1e-4, 1e-6)
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=train, args=(model,)) for model in models]
+    threads = [threading.Thread(target=train, args=pair) for pair in zip(models, steps, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:

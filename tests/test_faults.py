@@ -29,7 +29,7 @@ RELAXED = {**OPTIONS, "strict": False}
 
 @pytest.fixture(autouse=True)
 def warned(caplog):
-    for remembered in (backend._warn_once, backend._warn_of_cuts):
+    for remembered in (backend._warn_once, backend._warn_of_cuts, loop._warn_once):
         remembered.cache_clear()
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "hwbp" in r.name]
 
@@ -122,6 +122,22 @@ def test_inductor_fails_on_the_rewritten_graph(name, monkeypatch, warned):
     assert_strict_raises(type(ERRORS[name]).__name__)
 
 
+def test_a_rewrite_that_is_not_compiled_is_not_counted(monkeypatch):
+    real, left = backend.compile_fx, [1]
+
+    def compile_fx(*args, **kwargs):
+        compiled = real(*args, **kwargs)
+        if left[0]:
+            left[0] -= 1
+            raise AssertionError("planted")
+        return compiled
+
+    monkeypatch.setattr(backend, "compile_fx", compile_fx)
+    assert_trains_exactly()
+    counted = hwbp_compiler.counters()
+    assert (counted["chains_found"], counted["chains_rewritten"], counted["chains_declined"]) == (1, 0, 1)
+
+
 @fault("the same on any graph", "the graph runs in eager mode; exact gradients")
 @pytest.mark.parametrize("name", ERRORS)
 def test_inductor_fails_on_every_graph(name, monkeypatch, warned):
@@ -202,18 +218,38 @@ def test_an_exception_while_a_loop_is_built(monkeypatch):
 @fault(
     "the step of a loop over time cannot be compiled", "the step runs operator by operator; gradients stay as they were"
 )
+@pytest.mark.parametrize("name", ["step_of", "make_fx", "compile_step"])
 @pytest.mark.parametrize("iterations", [1, "exact"])
-def test_the_step_of_a_loop_cannot_be_compiled(iterations, monkeypatch, warned):
+def test_the_step_of_a_loop_cannot_be_compiled(iterations, name, monkeypatch, warned):
     model = OverTime("loop", iterations)
     loop._compiled.cache_clear()
     wanted = model.gradients()
-    monkeypatch.setattr(loop, "compile_step", raising(AssertionError("planted")))
+    monkeypatch.setattr(loop, name, raising(AssertionError("planted")))
     loop._compiled.cache_clear()
     found = model.gradients()
     loop._compiled.cache_clear()
     assert_gradients_close(found, wanted, 1e-5, 1e-6)
-    assert all("planted" in message and "operator by operator" in message for message in warned())
-    assert warned()
+    (message,) = warned()
+    assert "planted" in message and "operator by operator" in message
+    assert hwbp_compiler.counters()["failures"] >= 1
+
+
+@fault("an exception while what was decided is counted and logged", "that graph is compiled as by Inductor, or runs in "
+       "eager mode; exact gradients")  # fmt: skip
+@pytest.mark.parametrize("empty", [True, False], ids=["before the passes", "after them"])
+def test_an_exception_while_reporting(empty, monkeypatch, warned):
+    real = backend.report_all
+
+    def fail(records):
+        if empty or list(records):
+            raise ZeroDivisionError("planted")
+        real(records)
+
+    monkeypatch.setattr(backend, "report_all", fail)
+    assert_trains_exactly()
+    (message,) = warned()
+    assert "ZeroDivisionError: planted" in message
+    assert_strict_raises("planted")
 
 
 @pytest.mark.parametrize("kind", ["module", "loop"])
@@ -266,9 +302,16 @@ def test_no_working_compiler(tmp_path):
     run(tmp_path, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
 
 
-@fault("a cache folder that cannot be written", "the graph runs in eager mode; exact gradients")
-def test_unwritable_cache_folder(monkeypatch, warned):
-    """Nothing can be written; a folder that cannot even be made is refused by torch itself, on import."""
+@fault(
+    "a cache folder that cannot be written",
+    "the graph runs in eager mode; exact gradients. (One that cannot even be made torch refuses itself, on import)",
+)
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that root cannot write to either")
+def test_unwritable_cache_folder(tmp_path):
+    run(tmp_path, TORCHINDUCTOR_CACHE_DIR="/proc/self")
+
+
+def test_a_cache_that_cannot_be_written_to_later(monkeypatch, warned):
     monkeypatch.setattr(codecache, "write", raising(PermissionError("planted")))
     monkeypatch.setattr(codecache, "write_atomic", raising(PermissionError("planted")))
     assert_trains_exactly()

@@ -149,6 +149,36 @@ def test_gradients_that_are_not_linear_are_noticed(small, compile_with):
         testing.assert_linear(model, args)
 
 
+class _Counts(_Block):
+    """Its multiplier is the number of its forward passes, and part of it is computed in float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x + torch.tanh(self.linear(x)).float().to(x.dtype) * self.calls
+
+
+def test_a_model_that_counts_its_calls_and_rounds_inside_is_no_failure(compile_with):
+    torch.manual_seed(0)
+    compile_with(exact_backend)
+    assert testing.check(nn.Sequential(*(_Counts() for _ in range(4))), (torch.randn(3, 4),), damping=(0.0,))
+
+
+def test_what_cannot_be_checked_is_named(small):
+    model, (x,), _ = small
+    with pytest.raises(TypeError, match=r"args is Tensor; it must be a tuple"):
+        testing.check(model, x)
+    with pytest.raises(ValueError, match=r"loss\(output\) gives shape \(3, 4\); it must be one number"):
+        testing.assert_linear(model, (x,), lambda output: output)
+    with pytest.raises(ValueError, match="nothing to compare"):
+        testing.assert_linear(nn.ReLU(), (torch.randn(3),))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        testing.assert_linear(model, (x,), lambda output: torch.ones(()))
+
+
 def test_backprop_is_not_a_truncation(small, compile_with):
     model, args, program = small
     compile_with(exact_backend)

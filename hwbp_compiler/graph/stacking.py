@@ -22,6 +22,7 @@ import hwbp_compiler.stack  # noqa: F401  (defines torch.ops.highway.stack)
 
 from .batching import Emitter, Value
 from .match import same_value
+from .old_values import must_be_kept
 from .program import _constant, _dtype_of
 from .rules import shape_of
 from .sizes import bytes_of
@@ -169,6 +170,7 @@ def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | No
         return None
     if any(
         n.target is not first.target
+        or must_be_kept(n)
         or len(n.args) != len(first.args)
         or n.kwargs.keys() != first.kwargs.keys()
         or any(_constant(n.kwargs[k]) != _constant(first.kwargs[k]) for k in first.kwargs)
@@ -203,6 +205,8 @@ def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
     """``base[i0], base[i0 + 1], ...`` along one dimension, also downward: base, dimension, rows."""
     first = nodes[0]
     if len(nodes) < 2 or any(n.target is not aten.select.int or n.args[:2] != first.args[:2] for n in nodes):
+        return None
+    if must_be_kept(first):
         return None
     base, dim = first.args[0], first.args[1]
     assert isinstance(base, Node) and isinstance(dim, int)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hwbp_compiler.counting import count
 from hwbp_compiler.graph.batching import decompositions
 from hwbp_compiler.torch_private import compile_step
 
@@ -78,23 +79,48 @@ def _in_one_line(source: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def step_of(code: str) -> GraphModule:
-    names = dict(_NAMES)
-    exec(code, names)  # the text is ours: code_of made it
-    forward = names["forward"]
-    count = forward.__code__.co_argcount - 1
+    names = {**_NAMES, "forward_": _function_of(code)}
+    count = names["forward_"].__code__.co_argcount - 1
     arguments = ", ".join(f"arg{i}" for i in range(count))
-    names["forward_"] = forward
     exec(f"def step({arguments}): return forward_(None, {arguments})", names)
     return symbolic_trace(names["step"])
+
+
+def _function_of(code: str) -> Callable[..., Sequence[Tensor]]:
+    names = dict(_NAMES)
+    exec(code, names)  # the text is ours: code_of made it
+    return names["forward"]  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tensor]], Any]:
     """Takes [*results to write, *state, *inputs, *shared]."""
-    examples = [
-        torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
-        for shape, stride, dtype, device in description
-    ]
+    try:
+        examples = [
+            torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
+            for shape, stride, dtype, device in description
+        ]
+        return compile_step(_writing(code, slots, examples), examples)
+    except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
+        count("failures")
+        log.debug("where it failed", exc_info=error)
+        _warn_once(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
+    step = _function_of(code)
+
+    def one_by_one(arguments: list[Tensor]) -> None:
+        for row, result in zip(arguments[:slots], step(None, *arguments[slots:]), strict=True):
+            row.copy_(result)
+
+    return one_by_one
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("the step of a loop over time could not be compiled (%s); it runs operator by operator", reason)
+
+
+def _writing(code: str, slots: int, examples: list[Tensor]) -> GraphModule:
+    """The step as a flat graph, with the copies of its results into rows."""
     with torch.no_grad():
         # Inductor takes decomposed operators. Fake: nothing may be run on what these hold, which is no index, no pivot.
         step = make_fx(step_of(code), decompositions(), tracing_mode="fake")(*examples[slots:])
@@ -107,13 +133,7 @@ def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tenso
         written = tuple(step.graph.call_function(torch.ops.aten.copy_.default, pair) for pair in pairs)
     output.args = (written,)
     step.recompile()
-    try:
-        return compile_step(step, examples)
-    except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        log.warning("the step of a loop over time could not be compiled (%s); it runs operator by operator", reason)
-        log.debug("where it failed", exc_info=error)
-        return lambda arguments: step(*arguments)
+    return step  # type: ignore[no-any-return]
 
 
 def _loop(

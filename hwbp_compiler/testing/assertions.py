@@ -62,9 +62,11 @@ def assert_exact_at_full_length(
     assertion does: it leaves them alone. Holds for every ``damping``; the one in ``options`` is used.
     """
     eager, compiled, inputs = _copies(model, args)
+    before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
     with exactly():
         expected = _gradients(eager, eager, inputs, loss, seed)
     for iterations in (10**6, "exact"):
+        _put_back(compiled, before)
         step = _compile(compiled, {**(options or {}), "iterations": iterations})
         with rewriting_at_full_length():
             got = _gradients(step, compiled, inputs, loss, seed)
@@ -80,12 +82,14 @@ def assert_linear(
     tolerance: float = 1e-9,
     seed: int = SEED,
 ) -> None:
-    """Truncated or not, the gradients are linear in the gradient that comes in: a loss three times as large has
-    gradients three times as large, and one turned round has them turned round."""
+    """Truncated or not, the gradients are linear in the gradient that comes in: a loss twice as large has gradients
+    twice as large, and one turned round has them turned round. (Factors that no precision inside the model rounds.)"""
     _, compiled, inputs = _copies(model, args)
+    before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
     step = _compile(compiled, options)
     once = _gradients(step, compiled, inputs, loss, seed)
-    for factor in (3.0, -1.0):
+    for factor in (2.0, -1.0):
+        _put_back(compiled, before)
         scaled = _gradients(step, compiled, inputs, partial(_scaled, factor, loss), seed)
         wanted = {key: factor * gradient for key, gradient in once.items()}
         assert_gradients_close(scaled, wanted, tolerance, what=f"{factor} times the loss")
@@ -105,8 +109,10 @@ def assert_matches_truncation(
 ) -> None:
     """The gradients are those of w^k: of ``program(model)``, the model retold for :func:`reference_gradients`."""
     _, compiled, inputs = _copies(model, args)
+    before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
     torch.manual_seed(seed)
     _, expected = reference_gradients(program(compiled), inputs, loss, iterations, damping)
+    _put_back(compiled, before)
     step = _compile(compiled, {**(options or {}), "iterations": iterations, "damping": damping})
     got = _gradients(step, compiled, inputs, loss, seed)
     assert_gradients_close(got, expected, tolerance, what=f"iterations={iterations!r}, damping={damping}")
@@ -196,6 +202,8 @@ def _scaled(factor: float, loss: Loss, output: Any) -> Tensor:
 
 def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module, tuple[Any, ...]]:
     """Two float64 copies of the model and one of its inputs."""
+    if not isinstance(args, (tuple, list)):
+        raise TypeError(f"args is {type(args).__name__}; it must be a tuple of what the model is called with: (x,)")
     first = copy.deepcopy(model).double()
     second = copy.deepcopy(first)
 
@@ -205,6 +213,13 @@ def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module
         return value
 
     return first, second, tuple(pytree.tree_map(widen, tuple(args)))
+
+
+def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """A forward pass may count its calls, say: the next one starts where it did."""
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def _compile(model: nn.Module, options: Mapping[str, Any] | None) -> Callable[..., Any]:
@@ -218,8 +233,16 @@ def _gradients(
 ) -> dict[str | int, Tensor]:
     leaves: dict[str | int, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     leaves.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
+    if not leaves:
+        raise ValueError("no parameter of the model and none of args requires a gradient; there is nothing to compare")
     torch.manual_seed(seed)
-    found = torch.autograd.grad(loss(step(*args)), list(leaves.values()), allow_unused=True)
+    value = loss(step(*args))
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss(output) gives {given}; it must be one number, as a tensor")
+    if not value.requires_grad:
+        raise ValueError("loss(output) depends on nothing that requires a gradient; there is nothing to compare")
+    found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {
         key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)
     }
