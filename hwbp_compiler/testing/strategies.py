@@ -1,4 +1,4 @@
-"""Hypothesis strategies for random models; shrinks to ``Model()``, three residual MLP blocks of width 3.
+"""Hypothesis strategies for random models; shrinks to three residual MLP blocks of width 2.
 
 @given(testing.strategies.models())
 def test_something(spec):
