@@ -131,8 +131,7 @@ def _first_line(error: Exception) -> str:
 def _as_highway_error(what: str, error: Exception, instead: str = _UNCHANGED) -> HighwayError:
     frame = inspect.currentframe()
     return HighwayError(
-        f"{what} and strict=True: {type(error).__name__}: {error}. "
-        f"Without strict=True {instead}.",
+        f"{what} and strict=True: {type(error).__name__}: {error}. Without strict=True {instead}.",
         inner_exception=error,
         first_useful_frame=frame and frame.f_back,
     ).with_traceback(error.__traceback__)

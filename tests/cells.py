@@ -152,6 +152,22 @@ class LayerNormGRU(nn.Module):
         return (hold(z) * h + hold((1 - z) * torch.tanh(nx + torch.sigmoid(rx + rh) * nh)),), ()
 
 
+class NormalizedGRU(GRU):
+    """Batch norm with the statistics it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(INPUT).eval()
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2.0)
+
+    def forward(self, x, h):
+        return super().forward(self.norm(x), h)
+
+    def retold(self, state, side, hold):
+        return super().retold(state, (self.norm(side[0]),), hold)
+
+
 class TanhRNN(nn.Module):
     """No elementwise path."""
 
@@ -212,6 +228,7 @@ CASES = [
     CellCase(LiGRU, "sigmoid(...)"),
     CellCase(IndRNN, "mask*weight", elementwise=True),
     CellCase(LayerNormGRU, "sigmoid(...)"),
+    CellCase(NormalizedGRU, "sigmoid(...)"),
     CellCase(TanhRNN, "0"),
 ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from cells import CASES, GRU, LSTM, CellCase, MinGRU, TanhRNN, in_a_loop
+from cells import CASES, GRU, HIDDEN, INPUT, LSTM, CellCase, MinGRU, TanhRNN, in_a_loop
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -200,6 +202,36 @@ def test_an_empty_batch(make):
     x, h = leaf(LENGTH, 0, 4), leaf(0, 5)
     for iterations in ("exact", 2):
         assert_same_as_the_loop(cell, x, h, {"iterations": iterations, "rewrite": "always", "strict": True})
+
+
+@pytest.mark.parametrize("iterations", ["exact", 2])
+def test_a_cell_may_compute_with_a_batch_size_that_is_a_symbol(iterations):
+    own = GRU().double()
+
+    def cell(x, h):
+        h = own(x, h)[1]
+        h = h + torch.ones(h.shape[0], 1, dtype=h.dtype) / h.shape[0] + h.mean(0, keepdim=True) / (2 * h.shape[0])
+        return h, h
+
+    options = {"iterations": iterations, "rewrite": "always", "strict": True}
+    compiled = torch.compile(
+        lambda x, h: recurrent(cell, x, h), backend="highway", dynamic=True, fullgraph=True, options=options
+    )
+
+    def all_gradients(run, x, h):
+        out, last = run(cell, x, h)
+        leaves = [x, h, *own.parameters()]
+        return [out, last, *torch.autograd.grad(out.sin().sum() + last.sum(), leaves)]
+
+    for batch in (3, 5):
+        x, h = leaf(LENGTH, batch, INPUT), leaf(batch, HIDDEN)
+        known = in_a_loop if iterations == "exact" else partial(recurrent, options=options)  # a batch that is a number
+        found, expected = (all_gradients(run, x, h) for run in (lambda _, x, h: compiled(x, h), known))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    counted = hwbp_compiler.counters()
+    assert counted["failures"] == 0
+    assert counted["chains_rewritten"] == (0 if iterations == "exact" else counted["chains_found"])
 
 
 @pytest.mark.parametrize("make", [GRU, MinGRU])

@@ -92,8 +92,10 @@ class HighwayLoop(torch.autograd.Function):
     def forward(ctx: Any, link: LoopLink, how: How, length: Any, *arguments: Any) -> tuple[Tensor, ...]:
         ctx.link, ctx.how, ctx.length = link, how, length
         start, per_step, shared = link.parts(arguments)
-        states = torch.ops.highway.loop(link.code, per_step, start, shared, length)
-        ctx.save_for_backward(*arguments, *states)
+        tensors, sizes = apart(shared)
+        states = torch.ops.highway.loop(link.code, per_step, start, tensors, length, False, sizes)
+        ctx.numbers = [None if isinstance(a, Tensor) else a for a in arguments]
+        ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in arguments), *states)
         ctx.set_materialize_grads(False)
         return tuple(states)
 
@@ -102,11 +104,17 @@ class HighwayLoop(torch.autograd.Function):
     def backward(ctx: Any, *contributions: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         width = ctx.link.width
-        arguments, states = saved[:-width], saved[-width:]
+        states = saved[-width:]
+        arguments = [n if t is None else t for t, n in zip(saved[:-width], ctx.numbers, strict=True)]
         with settled(ctx.link.name), torch.no_grad():
             gradients = _Backprop(ctx.link, ctx.length, arguments, states, contributions).run(ctx.how)
         wanted = ctx.needs_input_grad[3:]
         return None, None, None, *(g if w else None for g, w in zip(gradients, wanted, strict=True))
+
+
+def apart(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
+    """Tensors, and sizes."""
+    return [v for v in values if isinstance(v, Tensor)], [v for v in values if not isinstance(v, Tensor)]
 
 
 @dataclass
@@ -222,16 +230,17 @@ class _Backprop:
         moving = depends_on(backward.tangents, graph)
         results = backward.gradients[: self.link.width]
         per_step: list[tuple[Node, Tensor]] = []
-        shared: list[tuple[Node, Tensor]] = []
+        shared: list[tuple[Node, Any]] = []
         for node in operands_outside([r for r in results if r is not None], moving):
             value = self.values[node]
-            if isinstance(value, Value) and isinstance(value.tensor, Tensor):
+            if isinstance(value, Value):
                 (per_step if value.batched else shared).append((node, value.tensor))
         code = code_of(graph, backward.tangents, [n for n, _ in per_step], [n for n, _ in shared], results, True)
         direct = [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
         inputs = [*direct, *(v for _, v in per_step)]
         head = [d[-1] for d in self.direct]
-        found = torch.ops.highway.loop(code, inputs, head, [v for _, v in shared], self.length, True)
+        tensors, sizes = apart([v for _, v in shared])
+        found = torch.ops.highway.loop(code, inputs, head, tensors, self.length, True, sizes)
         return [torch.cat([f, h.unsqueeze(0)]) for f, h in zip(found, head, strict=True)]
 
 

@@ -29,7 +29,8 @@ _UNUSED = {"NoneType", "fx_pytree", "pytree"}
 
 library = torch.library.Library("highway", "FRAGMENT")
 library.define(
-    "loop(str code, Tensor[] inputs, Tensor[] state, Tensor[] shared, SymInt length, bool reverse=False) -> Tensor[]",
+    "loop(str code, Tensor[] inputs, Tensor[] state, Tensor[] shared, SymInt length, bool reverse=False, "
+    "SymInt[] sizes=[]) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 operator = torch.ops.highway.loop.default
@@ -43,12 +44,14 @@ def code_of(
     results: Sequence[Node | None],
     add: bool = False,
 ) -> str:
-    """The step ``(state, inputs, shared) -> results`` as text; the nodes between must be operator calls. With ``add``
-    one input per result comes first and is added to it; None is a result of zero then."""
+    """The step ``(state, inputs, shared) -> results`` as text, of ``shared`` the sizes last; the nodes between must be
+    operator calls. With ``add`` one input per result comes first and is added to it; None is a result of zero then."""
     copied = Graph()
     environment = {node: copied.placeholder(f"state{i}") for i, node in enumerate(state)}
     added = [copied.placeholder(f"added{i}") for i in range(len(results) if add else 0)]
-    environment |= {node: copied.placeholder(f"input{i}") for i, node in enumerate([*inputs, *shared])}
+    environment |= {
+        node: copied.placeholder(f"input{i}") for i, node in enumerate([*inputs, *sorted(shared, key=is_size)])
+    }
     needed: set[Node] = set()
     todo = [node for node in results if node is not None]
     while todo:
@@ -69,6 +72,10 @@ def code_of(
     if unknown:
         raise NotImplementedError(f"the step uses {', '.join(sorted(unknown))}")
     return _in_one_line(code.src)
+
+
+def is_size(node: Node) -> bool:
+    return not isinstance(node.meta["val"], Tensor)
 
 
 def _in_one_line(source: str) -> str:
@@ -93,14 +100,14 @@ def _function_of(code: str) -> Callable[..., Sequence[Tensor]]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tensor]], Any]:
-    """Takes [*results to write, *state, *inputs, *shared]."""
+def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...]) -> Callable[[list[Tensor]], Any]:
+    """Takes [*results to write, *state, *inputs, *shared]. The sizes become part of the compiled step."""
     try:
         examples = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
             for shape, stride, dtype, device in description
         ]
-        return compile_step(_writing(code, slots, examples), examples)
+        return compile_step(_writing(code, slots, examples, sizes), examples)
     except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)
@@ -108,7 +115,7 @@ def _compiled(code: str, slots: int, description: tuple) -> Callable[[list[Tenso
     step = _function_of(code)
 
     def one_by_one(arguments: list[Tensor]) -> None:
-        for row, result in zip(arguments[:slots], step(None, *arguments[slots:]), strict=True):
+        for row, result in zip(arguments[:slots], step(None, *arguments[slots:], *sizes), strict=True):
             row.copy_(result)
 
     return one_by_one
@@ -119,11 +126,12 @@ def _warn_once(reason: str) -> None:
     log.warning("the step of a loop over time could not be compiled (%s); it runs operator by operator", reason)
 
 
-def _writing(code: str, slots: int, examples: list[Tensor]) -> GraphModule:
+def _writing(code: str, slots: int, examples: list[Tensor], sizes: tuple[int, ...]) -> GraphModule:
     """The step as a flat graph, with the copies of its results into rows."""
     with torch.no_grad():
         # Inductor takes decomposed operators. Fake: nothing may be run on what these hold, which is no index, no pivot.
-        step = make_fx(step_of(code), decompositions(), tracing_mode="fake")(*examples[slots:])
+        tracing = make_fx(lambda *given: step_of(code)(*given, *sizes), decompositions(), tracing_mode="fake")
+        step = tracing(*examples[slots:])
     step.graph.eliminate_dead_code()
     output = step.graph.find_nodes(op="output")[0]
     with step.graph.inserting_before(next(iter(step.graph.nodes))):
@@ -137,10 +145,16 @@ def _writing(code: str, slots: int, examples: list[Tensor]) -> GraphModule:
 
 
 def _loop(
-    code: str, inputs: list[Tensor], state: list[Tensor], shared: list[Tensor], length: int, reverse: bool = False
+    code: str,
+    inputs: list[Tensor],
+    state: list[Tensor],
+    shared: list[Tensor],
+    length: int,
+    reverse: bool = False,
+    sizes: Sequence[int] = (),
 ) -> list[Tensor]:
     """Row t of each result is the state after time step t (in reverse: row t is written by the step that reads row t
-    of the inputs, the last row first)."""
+    of the inputs, the last row first). ``sizes``: numbers that the step takes last, the same in every step."""
     stacked = [s.new_empty((length, *s.shape)) for s in state]
     state = [s.contiguous() for s in state]
     shared = list(shared)
@@ -148,7 +162,7 @@ def _loop(
         (tuple(t.shape), t.stride(), t.dtype, t.device)
         for t in (*(s[0] for s in stacked), *state, *(x[0] for x in inputs), *shared)
     )
-    step = _compiled(code, len(stacked), description)
+    step = _compiled(code, len(stacked), description, tuple(sizes))
     rows = list(zip(*(s.unbind(0) for s in stacked), strict=True))
     read = list(zip(*(x.unbind(0) for x in inputs), strict=True)) if inputs else [()] * length
     order = range(length - 1, -1, -1) if reverse else range(length)
@@ -159,7 +173,7 @@ def _loop(
     return stacked
 
 
-def _fake(code, inputs, state, shared, length, reverse=False):
+def _fake(code, inputs, state, shared, length, reverse=False, sizes=()):
     return [s.new_empty((length, *s.shape)) for s in state]
 
 

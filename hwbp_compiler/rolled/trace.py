@@ -64,6 +64,13 @@ class Body:
         return [found[i] for i in self.results]
 
 
+# Autograd has no formula for their running statistics, which to a step are arguments like any other.
+_NOT_IN_ALL_ARGUMENTS = [
+    torch.ops.aten._native_batch_norm_legit_no_training.default,
+    torch.ops.aten._native_batch_norm_legit.default,  # what the other decomposes into
+]
+
+
 class MutatingCell(HighwayError):
     """The cell changes in place what it did not make."""
 
@@ -97,7 +104,8 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
 
     examples = [*state, *inputs, *shared]
     with torch.no_grad():
-        module = _traced(run, [e.detach() if isinstance(e, Tensor) else e for e in examples], fake_mode)
+        values = [e.detach() if isinstance(e, Tensor) else e for e in examples]
+        module = _traced(run, values, fake_mode, {op: decompositions()[op] for op in _NOT_IN_ALL_ARGUMENTS})
     # The loop's own views of every argument and copies of every result: a copy of a state has to be that state. What
     # changes strides stays: what follows may be a view that only those strides allow.
     for target in (torch.ops.aten.view.default, torch.ops.aten.clone.default):
