@@ -96,7 +96,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 def task(args: argparse.Namespace) -> Task:
     stream, alphabet = characters(text(args.text))
-    kept = len(stream) // 10
+    kept = len(stream) // 10  # a tenth is held out
+    if kept <= args.length:
+        least = 10 * (args.length + 1)
+        raise SystemExit(f"--text has {len(stream)} characters; --length {args.length} needs {least} or more")
     train, held_out = stream[:-kept], stream[-kept:]
     samples = held_out[: (len(held_out) - 1) // args.length * args.length].view(-1, args.length)[:200]
     after = held_out[1 : 1 + samples.numel()].view_as(samples)

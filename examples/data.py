@@ -103,10 +103,17 @@ def generator(seed: int, step: int) -> torch.Generator:
 def text(path: str | None) -> str:
     """A file; without one, the language reference that Python's ``help()`` shows (470 kB, by Python's version)."""
     if path is not None:
-        return Path(path).read_text(encoding="utf-8")
+        return read(path, "--text")
     from pydoc_data.topics import topics
 
     return "\n".join(topics[key] for key in sorted(topics))
+
+
+def read(path: str, option: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{option} {path}: {error}; it takes a text file in UTF-8") from None
 
 
 def characters(text: str) -> tuple[Tensor, str]:
@@ -131,7 +138,7 @@ def sentence_pairs(path: str | None) -> list[tuple[int, str, str]]:
     """Label, sentence, sentence: the lines of a file, separated by tabs. Without a file: the two halves of each
     sentence in Python's language reference, in their order (1) or swapped (0)."""
     if path is not None:
-        rows = [line.split("\t") for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [line.split("\t") for line in read(path, "--pairs").splitlines() if line.strip()]
         wrong = next((i for i, row in enumerate(rows, 1) if len(row) != 3 or not row[0].isdigit()), None)
         if wrong is not None:
             raise SystemExit(f"{path}, line {wrong}: expected LABEL<tab>SENTENCE<tab>SENTENCE with a label 0, 1, ...")

@@ -18,6 +18,7 @@ import argparse
 import random
 import re
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +79,21 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
 def task(args: argparse.Namespace) -> Task:
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
+    if args.weights and not Path(args.weights).is_dir():
+        raise SystemExit(f"--weights {args.weights}: no such folder; nothing is downloaded")
     pairs = sentence_pairs(args.pairs)
+    if len(pairs) < 2:
+        raise SystemExit(f"{len(pairs)} pairs of sentences; two are needed, one to learn from and one held out")
     random.Random(0).shuffle(pairs)
     labels = torch.tensor([label for label, _, _ in pairs])
     classes = int(labels.max()) + 1
     torch.manual_seed(args.seed)
     if args.weights:
         x = with_tokenizer(args.weights, pairs)
-        encoder = AutoModelForSequenceClassification.from_pretrained(args.weights, num_labels=classes)
+        # A classifier of other classes, if the weights have one, is replaced by a new one.
+        encoder = AutoModelForSequenceClassification.from_pretrained(
+            args.weights, num_labels=classes, ignore_mismatched_sizes=True
+        )
     else:
         x, words = own_words(pairs)
         encoder = BertForSequenceClassification(

@@ -41,6 +41,13 @@ class Task:
     """Steps in one pass over the data."""
 
 
+def positive(word: str) -> int:
+    """For options that count something."""
+    if (number := int(word)) < 1:
+        raise argparse.ArgumentTypeError(f"{number}, but at least 1 is needed")
+    return number
+
+
 def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> argparse.ArgumentParser:
     """The options all examples have; ``defaults`` gives some of them another default."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,14 +60,14 @@ def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> ar
     p.add_argument("--seed", type=int, default=0)
     length = p.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=float, default=10)
-    length.add_argument("--steps", type=int, help="instead of --epochs")
-    p.add_argument("--batch", type=int, default=128)
+    length.add_argument("--steps", type=positive, help="instead of --epochs")
+    p.add_argument("--batch", type=positive, default=128)
     p.add_argument("--lr", type=float, default=1e-3, help="peak of a cosine schedule with warm-up (%(default)s)")
-    p.add_argument("--every", type=int, metavar="N", help="evaluate, log, save every N steps (default: 20 times)")
+    p.add_argument("--every", type=positive, metavar="N", help="evaluate, log, save every N steps (default: 20 times)")
     p.add_argument("--watch", type=int, default=0, metavar="N", help="log the cosine with the exact gradient")
     p.add_argument("--out", type=Path, help="folder of log.csv, log.png, checkpoint.pt (default: out/...)")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    p.add_argument("--stop", type=int, metavar="N", help="leave after step N, to be resumed later")
+    p.add_argument("--stop", type=positive, metavar="N", help="leave after step N, to be resumed later")
     p.add_argument("--explain", action="store_true", help="print what the compiler finds, and leave")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.set_defaults(**defaults)
@@ -257,6 +264,8 @@ def load(
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
+    if not (run / "log.csv").exists():
+        raise SystemExit(f"{run}: no log.csv there; give folders that were --out of a run")
     with (run / "log.csv").open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 

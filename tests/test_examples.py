@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -169,3 +170,50 @@ def test_the_results_claim_nothing_that_the_gradients_did_not_earn(monkeypatch):
     case = next(case for case in accuracy.CASES if case.example == "pixel_gru")
     with pytest.raises(LookupError, match="no chain was rewritten"):
         accuracy.Trained(case, accuracy.HIGHWAY[1], "cpu", quick=True)
+
+
+@pytest.mark.parametrize(
+    "case, words, said",
+    [
+        ("pixel_gru", ["--steps", "0"], "argument --steps: 0, but at least 1 is needed"),
+        ("pixel_gru", ["--batch", "0"], "argument --batch: 0, but at least 1 is needed"),
+        ("pixel_gru", ["--every", "-1"], "argument --every: -1, but at least 1 is needed"),
+        ("char_lm_gru", ["--text", "nowhere.txt"], "--text nowhere.txt: .*it takes a text file in UTF-8"),
+        ("char_lm_gru", ["--text", "short.txt"], "--text has 12 characters; --length 12 needs 130 or more"),
+        ("char_lm_gru", ["--text", "latin.txt"], "--text latin.txt: .*it takes a text file in UTF-8"),
+        ("finetune_bert", ["--pairs", "nowhere.tsv"], "--pairs nowhere.tsv: .*it takes a text file in UTF-8"),
+        ("finetune_bert", ["--pairs", "one.tsv"], "1 pairs of sentences; two are needed"),
+        ("finetune_bert", ["--weights", "nowhere"], "--weights nowhere: no such folder; nothing is downloaded"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_words(case, words, said, load, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("abcdefghijkl")
+    Path("latin.txt").write_bytes("ü".encode("latin-1") * 500)
+    Path("one.tsv").write_text("1\ta\tb\n")
+    example = load(script(case))
+    with pytest.raises(SystemExit) as refused:
+        example.task(example.arguments([*SMALL[case], *words, "--device", "cpu"]))
+    assert re.search(said, f"{refused.value.code} {capsys.readouterr().err}")
+
+
+def test_only_runs_with_a_log_are_plotted(load, tmp_path):
+    with pytest.raises(SystemExit, match="no log.csv there"):
+        load("training").plot([tmp_path / "nowhere"], tmp_path / "runs.png")
+
+
+def test_weights_with_a_classifier_of_other_classes_are_taken(load, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    shape = {"vocab_size": 7, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 4}
+    config = transformers.BertConfig(**shape, num_attention_heads=2, max_position_embeddings=64, num_labels=2)
+    saved = transformers.BertForSequenceClassification(config)
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "pairs.tsv").write_text("\n".join(f"{i % 3}\ta b\tb a" for i in range(12)))
+    example = load("finetune_bert")
+    words = ["--weights", str(tmp_path), "--pairs", str(tmp_path / "pairs.tsv"), "--batch", "2", "--device", "cpu"]
+    task = example.task(example.arguments(words))
+    assert task.model.encoder.classifier.out_features == 3
+    assert torch.equal(task.model.encoder.bert.pooler.dense.weight, saved.bert.pooler.dense.weight)
+    assert task.model(task.batch(1)[0]).shape == (2, 3)
