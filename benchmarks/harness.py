@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import platform
 import random
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,33 +106,20 @@ def summary(what: str, seconds: list[float]) -> dict[str, float]:
     return {f"{what}_ms": middle * 1e3, f"{what}_iqr_ms": (high - low) * 1e3}
 
 
-@contextlib.contextmanager
-def peak_memory(device: str) -> Iterator[Callable[[], float | None]]:
-    """Megabytes beyond what was held on entering, at the highest: of the device, or of the process on a CPU.
-
-    None where the system does not tell (Linux does). On a CPU the resolution is that of the allocator: megabytes.
-    """
+def most_held(device: str, run: Callable[[], object]) -> float:
+    """Megabytes of tensors that ``run`` holds at once beyond those it finds, at the highest. Of a CPU what the process
+    resides in would not tell: its allocator keeps what an earlier contender has used."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - before) / 1e6
-        return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    start = _resident("VmRSS")
-
-    def peak() -> float | None:
-        high = _resident("VmHWM")
-        return None if start is None or high is None else (high - start) / 1e3
-
-    yield peak
-
-
-def _resident(field: str) -> int | None:
-    with contextlib.suppress(OSError), open("/proc/self/status") as lines:
-        return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
-    return None
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0) / 1e6
 
 
 def say(*words: object) -> None:

@@ -14,7 +14,6 @@ cuDNN's are by default, or not ("highest", PyTorch's default for products).
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .harness import in_turns, peak_memory, say, start_anew, summary, synchronize
+from .harness import in_turns, most_held, say, start_anew, summary, synchronize
 
 RESUMES = True  # a run measures the cases that the results lack
 ITERATIONS = {"cpu": (0, 1, 2, 4, 8), "cuda": (0, 1, 2, 5, 10)}
@@ -122,24 +121,10 @@ class Contender:
         end = time.perf_counter()
         return {"forward": middle - start, "backward": end - middle, "step": end - start}
 
-    def memory(self) -> float | None:
+    def memory(self) -> float:
         self.model.zero_grad()
         self.x.grad = None
-        if self.device == "cpu":
-            return allocated(lambda: self.function(self.x).backward(self.target))
-        with peak_memory(self.device) as peak:
-            self.function(self.x).backward(self.target)
-            return peak()
-
-
-def allocated(run: Callable[[], object]) -> float:
-    """Megabytes of tensors that ``run`` holds at once, at the highest. What a process resides in would not tell: its
-    allocator keeps what an earlier contender has used."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held, default=0) / 1e6
+        return most_held(self.device, lambda: self.function(self.x).backward(self.target))
 
 
 def contenders(case: Case, device: str) -> list[Contender]:

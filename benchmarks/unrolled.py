@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .harness import in_turns, peak_memory, say, start_anew, summary, synchronize
+from .harness import in_turns, most_held, say, start_anew, summary, synchronize
 
 ITERATIONS = (0, 1, 2, 4, 8)
 
@@ -157,11 +157,9 @@ class Contender:
         end = time.perf_counter()
         return {"backward": end - middle, "step": end - start}
 
-    def memory(self) -> float | None:
+    def memory(self) -> float:
         self.model.zero_grad()
-        with peak_memory(self.device) as peak:
-            (self.function(self.x) * self.target).sum().backward()
-            return peak()
+        return most_held(self.device, lambda: (self.function(self.x) * self.target).sum().backward())
 
 
 def contenders(case: Case, device: str, iterations: tuple[int, ...] = ITERATIONS) -> list[Contender]:
