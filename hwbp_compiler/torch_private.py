@@ -27,6 +27,8 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
 | `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
 | `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
+| `compilations_forgotten` | `torch._dynamo.eval_frame._debug_get_cache_entry_list`, `torch._dynamo.convert_frame`, \
+`torch._dynamo.guards` | on torch 2.11, which cannot keep compilations of the same code apart |
 | `serving_backend`, `tracing_for_another_backend` | `torch._dynamo.symbolic_convert` | whose graph is traced |
 | `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
@@ -42,6 +44,8 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import inspect
+import threading
 import typing
 import warnings
 from collections import Counter
@@ -213,6 +217,51 @@ def compile_step(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -
 
     with torch.no_grad():
         return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
+
+
+ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+_compiled_here = threading.local()
+
+
+@contextlib.contextmanager
+def compilations_forgotten() -> Iterator[None]:
+    """On leaving, drop what Dynamo compiled inside, in this thread, where ``torch.compile`` has no
+    ``isolate_recompiles``. There Dynamo gives a function up after ``recompile_limit`` compilations, whoever asked for
+    them."""
+    if ISOLATES:
+        yield
+        return
+    _note_compilations()
+    before, _compiled_here.codes = getattr(_compiled_here, "codes", None), []
+    try:
+        yield
+    finally:
+        made, _compiled_here.codes = _compiled_here.codes, before
+        for code, compiled in made:
+            for entry in eval_frame._debug_get_cache_entry_list(code):
+                if entry.code is compiled:
+                    _drop(entry.guard_manager)
+
+
+@functools.cache
+def _note_compilations() -> None:
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    def note(code: Any, compiled: Any) -> None:
+        if (codes := getattr(_compiled_here, "codes", None)) is not None:
+            codes.append((code, compiled))
+
+    register_bytecode_hook(note)  # and never removed: another thread may be going through the hooks
+
+
+def _drop(guards: Any) -> None:
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    deleted = DeletedGuardManagerWrapper("hwbp_compiler compiled this to look at it")
+    # The entry stays in its list, where it never matches. Dynamo counts those that guard the same objects as the frame
+    # at hand, or none; this one guards an object that no frame has.
+    deleted.id_matched_objs = {"": object}
+    guards.extra_state.invalidate(guards.cache_entry, deleted)
 
 
 def counter() -> Counter[str]:

@@ -339,6 +339,8 @@ def test_compilations_of_the_users_are_neither_dropped_nor_made_dynamic():
         assert [(type(size), size) for size in sizes] == [(int, batch), (int, WIDTH)]
     step(torch.ones(2, WIDTH))
     assert counter.frame_count == 1
+    step(torch.ones(20, WIDTH))
+    assert counter.frame_count == 2  # as before: Dynamo has not given the function up
 
 
 def test_a_dynamic_batch_is_told_of_in_numbers_like_any_other():

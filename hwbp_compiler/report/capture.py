@@ -27,7 +27,7 @@ from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.capture import replace_loops
 from hwbp_compiler.rolled.recurrence import Recurrence
-from hwbp_compiler.torch_private import SERVES, CustomGraphPass, compile_fx, user_joint_passes
+from hwbp_compiler.torch_private import ISOLATES, SERVES, CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
 from .advice import put_to_the_test
@@ -270,9 +270,9 @@ def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:
 
 
 def _isolated() -> dict[str, Any]:
-    """The user's own compilations of the same code are not touched, where torch can keep them apart."""
-    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-    return {"isolate_recompiles": True} if known else {}
+    """The user's own compilations of the same code are not touched. Where torch cannot keep them apart, ``restore``
+    drops ours afterwards."""
+    return {"isolate_recompiles": True} if ISOLATES else {}
 
 
 def _no_code(module: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Callable[..., Any]:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hwbp_compiler.torch_private import compilations_forgotten
+
 
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
     """Undo on leaving what running ``model`` does to buffers, to tensors given to the yielded function, and to
-    random number generators."""
+    random number generators. Nor does what is compiled meanwhile count against the user's own compilations."""
     module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     buffers = [(m, dict(m._buffers)) for m in modules]
@@ -32,6 +34,7 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
 
     keep([b for _, found in buffers for b in found.values() if b is not None])
     with contextlib.ExitStack() as stack:
+        stack.enter_context(compilations_forgotten())
         for kind in ("cuda", "xpu"):
             devices = list(range(getattr(torch, kind).device_count()))
             stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
