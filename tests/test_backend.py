@@ -344,12 +344,26 @@ class Reader(nn.Module):
 ALL_LINKS = {"iterations": 6, "rewrite": "always", "strict": True}  # nothing is left out: the state starts from zero
 
 
-@pytest.mark.parametrize("words", [1, 11])
-def test_an_embedding_read_at_every_step_gets_the_sum_of_its_gradients(words):
+class ColumnReader(Reader):
+    """The same of a table's columns: the gradient is an ``index_put`` behind a whole dimension."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__(words)
+        self.embedding = nn.Linear(words, 4)
+
+    def forward(self, tokens):
+        h = self.embedding.weight.new_zeros(tokens.shape[1], 4)
+        for step in tokens.unbind(0):
+            h = self.cell(self.embedding.weight[:, step].t() + self.embedding.bias, h)
+        return h
+
+
+@pytest.mark.parametrize("reader, words", [(Reader, 1), (Reader, 11), (ColumnReader, 11)])
+def test_an_embedding_read_at_every_step_gets_the_sum_of_its_gradients(reader, words):
     """Inductor lets writes into a copy of an expanded constant fall into one memory: each row came as often as there
     are links."""
     torch.manual_seed(0)
-    model, tokens = Reader(words).double(), torch.randint(words, (7, 3))
+    model, tokens = reader(words).double(), torch.randint(words, (7, 3))
     compiled = torch.compile(model, backend="highway", options=ALL_LINKS)
     found, expected = (
         torch.autograd.grad(call(tokens).sin().sum(), list(model.parameters())) for call in (compiled, model)

@@ -539,7 +539,7 @@ def _index_put(e: Emitter, target, args, kwargs):
     base, *mask, indices, values = args[: 4 if target is _MASKED_PUT else 3]
     rest = list(args[3:]) if target is not _MASKED_PUT else []
     if kwargs or not all(isinstance(i, Value) and i.tensor.dtype in (torch.int32, torch.int64) for i in indices):
-        return e.vmap(target, args, kwargs)
+        return e.vmap(target, (Value(e.own(base), True), *args[1:]), kwargs)
     rank = max(i.rank for i in indices)
     written = rank + base.rank - len(indices)
     put = Put(
