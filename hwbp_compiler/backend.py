@@ -25,6 +25,7 @@ from .passes.decide import at_full_length, cores
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.rewrite_recurrent_modules import record_nothing
 from .passes.write_out_cells import write_out_cells
+from .pieces import keeping_pieces
 from .recurrence import packed
 from .recurrence.tracing import traced_whole
 from .rolled.capture import replace_loops, rolled
@@ -60,7 +61,8 @@ def highway(
     :class:`hwbp_compiler.Options` and all of Inductor's; ``mode`` means what it means to Inductor. Raises
     :class:`hwbp_compiler.OptionError` for anything else.
     """
-    ours, patches = parse(options, mode)
+    ours, given = parse(options, mode)
+    patches = keeping_pieces(given)
     in_the_way = gm.graph.find_nodes(op="call_function", target=rolled)  # stand for loops, and cannot be run
     try:
         register_lowerings()

@@ -305,7 +305,7 @@ def _launches_of(source: str, kernels: set[str]) -> Iterator[str]:
     for node in ast.walk(call):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func).removesuffix(".run")
-            if name in kernels or name == "linear_scan_out" or name.startswith(("extern_kernels.", "torch.ops.")):
+            if name in kernels or name.startswith(("linear_scan_", "extern_kernels.", "torch.ops.")):
                 found.append((node.lineno, node.col_offset, name))
     return (name for *_, name in sorted(found))
 

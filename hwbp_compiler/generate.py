@@ -16,6 +16,7 @@ from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_trit
 from .errors import HighwayError
 from .options import Options, parse
 from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .pieces import keeping_pieces
 from .recurrence.tracing import traced_whole
 from .report.capture import _isolated
 from .report.restore import left_as_it_was
@@ -78,6 +79,7 @@ def generate_code(
         need_triton(where)
         patches.update(dict.fromkeys(_MEASURING, False))
     register_lowerings()
+    patches = keeping_pieces(patches)
     _set_joint_passes(patches, ours, where)
     generating = _Generating(ours, patches, where)
     with left_as_it_was(model) as keep:

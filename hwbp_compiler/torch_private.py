@@ -6,6 +6,7 @@ them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says whi
 | `ShortenTraceback` | `torch._dynamo.exc` | exceptions of this class leave a backend unwrapped |
 | `CONTROL_FLOW` | `torch._dynamo.exc` | what a backend raises to make Dynamo start again is no failure |
 | `CustomGraphPass` | `torch._inductor.custom_graph_pass` | a pass with a uuid keeps graphs cacheable |
+| `CustomSchedulerPass`, `SCHEDULER_PASS` | the same, `torch._inductor.config` | a pass over Inductor's kernels |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
 | `compile_step` | `torch._inductor.compile_fx.compile_fx_inner` | a graph called often, without guards around it |
 | `counter` | `torch._dynamo.utils.counters` | where every other part of torch.compile counts |
@@ -67,12 +68,14 @@ from torch._dynamo.utils import counters as _counters
 from torch._dynamo.utils import dynamo_timed
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
+SCHEDULER_PASS = "_post_fusion_custom_pass"
 NEWEST_KNOWN = (2, 14)
 
 # name here -> module, or module:name, of torch's. Imported when asked for: most bring in all of Inductor.
@@ -211,11 +214,13 @@ def device_decompositions() -> dict[Any, Callable[..., Any]]:
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in products}
 
 
-def compile_step(gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], Any]:
+def compile_step(
+    gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor], patches: Mapping[str, Any]
+) -> Callable[[list[torch.Tensor]], Any]:
     """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing."""
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with torch.no_grad():
+    with torch.no_grad(), inductor_config.patch(dict(patches)):
         return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
 
 
@@ -308,11 +313,16 @@ def inductor_option_type(key: str) -> str:
     return declared.__name__ if plain else str(declared)
 
 
+def inductor_setting(name: str, patches: Mapping[str, Any]) -> Any:
+    """What is in force for a compilation under ``patches``."""
+    return patches[name] if name in patches else getattr(inductor_config, name)
+
+
 def user_joint_passes(
     patches: Mapping[str, Any], which: str = "joint_custom_pre_pass"
 ) -> tuple[Callable[[torch.fx.Graph], Any], ...]:
     """The joint passes in force before ours: those in ``patches``, else those in Inductor's config."""
-    chosen = patches[which] if which in patches else getattr(inductor_config, which)
+    chosen = inductor_setting(which, patches)
     if chosen is None:
         return ()
     # Newer releases also take several; older ones take one.

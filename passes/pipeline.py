@@ -31,6 +31,7 @@ from .decide import estimate, rounds_of, shorter
 from .find_chains import Track, find_chains
 from .find_recurrences import find_recurrences
 from .group_links import group_links
+from .keep_pieces import keep_pieces
 from .rewrite import Rewriting, rewrite_chain
 from .rewrite_recurrent_modules import Watcher as ModuleWatcher
 from .rewrite_recurrent_modules import rewrite_recurrent_modules
@@ -84,7 +85,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
-            return records
+            break
         with timed("highway.find_chains"):
             candidates, refusals, short = _candidates(info, options)
         if first_look:
@@ -101,7 +102,9 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
             if changed:
                 break
         if not changed:
-            return records
+            break
+    keep_pieces(graph, settled)
+    return records
 
 
 def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list[Refusal], list[Candidate]]:

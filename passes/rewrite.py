@@ -279,8 +279,8 @@ class _ChainRewriter:
             if not terms and isinstance(k, float) and k * keep == 1.0:
                 done[c] = self._repeated(heads[c], self.like[c])
                 continue
-            values = self._with_head(heads[c], terms, self.like[c])
-            done[c] = values if k is None or not keep else self._linear_scan(values, k, keep)
+            values = self._sum(terms, self.like[c])
+            done[c] = self._linear_scan(values, k if keep else None, keep, heads[c])
         return [done[c] for c in range(self.chain.width)]
 
     def _repeated(self, head: Node, like: torch.Tensor) -> Node:
@@ -298,32 +298,34 @@ class _ChainRewriter:
         scaled = self.e.call(aten.mul.Tensor, node, k)
         return scaled if factor == 1.0 else self.e.call(aten.mul.Tensor, scaled, factor)
 
-    def _with_head(self, head: Node, terms: list[Node], like: torch.Tensor) -> Node:
-        e = self.e
-        last = e.call(aten.unsqueeze.default, head, 0)
+    def _sum(self, terms: list[Node], like: torch.Tensor) -> Node:
+        """[links, ...]"""
         if not terms:
-            rest = e.full([self.links, *like.shape], 0.0, like)
-        else:
-            rest = terms[0]
-            for term in terms[1:]:
-                rest = e.call(aten.add.Tensor, rest, term)
-        return e.call(aten.cat.default, [rest, last])
+            return self.e.full([self.links, *like.shape], 0.0, like)
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.e.call(aten.add.Tensor, total, term)
+        return total
 
-    def _linear_scan(self, values: Node, k: Node | float, keep: float) -> Node:
-        """Row i of the multipliers carries row i + 1 over; the last is never read, so any value will do."""
-        return self.e.call(torch.ops.highway.linear_scan.default, values, self._multipliers(values, k, keep), True)
+    def _linear_scan(self, values: Node, k: Node | float | None, keep: float, head: Node) -> Node:
+        """Rows 0..L of W, the last being ``head``: row i is values i and what the multiplier of link i + 1 carries over
+        from row i + 1. Without ``k`` nothing is."""
+        if k is None:
+            return self.e.call(aten.cat.default, [values, self.e.call(aten.unsqueeze.default, head, 0)])
+        factors = self._multipliers(values, k, keep)
+        return self.e.call(torch.ops.highway.linear_scan.default, values, factors, True, head)
 
     def _multipliers(self, values: Node, k: Node | float, keep: float) -> Node | None:
         e = self.e
         if k not in self._made_multipliers:
-            if isinstance(k, float):
-                tensor = values.meta["val"]
+            made: Node | None
+            if not isinstance(k, float):
+                made = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)
+            elif k * keep == 1.0:
                 made = None
-                if k * keep != 1.0:
-                    made = e.full([tensor.shape[0]] + [1] * (tensor.dim() - 1), k * keep, tensor)
             else:
-                scaled = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)
-                made = e.call(aten.cat.default, [scaled, e.call(aten.slice.Tensor, scaled, 0, 0, 1)])
+                tensor = values.meta["val"]
+                made = e.full([1] * tensor.dim(), k * keep, tensor)
             self._made_multipliers[k] = made
         return self._made_multipliers[k]
 

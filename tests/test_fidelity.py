@@ -164,6 +164,18 @@ def test_without_a_chain_the_graph_is_untouched(case, captured):
         assert rewritten.graph.python_code("self").src == joint.module.graph.python_code("self").src
 
 
+def test_what_the_rewrite_concatenates_nothing_else_uses(case, captured):
+    """Inductor may overwrite it there: Note [Pieces of a concatenation]."""
+    concatenate = (torch.ops.aten.cat.default, torch.ops.aten.stack.default, torch.ops.aten.constant_pad_nd.default)
+    for joint in captured.joints:
+        before = {node.name for node in joint.module.graph.nodes}
+        for damping in (0.0, 0.2):
+            rewritten, _ = joint.rewritten(options(iterations=2, damping=damping))
+            for node in rewritten.graph.nodes:
+                if node.target in concatenate and node.name not in before:
+                    assert all(len(piece.users) == 1 for piece in node.all_input_nodes), node.format_node()
+
+
 PARTITIONED = (
     "mlp_module_list", "resnet_postact_train", "encoder_post_norm", "torch_encoder_causal_dropout",
     "gru_cell_every_step", "lstm_cell_start_given", "gru_2_layers_interleaved_every_step", "encoder_decoder",

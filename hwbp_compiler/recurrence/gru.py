@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .layer import Gradients, Layer, column_sums, contributions, rows, scan, with_row_of_zeros
+from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows, scan
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
@@ -38,11 +37,12 @@ def gradients(
     # (h - n) z is h' - n.
     of_z = (layer.output - n) * (1 - z)
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
-    c = contributions(layer, grad_output, grad_h_n)
     if iterations is None:
-        w, of_first = through_time(c, z, into[:, :, 1:], layer.w_hh)
+        w, of_first = through_time(contributions(layer, grad_output, grad_h_n), z, into[:, :, 1:], layer.w_hh)
     else:
-        w, of_first = _truncated(c, z, into[:, :, 1:], layer.w_hh, iterations, damping)
+        c = contributions(layer, grad_output, None)
+        last = at_the_last_state(c, grad_h_n)
+        w, of_first = _truncated(c[:-1], last, z, into[:, :, 1:], layer.w_hh, iterations, damping)
 
     flat = rows(into * w.unsqueeze(2))
     of_ih, of_hh = flat[:, : 3 * size], flat[:, size:]
@@ -84,20 +84,20 @@ def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor
 
 
 def _truncated(
-    c: Tensor, z: Tensor, into: Tensor, w_hh: Tensor, iterations: int, damping: float
+    c: Tensor, last: Tensor, z: Tensor, into: Tensor, w_hh: Tensor, iterations: int, damping: float
 ) -> tuple[Tensor, Tensor]:
-    """w^k [T, B, H], and what it makes of the state before the first step [B, H]."""
-    keep = with_row_of_zeros(z)[1:]
-    w = scan(c, keep, damping)
-    into_first = torch.zeros_like(c[0])
+    """w^k [T, B, H], and what it makes of the state before the first step [B, H]; from the losses' contributions at
+    all states but the last, c [T - 1, B, H], and at the last."""
+    keep = z[1:]
+    w = scan(c, keep, last, damping)
+    into_first = torch.zeros_like(last)
     for _ in range(iterations):
         through_blocks = _through_blocks(into, w, w_hh)
         into_first, moved = through_blocks[0], through_blocks[1:]
         if damping:
             into_first = into_first + damping * z[0] * w[0]
-            moved = moved + damping * keep[:-1] * w[1:]
-        # The last state gets nothing. A pad that is added costs no copy of its own.
-        w = scan(c + F.pad(moved, (0, 0, 0, 0, 0, 1)), keep, damping)
+            moved = moved + damping * keep * w[1:]
+        w = scan(c + moved, keep, last, damping)
     return w, into_first + (1 - damping) * z[0] * w[0]
 
 

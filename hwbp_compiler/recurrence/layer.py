@@ -5,9 +5,9 @@ Row i of a series belongs to step i + 1 of time. Highway-BP is run on *changes*:
 scan(J d^j), whose sum up to k is w^k by linearity: no iteration reads c again. The block of a step leads to the state
 before it, so a change is moved up by a row, and its last row is zero from then on.
 
-Note [Rows without copies]
-``torch.cat`` of what is computed and of a row of zeros writes what is computed to its place in the result; a pad, or a
-shift of what exists, would copy it.
+Note [The last state]
+What the losses contribute at h_T is the whole gradient there: every scan starts from it, as the initial state, and runs
+over the links 2..T. Nothing is concatenated or padded, and so nothing copied, for the sake of that row.
 """
 
 from __future__ import annotations
@@ -62,20 +62,26 @@ def states_before(layer: Layer) -> Tensor:
 
 
 def with_row_of_zeros(series: Tensor) -> Tensor:
-    """See Note [Rows without copies]."""
     return torch.cat([series, torch.zeros_like(series[:1])])
 
 
-def scan(values: Tensor, multipliers: Tensor, damping: float) -> Tensor:
-    """From the last state to the first, along the highway that damping leaves; row i carries from state i + 1."""
+def scan(values: Tensor, multipliers: Tensor, last: Tensor, damping: float) -> Tensor:
+    """[T, B, H] from the last state, where the gradient is ``last`` [B, H], to the first, along the highway that
+    damping leaves. Row i of ``values`` [T - 1, B, H] is added at state i + 1; row i of ``multipliers``, of the same
+    shape, carries from state i + 2 to it."""
     if damping:
         multipliers = (1 - damping) * multipliers
-    return torch.ops.highway.linear_scan(values, multipliers, True)
+    return torch.ops.highway.linear_scan(values, multipliers, True, last)
 
 
 def column_sums(matrix: Tensor) -> Tensor:
     """As a product: a compiled reduction over rows walks down one narrow column after another."""
     return torch.mm(matrix.new_ones(1, matrix.shape[0]), matrix).squeeze(0)
+
+
+def at_the_last_state(c: Tensor, grad_h_n: Tensor | None) -> Tensor:
+    """[B, H]: what the losses contribute at h_T, of c [T, B, H] and of what is returned as the last state."""
+    return c[-1] if grad_h_n is None else c[-1] + grad_h_n[0]
 
 
 def contributions(layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Tensor:

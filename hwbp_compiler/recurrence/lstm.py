@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer import Gradients, Layer, column_sums, contributions, rows, scan, states_before, with_row_of_zeros
+from .layer import (
+    Gradients,
+    Layer,
+    at_the_last_state,
+    column_sums,
+    contributions,
+    rows,
+    scan,
+    states_before,
+    with_row_of_zeros,
+)
 
 MULTIPLIER = "c->c: sigmoid(...); c->h: sigmoid(...)*sigmoid(...)*(1 - tanh(...)**2)"
 
@@ -35,19 +45,16 @@ def gradients(
         gates = gates + layer.bias.view(4, -1)
     i, f, o = (torch.sigmoid(gates.select(2, number)) for number in (0, 1, 3))
     g = torch.tanh(gates.select(2, 2))
-    c_0 = layer.state[1].to(i.dtype)
-    c = torch.ops.highway.linear_scan(torch.cat([c_0, i * g]), torch.cat([torch.ones_like(c_0), f]), False)
+    c = torch.ops.highway.linear_scan(i * g, f, False, layer.state[1][0].to(i.dtype))
     tanh_c = torch.tanh(c[1:])
     # What the gradients of c' (three times) and h' are multiplied with on their way into the product with the weights.
     into = torch.stack([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
     through_h = o * (1 - tanh_c * tanh_c)
-    keep = with_row_of_zeros(f)[1:]
+    keep = f[1:]
 
     of_h = w_h = contributions(layer, grad_output, grad_h_n)
     values = through_h * of_h
-    if grad_c_n is not None:
-        values = torch.cat([values[:-1], values[-1:] + grad_c_n])
-    of_c = w_c = scan(values, keep, damping)
+    of_c = w_c = scan(values[:-1], keep, at_the_last_state(values, grad_c_n), damping)
     h_before_last = c_before_last = torch.zeros_like(w_h[0])  # w^{k-1}, at the first step
     for _ in range(iterations):
         h_before_last, c_before_last = w_h[0], w_c[0]
@@ -55,8 +62,8 @@ def gradients(
         moved = torch.mm(rows(_into_gates(into[1:], of_h, of_c)), layer.w_hh).view(of_h.shape)
         values = through_h[:-1] * moved
         if damping:
-            values = values + damping * keep[:-1] * of_c
-        of_h, of_c = with_row_of_zeros(moved), scan(with_row_of_zeros(values), keep, damping)
+            values = values + damping * keep * of_c
+        of_h, of_c = with_row_of_zeros(moved), scan(values, keep, torch.zeros_like(of_c[0]), damping)
         w_h, w_c = w_h + of_h, w_c + of_c
 
     into_gates = _into_gates(into, w_h, w_c)

@@ -24,7 +24,6 @@ from hwbp_compiler.graph.batching import Value
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.program import Program
-from hwbp_compiler.scan import linear_scan
 
 from .link import Affine, Backward
 from .live import AllSteps, LiveEmitter, constant, symbols_of
@@ -33,6 +32,7 @@ from .settled import settled
 from .trace import depends_on, operands_outside
 
 aten = torch.ops.aten
+linear_scan = torch.ops.highway.linear_scan
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Seq
     emitter = LiveEmitter(length, symbols_of(link.module.graph, {**known, **_unbatched(nodes, start)}))
     values = AllSteps(emitter, known)
     evaluator = _evaluator(emitter, link.program, values, [None] * width)
-    done: dict[int, Tensor] = {}
+    done: dict[int, Tensor] = {}  # states 0..T
     for to in link.split.order:
         like = start[to]
         total = _full(emitter, evaluator.value(Mode.INJECT, link.program.outputs[to]), like, length)
@@ -74,12 +74,12 @@ def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Seq
             if source == to:
                 own = factor
                 continue
-            before = torch.cat([start[source].unsqueeze(0), done[source][:-1]])
-            total = total + factor * before
-        first = total[:1] + (own[:1] if isinstance(own, Tensor) and own.shape[0] != 1 else own) * like
-        rest = torch.cat([first, total[1:]])
-        done[to] = rest if isinstance(own, float) and own == 0.0 else linear_scan(rest, _multipliers(own, like))
-    return [done[i] for i in range(width)]
+            total = total + factor * done[source][:-1]
+        if isinstance(own, float) and own == 0.0:
+            done[to] = torch.cat([like.unsqueeze(0), total])
+        else:
+            done[to] = linear_scan(total, _multipliers(own, like), False, like)
+    return [done[i][1:] for i in range(width)]
 
 
 # -- everything else ----------------------------------------------------------------------------------------------
@@ -212,13 +212,10 @@ class _Backprop:
             total = terms[0]
             for term in terms[1:]:
                 total = total + term
-            values = torch.cat([total, direct[-1:]])
             if isinstance(own, float) and own == 0.0 or not keep:
-                done[to] = values
-                continue
-            if isinstance(own, Tensor) and own.shape[0] != 1:  # row t takes over from row t + 1 through link t + 1
-                own = torch.cat([own, own[:1]])
-            done[to] = linear_scan(values, _multipliers(own, self.start[to]), reverse=True)
+                done[to] = torch.cat([total, direct[-1:]])
+            else:  # row t takes over from row t + 1 through link t + 1
+                done[to] = linear_scan(total, _multipliers(own, self.start[to]), True, direct[-1])
         return [done[i] for i in range(self.link.width)]
 
     # -- step by step -------------------------------------------------------------------------------------------

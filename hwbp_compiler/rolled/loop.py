@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.counting import count
 from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import compile_step
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...])
             torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
             for shape, stride, dtype, device in description
         ]
-        return compile_step(_writing(code, slots, examples, sizes), examples)
+        return compile_step(_writing(code, slots, examples, sizes), examples, keeping_pieces({}))
     except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)

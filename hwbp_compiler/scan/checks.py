@@ -59,5 +59,17 @@ def check_multipliers(values: Tensor, multipliers: Tensor, name: str = "multipli
             )
 
 
+def check_initial(values: Tensor, initial: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``initial`` can be the state before the first link of ``values``."""
+    if initial.dtype != values.dtype:
+        raise TypeError(f"linear_scan: initial has dtype {initial.dtype}, values have {values.dtype}; they must agree")
+    if initial.device != values.device:
+        raise ValueError(f"linear_scan: initial is on {initial.device}, values are on {values.device}; they must agree")
+    if initial.shape != values.shape[1:]:
+        raise ValueError(
+            f"linear_scan: initial has shape {_shape(initial)}; it must be {_shape(values)[1:]}, that of one link"
+        )
+
+
 def _shape(tensor: Tensor) -> list[object]:
     return list(tensor.shape)

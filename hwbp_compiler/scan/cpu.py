@@ -34,31 +34,52 @@ _TYPES = {
 }
 
 
-def linear_scan_cpu(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
-    """:func:`hwbp_compiler.linear_scan` on CPU tensors; the output is contiguous and new."""
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
-    linear_scan_out(values, multipliers, reverse, out=out)
+def linear_scan_cpu(
+    values: Tensor, multipliers: Tensor | None, reverse: bool = False, initial: Tensor | None = None
+) -> Tensor:
+    """``torch.ops.highway.linear_scan`` on CPU tensors; the output is contiguous and new."""
+    out = values.new_empty((values.shape[0] + (initial is not None), *values.shape[1:]))
+    _scan(values, multipliers, initial, out, reverse)
     return out
 
 
 def linear_scan_out(values: Tensor, multipliers: Tensor | None, reverse: bool, *, out: Tensor) -> None:
     """The same into ``out``, contiguous and apart from the inputs. Compiled graphs call this by name."""
+    _scan(values, multipliers, None, out, reverse)
+
+
+def linear_scan_from_out(
+    values: Tensor, initial: Tensor, multipliers: Tensor | None, reverse: bool, *, out: Tensor
+) -> None:
+    """The same from an initial state, which is a row of ``out``. Compiled graphs call this by name."""
+    _scan(values, multipliers, initial, out, reverse)
+
+
+def _scan(values: Tensor, multipliers: Tensor | None, initial: Tensor | None, out: Tensor, reverse: bool) -> None:
     if out.numel() == 0:
         return
     kernel = load(values.dtype)
     if kernel is None:
-        out.copy_(linear_scan_torch(values, multipliers, reverse))
-    elif not _launch(kernel, values, multipliers, out, reverse):
+        out.copy_(linear_scan_torch(values, multipliers, reverse, initial))
+        return
+    # A complex tensor may be a view that only says "conjugate", which a pointer does not.
+    initial = None if initial is None else initial.resolve_conj().contiguous()
+    if not _launch(kernel, values, multipliers, initial, out, reverse):
         # The kernel wants neighbours in the last dimension, and few dimensions that do not merge.
         values = values.contiguous()
         if multipliers is not None:
             multipliers = spread(multipliers, values).expand_as(values).contiguous()
-        taken = _launch(kernel, values, multipliers, out, reverse)
+        taken = _launch(kernel, values, multipliers, initial, out, reverse)
         assert taken, "the kernel takes any contiguous tensors"
 
 
 def _launch(
-    kernel: Callable[..., bool], values: Tensor, multipliers: Tensor | None, out: Tensor, reverse: bool
+    kernel: Callable[..., bool],
+    values: Tensor,
+    multipliers: Tensor | None,
+    initial: Tensor | None,
+    out: Tensor,
+    reverse: bool,
 ) -> bool:
     if multipliers is None:
         pointer, shape, stride = 0, None, None
@@ -67,6 +88,7 @@ def _launch(
     return kernel(
         values.data_ptr(),
         pointer,
+        0 if initial is None else initial.data_ptr(),
         out.data_ptr(),
         values.shape,
         values.stride(),

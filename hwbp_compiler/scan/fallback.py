@@ -14,8 +14,16 @@ from .reference import spread
 _WIDE = 16384
 
 
-def linear_scan_torch(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Tensor:
-    """:func:`hwbp_compiler.linear_scan` as a loop over links, or over blocks of links that advance together."""
+def linear_scan_torch(
+    values: Tensor, multipliers: Tensor | None, reverse: bool, initial: Tensor | None = None
+) -> Tensor:
+    """``torch.ops.highway.linear_scan`` as a loop over links, or over blocks of links that advance together."""
+    if initial is not None:
+        # One link more, whose multiplier has nothing to multiply.
+        values = torch.cat([values, initial[None]] if reverse else [initial[None], values])
+        if multipliers is not None and multipliers.ndim > 0 and multipliers.shape[0] == values.shape[0] - 1:
+            unused = multipliers.new_ones((1, *multipliers.shape[1:]))
+            multipliers = torch.cat([multipliers, unused] if reverse else [unused, multipliers])
     dtype = accumulator(values.dtype)
     a = values.to(dtype)
     if multipliers is None:

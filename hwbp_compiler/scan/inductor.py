@@ -29,6 +29,7 @@ from typing import Any
 import sympy
 import torch
 
+from hwbp_compiler.stack import cat
 from hwbp_compiler.torch_private import (
     BackendFeature,
     CeilDiv,
@@ -63,67 +64,100 @@ def register() -> None:
     """Teach Inductor the operator. Idempotent, and without effect on graphs that do not contain it."""
     register_lowering(operator, type_promotion_kind=None)(lower)
     lowerings[aten.cat.default] = _concatenations_in_loads(lowerings[aten.cat.default])
+    register_lowering(cat, type_promotion_kind=None)(_lower_cat)
 
 
-def lower(values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool = False) -> Any:
+def lower(
+    values: ir.TensorBox,
+    multipliers: ir.TensorBox | None,
+    reverse: bool = False,
+    initial: ir.TensorBox | None = None,
+) -> Any:
     device = values.get_device()
     # Inductor generates no complex arithmetic, and a complex tensor may be a view that only says "conjugate",
     # which the dispatcher resolves.
     if values.get_dtype().is_complex:
-        return _as_operator(values, multipliers, reverse)
+        return _as_operator(values, multipliers, reverse, initial)
     if device.type == "cpu" and not V.graph.cpp_wrapper:
-        return CpuScan.create(values, multipliers, reverse)
+        return CpuScan.create(values, multipliers, reverse, initial)
     if not all(V.graph.has_feature(device, feature) for feature in _NEEDED):
-        return _as_operator(values, multipliers, reverse)
-    scan = _Scan(values, multipliers, reverse)
+        return _as_operator(values, multipliers, reverse, initial)
+    scan = _Scan(values, multipliers, reverse, initial)
     return scan.in_blocks() if scan.is_narrow() else scan.whole()
 
 
-def _as_operator(values: Any, multipliers: Any, reverse: bool) -> Any:
+def _lower_cat(tensors: Sequence[ir.TensorBox], dim: int = 0) -> Any:
+    """See Note [A concatenation with memory of its own]."""
+    device = tensors[0].get_device()
+    if device.type == "cpu" or any(t.get_dtype() != tensors[0].get_dtype() for t in tensors):
+        return fallback_handler(cat, add_to_fallback_set=False)(tensors, dim)
+    return pointwise_cat(tensors, dim % len(tensors[0].get_size()))
+
+
+def _as_operator(values: Any, multipliers: Any, reverse: bool, initial: Any) -> Any:
     """A call of the operator, as for any operator Inductor does not know."""
-    return fallback_handler(operator, add_to_fallback_set=False)(values, multipliers, reverse)
+    return fallback_handler(operator, add_to_fallback_set=False)(values, multipliers, reverse, initial)
 
 
 class CpuScan(ir.ExternKernelOut):
     """A call of the C++ kernel in the generated Python, past the dispatcher and into a buffer of Inductor's."""
 
     @classmethod
-    def create(cls, values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool) -> ir.TensorBox:
+    def create(
+        cls,
+        values: ir.TensorBox,
+        multipliers: ir.TensorBox | None,
+        reverse: bool,
+        initial: ir.TensorBox | None,
+    ) -> ir.TensorBox:
         from .cpu import load
 
         load(values.get_dtype())  # build it while compiling rather than in the first step
-        inputs = [cls.realize_input(tensor) for tensor in (values, multipliers) if tensor is not None]
+        inputs = [cls.realize_input(tensor) for tensor in (values, initial, multipliers) if tensor is not None]
         return ir.TensorBox.create(
             cls(
-                layout=ir.FixedLayout(values.get_device(), values.get_dtype(), values.get_size()),
+                layout=ir.FixedLayout(values.get_device(), values.get_dtype(), _size(values, initial)),
                 inputs=inputs,
                 constant_args=(reverse,) if multipliers is not None else (None, reverse),
-                python_kernel_name="linear_scan_out",
+                python_kernel_name="linear_scan_out" if initial is None else "linear_scan_from_out",
                 op_overload=operator,
             )
         )
 
     def codegen(self, wrapper: Any) -> None:
-        wrapper.add_import_once("from hwbp_compiler.scan.cpu import linear_scan_out")
+        wrapper.add_import_once(f"from hwbp_compiler.scan.cpu import {self.python_kernel_name}")
         super().codegen(wrapper)
+
+
+def _size(values: ir.TensorBox, initial: ir.TensorBox | None) -> list[sympy.Expr]:
+    length, *columns = values.get_size()
+    return [length if initial is None else length + 1, *columns]
 
 
 class _Scan:
     """One lowering of the operator. Loaders take row and column and give the dtype to compute in."""
 
-    def __init__(self, values: ir.TensorBox, multipliers: ir.TensorBox | None, reverse: bool) -> None:
+    def __init__(
+        self,
+        values: ir.TensorBox,
+        multipliers: ir.TensorBox | None,
+        reverse: bool,
+        initial: ir.TensorBox | None,
+    ) -> None:
         self.device = values.get_device()
         self.dtype = values.get_dtype()
         self.compute = accumulator(self.dtype)
         self.reverse = reverse
-        self.size = list(values.get_size())
+        self.size = _size(values, initial)
         if not self.is_narrow():
             node = V.current_node
-            named = dict(zip(("values", "multipliers"), node.args, strict=False)) | node.kwargs
+            named = dict(zip(("values", "multipliers", "reverse", "initial"), node.args, strict=False)) | node.kwargs
             values = _computed_in_loads(named["values"], values)
             multipliers = None if multipliers is None else _computed_in_loads(named["multipliers"], multipliers)
         self.value = self._loader(values)
         self.multiplier = None if multipliers is None else self._loader(multipliers)
+        if initial is not None:
+            self._start_from(initial)
 
     def _loader(self, tensor: ir.TensorBox) -> Loader:
         load = tensor.make_loader()
@@ -135,6 +169,24 @@ class _Scan:
             return ops.to_dtype(load(own), self.compute)
 
         return at
+
+    def _start_from(self, initial: ir.TensorBox) -> None:
+        """Row 0, or the last in reverse, is ``initial``; its multiplier has nothing to multiply."""
+        load, value, multiplier = initial.make_loader(), self.value, self.multiplier
+        start = self.size[0] - 1 if self.reverse else sympy.S.Zero
+
+        def link(index: Index) -> Index:
+            return index if self.reverse else [index[0] - 1, *index[1:]]
+
+        def with_start(index: Index) -> Any:
+            first = _where(index[0], "==", start, lambda: ops.to_dtype(load(index[1:]), self.compute))
+            return ops.where(
+                _compared(index[0], "==", start), first, _where(index[0], "!=", start, lambda: value(link(index)))
+            )
+
+        self.value = with_start
+        if multiplier is not None:
+            self.multiplier = lambda index: _where(index[0], "!=", start, lambda: multiplier(link(index)))
 
     def whole(self) -> ir.TensorBox:
         """One kernel, in which a program walks down all links of its columns."""
@@ -306,7 +358,7 @@ def _concatenations_in_loads(lower_cat: Callable[..., Any]) -> Callable[..., Any
 
 def _only_scans_read(node: torch.fx.Node) -> bool:
     def scans(user: torch.fx.Node) -> bool:
-        return user.target is operator or (user.target in (aten.cat.default, *_VIEWS) and _only_scans_read(user))
+        return user.target is operator or (user.target in (aten.cat.default, cat, *_VIEWS) and _only_scans_read(user))
 
     return bool(node.users) and all(map(scans, node.users))
 
@@ -328,9 +380,13 @@ def _times(product: Any, state: Any) -> Any:
 
 def _where(left: Any, relation: str, right: Any, then: Callable[[], Any], mask: bool = True) -> Any:
     """``then()`` where two index expressions compare so, else zero. With ``mask`` nothing is loaded elsewhere."""
-    compare = {"<": ops.lt, ">=": ops.ge, "==": ops.eq}[relation]
-    left, right = (ops.index_expr(sympy.sympify(side), torch.int64) for side in (left, right))
-    condition = compare(left, right)
+    condition = _compared(left, relation, right)
     if mask:
         return ops.masked(condition, then, 0.0)
     return ops.where(condition, then(), ops.constant(0.0, torch.float32))
+
+
+def _compared(left: Any, relation: str, right: Any) -> Any:
+    compare = {"<": ops.lt, ">=": ops.ge, "==": ops.eq, "!=": ops.ne}[relation]
+    left, right = (ops.index_expr(sympy.sympify(side), torch.int64) for side in (left, right))
+    return compare(left, right)

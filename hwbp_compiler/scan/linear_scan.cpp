@@ -1,6 +1,6 @@
 // The CPU kernel of highway::linear_scan: u[i] = a[i] + m[i] * u[i -+ 1] along dim 0, in one pass over memory.
 // Built once for each dtype that is used, with HIGHWAY_TYPE defined as one of float, double, Half, BFloat16,
-// Complex<float>, Complex<double>.
+// Complex<float>, Complex<double>. With an initial state the output has one more row, that state, before the first link.
 //
 // Note [Row order]
 // A thread owns a range of columns and walks down the rows with the running u of its columns in a small buffer
@@ -265,7 +265,8 @@ template <typename T>
 struct Problem {
   const T* a;
   const T* m;       // null: every multiplier is one
-  T* y;
+  const T* initial; // the state before the first link, its columns next to each other; null: there is none
+  T* y;             // the first link's row; the initial state's is the one before
   int64_t length, columns, run;
   int64_t a_row, m_row, y_row;  // elements from one row to the next in scan order
   int outer;
@@ -302,7 +303,7 @@ struct Scan {
 
   // Rows [first, last) of the runs, from running values u, which are updated; writes the output.
   void rows(int64_t first, int64_t last, A* u) {
-    if (first == 0) start(u, first++);
+    if (first == 0) start(u, first);
     if (p.stream) pass<Result::streamed_output>(first, last, u, nullptr);
     else pass<Result::output>(first, last, u, nullptr);
 #if defined(__AVX__)
@@ -312,19 +313,20 @@ struct Scan {
 
   // The same rows with no output that matters; also multiplies their multipliers into product.
   void reduce(int64_t first, int64_t last, A* u, A* product) {
-    if (first == 0) start(u, first++);
+    if (first == 0) start(u, first);
     pass<Result::product>(first, last, u, product);
   }
 
  private:
-  // The first link of the whole scan has no predecessor. Its multiplier must not meet the zero there, or an
-  // infinite one would make a NaN.
-  void start(A* u, int64_t i) {
+  // Without an initial state the first link of the whole scan has no predecessor, and is the state to start from. Its
+  // multiplier must not meet a zero there, or an infinite one would make a NaN.
+  void start(A* u, int64_t& first) {
     for (const Run& r : runs)
       for (int64_t j = 0; j < r.n; ++j) {
-        u[r.u + j] = read(p.a[i * p.a_row + r.a + j]);
-        write(p.y + i * p.y_row + r.y + j, u[r.u + j]);
+        u[r.u + j] = read(p.initial ? p.initial[r.y + j] : p.a[r.a + j]);
+        write((p.initial ? p.y - p.y_row : p.y) + r.y + j, u[r.u + j]);
       }
+    if (!p.initial) ++first;
   }
 
   template <Result R>
@@ -475,8 +477,8 @@ bool read_layout(PyObject* sizes, PyObject* a_strides, PyObject* m_sizes, PyObje
 
 using T = HIGHWAY_TYPE;
 
-void scan(const void* a, const void* m, void* y, int64_t length, int64_t a_row, int64_t m_row, const Layout& layout,
-          bool reverse, int threads) {
+void scan(const void* a, const void* m, const void* initial, void* y, int64_t length, int64_t a_row, int64_t m_row,
+          const Layout& layout, bool reverse, int threads) {
   constexpr int64_t kStreamBytes = 1 << 20;       // smaller outputs are still in the cache when they are read
   constexpr int64_t kFreshBytes = 32 << 20;       // malloc maps anything larger anew, page by page
   Problem<T> p;
@@ -493,7 +495,8 @@ void scan(const void* a, const void* m, void* y, int64_t length, int64_t a_row, 
   const int64_t sign = reverse ? -1 : 1, first = reverse ? length - 1 : 0;
   p.a = static_cast<const T*>(a) + first * a_row;
   p.m = m ? static_cast<const T*>(m) + first * m_row : nullptr;
-  p.y = static_cast<T*>(y) + first * p.columns;
+  p.initial = static_cast<const T*>(initial);
+  p.y = static_cast<T*>(y) + (first + (initial && !reverse)) * p.columns;
   p.a_row = sign * a_row;
   p.m_row = sign * m_row;
   p.y_row = sign * p.columns;
@@ -514,18 +517,19 @@ void scan(const void* a, const void* m, void* y, int64_t length, int64_t a_row, 
   return run<T, Multiplier::full>(p, threads);
 }
 
-// linear_scan(a, m, y, sizes, a_strides, m_sizes, m_strides, reverse, threads) -> bool
-// Pointers as integers, m = 0 for none; m_sizes and m_strides are None or tuples whose missing dimensions count
-// as size one. False: a layout this kernel does not take, nothing was computed.
+// linear_scan(a, m, initial, y, sizes, a_strides, m_sizes, m_strides, reverse, threads) -> bool
+// Pointers as integers, m = 0 and initial = 0 for none; m_sizes and m_strides are None or tuples whose missing dimensions
+// count as size one. False: a layout this kernel does not take, nothing was computed.
 PyObject* linear_scan(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != 9) {
-    PyErr_SetString(PyExc_TypeError, "linear_scan takes 9 arguments");
+  if (count != 10) {
+    PyErr_SetString(PyExc_TypeError, "linear_scan takes 10 arguments");
     return nullptr;
   }
   const void* a = PyLong_AsVoidPtr(args[0]);
   const void* m = PyLong_AsVoidPtr(args[1]);
-  void* y = PyLong_AsVoidPtr(args[2]);
-  PyObject *sizes = args[3], *a_strides = args[4], *m_sizes = args[5], *m_strides = args[6];
+  const void* initial = PyLong_AsVoidPtr(args[2]);
+  void* y = PyLong_AsVoidPtr(args[3]);
+  PyObject *sizes = args[4], *a_strides = args[5], *m_sizes = args[6], *m_strides = args[7];
   Layout layout;
   const bool taken = read_layout(sizes, a_strides, m_sizes, m_strides, layout);
   const int64_t length = PyLong_AsLongLong(PyTuple_GET_ITEM(sizes, 0));
@@ -533,12 +537,12 @@ PyObject* linear_scan(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const bool steady = m_sizes == Py_None || PyTuple_GET_SIZE(m_sizes) == 0 ||
                       PyLong_AsLongLong(PyTuple_GET_ITEM(m_sizes, 0)) == 1;
   const int64_t m_row = steady ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(m_strides, 0));
-  const bool reverse = args[7] == Py_True;
-  const int threads = static_cast<int>(PyLong_AsLong(args[8]));
+  const bool reverse = args[8] == Py_True;
+  const int threads = static_cast<int>(PyLong_AsLong(args[9]));
   if (PyErr_Occurred()) return nullptr;
   if (!taken) Py_RETURN_FALSE;
   Py_BEGIN_ALLOW_THREADS
-  scan(a, m, y, length, a_row, m_row, layout, reverse, threads);
+  scan(a, m, initial, y, length, a_row, m_row, layout, reverse, threads);
   Py_END_ALLOW_THREADS
   Py_RETURN_TRUE;
 }

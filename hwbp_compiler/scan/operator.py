@@ -1,4 +1,9 @@
-"""``torch.ops.highway.linear_scan``: the scan of single tensors as one operator of the dispatcher."""
+"""``torch.ops.highway.linear_scan``: the scan of single tensors as one operator of the dispatcher.
+
+``linear_scan(values, multipliers, reverse=False, initial=None)``. With ``initial``, a state of the shape of one link,
+the scan starts from it, and the result has one more row: ``initial`` itself, in front, or last with ``reverse``. The
+row is part of the result so that a graph need not concatenate what was scanned with what the scan started from.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +23,7 @@ from hwbp_compiler.torch_private import (
     set_forward_grad_enabled,
 )
 
-from .checks import check_multipliers, check_values
+from .checks import check_initial, check_multipliers, check_values
 from .cpu import linear_scan_cpu
 from .fallback import linear_scan_torch
 from .reference import spread
@@ -27,31 +32,36 @@ NAME = "highway::linear_scan"
 
 library = torch.library.Library("highway", "FRAGMENT")
 library.define(
-    "linear_scan(Tensor values, Tensor? multipliers, bool reverse=False) -> Tensor",
+    "linear_scan(Tensor values, Tensor? multipliers, bool reverse=False, Tensor? initial=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 operator = torch.ops.highway.linear_scan.default
 
 
-def check(values: Tensor, multipliers: Tensor | None) -> None:
+def check(values: Tensor, multipliers: Tensor | None, initial: Tensor | None) -> None:
     check_values(values)
     if multipliers is not None:
         check_multipliers(values, multipliers)
+    if initial is not None:
+        check_initial(values, initial)
 
 
-def _cpu(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
-    check(values, multipliers)
-    return linear_scan_cpu(values, multipliers, reverse)
+def _cpu(values: Tensor, multipliers: Tensor | None, reverse: bool = False, initial: Tensor | None = None) -> Tensor:
+    check(values, multipliers, initial)
+    return linear_scan_cpu(values, multipliers, reverse, initial)
 
 
-def _any_device(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
-    check(values, multipliers)
-    return linear_scan_torch(values, multipliers, reverse)
+def _any_device(
+    values: Tensor, multipliers: Tensor | None, reverse: bool = False, initial: Tensor | None = None
+) -> Tensor:
+    check(values, multipliers, initial)
+    return linear_scan_torch(values, multipliers, reverse, initial)
 
 
-def _fake(values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
-    check(values, multipliers)
-    return values.new_empty(values.shape)
+def _fake(values: Tensor, multipliers: Tensor | None, reverse: bool = False, initial: Tensor | None = None) -> Tensor:
+    check(values, multipliers, initial)
+    rows = values.shape[0] if initial is None else values.shape[0] + 1
+    return values.new_empty((rows, *values.shape[1:]))
 
 
 library.impl("linear_scan", _cpu, "CPU")
@@ -72,35 +82,48 @@ def previous(states: Tensor, reverse: bool) -> Tensor:
 # derives from for the level that a transform is at, which is where the dispatcher calls an Autograd kernel.
 class _Scan(SingleLevelFunction):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, multipliers: Tensor | None, reverse: bool, below: DispatchKeySet) -> Tensor:
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        multipliers: Tensor | None,
+        reverse: bool,
+        initial: Tensor | None,
+        below: DispatchKeySet,
+    ) -> Tensor:
         # apply switches both modes off, but what is below may be the kernel of an outer transform.
         with torch.enable_grad(), set_forward_grad_enabled(True), AutoDispatchBelowAutograd():
-            states = operator.redispatch(below, values, multipliers, reverse)
-        ctx.reverse = reverse
+            states = operator.redispatch(below, values, multipliers, reverse, initial)
+        ctx.reverse, ctx.starts = reverse, initial is not None
         ctx.save_for_backward(multipliers, states if ctx.needs_input_grad[1] else None)
-        ctx.save_for_forward(values, multipliers)
+        ctx.save_for_forward(values, multipliers, initial)
         return states
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
         """The adjoint of a scan is the scan of the other direction, with each multiplier moved by one link:
         ``g[i] = grad[i] + conj(m[i+1]) * g[i+1]``, and ``grad_m[i] = g[i] * conj(u[i-1])`` summed as m was spread.
+        From an initial state nothing has to be moved: it is one row in front of which there are L links.
         """
         multipliers, states = ctx.saved_tensors
-        adjoint = None
-        if multipliers is not None:
-            adjoint = multipliers.conj()
-            if multipliers.ndim > 0 and multipliers.shape[0] != 1:
+        adjoint = None if multipliers is None else multipliers.conj()
+        grad_initial = None
+        if ctx.starts:
+            first, rest = _first_and_rest(grad, not ctx.reverse)
+            grad_initial, grad_values = _first_and_rest(operator(rest, adjoint, not ctx.reverse, first), ctx.reverse)
+        else:
+            if adjoint is not None and adjoint.ndim > 0 and adjoint.shape[0] != 1:
                 adjoint = previous(adjoint, not ctx.reverse)
-        grad_values = operator(grad, adjoint, not ctx.reverse)
+            grad_values = operator(grad, adjoint, not ctx.reverse)
         grad_multipliers = None
         if ctx.needs_input_grad[1]:
-            full = grad_values * previous(states, ctx.reverse).conj()
+            full = grad_values * _before(states, ctx.reverse, ctx.starts).conj()
             grad_multipliers = full.sum_to_size(spread(multipliers, full).shape).reshape(multipliers.shape)
-        return grad_values, grad_multipliers, None, None
+        return grad_values, grad_multipliers, None, grad_initial, None
 
     @staticmethod
-    def jvp(ctx: Any, values: Tensor | None, multipliers: Tensor | None, *_: None) -> Tensor:
+    def jvp(
+        ctx: Any, values: Tensor | None, multipliers: Tensor | None, _: Any, initial: Tensor | None, *__: Any
+    ) -> Tensor:
         """A scan again: ``du[i] = da[i] + dm[i] * u[i-1] + m[i] * du[i-1]``, for tangents da and dm."""
         levels = functorch_levels.get_interpreter_stack() or []
         if sum(level.key() == functorch_levels.TransformType.Jvp for level in levels) > 1:
@@ -109,19 +132,39 @@ class _Scan(SingleLevelFunction):
                 "linear_scan: forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; "
                 "make one of the two reverse mode (torch.func.hessian, jacfwd of jacrev)"
             )
-        primal, factor = ctx.saved_tensors
+        primal, factor, start = ctx.saved_tensors
         fed = torch.zeros_like(primal) if values is None else values
         if multipliers is not None:
             # Computed anew: the output of forward is not yet one that depends on the inputs.
-            states = operator(primal, factor, ctx.reverse)
-            fed = fed + spread(multipliers, primal) * previous(states, ctx.reverse)
-        return operator(fed, factor, ctx.reverse)
+            states = operator(primal, factor, ctx.reverse, start)
+            fed = fed + spread(multipliers, primal) * _before(states, ctx.reverse, ctx.starts)
+        if ctx.starts and initial is None:
+            initial = torch.zeros_like(start)
+        return operator(fed, factor, ctx.reverse, initial)
 
 
-def _autograd(keys: DispatchKeySet, values: Tensor, multipliers: Tensor | None, reverse: bool = False) -> Tensor:
+def _first_and_rest(rows: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The row a scan in this direction starts with, and the others."""
+    return (rows[-1], rows[:-1]) if reverse else (rows[0], rows[1:])
+
+
+def _before(states: Tensor, reverse: bool, starts: bool) -> Tensor:
+    """Of a scan's result, the state before each link."""
+    if not starts:
+        return previous(states, reverse)
+    return states[1:] if reverse else states[:-1]
+
+
+def _autograd(
+    keys: DispatchKeySet,
+    values: Tensor,
+    multipliers: Tensor | None,
+    reverse: bool = False,
+    initial: Tensor | None = None,
+) -> Tensor:
     below = keys & after_autograd_keyset
     with enable_single_level_autograd_function():
-        states: Tensor = _Scan.apply(values, multipliers, reverse, below)
+        states: Tensor = _Scan.apply(values, multipliers, reverse, initial, below)
     return states
 
 
@@ -130,13 +173,14 @@ library.impl("linear_scan", _autograd, "Autograd", with_keyset=True)
 
 def _vmap(
     info: Any,
-    in_dims: tuple[int | None, int | None, None],
+    in_dims: tuple[int | None, ...],
     values: Tensor,
     multipliers: Tensor | None,
     reverse: bool = False,
+    initial: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """The mapped dimension becomes one more column dimension, right behind the length."""
-    values_dim, multipliers_dim = in_dims[:2]
+    values_dim, multipliers_dim, _, initial_dim = (*in_dims, None, None)[:4]
     if values.ndim == (values_dim is not None):
         check_values(values.new_empty(()))  # it says what is wrong
     if values_dim is None:
@@ -151,7 +195,12 @@ def _vmap(
             multipliers = spread(multipliers, values)
         elif multipliers.ndim > 1:
             multipliers = multipliers.unsqueeze(1)
-    return operator(values, multipliers, reverse), 1
+    if initial is not None:
+        if initial_dim is None:
+            initial = initial.expand(info.batch_size, *initial.shape)
+        else:
+            initial = initial.movedim(initial_dim, 0)
+    return operator(values, multipliers, reverse, initial), 1
 
 
 torch.library.register_vmap(NAME, _vmap, lib=library)

@@ -1,0 +1,50 @@
+"""Keep Inductor from writing in place of a piece of a concatenation.
+
+Note [Pieces of a concatenation]
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Inductor computes what is concatenated where it will lie: a piece is a view of the whole. A later kernel that is the
+last to read both may write its own result in place of the piece. Inductor then takes the whole for unused and gives its
+memory to the next buffer of the same size, while the result that lies in it is still to be read: a wrong value without
+a word. Torch 2.11, 2.13 and 2.14 do so, also with concatenations, stacks and pads of the user's.
+
+Here a buffer that lies in another's memory cannot be overwritten. Nothing else changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .digest import source_digest
+from .torch_private import SCHEDULER_PASS, CustomSchedulerPass, inductor_setting
+
+
+def keeping_pieces(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """``patches`` of Inductor's config with the rule of Note [Pieces of a concatenation], after a user's own pass."""
+    theirs = inductor_setting(SCHEDULER_PASS, patches)
+    return {**patches, SCHEDULER_PASS: theirs if isinstance(theirs, KeepPieces) else KeepPieces(theirs)}
+
+
+@dataclass(frozen=True)
+class KeepPieces(CustomSchedulerPass):
+    """A pass over Inductor's kernels once they are fused. ``first`` is the user's own."""
+
+    first: Callable[[list[Any]], list[Any]] | None = None
+
+    def __call__(self, nodes: list[Any]) -> list[Any]:
+        if self.first is not None:
+            nodes = self.first(nodes)
+        for node in nodes:
+            for buffer in node.get_outputs():
+                if buffer.get_aliases():
+                    for user in buffer.users:
+                        user.can_inplace = False
+        return nodes
+
+    def uuid(self) -> Any:
+        """None, which keeps the graph out of the caches, if the user's own pass cannot tell what it is."""
+        if self.first is None:
+            return source_digest()
+        theirs = self.first.uuid() if isinstance(self.first, CustomSchedulerPass) else None
+        return (source_digest(), theirs) if theirs else None
