@@ -136,6 +136,7 @@ LATE = {
     # graph/batching.py, testing/
     "FakeTensorMode": "torch._subclasses:FakeTensorMode",
     "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
+    "AsyncCompile": "torch._inductor.async_compile:AsyncCompile",
     "aot_autograd": "torch._dynamo.backends.common:aot_autograd",
     "select_decomp_table": "torch._inductor.decomposition:select_decomp_table",
     "without_modes": "torch.utils._python_dispatch:_disable_current_modes",

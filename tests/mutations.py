@@ -58,9 +58,23 @@ MUTATIONS = [
     Mutation(
         "the multipliers are those of the next link",
         "passes/rewrite.py",
-        "made = e.call(aten.cat.default, [scaled, e.call(aten.slice.Tensor, scaled, 0, 0, 1)])",
-        "made = e.call(aten.cat.default, [e.call(aten.slice.Tensor, scaled, 0, 0, 1), scaled])",
+        "made = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)",
+        "made = e.call(aten.roll.default, k, [1], [0])",
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
+    ),
+    Mutation(
+        "what something else uses too is concatenated in place",
+        "passes/keep_pieces.py",
+        "node.target = cat",
+        "pass",
+        ("tests/test_fidelity.py::test_what_the_rewrite_concatenates_nothing_else_uses",),
+    ),
+    Mutation(
+        "a piece of a concatenation may be overwritten",
+        "hwbp_compiler/pieces.py",
+        "user.can_inplace = False",
+        "pass",
+        ("tests/test_pieces.py",),
     ),
     Mutation(
         "an elementwise path inside a heavy one counts as highway",

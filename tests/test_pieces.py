@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.pieces import KeepPieces, keeping_pieces
+from hwbp_compiler.testing import generated
 
 # -- how memory is handed on in generated code --------------------------------------------------------------------
 
@@ -102,6 +104,15 @@ def test_inductor_alone_writes_over_the_piece(program):
     found, codes = run_and_get_code(torch.compile(program, options={"fx_graph_cache": False}), *arguments)
     assert not torch.allclose(found[2], program(*arguments)[2])
     assert any(map(overwritten_pieces, codes))
+
+
+def test_the_fuzzer_sees_what_is_overwritten(monkeypatch):
+    graph = make_fx(piece_of_a_cat, tracing_mode="fake")(*inputs())
+    found = generated.run_generated(graph, graph.graph, inputs())
+    torch.testing.assert_close(found[2], piece_of_a_cat(*inputs())[2], rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(generated, "keeping_pieces", dict)
+    with pytest.raises(AssertionError, match="where memory is used again"):
+        generated.run_generated(graph, graph.graph, inputs())
 
 
 # -- what the rewrite emits ---------------------------------------------------------------------------------------

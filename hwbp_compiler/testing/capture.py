@@ -220,21 +220,27 @@ class Trace:
     leaves: dict[str | int, Tensor]
     output_spec: pytree.TreeSpec
 
-    def gradients(self, options: Any) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
-        """As :meth:`Capture.gradients`."""
+    def gradients(
+        self, options: Any, run: Callable[[fx.GraphModule, fx.Graph, list[Any]], Any] | None = None
+    ) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
+        """As :meth:`Capture.gradients`. ``run(root, graph, inputs)`` gives the rewritten graph's results; unless it is
+        given, operators are called one by one."""
         root, graph = self.joint.module, fx.Graph()
         graph.output(graph.graph_copy(root.graph, {}))
         records = run_passes(graph, options) if options is not None else []
         with torch.no_grad():
-            inputs = (*self.joint.primals, *self.tangents)
-            # Neither copied nor printed as code: that would take longer than the passes do.
-            results = fx.Interpreter(root, graph=graph).run(*inputs, enable_io_processing=False)
+            results = (run or _interpreted)(root, graph, [*self.joint.primals, *self.tangents])
         outputs, found = results[: self.joint.forward_outputs], results[self.joint.forward_outputs :]
         gradients = {
             key: torch.zeros_like(leaf) if gradient is None else gradient
             for (key, leaf), gradient in zip(self.leaves.items(), found, strict=True)
         }
         return pytree.tree_unflatten(outputs, self.output_spec), gradients, records
+
+
+def _interpreted(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> Any:
+    # Neither copied nor printed as code: that would take longer than the passes do.
+    return fx.Interpreter(root, graph=graph).run(*inputs, enable_io_processing=False)
 
 
 def trace(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]) -> Trace:

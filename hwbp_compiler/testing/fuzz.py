@@ -4,7 +4,8 @@
 
 Draws models from :mod:`.strategies` and settings (k, gamma, ``min_length``), rewrites the joint graph without
 generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd, and a smaller
-one through Inductor. A failure is minimised by hypothesis and saved as a script that repeats it. The exit status is 1
+one through the whole of torch.compile. ``--generated 1`` runs Inductor's code of every program, also in memory that is
+never used twice. A failure is minimised by hypothesis and saved as a script that repeats it. The exit status is 1
 if anything failed.
 """
 
@@ -37,11 +38,12 @@ from hwbp_compiler.torch_private import functorch_config
 from . import models, strategies
 from .capture import capture, leaves_of, options, trace
 from .compare import total_norm
+from .generated import run_generated
 from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
 from .reference import reference_gradients
 
-Route = Literal["trace", "dynamo", "inductor"]
+Route = Literal["trace", "dynamo", "inductor", "generated"]
 BATCH = 200
 
 
@@ -76,7 +78,17 @@ def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
 
 
 def programs() -> st.SearchStrategy[Model]:
-    """Small ones mostly: what they are made of matters, not their size."""
+    """Small ones mostly: what they are made of matters, not their size. One in four has sizes of two numbers only: many
+    of its buffers are of the same size, and so used again."""
+    return st.integers(0, 3).flatmap(lambda lot: coinciding() if lot == 3 else of_any_size())
+
+
+def coinciding() -> st.SearchStrategy[Model]:
+    pairs = st.sampled_from(((3, 4), (4, 5), (5, 6), (3, 6)))
+    return pairs.flatmap(lambda sizes: strategies.models(max_stacks=1, sizes=sizes, skips=True, loops=True))
+
+
+def of_any_size() -> st.SearchStrategy[Model]:
     all_kinds = {"skips": True, "loops": True, "dtypes": True}
     single = strategies.models(max_stacks=1, max_depth=4, max_width=3, **all_kinds)
     double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **all_kinds)
@@ -98,7 +110,10 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     # A loop of few steps has more ends than middle, and one without blocks is exact as it is: they may be passed over.
     loops = any(isinstance(stage, Recurrence) for stage in spec.stacks)
     found = []
-    results = {"trace": _traced, "dynamo": _through_dynamo, "inductor": _through_inductor}[route](spec, chosen)
+    routes = {
+        "trace": _traced, "generated": _generated, "dynamo": _through_dynamo, "inductor": _through_inductor,
+    }  # fmt: skip
+    results = routes[route](spec, chosen)
     for setting, (output, gradients, records) in zip(chosen, results, strict=True):
         tolerance = 1e-6
         if low:
@@ -165,6 +180,12 @@ def _traced(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
     traced = trace(*models.build(spec))
     for setting in chosen:
         yield traced.gradients(_options(setting))
+
+
+def _generated(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    traced = trace(*models.build(spec))
+    for setting in chosen:
+        yield traced.gradients(_options(setting), run_generated)
 
 
 def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
@@ -255,12 +276,13 @@ def _general(reason: str) -> str:
 
 class Fuzzer:
     def __init__(
-        self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0
-    ) -> None:
+        self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0,
+        generated: float = 0.0,
+    ) -> None:  # fmt: skip
         self.shrinking, self.limit = shrinking, float("inf")
         self.seed, self.folder = seed, folder
         self.end = time.monotonic() + seconds
-        self.shares = {"inductor": inductor, "dynamo": dynamo}
+        self.shares: dict[Route, float] = {"inductor": inductor, "dynamo": dynamo, "generated": generated}
         self.report = Report()
         self.seen: set[int] = set()
         self.known: set[str] = set()
@@ -295,11 +317,10 @@ class Fuzzer:
             spec, chosen = case
             route: Route = "trace"
             lot = zlib.crc32(repr(spec).encode()) / 2**32
-            if not first_failure:
-                if lot < self.shares["inductor"]:
-                    route = "inductor"
-                elif lot < self.shares["inductor"] + self.shares["dynamo"]:
-                    route = "dynamo"
+            for other, share in self.shares.items():
+                if 0 <= lot < share and (not first_failure or other == "generated"):
+                    route = other
+                lot -= share
             key = repr((spec, chosen))
             if key in failed:
                 raise failed[key][3]
@@ -360,6 +381,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
+    parser.add_argument("--generated", type=float, default=0.0, help="share of which Inductor's code is run, twice")
     parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on making a failure small")
     given_ = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -367,7 +389,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     most = float("inf") if given_.programs is None else given_.programs
     seconds = given_.seconds if given_.seconds is not None else 60.0 if given_.programs is None else float("inf")
-    fuzzer = Fuzzer(given_.seed, seconds, given_.output, given_.dynamo, given_.inductor, given_.shrinking)
+    shares = {"dynamo": given_.dynamo, "inductor": given_.inductor, "generated": given_.generated}
+    fuzzer = Fuzzer(given_.seed, seconds, given_.output, shrinking=given_.shrinking, **shares)
     report = fuzzer.run(most)
     print(report)
     return 1 if report.failures else 0

@@ -18,14 +18,25 @@ from .models import Model, Recurrence, Stack
 _often_false = st.sampled_from((False, False, False, True))
 
 
+Sizes = tuple[int, ...] | None
+
+
+def _size(sizes: Sizes, least: int, most: int) -> st.SearchStrategy[int]:
+    """One of ``sizes``; any from ``least`` to ``most`` where they are left open."""
+    return st.integers(least, most) if sizes is None else st.sampled_from([s for s in sizes if s >= least])
+
+
 @st.composite
-def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False) -> Stack:
+def stacks(
+    draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False,
+    sizes: Sizes = None,
+) -> Stack:  # fmt: skip
     """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains;
-    ``dtypes``: some compute in float32 inside."""
+    ``dtypes``: some compute in float32 inside; ``sizes``: what depth and width are chosen from."""
     kinds, afters = (
         st.sampled_from([kind for kind in get_args(names) if dtypes or kind != "cast"]) for names in (BlockKind, After)
     )
-    depth = draw(st.integers(3, max_depth))
+    depth = draw(_size(sizes, 3, max_depth))
     some = st.lists(st.integers(1, depth), unique=True, max_size=depth).map(lambda found: tuple(sorted(found)))
     links = st.one_of(st.just(()), some)
     skip = None
@@ -39,7 +50,7 @@ def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool 
     blocks = tuple(draw(st.lists(kinds, min_size=1, max_size=3)))
     return Stack(
         depth=depth,
-        width=draw(st.integers(min(2, max_width), max_width)),
+        width=draw(_size(sizes, min(2, max_width), max_width)),
         blocks=blocks,
         update=draw(st.sampled_from(get_args(Update))),
         pre=draw(st.sampled_from(get_args(Norm))),
@@ -59,11 +70,11 @@ def stacks(draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool 
 
 
 @st.composite
-def recurrences(draw: st.DrawFn, max_width: int = 6) -> Recurrence:
+def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Recurrence:
     """A loop over time."""
     cell = draw(st.sampled_from(get_args(CellKind)))
     return Recurrence(
-        width=draw(st.integers(min(2, max_width), max_width)),
+        width=draw(_size(sizes, min(2, max_width), max_width)),
         cell=cell,
         layers=draw(st.sampled_from((1, 1, 2))),
         every_step=draw(st.sampled_from((True, False))),
@@ -78,24 +89,27 @@ def recurrences(draw: st.DrawFn, max_width: int = 6) -> Recurrence:
 @st.composite
 def models(
     draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
-    loops: bool = False, dtypes: bool = False,
+    loops: bool = False, dtypes: bool = False, sizes: Sizes = None,
 ) -> Model:  # fmt: skip
     """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` can retell it.
 
-    ``loops``: with recurrences too; ``dtypes``: in float32 too, or with casts inside.
+    ``loops``: with recurrences too; ``dtypes``: in float32 too, or with casts inside; ``sizes``: what all sizes are
+    chosen from, so that buffers of the same size abound.
     """
-    stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes)
+    stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes, sizes=sizes)
     if loops:
-        stage = st.one_of(stage, stage, recurrences(max_width))
+        stage = st.one_of(stage, stage, recurrences(max_width, sizes))
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
     if skips and draw(st.booleans()):  # one stack at most: each has several ways to be read
-        stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True, dtypes=dtypes))
+        stages[draw(st.integers(0, len(stages) - 1))] = draw(
+            stacks(max_depth, max_width, skips=True, dtypes=dtypes, sizes=sizes)
+        )
     recurrent = any(isinstance(found, Recurrence) for found in stages)
     batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(
         stacks=tuple(stages),
-        batch=draw(st.integers(2 if batched else 1, 3)),  # the variance of one value is refused
-        length=draw(st.integers(3, 7) if recurrent else st.integers(1, 4)),
+        batch=draw(_size(sizes, 2 if batched else 1, 3)),  # the variance of one value is refused
+        length=draw(_size(sizes, 3, 7) if recurrent else _size(None if sizes is None else (1, *sizes), 1, 4)),
         stem=draw(st.booleans()),
         head=draw(st.booleans()),
         input_grad=draw(st.booleans().map(lambda flag: not flag)),
