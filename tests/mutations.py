@@ -74,7 +74,7 @@ MUTATIONS = [
         "hwbp_compiler/pieces.py",
         "user.can_inplace = False",
         "pass",
-        ("tests/test_pieces.py",),
+        ("tests/test_pieces.py::test_a_result_is_not_written_over_a_piece_that_gives_its_memory_away",),
     ),
     Mutation(
         "an elementwise path inside a heavy one counts as highway",
@@ -206,15 +206,15 @@ MUTATIONS = [
     Mutation(
         "the multipliers' gradient of a scan is not shifted",
         "hwbp_compiler/scan/operator.py",
-        "full = grad_values * previous(states, ctx.reverse).conj()",
+        "full = grad_values * _before(states, ctx.reverse, ctx.starts).conj()",
         "full = grad_values * states.conj()",
         (f"{SCAN}::test_first_and_second_derivatives",),
     ),
     Mutation(
         "the multipliers' gradient of a scan is not conjugate",
         "hwbp_compiler/scan/operator.py",
-        "previous(states, ctx.reverse).conj()",
-        "previous(states, ctx.reverse)",
+        "_before(states, ctx.reverse, ctx.starts).conj()",
+        "_before(states, ctx.reverse, ctx.starts)",
         (f"{SCAN}::test_first_and_second_derivatives",),
     ),
     Mutation(
@@ -227,7 +227,7 @@ MUTATIONS = [
     Mutation(
         "the tangent of a multiplier meets its own state",
         "hwbp_compiler/scan/operator.py",
-        "spread(multipliers, primal) * previous(states, ctx.reverse)",
+        "spread(multipliers, primal) * _before(states, ctx.reverse, ctx.starts)",
         "spread(multipliers, primal) * states",
         (f"{SCAN}::test_forward_mode_and_batched_derivatives",),
     ),
@@ -353,8 +353,8 @@ MUTATIONS = [
     Mutation(
         "a linear recurrence starts from nothing",
         "hwbp_compiler/rolled/chain.py",
-        "else own) * like\n",
-        "else own) * 0 * like\n",
+        "_multipliers(own, like), False, like)",
+        "_multipliers(own, like), False, 0 * like)",
         (f"{CELLS}::test_gradients_are_those_of_the_paper",),
     ),
     Mutation(

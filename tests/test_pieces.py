@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.pieces import KeepPieces, keeping_pieces
 from hwbp_compiler.testing import generated
+from hwbp_compiler.testing.capture import decompositions
 
 # -- how memory is handed on in generated code --------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def test_inductor_alone_writes_over_the_piece(program):
 
 
 def test_the_fuzzer_sees_what_is_overwritten(monkeypatch):
-    graph = make_fx(piece_of_a_cat, tracing_mode="fake")(*inputs())
+    graph = make_fx(piece_of_a_cat, decompositions(), tracing_mode="fake")(*inputs())
     found = generated.run_generated(graph, graph.graph, inputs())
     torch.testing.assert_close(found[2], piece_of_a_cat(*inputs())[2], rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(generated, "keeping_pieces", dict)

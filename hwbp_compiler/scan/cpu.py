@@ -58,6 +58,9 @@ def linear_scan_from_out(
 def _scan(values: Tensor, multipliers: Tensor | None, initial: Tensor | None, out: Tensor, reverse: bool) -> None:
     if out.numel() == 0:
         return
+    if values.shape[0] == 0:
+        out.copy_(initial)  # the only row there is
+        return
     kernel = load(values.dtype)
     if kernel is None:
         out.copy_(linear_scan_torch(values, multipliers, reverse, initial))

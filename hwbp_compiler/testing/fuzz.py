@@ -89,7 +89,7 @@ def coinciding() -> st.SearchStrategy[Model]:
 
 
 def of_any_size() -> st.SearchStrategy[Model]:
-    all_kinds = {"skips": True, "loops": True, "dtypes": True}
+    all_kinds: dict[str, Any] = {"skips": True, "loops": True, "dtypes": True}
     single = strategies.models(max_stacks=1, max_depth=4, max_width=3, **all_kinds)
     double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **all_kinds)
     wide = strategies.models(max_stacks=3, max_depth=6, max_width=6, **all_kinds)
