@@ -164,8 +164,11 @@ def test_without_a_chain_the_graph_is_untouched(case, captured):
         assert rewritten.graph.python_code("self").src == joint.module.graph.python_code("self").src
 
 
+VIEWS = tuple(getattr(torch.ops.aten, name) for name in ("slice", "select", "view", "unsqueeze", "permute", "expand"))
+
+
 def test_what_the_rewrite_concatenates_nothing_else_uses(case, captured):
-    """Inductor may overwrite it there: Note [Pieces of a concatenation]."""
+    """Inductor may overwrite it there: Note [Pieces of a concatenation]. Views it copies."""
     concatenate = (torch.ops.aten.cat.default, torch.ops.aten.stack.default, torch.ops.aten.constant_pad_nd.default)
     for joint in captured.joints:
         before = {node.name for node in joint.module.graph.nodes}
@@ -173,7 +176,10 @@ def test_what_the_rewrite_concatenates_nothing_else_uses(case, captured):
             rewritten, _ = joint.rewritten(options(iterations=2, damping=damping))
             for node in rewritten.graph.nodes:
                 if node.target in concatenate and node.name not in before:
-                    assert all(len(piece.users) == 1 for piece in node.all_input_nodes), node.format_node()
+                    for piece in node.all_input_nodes:
+                        view = getattr(piece.target, "overloadpacket", None) in VIEWS
+                        given = not piece.all_input_nodes  # to the graph, or a constant
+                        assert view or given or len(piece.users) == 1, node.format_node()
 
 
 PARTITIONED = (
