@@ -28,7 +28,7 @@ def keeping_pieces(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class KeepPieces(CustomSchedulerPass):
-    """A pass over Inductor's kernels once they are fused. ``first`` is the user's own."""
+    """A pass over Inductor's kernels before they are fused. ``first`` is the user's own."""
 
     first: Callable[[list[Any]], list[Any]] | None = None
 

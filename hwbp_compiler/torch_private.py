@@ -68,14 +68,18 @@ from torch._dynamo.utils import counters as _counters
 from torch._dynamo.utils import dynamo_timed
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
-from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
+try:
+    from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
+except ImportError:  # torch 2.11 takes passes over kernels and over graphs for one kind
+    CustomSchedulerPass = CustomGraphPass  # type: ignore
+
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
-SCHEDULER_PASS = "_post_fusion_custom_pass"
+SCHEDULER_PASS = "_pre_fusion_custom_pass"
 NEWEST_KNOWN = (2, 14)
 
 # name here -> module, or module:name, of torch's. Imported when asked for: most bring in all of Inductor.

@@ -164,7 +164,7 @@ first.calls = 0
 
 
 def test_a_scheduler_pass_of_the_users_own_still_runs():
-    with inductor_config.patch(_post_fusion_custom_pass=first, force_disable_caches=True):
+    with inductor_config.patch(_pre_fusion_custom_pass=first, force_disable_caches=True):
         compiled = torch.compile(piece_of_a_cat, backend="highway")
         found = compiled(*inputs())
     assert first.calls > 0
