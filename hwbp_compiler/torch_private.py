@@ -25,7 +25,6 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `guard_composite` | `OpOverload.py_impl`, `._op_dk` | tracing breaks the graph at `aten._pad_packed_sequence` |
 | `recording_autograd`, `below_autograd` | `torch._C._ForceDispatchKeyGuard` | autograd on or off in a kernel |
 | `observed` | `torch.fx.passes.graph_transform_observer` | names, times and can switch off a pass |
-| `real_tensors` | `torch._subclasses.fake_tensor` | inside Inductor every new tensor is a fake one |
 | `timed` | `torch._dynamo.utils.dynamo_timed` | times a step among Dynamo's own compile times |
 | `trace_artifact` | `torch._logging.trace_structured` | what `tlparse` shows |
 | `compilations_forgotten` | `torch._dynamo.eval_frame._debug_get_cache_entry_list`, `torch._dynamo.convert_frame`, \
@@ -70,7 +69,6 @@ from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
 from torch._logging import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 try:
@@ -291,11 +289,6 @@ def observed(graph: torch.fx.Graph, name: str, run: Callable[[torch.fx.Graph], _
 def timed(name: str) -> AbstractContextManager[Any]:
     """Time a step as ``pass.{name}`` among Dynamo's own (``torch._dynamo.utils.compile_times()``)."""
     return dynamo_timed(f"pass.{name}")
-
-
-def real_tensors() -> AbstractContextManager[Any]:
-    """Make real tensors inside: while Inductor runs a pass, what the pass makes is fake otherwise."""
-    return unset_fake_temporarily()
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:

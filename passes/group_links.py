@@ -25,11 +25,10 @@ from hwbp_compiler.graph.program import (
     State,
     Statement,
     _constant,
-    _dtype_of,
     closure,
     references,
 )
-from hwbp_compiler.graph.rules import Kind, rule_of, shape_of
+from hwbp_compiler.graph.rules import Kind, dtype_of, form_of, rule_of, shape_of
 
 
 def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
@@ -128,7 +127,7 @@ class _Lane:
             return None
         if self.info.is_sum(self.info.index[node]) and any(self.info.carries[self.info.index[e]] for e in externals):
             return None  # an accumulation: its other terms may be another link's
-        return Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), externals
+        return Statement(node.target, args, kwargs, shape_of(node), dtype_of(node)), externals
 
 
 class _Refused(Exception):
@@ -136,7 +135,7 @@ class _Refused(Exception):
 
 
 def _key(statement: Statement, externals: list[Node]) -> Hashable:
-    return (statement, tuple((shape_of(e), _dtype_of(e)) for e in externals))
+    return (statement, tuple(map(form_of, externals)))
 
 
 def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -> None:

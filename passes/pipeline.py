@@ -21,6 +21,7 @@ from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
 from hwbp_compiler.graph.sizes import bytes_of
+from hwbp_compiler.graph.sizes_of_gradients import read_sizes_elsewhere
 from hwbp_compiler.options import Options
 from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
@@ -77,6 +78,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     raised. Any other exception comes before the graph is changed.
     """
     keep_old_values(graph)
+    read_sizes_elsewhere(graph)
     origins = Origins(graph)
     records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}

@@ -7,15 +7,13 @@ they left, and K must be lower triangular when the state has several components.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hwbp_compiler.graph.chain import Chain
-from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program, Ref, elementwise_argument
-from hwbp_compiler.graph.rules import Kind, rule_of
-from hwbp_compiler.torch_private import real_tensors
+from hwbp_compiler.graph.order import AS_IT_WAS, Order, permuted
+from hwbp_compiler.graph.program import INPUT, NotALink, Program, Ref, elementwise_argument
 
 aten = torch.ops.aten
 
@@ -42,34 +40,29 @@ def split_links(chain: Chain) -> Split:
         if link.signature in seen:
             continue
         seen.add(link.signature)
-        with real_tensors():  # orders of elements are compared, and Inductor runs passes under fake tensors
-            support |= _support(link)
+        support |= _support(link)
     return Split(frozenset(support), _triangular_order(chain.width, support))
 
 
 def _support(link: Program) -> set[tuple[int, int]]:
     """(output component, input component) pairs with an elementwise path, each checked to be a diagonal."""
-    layouts: list[dict[int, torch.Tensor | None]] = []  # per statement: input component -> order of its elements
-    for i, statement in enumerate(link.statements):
-        if statement.target is INPUT:
-            layouts.append({i: None})
-            continue
-        if i > max(link.outputs):
-            break
-        mine: dict[int, torch.Tensor | None] = {}
-        for ref in _refs(statement.args):
-            if not layouts[ref.id] or not elementwise_argument(link, i, ref):
+    way = _on_the_way(link)
+    orders: list[dict[int, Order | None]] = []  # per statement: input component -> order of its elements
+    for i, statement in enumerate(link.statements[: max(link.outputs) + 1]):
+        mine: dict[int, Order | None] = {i: AS_IT_WAS} if statement.target is INPUT else {}
+        for ref in _refs(statement.args) if i in way else ():
+            if not elementwise_argument(link, i, ref):
                 continue
-            for component, order in layouts[ref.id].items():
+            for component, order in orders[ref.id].items():
                 moved = _moved(link, i, ref, order)
-                if component in mine and not _same_order(mine[component], moved):
+                if component in mine and not _same(mine[component], moved):
                     raise NotALink("the state meets itself with its elements in another order", _LAYOUT_ADVICE)
                 mine[component] = moved
-        layouts.append(mine)
+        orders.append(mine)
     found: set[tuple[int, int]] = set()
     for component, i in enumerate(link.outputs):
-        for source, order in layouts[i].items():
-            if not _same_order(order, None):
+        for source, order in orders[i].items():
+            if not _same(order, AS_IT_WAS):
                 raise NotALink(
                     "a block returns its state with the elements in another order than it was given", _LAYOUT_ADVICE
                 )
@@ -77,46 +70,39 @@ def _support(link: Program) -> set[tuple[int, int]]:
     return found
 
 
-def _moved(link: Program, i: int, ref: Ref, order: torch.Tensor | None) -> torch.Tensor | None:
-    """The order of elements after statement i; None is the order of the state itself (a view keeps it)."""
+def _on_the_way(link: Program) -> set[int]:
+    """Statements with an elementwise path to an output. What a matrix product takes may be in any order."""
+    way = set(link.outputs)
+    for i in range(max(link.outputs), -1, -1):
+        if i in way:
+            way |= {ref.id for ref in _refs(link.statements[i].args) if elementwise_argument(link, i, ref)}
+    return way
+
+
+def _moved(link: Program, i: int, ref: Ref, order: Order | None) -> Order | None:
+    """The order of elements after statement i; None where it cannot be followed. A view keeps it."""
     statement = link.statements[i]
-    node = link.raw[i]
-    rule = rule_of(node) if statement.target is not SUM and node is not None else None
-    if rule is None or rule.kind is not Kind.LAYOUT:
-        return order
     if statement.target not in (aten.permute.default, aten.transpose.int, aten.t.default):
         return order
     shape = link.statements[ref.id].shape
     assert shape is not None
-    if not all(isinstance(s, int) for s in shape):
-        # A symbolic shape: a permutation that moves only dimensions of size 1 keeps the order, others do not.
-        dims = statement.args[1] if statement.target is aten.permute.default else None
-        if dims is not None and [d for d in dims if shape[d] != 1] == sorted(d for d in dims if shape[d] != 1):
-            return order
+    dims = list(range(len(shape)))
+    if statement.target is aten.permute.default:
+        dims = [d % len(shape) for d in statement.args[1]]
+    elif len(shape) > 1:
+        a, b = statement.args[1:] or (0, 1)
+        dims[a], dims[b] = dims[b], dims[a]
+    return permuted(order, shape, dims)
+
+
+def _same(a: Order | None, b: Order | None) -> bool:
+    if a is None or b is None:
         raise NotALink(
-            "a block permutes its state, and with sizes known only at run time (dynamic shapes) the order cannot be "
-            "followed",
-            "Compile with dynamic=False, or keep the residual stream in one layout.",
+            "a block moves the elements of its state about and views them in a shape that cuts across, and the "
+            "order cannot be followed through that",
+            _LAYOUT_ADVICE,
         )
-    flat = torch.arange(_numel(shape)) if order is None else order
-    move: Callable[..., torch.Tensor] = statement.target  # type: ignore[assignment]
-    return move(flat.reshape(shape), *statement.args[1:]).reshape(-1)
-
-
-def _numel(shape: tuple) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _same_order(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None and b is None:
-        return True
-    a = torch.arange(b.numel()) if a is None and b is not None else a
-    b = torch.arange(a.numel()) if b is None and a is not None else b
-    assert a is not None and b is not None
-    return torch.equal(a, b)
+    return a == b
 
 
 def _refs(args):

@@ -108,7 +108,7 @@ MUTATIONS = [
     Mutation(
         "links are told apart by the names of their nodes",
         "hwbp_compiler/graph/program.py",
-        'return ("ext", value.additive, str(shape_of(node)), str(_dtype_of(node)))',
+        'return ("ext", value.additive, *map(str, form_of(node)))',
         'return ("ext", value.additive, node.name)',
         (f"{PROPERTIES}::test_detection_depends_neither_on_names_nor_on_the_order_of_nodes",),
     ),

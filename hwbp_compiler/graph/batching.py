@@ -1,22 +1,25 @@
 """One operator for all links of a group at once: batching rules over a leading link dimension.
 
 A ``Value`` is a graph node that either has a leading dimension of ``count`` links (``batched``) or is the same for
-all of them (shared). A rule turns "operator on one link" into "operator on the stack". Where no rule is written,
-``torch.vmap`` of the operator is traced and inlined.
+all of them (shared). A size is a number or a bare node, and the same for all. A rule turns "operator on one link" into
+"operator on the stack". Where no rule is written, ``torch.vmap`` of the operator is traced and inlined.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma)
+
+from .rules import SYMBOLIC, shape_of, size_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -91,16 +94,17 @@ class Value:
 class Emitter:
     """Appends nodes to ``graph`` before ``before``, each with its fake value in ``meta["val"]``."""
 
-    def __init__(self, graph: Graph, before: Node, fake_mode, count: int) -> None:
+    def __init__(self, graph: Graph, before: Node, fake_mode, count: int, sizes: dict[Any, Node] | None = None) -> None:
         self.graph = graph
         self.before = before
         self.fake_mode = fake_mode
         self.count = count
+        self.sizes = sizes_at_hand(graph.nodes) if sizes is None else sizes
         self.created: list[Node] = []
         self.puts: dict[Node, Put] = {}
 
     def for_count(self, count: int) -> Emitter:
-        other = Emitter(self.graph, self.before, self.fake_mode, count)
+        other = Emitter(self.graph, self.before, self.fake_mode, count, self.sizes)
         other.created, other.puts = self.created, self.puts
         return other
 
@@ -149,16 +153,34 @@ class Emitter:
         )
 
     def size(self, value):
-        """A size as an argument: an int, or the node that carries the symbol."""
-        if isinstance(value, int):
+        """A size as an argument: an int, or a node that computes it."""
+        if isinstance(value, (int, Node)):
             return value
-        if isinstance(value, Node):
-            return value
-        return symbol_node(self.graph, value)
+        expression = value.node.expr if isinstance(value, torch.SymInt) else value
+        if not expression.free_symbols:
+            return int(expression)
+        if expression not in self.sizes:
+            self.sizes[expression] = self._computed_size(expression)
+        return self.sizes[expression]
+
+    def _computed_size(self, expression) -> Node:
+        from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
+
+        symbols = sorted(expression.free_symbols, key=str)
+        if not self.sizes.keys() >= set(symbols):
+            raise NoBatchingRule(
+                f"the size {expression}, known only at run time (dynamic shapes), is not at hand in the backward pass"
+            )
+        inputs = [self.sizes[symbol] for symbol in symbols]
+
+        def compute(*values):
+            return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values, strict=True)), expression)
+
+        return self._inline(make_fx(compute)(*(n.meta["val"] for n in inputs)).graph, inputs)
 
     def reshape(self, node: Node, shape: Sequence) -> Node:
         sizes = [self.size(s) for s in shape]
-        if tuple(node.meta["val"].shape) == tuple(s.meta["val"] if isinstance(s, Node) else s for s in sizes):
+        if shape_of(node) == tuple(size_of(s) if isinstance(s, Node) else s for s in sizes):
             return node
         if not _can_view(node.meta["val"]):
             node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
@@ -229,11 +251,13 @@ class Emitter:
         return Value(node, batched)
 
     def vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
-        values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
+        # Sizes are inputs of what is traced too: a symbol may not stand in a graph as it is.
+        values = [v if isinstance(v, Value) else Value(v, False)
+                  for v in _flatten((*args, *kwargs.values())) if isinstance(v, (Value, Node))]  # fmt: skip
 
-        def one_link(*tensors):
-            replaced = iter(tensors)
-            mapped = _map((*args, *kwargs.values()), lambda _: next(replaced))
+        def one_link(*inputs):
+            replaced = iter(inputs)
+            mapped = _map((*args, *kwargs.values()), lambda _: next(replaced), (Value, Node))
             return target(*mapped[: len(args)], **dict(zip(kwargs, mapped[len(args) :], strict=True)))
 
         in_dims = tuple(0 if v.batched else None for v in values)
@@ -335,11 +359,11 @@ def _flatten(args):
             yield a
 
 
-def _map(args, function: Callable):
+def _map(args, function: Callable, what=Value):
     def one(a):
         if isinstance(a, (tuple, list)):
             return [one(x) for x in a]
-        return function(a) if isinstance(a, Value) else a
+        return function(a) if isinstance(a, what) else a
 
     return tuple(one(a) for a in args)
 
@@ -387,8 +411,7 @@ def _shifted(dim: int, rank: int) -> int:
 
 @_rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(e: Emitter, target, args, kwargs):
-    sizes = [s.node if isinstance(s, Value) else s for s in args[1]]
-    return Value(e.reshape(args[0].node, [e.count, *sizes]), True)
+    return Value(e.reshape(args[0].node, [e.count, *args[1]]), True)
 
 
 @_rule(aten.permute.default)
@@ -433,7 +456,7 @@ def _squeeze_all(e: Emitter, target, args, kwargs):
 
 @_rule(aten.expand.default)
 def _expand(e: Emitter, target, args, kwargs):
-    x, sizes = args[0], [s.node if isinstance(s, Value) else s for s in args[1]]
+    x, sizes = args
     return Value(e.call(target, e.aligned(x, len(sizes)), [e.count, *sizes]), True)
 
 
@@ -708,13 +731,13 @@ def _through_view(e: Emitter, node: Node):
 _TRANSPARENT: dict[object, Callable] = {aten.permute.default: _through_permute, aten.view.default: _through_view}
 
 
-def symbol_node(graph: Graph, value) -> Node:
-    """The node that carries a symbolic size."""
-    expression = value.node.expr if isinstance(value, torch.SymInt) else value
-    for node in graph.nodes:
-        found = node.meta.get("val")
-        if isinstance(found, torch.SymInt) and found.node.expr == expression:
-            return node
-    raise NoBatchingRule(
-        f"the size {expression}, known only at run time (dynamic shapes), is not at hand in the backward pass"
-    )
+# -- sizes ------------------------------------------------------------------------------------------------------
+
+
+def sizes_at_hand(nodes: Iterable[Node]) -> dict[Any, Node]:
+    """The first node that computes it, for every size that is known only at run time."""
+    found: dict[Any, Node] = {}
+    for node in nodes:
+        if isinstance(node.meta.get("val"), SYMBOLIC):
+            found.setdefault(size_of(node), node)
+    return found

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .program import INPUT, SUM, External, Program, Ref, elementwise_argument
-from .rules import Kind, rule_of
+from .rules import Kind, rule_of, size_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -101,6 +101,8 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
     """A factor by what made it: ``sigmoid(...)``, ``mask``, ``weight``, ``1/sigma``."""
     if STANDS_FOR in node.meta:
         return describe(node.meta[STANDS_FOR], depth)
+    if size_of(node) is not None:
+        return _symbol("size", node)
     if node.op != "call_function":
         return _symbol("weight", node)
     name = _name(node.target)

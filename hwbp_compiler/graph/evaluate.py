@@ -175,7 +175,14 @@ class Evaluator:
         return self._apply(statement.target, args, self._keywords(statement))
 
     def _keywords(self, statement) -> dict:
-        return {k: self.stack(v.slot) if isinstance(v, External) else v for k, v in statement.kwargs}
+        return {k: self._outside(v) for k, v in statement.kwargs}
+
+    def _outside(self, a):
+        """An argument that does not depend on the state. Rules take a size as what it is, not as a tensor to batch."""
+        if isinstance(a, External):
+            value = self.stack(a.slot)
+            return value if isinstance(value.tensor, torch.Tensor) else self.e.size(value.node)
+        return tuple(map(self._outside, a)) if isinstance(a, tuple) else a
 
     def _with_zeros(self, target, args):
         """add and sub with a zero operand, without making zeros."""
@@ -210,7 +217,7 @@ class Evaluator:
                     if all(is_zero(n) for n in nodes) or mode not in (Mode.FULL, Mode.INJECT):
                         return _zero_external(a)
                     alive = True
-                return self.stack(a.slot)
+                return self._outside(a)
             if isinstance(a, tuple):
                 return tuple(argument(x, additive) for x in a)
             return a
@@ -278,8 +285,9 @@ class Evaluator:
                 other = statement.args[1 - position]
                 if isinstance(other, (int, float)):
                     return number * other if target in (aten.mul.Tensor, aten.mul.Scalar) else number / other
-                if isinstance(other, External) and target is aten.mul.Tensor:
-                    factor = self.e.convert(self.stack(other.slot), statement.dtype)
+                factor = self._outside(other)
+                if isinstance(factor, Value) and target is aten.mul.Tensor:
+                    factor = self.e.convert(factor, statement.dtype)
                     return factor if number == 1.0 else self._apply(aten.mul.Tensor, (factor, number), {})
         return self._coefficient_by_operator(mode, i, present)
 
@@ -299,9 +307,9 @@ class Evaluator:
             elif isinstance(a, External):
                 zero = a.additive
                 like = self.group.template.externals[a.slot].meta["val"]
-                args.append(Value(self.e.full(tuple(like.shape), 0.0, like), False) if zero else self.stack(a.slot))
+                args.append(Value(self.e.full(tuple(like.shape), 0.0, like), False) if zero else self._outside(a))
             else:
-                args.append(a)
+                args.append(self._outside(a))
         return self._apply(statement.target, tuple(args), self._keywords(statement))
 
     def _expand(self, value: Value, like: torch.Tensor) -> Value:

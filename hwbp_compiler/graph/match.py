@@ -14,8 +14,8 @@ import torch
 from torch.fx import Node
 
 from .info import GraphInfo
-from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, _dtype_of, closure, sum_terms
-from .rules import shape_of
+from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, closure, sum_terms
+from .rules import form_of, shape_of, size_of
 
 
 class _Mismatch(Exception):
@@ -81,7 +81,7 @@ class _Matcher:
             if node is None:
                 raise _Mismatch
             statement = self.template.statements[i]
-            if (shape_of(node), _dtype_of(node)) != (statement.shape, statement.dtype):
+            if form_of(node) != (statement.shape, statement.dtype):
                 raise _Mismatch
             if statement.target is SUM:
                 self._match_sum(i, node)
@@ -134,7 +134,7 @@ class _Matcher:
     def _bind(self, i: int, node: Node) -> None:
         if self.bound[i] is None:
             statement = self.template.statements[i]
-            if statement.target is INPUT and (shape_of(node), _dtype_of(node)) != (statement.shape, statement.dtype):
+            if statement.target is INPUT and form_of(node) != (statement.shape, statement.dtype):
                 raise _Mismatch
             self.bound[i] = node
         elif self.bound[i] is not node:
@@ -158,10 +158,7 @@ class _Matcher:
             self._bind(expected.id, actual)
         elif isinstance(expected, External):
             known = self.template.externals[expected.slot]
-            if not isinstance(actual, Node) or (shape_of(actual), _dtype_of(actual)) != (
-                shape_of(known),
-                _dtype_of(known),
-            ):
+            if not isinstance(actual, Node) or form_of(actual) != form_of(known):
                 raise _Mismatch
             if expected.slot in self.shared and not same_value(actual, self.shared[expected.slot]):
                 raise _Mismatch
@@ -230,7 +227,7 @@ def match_sides(
         used = set(matcher.bound)
         shape, dtype = template.statements[i].shape, template.statements[i].dtype
         for node in candidates:
-            fits = node not in used and (shape_of(node), _dtype_of(node)) == (shape, dtype)
+            fits = node not in used and form_of(node) == (shape, dtype)
             if fits and matcher.try_statement(i, node, needed):
                 break
         else:
@@ -257,8 +254,10 @@ def _alike(a: object, b: object, depth: int) -> bool:
     """Same operators and shapes, ``depth`` levels down."""
     if not isinstance(a, Node) or not isinstance(b, Node):
         return isinstance(a, Node) == isinstance(b, Node)
-    if shape_of(a) != shape_of(b):
+    if shape_of(a) != shape_of(b) or size_of(a) != size_of(b):
         return False
+    if size_of(a) is not None:
+        return True  # however it is computed
     if ADD in (a.target, b.target):
         return True  # a sum may lack a term, and then it is no sum
     if a.op != b.op or (a.op == "call_function" and a.target != b.target):
@@ -269,14 +268,18 @@ def _alike(a: object, b: object, depth: int) -> bool:
 
 
 def same_value(a: object, b: object, depth: int = 8) -> bool:
-    """The same node, or the same function of the same nodes: every step transposes an RNN's weights anew.
+    """The same node or size, or the same function of the same ones: every step transposes an RNN's weights anew.
 
     Only PyTorch's own operators are functions of their arguments alone, and not those that draw random numbers.
     """
     if a is b:
         return True
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(same_value(x, y, depth) for x, y in zip(a, b, strict=True))
     if not isinstance(a, Node) or not isinstance(b, Node):
         return not isinstance(a, Node) and not isinstance(b, Node) and _constant(a) == _constant(b)
+    if size_of(a) is not None:
+        return size_of(a) == size_of(b)
     if depth == 0 or a.op != "call_function" or b.op != "call_function" or a.target is not b.target:
         return False
     if not _is_function(a.target) or len(a.args) != len(b.args) or a.kwargs.keys() != b.kwargs.keys():

@@ -11,7 +11,8 @@ order of nodes in the graph, or on how additions are associated:
   *injection*: it is kept aside and is no part of the structure, so a link with a loss and one without are equal;
 - every output is a sum, if need be of one term;
 - other operands that do not depend on the state (saved tensors, weights) are *externals*: the structure has their
-  shape and dtype only.
+  shape and dtype only. Of a size that a block computes it has the expression, so what is evaluated together agrees
+  in every size.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ import torch
 from torch.fx import Node
 
 from .info import GraphInfo
-from .rules import is_elementwise_edge, linear_arguments, operands, operator_name, rule_of, shape_of
+from .rules import (
+    dtype_of,
+    form_of,
+    is_elementwise_edge,
+    linear_arguments,
+    operands,
+    operator_name,
+    rule_of,
+    shape_of,
+    size_of,
+)
 
 SUM = "sum"
 INPUT = "input"
@@ -97,7 +108,7 @@ class Program:
 
     @property
     def signature(self) -> tuple:
-        outside = tuple((shape_of(n), _dtype_of(n)) for n in self.externals)
+        outside = tuple(map(form_of, self.externals))
         return (self.arity, tuple(self.statements), tuple(self.outputs), outside)
 
     @property
@@ -126,13 +137,7 @@ def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[
 def _is_plain_add(node: Node) -> bool:
     if node.target is not ADD or node.kwargs or not all(isinstance(a, Node) for a in node.args):
         return False
-    me = (shape_of(node), _dtype_of(node))
-    return all((shape_of(a), _dtype_of(a)) == me for a in node.args)  # type: ignore[arg-type]
-
-
-def _dtype_of(node: Node) -> torch.dtype | None:
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+    return all(form_of(a) == form_of(node) for a in node.args)  # type: ignore[arg-type]
 
 
 def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: set[int]) -> Program:
@@ -163,7 +168,7 @@ class _Builder:
         self.input_nodes = {n for n in inputs if n is not None}
         for position, node in enumerate(inputs):
             like = node if node is not None else next(n for n in inputs if n is not None)
-            self._append(Statement(INPUT, (position,), (), shape_of(like), _dtype_of(like)), node)
+            self._append(Statement(INPUT, (position,), (), shape_of(like), dtype_of(like)), node)
 
     def _append(self, statement: Statement, raw: Node | None) -> int:
         self.program.statements.append(statement)
@@ -179,7 +184,7 @@ class _Builder:
                 return ("ref", self.hash_of[value.id])
             if isinstance(value, External):
                 node = self.program.externals[value.slot]
-                return ("ext", value.additive, str(shape_of(node)), str(_dtype_of(node)))
+                return ("ext", value.additive, *map(str, form_of(node)))
             if isinstance(value, tuple):
                 return tuple(key(v) for v in value)
             return str(value)
@@ -194,7 +199,7 @@ class _Builder:
         for node in outputs:
             i = self.id_of[node]
             if self.program.statements[i].target is not SUM:
-                i = self._append(Statement(SUM, (Ref(i),), (), shape_of(node), _dtype_of(node)), None)
+                i = self._append(Statement(SUM, (Ref(i),), (), shape_of(node), dtype_of(node)), None)
                 self.program.raw[i] = node
             self.program.outputs.append(i)
         return _numbered_from_outputs(self.program, self.hash_of)
@@ -235,7 +240,7 @@ class _Builder:
             self._check_outside(term)
         ids = sorted((self.id_of[t] for t in inside), key=lambda i: (self.hash_of[i], i))
         args = tuple(Ref(i) for i in ids)
-        i = self._append(Statement(SUM, args, (), shape_of(node), _dtype_of(node)), node)
+        i = self._append(Statement(SUM, args, (), shape_of(node), dtype_of(node)), node)
         if outside:
             self.program.injections[i] = outside
 
@@ -257,14 +262,17 @@ class _Builder:
             )
         args = tuple(self._argument(a, p in linear) for p, a in enumerate(node.args))
         for p in linear - positions:
-            if p < len(node.args) and isinstance(node.args[p], (int, float)) and node.args[p] != 0:
+            added = node.args[p] if p < len(node.args) else 0
+            if isinstance(added, Node) and size_of(added) is not None:
+                added = "that is a size"
+            if isinstance(added, (int, float, str)) and added != 0:
                 raise NotALink(
-                    f"a block's backward adds the constant {node.args[p]} to the gradient",
+                    f"a block's backward adds the constant {added} to the gradient",
                     "A custom autograd.Function is the usual cause: let its backward be linear in what it is given.",
                 )
         # By name alone: what stands there need not compare. Nothing that depends on the state does: see above.
         kwargs = tuple((k, self._argument(node.kwargs[k], False)) for k in sorted(node.kwargs))
-        self._append(Statement(node.target, args, kwargs, shape_of(node), _dtype_of(node)), node)
+        self._append(Statement(node.target, args, kwargs, shape_of(node), dtype_of(node)), node)
 
     def _argument(self, value: object, additive: bool):
         if isinstance(value, Node):

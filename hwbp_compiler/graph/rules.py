@@ -108,6 +108,18 @@ def rule_of(node: Node) -> Rule | None:
     return _RULES.get(node.target)
 
 
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def size_of(node: Node):
+    """The number that ``node`` computes (a size, and what is computed from sizes): an int, float or sympy expression;
+    None where it computes anything else."""
+    value = node.meta.get("val")
+    if isinstance(value, SYMBOLIC):
+        return value.node.expr
+    return value if isinstance(value, (int, float)) else None
+
+
 def operator_name(node: Node) -> str:
     """The operator as users write it: ``aten::mm``, ``mylib::fancy``; higher-order operators by their name alone."""
     target = node.target
@@ -153,6 +165,18 @@ def shape_of(node: Node) -> tuple | None:
     if not isinstance(value, torch.Tensor):
         return None
     return tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+
+
+def dtype_of(node: Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def form_of(node: Node) -> tuple:
+    """What two values share if one can take the other's place in a program: shape and dtype; of a size, the number
+    itself."""
+    size = size_of(node)
+    return (shape_of(node), dtype_of(node)) if size is None else ("size", size)
 
 
 def is_elementwise_edge(source: Node, node: Node) -> bool:

@@ -4,7 +4,7 @@ Note [Hoisting the stack]
 ~~~~~~~~~~~~~~~~~~~~~~~~~
 A tuple of nodes, one per link, is not always worth a copy of each:
 
-- all the same node (an RNN's weights): shared, no stack at all;
+- all the same node (an RNN's weights) or size: shared, no stack at all;
 - ``x[0], x[1], ...`` of one tensor: a slice of that tensor;
 - the same cheap function of other nodes (a transpose, a cast, ``1 - z``): the function of their stack, provided that
   this does not stack more bytes than it saves. The gates of a recurrent cell are stacked once and everything
@@ -23,8 +23,8 @@ import hwbp_compiler.stack  # noqa: F401  (defines torch.ops.highway.stack)
 from .batching import Emitter, Value
 from .match import same_value
 from .old_values import must_be_kept
-from .program import _constant, _dtype_of
-from .rules import shape_of
+from .program import _constant
+from .rules import form_of
 from .sizes import bytes_of
 
 aten = torch.ops.aten
@@ -157,7 +157,7 @@ class Stacker:
         return result
 
     def _copied(self, nodes: tuple[Node, ...]) -> Value:
-        if any((shape_of(n), _dtype_of(n)) != (shape_of(nodes[0]), _dtype_of(nodes[0])) for n in nodes):
+        if any(form_of(n) != form_of(nodes[0]) for n in nodes):
             raise AssertionError("only equal shapes are stacked")
         self.copied_bytes += len(nodes) * bytes_of(nodes[0].meta["val"])
         return Value(stack(self.e, nodes), True)
@@ -174,7 +174,7 @@ def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | No
         or len(n.args) != len(first.args)
         or n.kwargs.keys() != first.kwargs.keys()
         or any(_constant(n.kwargs[k]) != _constant(first.kwargs[k]) for k in first.kwargs)
-        or (shape_of(n), _dtype_of(n)) != (shape_of(first), _dtype_of(first))
+        or form_of(n) != form_of(first)
         for n in nodes
     ):
         return None
@@ -182,11 +182,10 @@ def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | No
     for position, argument in enumerate(first.args):
         members = tuple(n.args[position] for n in nodes)
         if isinstance(argument, Node):
-            description = (shape_of(argument), _dtype_of(argument))
-            if not all(isinstance(m, Node) and (shape_of(m), _dtype_of(m)) == description for m in members):
+            if not all(isinstance(m, Node) and form_of(m) == form_of(argument) for m in members):
                 return None
             columns.append((position, members))  # type: ignore[arg-type]
-        elif _has_node(argument) or any(_constant(m) != _constant(argument) for m in members):
+        elif not all(same_value(m, argument) for m in members):
             return None
     return columns or None
 
@@ -218,9 +217,3 @@ def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
     if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
         return None
     return base, dim, range(rows[0], rows[-1] + (1 if step > 0 else -1), step)
-
-
-def _has_node(value: object) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(_has_node(v) for v in value)
-    return isinstance(value, Node)

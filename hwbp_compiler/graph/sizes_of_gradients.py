@@ -1,0 +1,50 @@
+"""The size of a gradient is no gradient: it is read elsewhere, and nothing computed from it depends on a gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+
+from .batching import Emitter, NoBatchingRule
+from .info import is_tangent
+from .rules import SYMBOLIC, size_of
+
+aten = torch.ops.aten
+
+_LOOKS_AT_SIZES = {
+    aten.sym_size.int,
+    aten.sym_stride.int,
+    aten.sym_numel.default,
+    aten.sym_storage_offset.default,
+}
+
+
+def read_sizes_elsewhere(graph: Graph) -> None:
+    """Take each size that the graph reads off a gradient from an earlier node, or compute it from such.
+
+    A size that depends on what the gradient's numbers are (how many are not zero) has no other source and stays.
+    """
+    if not any(graph.find_nodes(op="call_function", target=target) for target in _LOOKS_AT_SIZES):
+        return
+    gradients: set[Node] = set()
+    sizes: dict = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if is_tangent(node) or not gradients.isdisjoint(node.all_input_nodes):
+            if node.target not in _LOOKS_AT_SIZES or not _replaced(graph, node, sizes):
+                gradients.add(node)
+        elif isinstance(value, SYMBOLIC):
+            sizes.setdefault(size_of(node), node)
+
+
+def _replaced(graph: Graph, node: Node, sizes: dict) -> bool:
+    read = node.args[0]
+    assert isinstance(read, Node)
+    try:
+        size = Emitter(graph, node, read.meta["val"].fake_mode, 1, sizes).size(node.meta["val"])
+    except NoBatchingRule:
+        return False
+    for user in list(node.users):
+        user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: size if n is node else n)
+    graph.erase_node(node)
+    return True
