@@ -540,6 +540,36 @@ def _cumsum(e: Emitter, target, args, kwargs):
     return Value(e.call(target, args[0].node, _shifted(args[1], args[0].rank), **kwargs), True)
 
 
+@_rule(aten.gather.default)
+def _gather(e: Emitter, target, args, kwargs):
+    x, dim, index, *rest = args
+    if not x.rank or not index.rank:
+        return e.vmap(target, args, kwargs)
+    return Value(e.call(target, e.batch(x), _shifted(dim, x.rank), e.batch(index), *rest, **kwargs), True)
+
+
+@_rule(aten.scatter.src, aten.scatter_add.default)
+def _scatter_src(e: Emitter, target, args, kwargs):
+    base, dim, index, source = args
+    if not base.rank or not index.rank:
+        return e.vmap(target, (Value(e.own(base), True), *args[1:]), kwargs)
+    return Value(e.call(target, e.own(base), _shifted(dim, base.rank), e.batch(index), e.batch(source), **kwargs), True)
+
+
+@_rule(aten.index_select.default)
+def _index_select(e: Emitter, target, args, kwargs):
+    x, dim, index = args
+    if index.batched or not x.rank:
+        return e.vmap(target, args, kwargs)
+    return Value(e.call(target, x.node, _shifted(dim, x.rank), index.node), True)
+
+
+@_rule(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
+def _fft(e: Emitter, target, args, kwargs):
+    x, dims, *rest = args
+    return Value(e.call(target, x.node, [_shifted(d, x.rank) for d in dims], *rest, **kwargs), True)
+
+
 @dataclass(frozen=True)
 class Put:
     """All links' additions to ``base``, which is the same for all; of ``rank`` are the places where."""
@@ -617,6 +647,16 @@ def _fold(e: Emitter, value: Value) -> Node:
 def _unfold(e: Emitter, node: Node) -> Value:
     sizes = list(node.meta["val"].shape)
     return Value(e.reshape(node, [e.count, sizes[0] // e.count, *sizes[1:]]), True)
+
+
+@_rule(
+    aten.avg_pool2d_backward.default,
+    aten._adaptive_avg_pool2d_backward.default,
+    aten.max_pool2d_with_indices_backward.default,
+)
+def _pooling_backward(e: Emitter, target, args, kwargs):
+    """Pooling mixes neither the batch nor, where there is none, the channels: links go there."""
+    return _unfold(e, e.call(target, *(_fold(e, a) if isinstance(a, Value) else a for a in args), **kwargs))
 
 
 _ATTENTION_BACKWARD = [
