@@ -47,7 +47,7 @@ class LiveEmitter(Emitter):
 
     def __init__(self, count: Any, sizes: Mapping[sympy.Symbol, Any]) -> None:
         self.count = count
-        self.sizes = sizes
+        self.sizes = dict(sizes)
         self.created = []
         self.puts = {}
 
