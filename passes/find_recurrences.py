@@ -8,9 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import SUM, references
 
 from .find_chains import Track
+
+# Two or three multiplications in a row occur everywhere; a recurrence is more than that.
+SHORTEST_RECURRENCE = 4
 
 
 def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> list[Track]:
@@ -23,6 +28,25 @@ def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> li
             return tracks
         if len(track.joins) >= min_length:
             tracks.append(track)
+
+
+def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
+    """The same recurrence cut elsewhere: at each other place that every path through a link of ``chain`` passes.
+
+    A step ``tanh(a * h + b)`` has its branch points before the tanh, where its gates take their gradients, and its
+    state behind it.
+    """
+    link, reach = chain.links[0], 0
+    found: list[Track] = []
+    last_user = {j: i for i, statement in enumerate(link.statements) for j in references(statement.args)}
+    # A term of a sum is not all of the gradient that meets there.
+    terms = {j for statement in link.statements if statement.target is SUM for j in references(statement.args)}
+    for i in range(max(link.outputs)):
+        if link.arity <= i and reach <= i and i not in terms:
+            nodes = (program.raw[i] for program in chain.links)
+            found.append(Track(tuple(info.index[n] for n in nodes if n is not None), ()))
+        reach = max(reach, last_user[i])
+    return found
 
 
 def _longest(info: GraphInfo, free: list[bool], min_length: int) -> Track | None:
@@ -95,4 +119,5 @@ def _one_per_period(info: GraphInfo, states: list[int]) -> list[int]:
 
 
 def _kind(info: GraphInfo, i: int) -> tuple:
-    return (str(info.nodes[i].target), tuple(sorted(str(info.nodes[u].target) for u in info.users[i])))
+    """What takes a gradient from ``i``; what ``i`` itself is depends on whether a loss is added there."""
+    return tuple(sorted(str(info.nodes[u].target) for u in info.users[i]))

@@ -9,14 +9,16 @@ computes its own nodes from its own operands; a better one only batches more.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Hashable
+from dataclasses import replace
 
 import torch
 from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.match import match_sides, same_value
+from hwbp_compiler.graph.match import Ambiguous, Fits, match_sides, same_value
 from hwbp_compiler.graph.program import (
     SUM,
     External,
@@ -26,9 +28,14 @@ from hwbp_compiler.graph.program import (
     Statement,
     _constant,
     closure,
+    is_heavy,
     references,
 )
-from hwbp_compiler.graph.rules import Kind, dtype_of, form_of, rule_of, shape_of
+from hwbp_compiler.graph.rules import dtype_of, form_of, rule_of, shape_of
+from hwbp_compiler.graph.wiring import Pattern
+
+# So many pairs of links say what links have in common.
+_WIRED = 3
 
 
 def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
@@ -201,6 +208,17 @@ def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, states: se
     return None
 
 
+def sides_in_common(info: GraphInfo, links: list[Program]) -> int:
+    """How many statements ``links``, equal ones that follow one another, take in together."""
+    group = Group([], [replace(p, statements=list(p.statements), raw=list(p.raw)) for p in links])
+    for program in group.programs:
+        program.externals = list(program.externals)
+    states = {p.raw[i] for p in links for i in p.outputs} | {n for p in links for n in p.inputs}
+    starts = {info.index[n] for n in states if n is not None}
+    _grow(info, group, {n for n in states if n is not None}, info.descendants(starts))
+    return len(group.programs[0].statements)
+
+
 # -- what leaves a group ----------------------------------------------------------------------------------------
 
 
@@ -237,20 +255,46 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     """The last state's own link, where only its side outputs are computed, as one more lane of ``group``."""
     template, state = group.template, chain.states[-1]
     sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
-    heavy = any(_is_heavy(template, c) for c in range(template.arity, len(template.statements)))
-    if not sides or heavy and not any(_is_product(template, c) for _, needed in sides for c in needed):
+    heavy = any(is_heavy(template, c) for c in range(template.arity, len(template.statements)))
+    blocks = any(is_heavy(template, c) for i in template.outputs for c in closure(template, i))
+    if heavy and not any(_is_product(template, c) for _, needed in sides for c in needed):
         return None
-    reached = sorted(_near(info, state, 8 * len(template.statements)))
-    return match_sides(template, state, sides, [info.nodes[i] for i in reached], info, tainted, _shared(group))
+    reached = [info.nodes[i] for i in sorted(_near(info, state, 8 * len(template.statements)))]
+    found: Program | None = None
+    # A product with the weights of all links is nothing else. What is elementwise the forward pass alone can tell.
+    for told_by in (_shared, _wired)[0 if blocks else 1 :]:
+        fits = told_by(info, group, chain)
+        try:
+            found = match_sides(template, state, sides, reached, info, tainted, fits) if fits else None
+            break
+        except Ambiguous:
+            continue
+    if found is None or found.outputs or blocks:
+        return found
+    # Where more follows than side outputs, there is a state that was not found.
+    return found if sides and _left_over(info, found) <= _left_over(info, template) else None
 
 
-def _shared(group: Group) -> dict[int, Node]:
-    """What all links of the group take from outside (an RNN's weights), by slot."""
-    if len(group.lanes) < 2:
-        return {}
-    slots = range(len(group.template.externals))
+def _left_over(info: GraphInfo, link: Program) -> Counter:
+    """What takes a gradient from the state of ``link`` without being part of it."""
+    users = (info.nodes[u] for n in link.inputs if n is not None for u in info.users[info.index[n]])
+    return Counter(user.target for user in users if user not in link.raw)
+
+
+def _shared(info: GraphInfo, group: Group, chain: Chain) -> Fits:
+    """What all links of the group take from outside (an RNN's weights) the one behind them takes too."""
+    slots = range(len(group.template.externals)) if len(group.lanes) > 1 else ()
     columns = {slot: group.external(slot) for slot in slots}
-    return {slot: nodes[0] for slot, nodes in columns.items() if all(same_value(n, nodes[0]) for n in nodes[1:])}
+    shared = {slot: nodes[0] for slot, nodes in columns.items() if all(same_value(n, nodes[0]) for n in nodes[1:])}
+    return lambda slot, node: slot not in shared or same_value(node, shared[slot])
+
+
+def _wired(info: GraphInfo, group: Group, chain: Chain) -> Fits | None:
+    """The same, and what differs from step to step is computed as in the steps before; None where that says nothing."""
+    last = chain.links[-1]
+    pairs = [(chain.links[p - 1], chain.links[p]) for p in sorted(group.lanes) if p]
+    pattern = Pattern(info, [pair for pair in pairs if pair[0].signature == last.signature][-_WIRED:])
+    return pattern.fits(last) if pattern.is_known else None
 
 
 def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
@@ -268,16 +312,10 @@ def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
     return reached
 
 
-def _is_heavy(program: Program, i: int) -> bool:
-    node = program.raw[i]
-    rule = rule_of(node) if node is not None and program.statements[i].target is not SUM else None
-    return rule is not None and rule.kind is Kind.HEAVY
-
-
 def _is_product(program: Program, i: int) -> bool:
     """Heavy, or what is left of a matrix product with an inner dimension of one: ``[n, 1] * [1, m]``."""
     node = program.raw[i]
     if node is None or node.target is not torch.ops.aten.mul.Tensor or program.statements[i].target is SUM:
-        return _is_heavy(program, i)
+        return is_heavy(program, i)
     shapes = [shape_of(a) for a in node.args if isinstance(a, Node)]
     return len(shapes) == 2 and shape_of(node) not in shapes

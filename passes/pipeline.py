@@ -7,7 +7,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
@@ -17,9 +16,9 @@ from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, modules_of, name_range
-from hwbp_compiler.graph.program import INPUT, SUM, NotALink, Program
+from hwbp_compiler.graph.program import NotALink, Program, is_heavy
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
-from hwbp_compiler.graph.rules import Kind, operator_name, rule_of
+from hwbp_compiler.graph.rules import operator_name
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.graph.sizes_of_gradients import read_sizes_elsewhere
 from hwbp_compiler.options import Options
@@ -30,18 +29,16 @@ from .apply import apply, discard
 from .check_separation import Refusal, check_separation
 from .decide import estimate, rounds_of, shorter
 from .find_chains import Track, find_chains
-from .find_recurrences import find_recurrences
+from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, shifted
 from .group_links import group_links
 from .keep_pieces import keep_pieces
+from .regular_part import regular_part
 from .rewrite import Rewriting, rewrite_chain
 from .rewrite_recurrent_modules import Watcher as ModuleWatcher
 from .rewrite_recurrent_modules import rewrite_recurrent_modules
 from .split_links import Split, split_links
 
 log = logging.getLogger(__name__)
-
-# Two or three multiplications in a row occur everywhere; a recurrence is more than that.
-_SHORTEST_RECURRENCE = 4
 
 
 @dataclass
@@ -124,10 +121,11 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
         if not (refused or more or too_short):
             below.append(_too_short(info, track, options))
     used = {info.index[n] for candidate in found for n in candidate.nodes}
-    for track in find_recurrences(info, used, max(options.min_length, _SHORTEST_RECURRENCE) - 1):
-        chains, _ = check_separation(info, track)
-        elementwise = [c for c in map(_regular_part, chains) if c is not None]
-        found += _split_and_group(info, elementwise, options, refusals)[0]
+    for track in find_recurrences(info, used, max(options.min_length, SHORTEST_RECURRENCE) - 1):
+        chains = _steps(info, track)
+        ways = [chains, *(_steps(info, other) for chain in chains for other in shifted(info, chain))]
+        best = max([_split_and_group(info, way, options, [])[0] for way in ways], key=_links)
+        found += best
     found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))
     kept: list[Candidate] = []
     taken: set[Node] = set()
@@ -141,6 +139,16 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
     told = taken.union(*(r.nodes for r in refusals))
     refusals += [r for r in below if told.isdisjoint(r.nodes)]
     return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
+
+
+def _steps(info: GraphInfo, track: Track) -> list[Chain]:
+    """Chains of the steps of an elementwise recurrence."""
+    return [c for chain in check_separation(info, track)[0] if (c := regular_part(info, chain)) is not None]
+
+
+def _links(candidates: list[Candidate]) -> tuple[int, int]:
+    """The last link counts where it has no state to send to, and more where it has."""
+    return sum(len(c.chain.links) for c in candidates), sum(c.chain.length for c in candidates)
 
 
 def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
@@ -185,37 +193,6 @@ def _split_and_group(
         candidate = Candidate(chain, group_links(info, chain), split)
         (found if chain.length >= options.min_length else short).append(candidate)
     return found, short
-
-
-def _regular_part(chain: Chain) -> Chain | None:
-    """The stretch of an elementwise recurrence whose links are all alike, with a multiplier that is not 1."""
-    if not chain.links:
-        return None
-    common = Counter(link.signature for link in chain.links).most_common(1)[0][0]
-    alike = [link.signature == common for link in chain.links]
-    start = alike.index(True)
-    end = start
-    while end < len(alike) and alike[end]:
-        end += 1
-    if end - start < _SHORTEST_RECURRENCE - 1:  # a first or last link may yet be found
-        return None
-    link = chain.links[start]
-    if any(_is_heavy(link, i) for i in range(link.arity, len(link.statements))) or not _multiplies(link):
-        return None
-    return Chain(chain.states[start : end + 1], chain.links[start:end])
-
-
-def _is_heavy(link: Program, i: int) -> bool:
-    node = link.raw[i]
-    if node is None or link.statements[i].target in (SUM, INPUT):
-        return False
-    rule = rule_of(node)
-    return rule is not None and rule.kind is Kind.HEAVY
-
-
-def _multiplies(link: Program) -> bool:
-    products = (torch.ops.aten.mul.Tensor, torch.ops.aten.mul.Scalar, torch.ops.aten.div.Tensor)
-    return any(s.target in products for s in link.statements)
 
 
 def _any(candidate: Candidate) -> Node:
@@ -330,7 +307,7 @@ def _described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
         heavy = Counter(
             operator_name(node).removeprefix("aten::")
             for i, node in enumerate(program.raw)
-            if node is not None and _is_heavy(program, i)
+            if node is not None and is_heavy(program, i)
         )
         mine = sorted(len(origins) - 1 - lane for lane in group.lanes)
         for i in mine:

@@ -8,7 +8,7 @@ belongs to the link (a ReLU or LayerNorm after the last addition) and takes in n
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
 from torch.fx import Node
@@ -20,6 +20,14 @@ from .rules import form_of, shape_of, size_of
 
 class _Mismatch(Exception):
     pass
+
+
+class Ambiguous(Exception):
+    """Several nodes can be what is looked for, and which one it is makes a difference."""
+
+
+Fits = Callable[[int, Node], bool]
+"""Whether a node can be what enters a program from outside at a slot."""
 
 
 def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) -> Program | None:
@@ -40,10 +48,10 @@ class _Matcher:
         template: Program,
         info: GraphInfo,
         forbidden: Set[int] = frozenset(),
-        shared: Mapping[int, Node] | None = None,
+        fits: Fits = lambda slot, node: True,
     ) -> None:
         self.template = template
-        self.shared = shared or {}
+        self.fits = fits
         self.forbidden = forbidden
         self.info = info
         self.bound: list[Node | None] = [None] * len(template.statements)
@@ -160,7 +168,7 @@ class _Matcher:
             known = self.template.externals[expected.slot]
             if not isinstance(actual, Node) or form_of(actual) != form_of(known):
                 raise _Mismatch
-            if expected.slot in self.shared and not same_value(actual, self.shared[expected.slot]):
+            if not self.fits(expected.slot, actual):
                 raise _Mismatch
             self.externals[expected.slot] = actual
         elif isinstance(expected, tuple):
@@ -210,36 +218,54 @@ def match_sides(
     candidates: Sequence[Node],
     info: GraphInfo,
     tainted: Set[int],
-    shared: Mapping[int, Node],
+    fits: Fits,
 ) -> Program | None:
     """``template``'s side outputs, computed from ``state``; None unless all are found among ``candidates``.
 
-    ``sides`` are (statement, what it needs, descending). Nothing ``tainted`` may enter from outside. Outputs are
-    matched where there are any: the first state of a model may want a gradient in all its components, in some, or in
-    none (``outputs`` is empty then). ``shared``: what all links take from outside, by slot; where input and state are
-    of one size, only the weights tell the gradient of the one from that of the other.
+    ``sides`` are (statement, what it needs, descending). Nothing ``tainted`` may enter from outside, and only what
+    ``fits``: where input and state are of one size, only the weights tell the gradient of the one from that of the
+    other. Outputs are matched where there are any: the first state of a model may want a gradient in all its
+    components, in some, or in none (``outputs`` is empty then). A side output is computed from the final w, so any
+    alignment of it is right; an output becomes a state. Raises Ambiguous where two nodes could be the same one.
     """
-    matcher = _Matcher(template, info, tainted, shared)
-    matcher.bound[: template.arity] = list(state)
-    for i, needed in sorted(sides, key=lambda side: -len(side[1])):
-        if matcher.bound[i] is not None:
-            continue
-        used = set(matcher.bound)
-        shape, dtype = template.statements[i].shape, template.statements[i].dtype
-        for node in candidates:
-            fits = node not in used and form_of(node) == (shape, dtype)
-            if fits and matcher.try_statement(i, node, needed):
-                break
-        else:
-            return None
+    needed_by = {i: sorted(closure(template, i), reverse=True) for i in template.outputs}
+    largest_first = sorted(sides, key=lambda side: -len(side[1]))
+
+    def attempt(chosen: dict[int, Node]) -> _Matcher | None:
+        matcher = _Matcher(template, info, tainted, fits)
+        matcher.bound[: template.arity] = list(state)
+        for i, node in chosen.items():
+            if not matcher.try_statement(i, node, needed_by[i], output=True):
+                return None
+        for i, needed in largest_first:
+            if matcher.bound[i] is not None:
+                continue
+            used = {*matcher.bound, *chosen.values()}
+            shape, dtype = template.statements[i].shape, template.statements[i].dtype
+            for node in candidates:
+                alike = node not in used and form_of(node) == (shape, dtype)
+                if alike and matcher.try_statement(i, node, needed):
+                    break
+            else:
+                return None
+        return matcher
+
     # A state is the whole of a sum: the root of its additions comes before its terms.
-    roots_first = sorted(candidates, key=_is_term)
+    roots_first = [node for node in sorted(candidates, key=_is_term) if node not in state]
+    outputs: dict[int, Node] = {}
     for i in template.outputs:
-        needed = sorted(closure(template, i), reverse=True)
-        taken = set(matcher.bound)
-        any(n not in taken and matcher.try_statement(i, n, needed, output=True) for n in roots_first)
+        for node in roots_first:
+            if node in outputs.values() or attempt({**outputs, i: node}) is None:
+                continue
+            if i not in outputs:
+                outputs[i] = node
+            elif node not in sum_terms(outputs[i], info):
+                raise Ambiguous
+    matcher = attempt(outputs)
+    if matcher is None:
+        return None
     found = matcher.program()
-    if all(found.raw[i] is None and i not in found.remainders for i in found.outputs):
+    if not outputs:
         found.outputs = []
     return found
 

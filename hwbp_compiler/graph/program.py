@@ -26,6 +26,7 @@ from torch.fx import Node
 
 from .info import GraphInfo
 from .rules import (
+    Kind,
     dtype_of,
     form_of,
     is_elementwise_edge,
@@ -348,6 +349,15 @@ def closure(program: Program, end: int) -> set[int]:
             needed.add(i)
             todo.extend(references(program.statements[i].args))
     return needed
+
+
+def is_heavy(program: Program, i: int) -> bool:
+    """Whether statement ``i`` is what a block is made of."""
+    node = program.raw[i]
+    if node is None or program.statements[i].target in (SUM, INPUT):
+        return False
+    rule = rule_of(node)
+    return rule is not None and rule.kind is Kind.HEAVY
 
 
 def _constant(value: object):

@@ -26,7 +26,19 @@ Update = Literal[
 Norm = Literal["none", "layer", "rms", "batch", "batch_eval", "group"]
 After = Literal["none", "relu", "layer", "rms", "mask", "tanh", "silu", "leaky", "batch", "batch_eval", "cast"]
 CellKind = Literal[
-    "gru", "lstm", "min_gru", "diagonal", "tanh", "residual", "leaky", "lerp", "peephole", "late_reset", "normed"
+    "gru",
+    "lstm",
+    "min_gru",
+    "diagonal",
+    "tanh",
+    "residual",
+    "leaky",
+    "lerp",
+    "peephole",
+    "late_reset",
+    "normed",
+    "gates",
+    "bounded_gates",
 ]
 
 
@@ -253,6 +265,7 @@ class Cell(nn.Module):
     gru, lstm           as ``nn.GRUCell`` and ``nn.LSTMCell``; ``late_reset``: the reset gate before the matrix
     peephole            an LSTM whose forget gate also sees c, elementwise
     min_gru, diagonal   gates of the input alone, no matrix on the state
+    gates               a h + (1 - a) b, where the input itself is a and b; bounded_gates: tanh(a h + b)
     residual, leaky     h + tanh(..); (1 - a) h + a tanh(..) with a learnt vector a
     lerp                ``torch.lerp(h, n, z)``
     normed              a LayerNorm over the GRU's new state
@@ -263,8 +276,9 @@ class Cell(nn.Module):
         super().__init__()
         self.kind = kind
         gates = {"gru": 3, "normed": 3, "late_reset": 3, "lstm": 4, "peephole": 4, "lerp": 2, "min_gru": 2}.get(kind, 1)
-        self.from_x = nn.Linear(inputs, gates * width)
-        if kind not in ("min_gru", "diagonal"):
+        if kind not in ("gates", "bounded_gates"):
+            self.from_x = nn.Linear(inputs, gates * width)
+        if kind not in ("min_gru", "diagonal", "gates", "bounded_gates"):
             self.from_h = nn.Linear(width, gates * width)
         if kind in ("diagonal", "leaky", "peephole"):
             self.factor = nn.Parameter(torch.randn(width))
@@ -324,6 +338,13 @@ class Cell(nn.Module):
 
     def _diagonal(self, x: Tensor, state: Tensors, hold: Hold) -> Tensors:
         return (torch.sigmoid(self.factor) * state[0] + self.from_x(x),)
+
+    def _gates(self, x: Tensor, state: Tensors, hold: Hold) -> Tensors:
+        a, b = torch.sigmoid(x), torch.cos(x)
+        return (a * state[0] + (1 - a) * b,)
+
+    def _bounded_gates(self, x: Tensor, state: Tensors, hold: Hold) -> Tensors:
+        return (torch.tanh(torch.sigmoid(x) * state[0] + torch.cos(x)),)
 
     def _block(self, x: Tensor, h: Tensor) -> Tensor:
         return torch.tanh(self.from_x(x) + self.from_h(h))

@@ -83,7 +83,8 @@ class Recurrence(_ReadableRepr):
 
     cell         see :class:`.blocks.Cell`
     every_step   hands on the states of all steps, else of the last
-    start        the first state is "zeros" or "learnt"
+    start        the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
+                 width], that requires a gradient
     masked       past its end a sequence keeps its state: where(mask, new, old)
     """
 
@@ -91,7 +92,7 @@ class Recurrence(_ReadableRepr):
     cell: CellKind = "gru"
     layers: int = 1
     every_step: bool = True
-    start: Literal["zeros", "learnt"] = "zeros"
+    start: Literal["zeros", "learnt", "given"] = "zeros"
     reverse: bool = False
     masked: bool = False
     frozen: bool = False
@@ -230,7 +231,7 @@ class Links(nn.Module):
 
 
 class Loop(nn.Module):
-    """A recurrence; ``forward(x) -> [batch, length or 1, width]``."""
+    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``; ``given`` is the first state if that is."""
 
     def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
         super().__init__()
@@ -245,8 +246,10 @@ class Loop(nn.Module):
         if spec.frozen:
             self.requires_grad_(False)
 
-    def start(self, x: Tensor, layer: int) -> Tensors:
+    def start(self, x: Tensor, given: Tensor | None, layer: int) -> Tensors:
         count = self.cells[layer].components
+        if given is not None:
+            return tuple(given[layer, i] for i in range(count))
         if self.spec.start == "learnt":
             return tuple(self.first[layer, i].expand(x.shape[0], -1) for i in range(count))
         return tuple(x.new_zeros(x.shape[0], self.spec.width) for _ in range(count))
@@ -262,8 +265,8 @@ class Loop(nn.Module):
         mask = self.mask[:, t, None]
         return tuple(torch.where(mask, a, b) for a, b in zip(new, state, strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        states = [self.start(x, layer) for layer in range(self.spec.layers)]
+    def forward(self, x: Tensor, given: Tensor | None) -> Tensor:
+        states = [self.start(x, given, layer) for layer in range(self.spec.layers)]
         outputs = []
         for t in self.times(x):
             value = x[:, t]
@@ -296,24 +299,31 @@ class ResidualModel(nn.Module):
         """What the first stage's cross-attention looks at: the input, of which that chain's first state is no part."""
         return x if self.spec.stem else x.detach()
 
-    def forward(self, x: Tensor) -> dict[str, Any]:
+    def given(self, states: tuple[Tensor, ...]) -> Iterator[Tensor | None]:
+        """For every stage the first state that the model was given, None where it is not."""
+        rest = iter(states)
+        for stage in self.spec.stacks:
+            yield next(rest) if isinstance(stage, Recurrence) and stage.start == "given" else None
+
+    def forward(self, x: Tensor, *states: Tensor) -> dict[str, Any]:
         found: dict[str, Any] = {"taps": [], "penalties": []}
+        given = self.given(states)
         ignored = x
         context, x = self.context(x), self.stem(x)
         first = x
         finals = []
-        for number, stage in enumerate(self.stacks):
+        for number, (stage, start) in enumerate(zip(self.stacks, given, strict=True)):
             if number:
                 x = torch.tanh(self.between[number - 1](first if self.spec.parallel else x))
             if isinstance(stage, Loop):
-                x = stage(x)
+                x = stage(x, start)
             else:
-                states, taps, penalties = stage(x, context)
+                passed, taps, penalties = stage(x, context)
                 found["taps"] += taps
                 found["penalties"] += penalties
-                x = states[-1]
+                x = passed[-1]
                 if self.spec.dead_ends:
-                    for state in states:
+                    for state in passed:
                         torch.cosh(state)
             if number == 0 and not self.spec.parallel:
                 context = x
@@ -340,7 +350,9 @@ def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
         dtype = getattr(torch, spec.dtype)
         model = ResidualModel(spec).to(dtype)
         x = torch.randn(spec.batch, spec.length, spec.stacks[0].width, dtype=torch.float64).to(dtype)
-    return model, (x.requires_grad_(spec.input_grad),), loss
+        loops = [stage for stage in spec.stacks if isinstance(stage, Recurrence) and stage.start == "given"]
+        given = [torch.randn(s.layers, 2, spec.batch, s.width, dtype=torch.float64).to(dtype) for s in loops]
+    return model, (x.requires_grad_(spec.input_grad), *(h.requires_grad_() for h in given)), loss
 
 
 # ------------------------------------------------------------------------------------- the model, retold
@@ -363,8 +375,8 @@ def programs(model: ResidualModel) -> Iterator[Program]:
         raise ValueError(f"{model.spec} skips links in more than one stack: too many ways to read chains into it")
     for reading in _readings(skipped[0]) if skipped else [()]:
 
-        def forward(run: RunChain, x: Tensor, reading: Reading = reading) -> dict[str, Any]:
-            return _retold(model, reading, run, x)
+        def forward(run: RunChain, x: Tensor, *states: Tensor, reading: Reading = reading) -> dict[str, Any]:
+            return _retold(model, reading, run, x, states)
 
         yield Program(dict(model.named_parameters()), forward)
 
@@ -405,18 +417,20 @@ def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool
     return True
 
 
-def _retold(model: ResidualModel, reading: Reading, run: RunChain, x: Tensor) -> dict[str, Any]:
+def _retold(
+    model: ResidualModel, reading: Reading, run: RunChain, x: Tensor, given: tuple[Tensor, ...]
+) -> dict[str, Any]:
     spec = model.spec
     found: dict[str, Any] = {"taps": [], "penalties": []}
     ignored = x
     context, x = model.context(x), model.stem(x)
     first = x
     finals = []
-    for number, stage in enumerate(model.stacks):
+    for number, (stage, start) in enumerate(zip(model.stacks, model.given(given), strict=True)):
         if number:
             x = torch.tanh(model.between[number - 1](first if spec.parallel else x))
         if isinstance(stage, Loop):
-            x = _run_loop(stage, run, x)
+            x = _run_loop(stage, run, x, start)
         elif stage.spec.skips:
             states, penalties = _run_skipping(stage, reading, run, x, context)
             found["taps"] += stage.taps(states)
@@ -444,11 +458,11 @@ def _link(link: Residual, penalised: bool, context: Tensor) -> Link:
     return Link(step, (context,))
 
 
-def _run_loop(loop: Loop, run: RunChain, x: Tensor) -> Tensor:
+def _run_loop(loop: Loop, run: RunChain, x: Tensor, given: Tensor | None) -> Tensor:
     times = loop.times(x)
     values = [x[:, t] for t in times]
     for layer in range(loop.spec.layers):
-        start = loop.start(x, layer)
+        start = loop.start(x, given, layer)
         if not loop.spec.has_highway:  # no chain
             states = [start]
             for t, value in zip(times, values, strict=True):

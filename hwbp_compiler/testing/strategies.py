@@ -78,7 +78,7 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Rec
         cell=cell,
         layers=draw(st.sampled_from((1, 1, 2))),
         every_step=draw(st.sampled_from((True, False))),
-        start=draw(st.sampled_from(("zeros", "learnt"))),
+        start=draw(st.sampled_from(("zeros", "learnt", "given"))),
         reverse=draw(_often_false),
         # Where state and memory cell both by-pass the step, more than three values do: no chain that is pinned.
         masked=cell not in ("lstm", "peephole") and draw(_often_false),
