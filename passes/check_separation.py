@@ -23,7 +23,7 @@ from hwbp_compiler.graph.match import match_backward
 from hwbp_compiler.graph.program import BY_PASS, BY_PASS_ADVICE, NotALink, Program, State, extract, sum_terms
 from hwbp_compiler.graph.rules import Kind, shape_of
 
-from .find_chains import Track
+from .find_chains import Track, is_carrier
 
 # The most tensors that together are one state.
 _WIDEST = 3
@@ -196,9 +196,17 @@ def _is_own(info: GraphInfo, node: Node) -> bool:
 
 
 def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
-    """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block."""
+    """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block. A block may end in
+    a cast (autocast) or a view."""
     arrived = (Kind.HEAVY, Kind.MIXING)
-    return any(info.kind(info.index[term]) in arrived for term in sum_terms(node, info))
+    return any(info.kind(_behind_carriers(info, info.index[term])) in arrived for term in sum_terms(node, info))
+
+
+def _behind_carriers(info: GraphInfo, i: int) -> int:
+    """What ``i`` is a mere view or cast of."""
+    while is_carrier(info, i):
+        i = info.sources[i][0]
+    return i
 
 
 def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chain], refusals: list[Refusal]) -> None:

@@ -158,10 +158,15 @@ def root_of_sum(info: GraphInfo, node: int) -> int:
             cursor = info.users[cursor][0]
             if info.is_sum(cursor):
                 break
-            if info.kind(cursor) is not Kind.LAYOUT and info.nodes[cursor].target not in _CARRIERS:
+            if not is_carrier(info, cursor):
                 return node
         else:
             return node
         if not info.elementwise(info.sources[cursor][0], cursor) or len(info.nodes[cursor].users) == 0:
             return node
         node = cursor
+
+
+def is_carrier(info: GraphInfo, i: int) -> bool:
+    """Whether ``i`` hands a gradient on as it is: a view, a cast, a copy."""
+    return info.kind(i) is Kind.LAYOUT or info.nodes[i].target in _CARRIERS
