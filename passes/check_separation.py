@@ -12,6 +12,7 @@ state i + 1. Where something by-passes a state there are three ways out, and the
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
@@ -20,7 +21,16 @@ from torch.fx import Node
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.match import match_backward
-from hwbp_compiler.graph.program import BY_PASS, BY_PASS_ADVICE, NotALink, Program, State, extract, sum_terms
+from hwbp_compiler.graph.program import (
+    BY_PASS,
+    BY_PASS_ADVICE,
+    GIVE_TO_RECURRENT,
+    NotALink,
+    Program,
+    State,
+    extract,
+    sum_terms,
+)
 from hwbp_compiler.graph.rules import Kind, shape_of
 
 from .find_chains import Track, is_carrier
@@ -67,7 +77,21 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
     other = [r for r in refusals if r.reason != BY_PASS]
     if crossings and (len(other) < len(refusals) or 2 * kept < len(joins)):
         refusals = other or [_too_wide(info, joins, max(1, len(joins) - kept))]
+    if len(joins) == 1 and not chains[0].links:
+        refusals = _alone(info, track, chains[0])
     return chains, refusals
+
+
+def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:
+    """Why the one join of ``track`` ends no link. One that nothing leads to lies inside a larger link: no news."""
+    if not track.branches:
+        return []
+    try:
+        _head_from_branch(info, track, chain)
+    except NotALink as reason:
+        start = (info.nodes[track.branches[0]],)
+        return [Refusal(_between(info, start, chain.states[0]), 1, str(reason), reason.advice)]
+    raise AssertionError("the join has a link in front of it")
 
 
 def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
@@ -82,7 +106,8 @@ def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
         nodes,
         lost,
         f"{width} tensors pass from each step to the next; a state of more than {_WIDEST} is not handled",
-        f"Carry at most {_WIDEST} tensors from step to step; what depends on the input alone can go before the loop.",
+        f"{GIVE_TO_RECURRENT} if it is a loop over time: it takes a state of any number of tensors. Elsewhere carry at "
+        f"most {_WIDEST} tensors from step to step.",
     )
 
 
@@ -92,7 +117,7 @@ def _divided(nodes: tuple[Node, ...], lost: int, parts: int) -> Refusal:
         nodes,
         lost,
         f"the gradient of a step's state is the sum of {parts} terms that no {_WIDEST} tensors of the graph stand for",
-        "Give the step to hwbp_compiler.recurrent(cell, inputs, state), which knows what the state is.",
+        f"{GIVE_TO_RECURRENT}, which knows what the state is.",
     )
 
 
@@ -272,7 +297,8 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
         if head is not None and _head_is_sound(info, head, chain):
             return Chain([head.inputs, *chain.states], [head, *chain.links])
     if len(outputs) == 1 and track.branches and info.index[outputs[0]] == track.joins[0]:
-        return _head_from_branch(info, track, chain)
+        with contextlib.suppress(NotALink):
+            return _head_from_branch(info, track, chain)
     return None
 
 
@@ -293,12 +319,13 @@ def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
     return not any(info.index[t] in reached for terms in head.injections.values() for t in terms)
 
 
-def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
-    """Where the first link is built unlike its neighbours: it starts at the last branch point before the join."""
+def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
+    """Where the first link is built unlike its neighbours: it starts at the last branch point before the join. Raises
+    NotALink where nothing between the two is a link."""
     join = track.joins[0]
     branch = _branch_before(info, set(track.branches[:1]), join)
     if branch is None:
-        return None
+        raise NotALink(BY_PASS, BY_PASS_ADVICE)
     start = info.nodes[branch]
     for link, (before,) in zip(chain.links[:4], chain.states, strict=False):
         # What the neighbours have between state and branch point (the mask of a ReLU) belongs to this link too.
@@ -316,12 +343,11 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain | No
             start = found.inputs[0]
             break
     state: State = (start,)
-    try:
-        _check_shapes(state, chain.states[0])
-        head = extract(info, state, [info.nodes[join]], set())
-    except NotALink:
-        return None
-    return Chain([state, *chain.states], [head, *chain.links]) if _head_is_sound(info, head, chain) else None
+    _check_shapes(state, chain.states[0])
+    head = extract(info, state, [info.nodes[join]], set())
+    if not _head_is_sound(info, head, chain):
+        raise NotALink(BY_PASS, BY_PASS_ADVICE)
+    return Chain([state, *chain.states], [head, *chain.links])
 
 
 def _branch_before(info: GraphInfo, starts: set[int], join: int) -> int | None:

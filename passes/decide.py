@@ -147,11 +147,29 @@ def rounds_of(iterations: int, length: int) -> int | None:
     return length if at_full_length.get() and length <= _MOST_ROUNDS else None
 
 
+# No iterations help one link: none at all drop its block, one is ordinary backprop.
+_ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
+
+
 def shorter(length: int, options: Options) -> tuple[str, str]:
     """Why a chain below ``min_length`` is left alone, and what to change."""
     exact = options.iterations == "exact" or options.iterations >= length
-    fewer = f" with iterations={length - 1}{' or fewer' if length > 1 else ''}" if exact else ""
-    return f"shorter than min_length={options.min_length}", f"min_length={length}{fewer} lets it be considered."
+    fewer = f" with iterations={length - 1} or fewer" if exact else ""
+    advice = f"min_length={length}{fewer} lets it be considered." if length > 1 else _ALONE
+    return f"shorter than min_length={options.min_length}", advice
+
+
+def ordinary(length: int, options: Options) -> tuple[str, str] | None:
+    """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
+    ask for something else."""
+    if options.iterations == "exact":
+        advice = f"Any iterations below {length}." if length > 1 else _ALONE
+        return 'iterations="exact" asks for ordinary backprop', advice
+    if rounds_of(int(options.iterations), length) is None:
+        advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
+        reason = f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
+        return reason, advice
+    return None
 
 
 def _kind(program: Program, i: int) -> Kind | None:

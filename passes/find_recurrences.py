@@ -23,11 +23,12 @@ def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> li
     free = [c and i not in excluded for i, c in enumerate(info.carries)]
     tracks: list[Track] = []
     while True:
-        track = _longest(info, free, min_length)
-        if track is None:
+        inside = _longest(info, free, min_length)
+        if inside is None:
             return tracks
-        if len(track.joins) >= min_length:
-            tracks.append(track)
+        states = _one_per_period(info, _separating_forks(info, inside))
+        if len(states) >= min_length:
+            tracks.append(Track(tuple(states), ()))
 
 
 def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
@@ -49,8 +50,19 @@ def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
     return found
 
 
-def _longest(info: GraphInfo, free: list[bool], min_length: int) -> Track | None:
-    """The track along the longest elementwise path through ``free`` nodes, which are marked as used."""
+def find_wide_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> list[set[int]]:
+    """The nodes of as long elementwise paths that no single state divides: several tensors pass from step to step."""
+    free = [c and i not in excluded for i, c in enumerate(info.carries)]
+    found: list[set[int]] = []
+    while (inside := _longest(info, free, min_length)) is not None:
+        leaving = sum(any(u not in inside for u in info.users[i]) for i in inside)
+        if len(_separating_forks(info, inside)) < min_length <= leaving:
+            found.append(inside)
+    return found
+
+
+def _longest(info: GraphInfo, free: list[bool], min_length: int) -> set[int] | None:
+    """What lies along the longest elementwise path through ``free`` nodes; it is marked as used."""
     count = len(info.nodes)
     forks = [0] * count  # most branch points on an elementwise path that starts here
     ahead: list[int | None] = [None] * count
@@ -68,10 +80,9 @@ def _longest(info: GraphInfo, free: list[bool], min_length: int) -> Track | None
     while (following := ahead[path[-1]]) is not None:
         path.append(following)
     inside = _elementwise_between(info, path[0], path[-1], free)
-    states = _separating_forks(info, inside)
     for i in inside:
         free[i] = False
-    return Track(tuple(_one_per_period(info, states)), ())
+    return inside
 
 
 def _elementwise_between(info: GraphInfo, start: int, end: int, free: list[bool]) -> set[int]:

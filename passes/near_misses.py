@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import operator
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,13 +17,14 @@ from torch.fx import Graph
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_range, source_line
-from hwbp_compiler.graph.program import sum_terms
+from hwbp_compiler.graph.program import GIVE_TO_RECURRENT, sum_terms, why_not_linear
 from hwbp_compiler.graph.record import ChainRecord
-from hwbp_compiler.graph.rules import Kind, operator_name, shape_of
+from hwbp_compiler.graph.rules import Kind, is_complex, operator_name, shape_of
 
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
-from .pipeline import collapsed, refused
+from .find_recurrences import find_recurrences, find_wide_recurrences
+from .pipeline import SHORTEST_RECURRENCE, collapsed, refused
 
 aten = torch.ops.aten
 
@@ -42,7 +44,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
         return []
     origins = Origins(graph)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
-    found += [*_unknown(info), *_interrupted(info, origins)]
+    found += [*_unknown(info), *_interrupted(info, origins), *_recurrences(info, origins)]
     lines = {(c.source, c.reason) for c in chains}
     return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason) not in lines]
 
@@ -70,30 +72,70 @@ class _ThroughCuts(GraphInfo):
 class _ThroughUnknown(GraphInfo):
     """A look at the graph in which an operator without a rule counts as elementwise."""
 
+    def passed(self, i: int) -> bool:
+        return self.nodes[i].op == "call_function" and super().kind(i) is None
+
     def elementwise(self, source: int, i: int) -> bool:
-        unknown = self.kind(i) is None and shape_of(self.nodes[source]) == shape_of(self.nodes[i])
+        unknown = self.passed(i) and shape_of(self.nodes[source]) == shape_of(self.nodes[i])
         return unknown or super().elementwise(source, i)
+
+
+class _ThroughComplex(GraphInfo):
+    """A look at the graph in which what makes complex numbers of real ones, or the other way round, is a layout."""
+
+    def passed(self, i: int) -> bool:
+        return self.nodes[i].op == "call_function" and super().kind(i) is None and is_complex(self.nodes[i])
+
+    def kind(self, i: int) -> Kind | None:
+        return Kind.LAYOUT if self.passed(i) else super().kind(i)
+
+    def elementwise(self, source: int, i: int) -> bool:
+        return self.passed(i) or super().elementwise(source, i)
 
 
 def _unknown(info: GraphInfo) -> Iterator[Refusal]:
     """Chains but for an operator that nothing is known of, on the way past every block."""
     proper = {j for track in find_chains(info) for j in track.joins}
-    loose = _ThroughUnknown(info.graph)
-    for track in find_chains(loose):
-        joins = [j for j in track.joins if j not in proper]
-        if len(joins) < _SHORTEST_STRETCH:
-            continue
-        inside = sorted(info.between({min(track.branches, default=joins[0])}, {joins[-1]}))
-        names = by_frequency(operator_name(info.nodes[i]) for i in inside if info.kind(i) is None)
-        if names:
-            yield Refusal(
-                tuple(info.nodes[i] for i in inside),
-                len(joins),
-                f"the state passes through {names[0]} on its way past the blocks, an operator that the compiler has no "
-                "rule for: it cannot tell whether an element leads straight to one of the next state",
-                "Use other operators of PyTorch's there, or move it into the blocks; a rule for an operator is one "
-                "line in hwbp_compiler/graph/rules.py.",
-            )
+    told: set[int] = set()
+    looks: tuple[_ThroughComplex | _ThroughUnknown, ...] = (_ThroughComplex(info.graph), _ThroughUnknown(info.graph))
+    for loose in looks:
+        tracks = find_chains(loose)
+        if isinstance(loose, _ThroughComplex):
+            tracks += find_recurrences(loose, proper.union(*(t.joins for t in tracks)), SHORTEST_RECURRENCE)
+        for track in tracks:
+            joins = [j for j in track.joins if j not in proper]
+            inside = info.between({min(track.branches, default=joins[0])}, {joins[-1]}) if joins else set()
+            cuts = [info.nodes[i] for i in sorted(inside - told) if loose.passed(i)]
+            if len(joins) >= _SHORTEST_STRETCH and cuts:
+                told |= inside
+                name = by_frequency(map(operator_name, cuts))[0]
+                (first, *_) = (node for node in cuts if operator_name(node) == name)
+                nodes = tuple(info.nodes[i] for i in sorted(inside))
+                yield Refusal(nodes, len(joins), *why_not_linear(first, on_trunk=True))
+
+
+def _recurrences(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
+    """Elementwise altogether, like the chains of ``find_recurrences``, but with a state of several tensors: what marks
+    them is that one line of the user's runs again and again."""
+    tracks = [t for t in find_chains(info) if len(t.joins) > 1]
+    excluded = set().union(*(info.between({min(t.branches, default=t.joins[0])}, {t.joins[-1]}) for t in tracks))
+    told: set[str] = set()
+    for inside in find_wide_recurrences(info, excluded, SHORTEST_RECURRENCE):
+        nodes = tuple(info.nodes[i] for i in sorted(inside))
+        run = {n for call in {n.meta.get("seq_nr") for n in nodes} for n in origins.by_call.get(call, ())}
+        times = Counter((source_line(n), n.target) for n in run)
+        again = {key: count for key, count in times.items() if key[0] and count >= SHORTEST_RECURRENCE}
+        lines = {line for line, _ in again}
+        if again and told.isdisjoint(lines):
+            told |= lines
+            yield Refusal(nodes, min(again.values()), *_SEVERAL)  # a line may call an operator twice in a step
+
+
+_SEVERAL = (
+    "a recurrence that is elementwise altogether and carries several tensors from step to step: without blocks only a "
+    "state of one tensor is recognised",
+    f"{GIVE_TO_RECURRENT}, which takes such a state apart.",
+)
 
 
 def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
@@ -210,33 +252,31 @@ def _interrupted(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
     tracks = sorted(find_chains(info), key=lambda t: t.joins[0])
     short = [t for t in tracks if len(t.joins) <= 2 and t.branches]
     stretch: list[Track] = []
-    names: list[str] = []
+    whys: list[tuple[str, str]] = []
     for track, following in itertools.zip_longest(short, short[1:]):
-        name = None if following is None else _between_tracks(info, origins, track, following)
+        why = None if following is None else _between_tracks(info, origins, track, following)
         stretch.append(track)
-        if following is not None and name is not None and name == (names[-1] if names else name):
-            names.append(name)
+        if following is not None and why is not None and why == (whys[-1] if whys else why):
+            whys.append(why)
             continue
-        if len(names) + 1 >= _SHORTEST_STRETCH:
+        if len(whys) + 1 >= _SHORTEST_STRETCH:
             inside = info.between({stretch[0].branches[0]}, {stretch[-1].joins[-1]})
-            yield Refusal(
-                tuple(info.nodes[i] for i in sorted(inside)),
-                sum(len(t.joins) for t in stretch),
-                _INTERRUPTED.format(names[0]),
-                "Move it inside the blocks, or before the first and behind the last of them.",
-            )
-        stretch, names = [], []
+            nodes = tuple(info.nodes[i] for i in sorted(inside))
+            yield Refusal(nodes, sum(len(t.joins) for t in stretch), *whys[0])
+        stretch, whys = [], []
 
 
 _INTERRUPTED = (
     "between one block and the next the state itself goes through {}, which moves or mixes its elements: no element of "
     "it leads straight to one behind the next block"
 )
+_MOVE_INSIDE = "Move it inside the blocks, or before the first and behind the last of them."
 _LAYERS = {"addmm": "a linear layer", "mm": "a linear layer", "convolution": "a convolution"}
 
 
-def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> str | None:
-    """The one operator of the forward pass that stands between them; None if it is none, or more than one."""
+def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> tuple[str, str] | None:
+    """What the one operator of the forward pass that stands between them does, and what to change; None if there is
+    none, or more than one."""
     end, start = track.joins[-1], following.branches[0]
     if start <= end:
         return None
@@ -245,19 +285,21 @@ def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: 
     calls = {node.meta.get("seq_nr") for node in cuts}
     if not inside or len(calls) != 1:
         return None
+    if unknown := [n for n in cuts if info.kind(info.index[n]) is None]:
+        return why_not_linear(unknown[0], on_trunk=True)
     forward = [n for n in origins.by_call.get(calls.pop(), ()) if info.kind(info.index[n]) is not Kind.LAYOUT]
     if not forward:
         return None
     # What the user called is known of an operator that was taken apart.
     called = getattr(forward[0].meta.get("original_aten"), "_schema", None)
     name = (operator_name(forward[0]) if called is None else called.name).removeprefix("aten::")
-    return _LAYERS.get(name, f"torch's {name.strip('_')}")
+    return _INTERRUPTED.format(_LAYERS.get(name, f"torch's {name.strip('_')}")), _MOVE_INSIDE
 
 
 def is_piece_of(record: ChainRecord, missed: Sequence[ChainRecord]) -> bool:
     """Whether ``record`` tells of one link of a stretch that one of ``missed`` tells of as a whole."""
-    whole = {m.source for m in missed if m.reason.startswith(_INTERRUPTED.partition("{")[0])}
-    return record.reason.startswith("shorter than min_length") and record.length <= 2 and record.source in whole
+    whole = {m.source for m in missed if m.length >= _SHORTEST_STRETCH}
+    return record.decision == "declined" and record.length <= 2 and record.source in whole
 
 
 def _loops(info: GraphInfo) -> Iterator[Refusal]:

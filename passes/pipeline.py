@@ -16,7 +16,7 @@ from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, modules_of, name_range
-from hwbp_compiler.graph.program import NotALink, Program, is_heavy
+from hwbp_compiler.graph.program import BY_PASS, NotALink, Program, is_heavy
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import operator_name
 from hwbp_compiler.graph.sizes import bytes_of
@@ -27,7 +27,7 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .check_separation import Refusal, check_separation
-from .decide import estimate, rounds_of, shorter
+from .decide import estimate, ordinary, rounds_of, shorter
 from .find_chains import Track, find_chains
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, shifted
 from .group_links import group_links
@@ -114,28 +114,22 @@ def _candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], lis
     below: list[Refusal] = []
     for track in find_chains(info):
         chains, refused = check_separation(info, track)
-        if len(track.joins) >= options.min_length:
-            refusals += _of_one_track(info, track, refused)
+        (refusals if len(track.joins) >= options.min_length else below).extend(_of_one_track(info, track, refused))
         more, too_short = _split_and_group(info, chains, options, refusals)
         found, short = found + more, short + too_short
-        if not (refused or more or too_short):
-            below.append(_too_short(info, track, options))
     used = {info.index[n] for candidate in found for n in candidate.nodes}
     for track in find_recurrences(info, used, max(options.min_length, SHORTEST_RECURRENCE) - 1):
         chains = _steps(info, track)
         ways = [chains, *(_steps(info, other) for chain in chains for other in shifted(info, chain))]
         best = max([_split_and_group(info, way, options, [])[0] for way in ways], key=_links)
         found += best
-    found.sort(key=lambda c: (-c.chain.length, info.index[_any(c)]))
-    kept: list[Candidate] = []
-    taken: set[Node] = set()
-    for candidate in found:
-        if candidate.nodes.isdisjoint(taken):
-            kept.append(candidate)
-            taken |= candidate.nodes
+    kept, taken = _apart(info, found)
+    short, below_length = _apart(info, short)
     # From the loss towards the input: a chain's side outputs are injections of the next one.
     kept.sort(key=lambda c: info.index[_any(c)])
     # A piece of something larger that is told of already is no news.
+    held = taken | below_length
+    refusals = [r for r in refusals if r.reason != BY_PASS or 2 * len(held.intersection(r.nodes)) < len(r.nodes)]
     told = taken.union(*(r.nodes for r in refusals))
     refusals += [r for r in below if told.isdisjoint(r.nodes)]
     return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
@@ -151,8 +145,15 @@ def _links(candidates: list[Candidate]) -> tuple[int, int]:
     return sum(len(c.chain.links) for c in candidates), sum(c.chain.length for c in candidates)
 
 
-def _too_short(info: GraphInfo, track: Track, options: Options) -> Refusal:
-    return Refusal(_along(info, track), len(track.joins), *shorter(len(track.joins), options))
+def _apart(info: GraphInfo, found: list[Candidate]) -> tuple[list[Candidate], set[Node]]:
+    """Those of ``found`` that share no node, longest first, and their nodes."""
+    kept: list[Candidate] = []
+    taken: set[Node] = set()
+    for candidate in sorted(found, key=lambda c: (-c.chain.length, info.index[_any(c)])):
+        if candidate.nodes.isdisjoint(taken):
+            kept.append(candidate)
+            taken |= candidate.nodes
+    return kept, taken
 
 
 def _along(info: GraphInfo, track: Track) -> tuple[Node, ...]:
@@ -178,7 +179,7 @@ def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list
 def _split_and_group(
     info: GraphInfo, chains: list[Chain], options: Options, refusals: list[Refusal]
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Candidates, and those that are too short."""
+    """Candidates, and those that are too short: one link alone is, unless its block is to be dropped (k = 0)."""
     found: list[Candidate] = []
     short: list[Candidate] = []
     for chain in chains:
@@ -191,7 +192,8 @@ def _split_and_group(
             refusals.append(Refusal(inside, chain.length, str(reason), reason.advice))
             continue
         candidate = Candidate(chain, group_links(info, chain), split)
-        (found if chain.length >= options.min_length else short).append(candidate)
+        alone = chain.length == 1 and ordinary(1, options) is not None
+        (short if alone or chain.length < options.min_length else found).append(candidate)
     return found, short
 
 
@@ -263,12 +265,9 @@ def _treat(
 def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> str | None:
     """Why the chain is left to ordinary backprop, or None. Puts estimate and advice into ``record``."""
     length = candidate.chain.length
-    if options.iterations == "exact":
-        record.advice = f"Any iterations below {length}."
-        return 'iterations="exact" asks for ordinary backprop'
-    if rounds_of(int(options.iterations), length) is None:
-        record.advice = f"iterations below {length}, or leave it: these gradients are exact."
-        return f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
+    if (exact := ordinary(length, options)) is not None:
+        reason, record.advice = exact
+        return reason
     expected = estimate(candidate.chain, candidate.groups, int(options.iterations))
     record.estimate = expected
     if options.rewrite == "always":
@@ -340,7 +339,8 @@ def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
 
 def _short(candidate: Candidate, origins: Origins, options: Options) -> ChainRecord:
     record = _described(candidate, [origins.of_link(link) for link in _forward_links(candidate)])
-    record.reason, record.advice = shorter(record.length, options)
+    exact = ordinary(record.length, options) if record.length >= options.min_length else None
+    record.reason, record.advice = exact or shorter(record.length, options)
     return record
 
 

@@ -29,7 +29,7 @@ from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
 
-from .decide import Estimate, rounds_of, shorter
+from .decide import Estimate, ordinary, rounds_of, shorter
 from .decide_recurrent import estimate_recurrent, recording_pays
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def rewrite_recurrent_modules(
     created: set[Node] = set()
     record_nothing(graph)  # but what a backward pass asks for
     _join_copies(graph)
+    stepwise = _called_step_by_step(graph)
     for node in graph.find_nodes(op="call_function", target=backward_operator):
         call = _Backward.of(node)
         mine = _described(call)
@@ -67,6 +68,8 @@ def rewrite_recurrent_modules(
             watcher.found_module(mine, node)
         call.record(call.wanted)
         decision = call.unsound() or _decide(call, options)
+        if node in stepwise and options.iterations != "exact" and not decision.rewrites:
+            decision = _Decision(*_STEP_BY_STEP)
         for record in mine:
             record.estimate, record.reason, record.advice = decision.estimate, decision.reason, decision.advice
         if not decision.rewrites and not call.goes_through_time:
@@ -87,7 +90,44 @@ def rewrite_recurrent_modules(
                 record.decision, record.added_bytes = "rewritten", _held_at_once(emitted)
             if watcher is not None:
                 watcher.rewrote_module(mine, emitted)
-    return records, created
+    return _told_once(records), created
+
+
+_STEP_BY_STEP = (
+    "called step by step in a loop: every call is a chain of its own, of one link",
+    "One call for the whole sequence, nn.GRUCell or nn.LSTMCell in the loop, or "
+    "hwbp_compiler.recurrent(cell, inputs, state) in its place.",
+)
+
+
+def _called_step_by_step(graph: Graph) -> set[Node]:
+    """Backward operators of calls with one step, whose state comes out of another such call or goes into one."""
+    calls = map(_Backward.of, graph.find_nodes(op="call_function", target=backward_operator))
+    single = {call.kept.args[0]: call for call in calls if call.unsound() is None and call.length == 1}
+    found: set[Node] = set()
+    for call in single.values():
+        todo, seen = list(call.state), set(call.state)
+        while todo:
+            node = todo.pop()
+            if node in single:
+                found |= {call.node, single[node].node}
+                continue
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+    return found
+
+
+def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
+    """What is declined alike of several calls with one step each as one record that counts them."""
+    kept: dict[tuple, ChainRecord] = {}
+    for number, record in enumerate(records):
+        alike = record.decision == "declined" and record.length == 1
+        key = (record.module, record.source, record.reason) if alike else (number,)
+        if kept.setdefault(key, record) is not record:
+            kept[key].times += 1
+    return list(kept.values())
 
 
 @dataclass(frozen=True)
@@ -236,15 +276,10 @@ class _Backward:
 def _decide(call: _Backward, options: Options) -> _Decision:
     """What becomes of a layer that can be rewritten."""
     length, k = call.length, options.iterations
-    if k == "exact":
-        return _Decision('iterations="exact" asks for ordinary backprop', f"Any iterations below {length}.")
-    if length < options.min_length:
+    if k != "exact" and length < options.min_length:
         return _Decision(*shorter(length, options))
-    if rounds_of(int(k), length) is None:
-        return _Decision(
-            f"iterations={k} reaches the chain's length {length}: that is ordinary backprop",
-            f"iterations below {length}, or leave it: these gradients are exact.",
-        )
+    if (exact := ordinary(length, options)) is not None:
+        return _Decision(*exact)
     expected = estimate_recurrent(
         call.kind, call.input.meta["val"], call.output.meta["val"], int(k), call.layers, 1 + call.bidirectional
     )

@@ -29,7 +29,9 @@ from .rules import (
     Kind,
     dtype_of,
     form_of,
+    is_complex,
     is_elementwise_edge,
+    is_never_linear,
     linear_arguments,
     operands,
     operator_name,
@@ -48,6 +50,7 @@ State = tuple["Node | None", ...]
 
 BY_PASS = "a connection skips steps: what an earlier block computed enters a later one directly"
 BY_PASS_ADVICE = "Add what later blocks need to the residual stream, or carry it along as part of the state."
+GIVE_TO_RECURRENT = "Give the step to hwbp_compiler.recurrent(cell, inputs, state)"
 
 
 class NotALink(Exception):
@@ -57,6 +60,38 @@ class NotALink(Exception):
     def __init__(self, reason: str, advice: str = "") -> None:
         super().__init__(reason)
         self.advice = advice
+
+
+def why_not_linear(node: Node, on_trunk: bool = False) -> tuple[str, str]:
+    """Reason and advice where a gradient meets ``node`` and ``linear_arguments`` has no answer: in a block, or
+    ``on_trunk`` on its way past the blocks."""
+    name = operator_name(node)
+    if rule_of(node) is not None or is_never_linear(node):
+        return (
+            f"the gradient goes into {name} in a place where the result is not linear in it",
+            "Backward formulas that use the incoming gradient in such a way cannot be iterated; a custom "
+            "autograd.Function or a hook on a tensor is the usual cause.",
+        )
+    if is_complex(node):
+        what = "the state is complex" if on_trunk else f"a block computes with complex numbers ({name})"
+        return (
+            f"{what}: complex arithmetic is not handled inside chains",
+            f"{GIVE_TO_RECURRENT} if it is a loop over time: there states may be complex. Elsewhere write it with the "
+            "real and the imaginary part.",
+        )
+    if on_trunk:
+        return (
+            f"the state passes through {name} on its way past the blocks, an operator that the compiler has no rule "
+            "for: it cannot tell whether an element leads straight to one of the next state",
+            "Use other operators of PyTorch's there, or move it into the blocks; a rule for an operator is one line in "
+            "hwbp_compiler/graph/rules.py.",
+        )
+    return (
+        f"a block uses {name}, an operator that the compiler has no rule for, so it cannot tell how a gradient passes "
+        "through it",
+        "Write that part with other operators of PyTorch's, or keep it outside the residual blocks; a rule for an "
+        "operator is one line in hwbp_compiler/graph/rules.py.",
+    )
 
 
 @dataclass(frozen=True)
@@ -247,20 +282,9 @@ class _Builder:
 
     def _add_operation(self, node: Node) -> None:
         positions = {p for p, n in operands(node) if self._is_state(n)}
-        if rule_of(node) is None:
-            raise NotALink(
-                f"a block uses {operator_name(node)}, an operator that the compiler has no rule for, so it cannot "
-                "tell how a gradient passes through it",
-                "Write that part with other operators of PyTorch's, or keep it outside the residual blocks; a rule for "
-                "an operator is one line in hwbp_compiler/graph/rules.py.",
-            )
         linear = linear_arguments(node, positions)
         if linear is None:
-            raise NotALink(
-                f"the gradient goes into {operator_name(node)} in a place where the result is not linear in it",
-                "Backward formulas that use the incoming gradient in such a way cannot be iterated; a custom "
-                "autograd.Function is the usual cause.",
-            )
+            raise NotALink(*why_not_linear(node))
         args = tuple(self._argument(a, p in linear) for p, a in enumerate(node.args))
         for p in linear - positions:
             added = node.args[p] if p < len(node.args) else 0

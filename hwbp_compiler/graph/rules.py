@@ -96,6 +96,31 @@ _register(H, [{0, 2}], "index_put", "_unsafe_index_put")
 _register(H, [{0, 3}], "scatter.src", "scatter_add", "_unsafe_masked_index_put_accumulate")
 _register(H, [{0}], "_unsafe_index.Tensor")
 
+# -- not linear in any argument: for saying why, since no rule and this come to the same ---------------------------
+_NEVER_LINEAR = {
+    "abs", "sign", "sgn", "heaviside", "relu", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin",
+    "floor", "ceil", "round", "trunc", "frac", "remainder", "fmod", "nan_to_num", "pow", "sqrt", "rsqrt", "reciprocal",
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sigmoid", "tanh", "sin", "cos", "tan", "asin", "acos",
+    "atan", "atan2", "sinh", "cosh", "erf", "gelu", "silu", "softplus", "hypot", "copysign", "amax", "amin", "max",
+    "min", "norm", "linalg_vector_norm", "std", "var", "prod", "cumprod", "logsumexp", "_softmax", "_log_softmax",
+    "sort", "topk", "kthvalue", "median",
+}  # fmt: skip
+
+
+def is_never_linear(node: Node) -> bool:
+    """Whether the result of ``node`` is known to be no linear function of any argument: a comparison, a clamp, a
+    square root. Every result that is not a number (bool) or is a whole one is such."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and not (value.dtype.is_floating_point or value.dtype.is_complex):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._opname in _NEVER_LINEAR
+
+
+def is_complex(node: Node) -> bool:
+    """Whether ``node`` gives or takes complex numbers."""
+    values = (n.meta.get("val") for n in (node, *node.all_input_nodes))
+    return any(isinstance(v, torch.Tensor) and v.dtype.is_complex for v in values)
+
 
 def rule_of(node: Node) -> Rule | None:
     """The rule of ``node``'s operator, or None where nobody described it (opaque)."""

@@ -37,6 +37,8 @@ def _was_weighed(record: ChainRecord, options: Options) -> bool:
     """Declined for its cost or its iterations: other values of these options are what it is said to take."""
     if record.decision == "rewritten" or record.failed or not record.members or record.length < options.min_length:
         return False
+    if record.length < 2:
+        return False  # nothing is advised
     return options.rewrite != "always" or _fewer(record, options) != options.iterations
 
 

@@ -7,7 +7,7 @@ from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
-from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, rounds_of, shorter
+from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, ordinary, rounds_of, shorter
 
 from .chain import How
 from .link import Backward
@@ -27,9 +27,10 @@ def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRec
         record.reason = 'rewrite="never" asks for ordinary backprop'
         record.advice = 'rewrite="profitable", the default, or "always".'
         return How(None), record
+    backprop = ordinary(length, options)
     if options.iterations == "exact":
-        record.reason = 'iterations="exact" asks for ordinary backprop'
-        record.advice = f"Any iterations below {length}."
+        assert backprop is not None
+        record.reason, record.advice = backprop
         return How(None), record
     k = int(options.iterations)
     exact = How(None, 0.0, max(k + 1, options.min_length))
@@ -38,8 +39,8 @@ def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRec
         return exact, record
     written = rounds_of(k, length)
     if written is None:
-        record.reason = f"iterations={k} reaches the chain's length {length}: that is ordinary backprop"
-        record.advice = f"iterations below {length}, or leave it: these gradients are exact."
+        assert backprop is not None
+        record.reason, record.advice = backprop
         return exact, record
     expected = record.estimate = estimate(link, k, length)
     if options.rewrite != "always" and not expected.pays:
