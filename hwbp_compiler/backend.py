@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from .pieces import keeping_pieces
 from .recurrence import packed
 from .recurrence.tracing import traced_whole
 from .rolled.capture import replace_loops, rolled
+from .skipped import Compiled
 from .torch_private import (
     CONTROL_FLOW,
     SERVES,
@@ -149,8 +151,15 @@ def register_lowerings() -> None:
     inductor.register()
 
 
-# torch.compile gives the options to this check at once, and to the backend only with the first graph.
-configure_backend(highway, lambda mode=None, options=None: parse(options, mode), traced_whole)
+def _context(
+    mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What a callable that is being compiled with these runs in. Raises OptionError."""
+    return functools.partial(traced_whole, Compiled(strict=parse(options, mode)[0].strict))
+
+
+# torch.compile gives the options to this at once, and to the backend only with the first graph.
+configure_backend(highway, _context)
 watch_graph_breaks(packed.seen)
 
 

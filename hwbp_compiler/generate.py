@@ -225,7 +225,7 @@ def _why_no_backward(generating: _Generating) -> str:
     if not generating.pieces:
         reason = (
             "torch.compile's front end, Dynamo, found no graph to compile, so all of the model runs in eager mode; "
-            'TORCH_LOGS="graph_breaks" tells why'
+            'TORCH_LOGS="graph_breaks" tells why, and torch._dynamo.reset() makes Dynamo look again'
         )
     elif not torch.is_grad_enabled():
         reason = "gradients are switched off; call it outside torch.no_grad()"

@@ -31,6 +31,10 @@ whether Dynamo's DDP optimizer is about to split the model at its buckets |
 `torch._dynamo.guards` | on torch 2.11, which cannot keep compilations of the same code apart |
 | `serving_backend`, `tracing_for_another_backend` | `torch._dynamo.symbolic_convert` | whose graph is traced |
 | `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
+| `watch_frames`, `seen_codes`, `was_seen`, `set_code_exec_strategy`, `FrameExecStrategy` and what it is made of | \
+`torch._dynamo.convert_frame`, `torch._dynamo.types`, `torch._C._dynamo.eval_frame` | which frames Dynamo has given up |
+| `never_traced` | `torch._dynamo.trace_rules` | frames that Dynamo passes over for every backend |
+| `compiles_now`, `in_an_isolated_region`, `CacheHits` | `torch._dynamo.eval_frame` | whether a call compiled anything |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
 What is used as it stands, in one place each, is in ``LATE``: torch's own name behind the name here.
@@ -45,6 +49,7 @@ import ctypes
 import functools
 import importlib
 import inspect
+import sys
 import threading
 import typing
 import warnings
@@ -54,15 +59,22 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
 from traceback import FrameSummary
+from types import CodeType
 from typing import Any, TypeVar
 
 import torch
 import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
 import torch._inductor.inductor_prims
-from torch._dynamo import eval_frame
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._C._dynamo.eval_frame import set_code_exec_strategy as set_code_exec_strategy
+from torch._C._dynamo.eval_frame import set_guard_complete_hook
+from torch._dynamo import convert_frame, eval_frame, trace_rules
+from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
+from torch._dynamo.exc import SkipFrame as SkipFrame
+from torch._dynamo.types import ConvertFrameReturn as ConvertFrameReturn
+from torch._dynamo.types import FrameAction as FrameAction
+from torch._dynamo.types import FrameExecStrategy as FrameExecStrategy
 from torch._dynamo.utils import counters as _counters
 from torch._dynamo.utils import dynamo_timed
 from torch._functorch import config as functorch_config
@@ -384,12 +396,10 @@ def guard_composite(operator: Any, look: Callable[[], None]) -> None:
 
 
 def configure_backend(
-    backend: Callable[..., Any],
-    check: Callable[..., Any],
-    context: Callable[[], contextlib.AbstractContextManager[Any]],
+    backend: Callable[..., Any], prepare: Callable[..., Callable[[], contextlib.AbstractContextManager[Any]]]
 ) -> None:
-    """For every ``torch.compile`` that is given ``backend``: call ``check(mode=..., options=...)`` at that moment, and
-    run what it returns inside ``context()``.
+    """For every ``torch.compile`` that is given ``backend``: call ``prepare(mode=..., options=...)`` at that moment,
+    which returns a maker of contexts; every call of what is compiled runs inside one.
 
     ``torch.compile`` hands options to a named backend only with the first graph, deep inside the first call
     of the model. Every backend passes through ``get_compiler_fn`` when ``torch.compile`` is called; others
@@ -400,14 +410,81 @@ def configure_backend(
     @functools.wraps(original)
     def get_compiler_fn(compiler_fn: Any) -> Any:
         ours = isinstance(compiler_fn, torch._TorchCompileWrapper) and compiler_fn.compiler_fn is backend
-        if ours:
-            check(**compiler_fn.kwargs)
+        context = prepare(**compiler_fn.kwargs) if ours else None
         found = original(compiler_fn)
-        if ours:
+        if context is not None:
             found.backend_ctx_ctor = context
         return found
 
     eval_frame.get_compiler_fn = get_compiler_fn
+
+
+def watch_frames(convert: Callable[..., Any]) -> None:
+    """From now on, for every frame that it finds in no cache, for whatever backend, Dynamo calls
+    ``convert(original, converter, frame, cache_entry, frame_state)`` instead of ``original`` with the rest."""
+    original = convert_frame.CatchErrorsWrapper.__call__
+
+    def around(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        return convert(original, self, frame, cache_entry, frame_state)
+
+    # Dynamo looks for the frame below its own, which it tells by their file: ours pass as such.
+    for function in (around, convert):
+        function.__code__ = function.__code__.replace(co_filename=convert_frame.__file__)
+    convert_frame.CatchErrorsWrapper.__call__ = around  # type: ignore[method-assign]
+
+
+def seen_codes() -> list[CodeType]:
+    """Of the frames that Dynamo was shown since it was last reset."""
+    return [code for seen in list(convert_frame.input_codes.seen) if (code := seen()) is not None]
+
+
+def was_seen(code: CodeType) -> bool:
+    return code in convert_frame.input_codes
+
+
+def never_traced(code: CodeType) -> bool:
+    """Whether Dynamo passes over frames of ``code`` by rule, such as most of torch's own."""
+    return trace_rules.check(code)
+
+
+def in_an_isolated_region() -> bool:
+    """Whether what runs was compiled with ``isolate_recompiles``."""
+    return ISOLATES and torch._C._dynamo.eval_frame.get_eval_frame_isolate_recompiles_id() >= 0
+
+
+def compiles_now() -> bool:
+    """Whether ``torch.compile`` compiles what is called here, and a look at Dynamo's cache is told of."""
+    stance, switched_off = eval_frame._stance, dynamo_config.disable or dynamo_config.caching_precompile
+    usual = stance.stance == "default" and not stance.skip_guard_eval_unsafe
+    return usual and not switched_off and not torch._C._len_torch_dispatch_stack() and sys.exc_info()[0] is None
+
+
+class CacheHits:
+    """Counts, in this thread, the frames whose code is found in Dynamo's cache from now on until ``stop()``."""
+
+    _lock = threading.Lock()
+    _counting: list[CacheHits] = []
+    _before: Callable[[bool], bool] | None = None
+
+    def __init__(self) -> None:
+        self.number, self.thread = 0, threading.get_ident()
+        with self._lock:
+            if not self._counting:
+                CacheHits._before = set_guard_complete_hook(self._looked_up)
+            self._counting.append(self)
+
+    def stop(self) -> int:
+        with self._lock:
+            self._counting.remove(self)
+            if not self._counting:
+                set_guard_complete_hook(CacheHits._before)
+        return self.number
+
+    @classmethod
+    def _looked_up(cls, hit: bool) -> bool:
+        for each in list(cls._counting):
+            each.number += hit and each.thread == threading.get_ident()
+        return cls._before(hit) if cls._before is not None else hit
 
 
 def ddp_cuts_graphs() -> bool:
@@ -454,9 +531,14 @@ def tracing_for_another_backend() -> bool:
 
     try:
         backend = InstructionTranslator.current_tx().output.compiler_fn
-        return not (_serves(backend) or _serves(backend, TAKES_MODULES))
+        return not is_for_us(backend)
     except (AttributeError, LookupError):
         return False
+
+
+def is_for_us(converter: Any) -> bool:
+    """Whether Dynamo converts frames for a backend of ours with ``converter``."""
+    return _serves(converter) or _serves(converter, TAKES_MODULES)
 
 
 def _serves(backend: Any, mark: str = SERVES) -> bool:

@@ -20,6 +20,7 @@ PROPERTIES = "tests/test_properties.py"
 SCAN = "tests/test_scan.py"
 MODULES = "tests/test_recurrent_modules.py"
 CELLS = "tests/test_any_cell.py"
+SKIPPED = "tests/test_faults_skipped.py"
 
 
 @dataclass(frozen=True)
@@ -363,6 +364,20 @@ MUTATIONS = [
         "order = range(length - 1, -1, -1) if reverse else range(length)",
         "order = range(length)",
         (f"{CELLS}::test_step_by_step_is_backprop_through_time",),
+    ),
+    Mutation(
+        "what another backend skipped stays skipped for ours",
+        "hwbp_compiler/skipped.py",
+        "                set_code_exec_strategy(code, _TRACE)\n                yield mark",
+        "                yield mark",
+        (f"{SKIPPED}::test_ours_then_another_then_ours_with_another_length",),
+    ),
+    Mutation(
+        "what another backend skipped is looked at again after each call of ours",
+        "hwbp_compiler/skipped.py",
+        "set_code_exec_strategy(code, mark.strategy)",
+        "pass",
+        (f"{SKIPPED}::test_what_another_backend_skips_it_goes_on_skipping",),
     ),
 ]  # fmt: skip
 

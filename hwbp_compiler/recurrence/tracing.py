@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hwbp_compiler.skipped import Compiled, lifted
 from hwbp_compiler.torch_private import (
     UnsupportedOperatorException,
     allow_rnn,
@@ -39,9 +40,14 @@ _lock = threading.Lock()
 
 
 class traced_whole:
-    """A context in which Dynamo traces recurrent modules as one call each."""
+    """A context for ``compiled``, in which Dynamo traces recurrent modules as one call each, and frames that other
+    backends had it give up (see Note [Skipped frames])."""
+
+    def __init__(self, compiled: Compiled | None = None) -> None:
+        self.lifted = lifted(compiled or Compiled(told=True))
 
     def __enter__(self) -> None:
+        self.lifted.__enter__()
         self.before = getattr(_here, "active", False)
         _here.active = True
         with _lock:
@@ -59,6 +65,7 @@ class traced_whole:
             _setting.inside -= 1
             if not _setting.inside:
                 allow_rnn(_setting.found)
+        self.lifted.__exit__(kind, error, trace)
 
 
 def shapes_of(arguments: Arguments) -> tuple[Any, ...]:

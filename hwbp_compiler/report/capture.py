@@ -311,7 +311,8 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if not looking.graphs and not looking.inference_graphs:
         return [
             "torch.compile's front end, Dynamo, found no graph to compile: all of it runs in eager mode. "
-            'TORCH_LOGS="graph_breaks" tells why.'
+            'TORCH_LOGS="graph_breaks" tells why; torch._dynamo.reset() makes Dynamo look again at code that it has '
+            "given up before."
         ]
     if not looking.graphs:
         if not torch.is_grad_enabled():
