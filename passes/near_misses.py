@@ -20,6 +20,7 @@ from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_ra
 from hwbp_compiler.graph.program import GIVE_TO_RECURRENT, sum_terms, why_not_linear
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, is_complex, operator_name, shape_of
+from hwbp_compiler.rolled.settled import is_settled
 
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
@@ -39,7 +40,7 @@ _LARGEST_STEP = 2_000
 
 def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord]:
     """Records of what was refused in silence; ``chains`` are those that were recorded."""
-    info = GraphInfo(graph)
+    info = GraphInfo(graph, {node for node in graph.nodes if is_settled(node)})
     if not info.has_tangents:
         return []
     origins = Origins(graph)
