@@ -24,7 +24,7 @@ from torch.fx import Node
 from .batching import Emitter, Value, convolution_backward
 from .chain import Group
 from .program import INPUT, SUM, External, Ref, elementwise_argument
-from .rules import Kind, is_zero, linear_arguments, operands, rule_of, shape_of
+from .rules import Kind, as_written, is_zero, linear_arguments, operands, rule_of, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -256,8 +256,7 @@ class Evaluator:
             like = self.program.raw[a.ref.id].meta["val"]  # type: ignore[union-attr]
             return Value(self.e.full(statement.shape or (), 0.0, like, statement.dtype), False)
         if isinstance(a, _zero_external):
-            like = self.group.template.externals[a.external.slot].meta["val"]
-            return Value(self.e.full(tuple(like.shape), 0.0, like), False)
+            return self._zeros_like(a.external)
         return a
 
     # -- coefficients -------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ class Evaluator:
 
     def _coefficient_by_operator(self, mode: Coefficient, i: int, present: dict):
         statement = self.program.statements[i]
-        args = []
+        args: list = []
         for p, a in enumerate(statement.args):
             if isinstance(a, Ref):
                 source = self.program.statements[a.id]
@@ -301,20 +300,24 @@ class Evaluator:
                 v = present.get(p)
                 if v is None or isinstance(v, float):
                     v = Value(self.e.full(source.shape or (), v or 0.0, like, source.dtype), False)
-                elif v.shape != tuple(like.shape):
-                    v = self._expand(v, like)
+                else:
+                    v = self._expand(v, source.shape or ())
                 args.append(v)
             elif isinstance(a, External):
-                zero = a.additive
-                like = self.group.template.externals[a.slot].meta["val"]
-                args.append(Value(self.e.full(tuple(like.shape), 0.0, like), False) if zero else self._outside(a))
+                args.append(self._zeros_like(a) if a.additive else self._outside(a))
             else:
                 args.append(self._outside(a))
         return self._apply(statement.target, tuple(args), self._keywords(statement))
 
-    def _expand(self, value: Value, like: torch.Tensor) -> Value:
-        node = self.e.aligned(value, like.dim())
-        sizes = [self.e.size(s) for s in like.shape]
+    def _zeros_like(self, external: External) -> Value:
+        node = self.program.externals[external.slot]
+        return Value(self.e.full(shape_of(node) or (), 0.0, node.meta["val"]), False)
+
+    def _expand(self, value: Value, shape: tuple) -> Value:
+        if tuple(as_written(s) for s in value.shape) == shape:
+            return value
+        node = self.e.aligned(value, len(shape))
+        sizes = [self.e.size(s) for s in shape]
         return Value(
             self.e.call(aten.expand.default, node, [self.e.count, *sizes] if value.batched else sizes), value.batched
         )

@@ -394,10 +394,12 @@ def _constant(value: object):
 
 
 def elementwise_argument(program: Program, statement: int, ref: Ref) -> bool:
-    """True where statement i depends on element i of ``ref`` alone, up to a fixed change of shape."""
+    """True where statement i depends on element i of ``ref`` alone, up to a fixed change of shape.
+
+    The same at all times: where K is looked for and where it is computed, it must be one answer."""
     if program.statements[statement].target is SUM:
         return True
     node, source = program.raw[statement], program.raw[ref.id]
     if node is None or source is None:
         return False
-    return is_elementwise_edge(source, node)
+    return is_elementwise_edge(source, node, (program.statements[ref.id].shape, program.statements[statement].shape))

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma, which Inductor's decompositions emit)
+
+from .sizes import hint
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -189,7 +192,12 @@ def shape_of(node: Node) -> tuple | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(s if isinstance(s, int) else s.node.expr for s in value.shape)
+    return tuple(map(as_written, value.shape))
+
+
+def as_written(size: int | torch.SymInt) -> Any:
+    """An int or a sympy expression: to compare a symbolic size itself would tie what was traced to it."""
+    return size if isinstance(size, int) else size.node.expr
 
 
 def dtype_of(node: Node) -> torch.dtype | None:
@@ -204,24 +212,34 @@ def form_of(node: Node) -> tuple:
     return (shape_of(node), dtype_of(node)) if size is None else ("size", size)
 
 
-def is_elementwise_edge(source: Node, node: Node) -> bool:
-    """True where element i of ``node`` depends on element i of ``source`` alone (up to a fixed change of shape)."""
+def is_elementwise_edge(source: Node, node: Node, shapes: tuple[tuple | None, tuple | None] | None = None) -> bool:
+    """True where element i of ``node`` depends on element i of ``source`` alone (up to a fixed change of shape).
+
+    ``shapes``: of the two, as they were written when it matters that the answer stays what it was: torch may find
+    out at any time that two symbolic sizes are one."""
     rule = rule_of(node)
     if rule is None or rule.kind not in (E, L):
         return False
-    before, after = shape_of(source), shape_of(node)
+    before, after = shapes or (shape_of(source), shape_of(node))
     if before is None or after is None:
         return False
-    if rule.kind is E:
-        return before == after
-    return _numel(before) == _numel(after)
+    if rule.kind is L and node.target is not aten.expand.default:
+        return True
+    added = len(after) - len(before)
+    if added < 0 or any(size != 1 for size in after[:added]) or (added and rule.kind is E):
+        return False
+    hints = zip(_hints(source), _hints(node)[added:], strict=True)
+    return all(a == b or _one_size(*pair) for a, b, pair in zip(before, after[added:], hints, strict=True))
 
 
-def _numel(shape: tuple):
-    total = 1
-    for size in shape:
-        total = total * size
-    return total
+def _one_size(before: int, after: int) -> bool:
+    """Whether a symbolic size is its counterpart in the result, in other terms. What is broadcast has a size of 1
+    before; of any other torch has made sure that it is that of the result."""
+    return before == after != 1
+
+
+def _hints(node: Node) -> list[int]:
+    return [hint(size) for size in node.meta["val"].shape]
 
 
 _ZERO_FILLS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}

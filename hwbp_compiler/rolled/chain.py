@@ -26,7 +26,7 @@ from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.program import Program
 
 from .link import Affine, Backward
-from .live import AllSteps, LiveEmitter, constant, symbols_of
+from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of
 from .settled import settled
 from .trace import depends_on, operands_outside
@@ -61,7 +61,7 @@ def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Seq
     nodes = link.arguments
     known = {n: constant(v, True) for n, v in zip(nodes[width:], per_step, strict=False)}
     known |= {n: constant(v, False) for n, v in zip(nodes[width + len(per_step) :], shared, strict=True)}
-    emitter = LiveEmitter(length, symbols_of(link.module.graph, {**known, **_unbatched(nodes, start)}))
+    emitter = LiveEmitter(length, Sizes({**known, **_unbatched(nodes, start)}))
     values = AllSteps(emitter, known)
     evaluator = _evaluator(emitter, link.program, values, [None] * width)
     done: dict[int, Tensor] = {}  # states 0..T
@@ -142,7 +142,7 @@ class _Backprop:
         nodes = link.backward.arguments
         values = [constant(v, True) for v in (*before, *per_step)] + [constant(v, False) for v in shared]
         known = dict(zip(nodes, values, strict=True))
-        self.emitter = LiveEmitter(length, symbols_of(link.backward.module.graph, known))
+        self.emitter = LiveEmitter(length, Sizes(known))
         self.values = AllSteps(self.emitter, known)
         self.shared = {n for n, v in known.items() if not v.batched}
         self.direct = [c if c is not None else torch.zeros_like(z) for c, z in zip(contributions, states, strict=True)]

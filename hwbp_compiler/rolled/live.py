@@ -6,13 +6,13 @@ other sizes are then whatever the tracer uses for sizes, symbols included, and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler.graph.batching import Emitter, NoBatchingRule, Value, _flatten, _map
@@ -43,9 +43,10 @@ def constant(value: Any, batched: bool) -> Value:
 
 
 class LiveEmitter(Emitter):
-    """``count`` time steps. ``sizes`` gives the symbols of the traced step their value here."""
+    """``count`` time steps. ``sizes`` tells what the traced step's sizes are here: a size that comes as an expression
+    is one of those, any other is of here."""
 
-    def __init__(self, count: Any, sizes: Mapping[sympy.Symbol, Any]) -> None:
+    def __init__(self, count: Any, sizes: Sizes) -> None:
         self.count = count
         self.sizes = dict(sizes)
         self.created = []
@@ -59,17 +60,8 @@ class LiveEmitter(Emitter):
         if isinstance(value, Live):
             return value.meta["val"]
         if isinstance(value, sympy.Expr):
-            return self._evaluate(value)
-        if isinstance(value, torch.SymInt) and value.node.expr.free_symbols <= self.sizes.keys():
-            return self._evaluate(value.node.expr)
+            return self.sizes[value]
         return value
-
-    def _evaluate(self, expression: sympy.Expr) -> Any:
-        if not expression.free_symbols:
-            return int(expression)
-        from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
-
-        return sympy_interp(PythonReferenceAnalysis, dict(self.sizes), expression)
 
     def reshape(self, node: Any, shape: Sequence) -> Any:
         return self.call(aten.reshape.default, node, [self.size(s) for s in shape])
@@ -143,18 +135,56 @@ class AllSteps:
         return argument
 
 
-def symbols_of(graph: Graph, values: Mapping[Node, Value]) -> dict[sympy.Symbol, Any]:
-    """What each symbolic size in the traced step's inputs is here."""
-    found: dict[sympy.Symbol, Any] = {}
-    for node, value in values.items():
-        traced = node.meta.get("val")
-        if isinstance(traced, torch.SymInt):
-            pairs: list[tuple[Any, Any]] = [(traced, value.tensor)]
-        elif isinstance(traced, Tensor):
-            pairs = list(zip(traced.shape, value.shape, strict=True))
-        else:
-            continue
+class Sizes:
+    """What the symbolic sizes of a traced step are here, where its arguments have the sizes in ``values``.
+
+    Every size of an argument is an equation, its expression as traced = what it is here. Tracing on, torch may find
+    that two symbols are one, or one of them four times the other; so all expressions, those that a program was
+    written with among them, are compared in the form they have by now.
+    """
+
+    def __init__(self, values: Mapping[Node, Value]) -> None:
+        self._known: dict[sympy.Expr, Any] = {}
+        self._now: Callable[[sympy.Expr], sympy.Expr] = lambda expression: expression
+        pairs = [pair for node, value in values.items() for pair in _sizes(node.meta.get("val"), value)]
         for size, here in pairs:
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, here)
-    return found
+            self._now = size.node.shape_env.replace
+            if size.node.expr.free_symbols:
+                self._known.setdefault(size.node.expr, here)
+        while any([self._solve(equation) for equation in list(self._known)]):  # what one tells may help another
+            pass
+
+    def __getitem__(self, expression: sympy.Expr) -> Any:
+        """Raises NoBatchingRule where the arguments do not tell."""
+        from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
+
+        expression = self._now(expression)
+        if expression.is_Integer:
+            return int(expression)
+        names = {known: sympy.Dummy(integer=True, positive=True) for known in self._known}
+        plain = expression.xreplace(names)
+        if not plain.free_symbols <= set(names.values()):
+            raise NoBatchingRule(f"the size {expression} is not a size of anything that the step is given")
+        return sympy_interp(PythonReferenceAnalysis, {names[known]: here for known, here in self._known.items()}, plain)
+
+    def _solve(self, equation: sympy.Expr) -> bool:
+        """Of ``a * s + b = here`` with one unknown symbol s, tell s; whether that was new."""
+        unknown = equation.free_symbols - self._known.keys()
+        if len(unknown) != 1:
+            return False
+        (symbol,) = unknown
+        factor = sympy.expand(equation).coeff(symbol)
+        rest = sympy.expand(equation - factor * symbol)
+        if factor == 0 or symbol in factor.free_symbols | rest.free_symbols:
+            return False
+        self._known[symbol] = (self._known[equation] - self[rest]) // self[factor]
+        return True
+
+
+def _sizes(traced: Any, value: Value) -> list[tuple[torch.SymInt, Any]]:
+    """The symbolic ones of a traced argument, each with what it is here."""
+    if isinstance(traced, Tensor):
+        pairs = zip(traced.shape, value.shape, strict=True)
+    else:
+        pairs = zip([traced], [value.tensor], strict=True)
+    return [(size, here) for size, here in pairs if isinstance(size, torch.SymInt)]

@@ -21,7 +21,7 @@ from hwbp_compiler.options import Options
 from .chain import HighwayLoop, How, LoopLink, run_affine
 from .decide import decide
 from .link import Affine, look_backward, look_for_affine
-from .live import AllSteps, LiveEmitter, constant, symbols_of
+from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of, copy
 from .stages import Stage, split_stages
 from .trace import Body, CannotRoll, MutatingCell, Step, trace_step, without_autocast
@@ -67,6 +67,10 @@ class Recurrence(nn.Module):
         with without_autocast(state[0].device.type):
             return self._in_stages(self.step, self.plans, list(state), list(inputs), list(shared))
 
+    def step_through(self) -> None:
+        """Run the cell as it is written from now on, whatever was planned."""
+        self.step = self.plans = None
+
     def __reduce__(self) -> Any:
         """For torch.compile's caches, which read a graph by pickling it: all that decides what is computed here."""
         plans = [
@@ -88,7 +92,7 @@ class Recurrence(nn.Module):
         known = {n: constant(x, True) for n, x in zip(step.inputs, inputs, strict=True)}
         known |= {n: constant(x, False) for n, x in zip(step.shared, shared, strict=True)}
         starts = {n: constant(s, False) for n, s in zip(step.state, state, strict=True)}
-        values = AllSteps(LiveEmitter(length, symbols_of(step.module.graph, {**known, **starts})), known)
+        values = AllSteps(LiveEmitter(length, Sizes({**known, **starts})), known)
 
         def tensor(node: Any, batched: bool) -> Any:
             value = values[node]
@@ -148,7 +152,7 @@ def build(
     except MutatingCell:
         raise
     except Exception as error:
-        made.step = made.plans = None
+        made.step_through()
         declined = isinstance(error, (CannotRoll, NoBatchingRule, NotImplementedError))
         if not declined and options.strict:
             raise
