@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -44,9 +44,12 @@ from .torch_private import (
     watch_graph_breaks,
 )
 
+if TYPE_CHECKING:
+    from .rolled.recurrence import Recurrence
+
 log = logging.getLogger(__name__)
 
-_EAGER = "this graph runs in eager mode"
+_EAGER = "this graph runs in eager mode, with exact gradients"
 _UNCHANGED = "this graph is compiled as Inductor would compile it"
 
 
@@ -66,12 +69,13 @@ def highway(
     ours, given = parse(options, mode)
     patches = keeping_pieces(given)
     in_the_way = gm.graph.find_nodes(op="call_function", target=rolled)  # stand for loops, and cannot be run
+    loops: list[Recurrence] = []
     try:
         register_lowerings()
-        loops = [r for loop in replace_loops(gm, ours, lambda own: parse(own)[0]) for r in loop.records]
+        loops += replace_loops(gm, ours, lambda own: parse(own)[0])
         in_the_way = []
-        report_all(loops)
         replace_recurrent_modules(gm, ours)
+        report_all(record for loop in loops for record in loop.records)
     except (HighwayError, *CONTROL_FLOW):
         raise
     except Exception as error:
@@ -85,12 +89,12 @@ def highway(
             raise _as_highway_error("preparing the graph failed", error, _EAGER) from error
         _warn_once(_first_line(error), "preparing the graph failed", _EAGER)
         log.debug("where it failed", exc_info=error)
-        return gm.forward  # Dynamo's code as it was: half a change of the graph is not compiled into it
+        return _in_eager_mode(gm, loops)  # Dynamo's code as it was: half a change of the graph is not compiled into it
     if ours.rewrite == "never":
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
         _warn_of_cuts()
-    ourselves = HighwayPass(ours, tuple(loops))
+    ourselves = HighwayPass(ours, tuple(record for loop in loops for record in loop.records))
     rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), ourselves)}
     # Inductor changes the graph it is given; what is tried next starts from here.
     copied = torch.fx.Graph()
@@ -105,14 +109,18 @@ def highway(
         count("failures")
         if ours.strict:
             raise _as_highway_error("compiling the rewritten graph failed", error, f"{_UNCHANGED} if it can") from error
-        ourselves.take_back()
-        return _less_compiled(again, example_inputs, patches, error)
+        _take_back(ourselves.told)
+        return _less_compiled(again, example_inputs, patches, loops, error)
 
 
 def _less_compiled(
-    gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], error: Exception
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    patches: Mapping[str, Any],
+    loops: Sequence[Recurrence],
+    error: Exception,
 ) -> Callable[..., Any]:
-    """Without the rewrite; in eager mode where Inductor fails on that too (no C++ compiler, say)."""
+    """Without the rewrite; in eager mode where that fails too (no C++ compiler, say, or a loop that is at fault)."""
     reason = _first_line(error)
     log.debug("where it failed", exc_info=error)
     eager = torch.fx.GraphModule(gm, gm.graph)
@@ -123,9 +131,26 @@ def _less_compiled(
     except Exception as second:
         log.debug("where it failed without the rewrite", exc_info=second)
         _warn_once(reason, "compiling failed", _EAGER)
-        return eager.forward
+        _take_back(record for loop in loops for record in loop.records)
+        return _in_eager_mode(eager, loops)
     _warn_once(reason, "compiling the rewritten graph failed")
     return compiled
+
+
+def _in_eager_mode(gm: torch.fx.GraphModule, loops: Iterable[Recurrence]) -> Callable[..., Any]:
+    """As the user wrote it, loops over time too: nothing of what may have failed is tried again."""
+    for loop in loops:
+        loop.step_through()
+    return gm.forward  # type: ignore[no-any-return]
+
+
+def _take_back(records: Iterable[ChainRecord]) -> None:
+    """What was rewritten is not compiled after all: count it as declined."""
+    undone = sum(record.decision == "rewritten" for record in records)
+    if undone:
+        count("chains_rewritten", -undone)
+        count("chains_declined", undone)
+        count("declined: the rewritten graph could not be compiled", undone)
 
 
 def _first_line(error: Exception) -> str:
@@ -204,14 +229,6 @@ class HighwayPass(CustomGraphPass):
             log.debug("%s", _report(told, nodes, len(graph.nodes)))
         report_all(records)
         self.told.extend(records)
-
-    def take_back(self) -> None:
-        """What was rewritten is not compiled after all: count it as declined."""
-        undone = sum(record.decision == "rewritten" for record in self.told)
-        if undone:
-            count("chains_rewritten", -undone)
-            count("chains_declined", undone)
-            count("declined: the rewritten graph could not be compiled", undone)
 
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
