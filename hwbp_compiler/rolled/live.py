@@ -48,7 +48,7 @@ class LiveEmitter(Emitter):
 
     def __init__(self, count: Any, sizes: Sizes) -> None:
         self.count = count
-        self.sizes = dict(sizes)
+        self.here = sizes
         self.created = []
         self.puts = {}
 
@@ -60,7 +60,7 @@ class LiveEmitter(Emitter):
         if isinstance(value, Live):
             return value.meta["val"]
         if isinstance(value, sympy.Expr):
-            return self.sizes[value]
+            return self.here[value]
         return value
 
     def reshape(self, node: Any, shape: Sequence) -> Any:
