@@ -96,6 +96,10 @@ def highway(
         _warn_of_cuts()
     ourselves = HighwayPass(ours, tuple(record for loop in loops for record in loop.records))
     rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), ourselves)}
+    if any(isinstance(value, torch.SymInt) for value in example_inputs):
+        # Seen in torch 2.13 on CPUs: a view that is kept for the backward pass and goes into a convolution, as our
+        # stacks do, makes Inductor compare symbolic strides, which raises. Elsewhere it does without by itself.
+        rewriting.setdefault("layout_optimization", False)
     # Inductor changes the graph it is given; what is tried next starts from here.
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))

@@ -114,6 +114,21 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_detection_depends_neither_on_names_nor_on_the_order_of_nodes",),
     ),
     Mutation(
+        "links that differ in a size alone are taken for equal",
+        "hwbp_compiler/graph/rules.py",
+        'return (shape_of(node), dtype_of(node)) if size is None else ("size", size)',
+        'return (shape_of(node), dtype_of(node)) if size is None else ("size", 0)',
+        ("tests/test_faults_sizes.py::test_blocks_that_differ_in_a_size_alone_are_evaluated_apart",),
+    ),
+    Mutation(
+        "a permutation of the state is overlooked",
+        "hwbp_compiler/graph/order.py",
+        "[factor for d in dims for factor in groups[d]]",
+        "[factor for d in sorted(dims) for factor in groups[d]]",
+        ("tests/test_faults_sizes.py::test_orders_are_those_of_real_elements",
+         "tests/test_refusals.py::test_a_state_that_is_permuted_in_every_block"),
+    ),
+    Mutation(
         "a sum over the batch becomes a mean",
         "hwbp_compiler/graph/batching.py",
         "    return Value(e.call(target, x.node, shifted, *rest, **kwargs), True)",

@@ -278,7 +278,7 @@ def test_a_loop_of_unknown_length():
 
 
 class Turned(nn.Module):
-    """Every block returns its state transposed: with sizes known only at run time that cannot be followed."""
+    """Every block returns its state transposed."""
 
     def __init__(self):
         super().__init__()

@@ -556,20 +556,6 @@ def _scatter_src(e: Emitter, target, args, kwargs):
     return Value(e.call(target, e.own(base), _shifted(dim, base.rank), e.batch(index), e.batch(source), **kwargs), True)
 
 
-@_rule(aten.index_select.default)
-def _index_select(e: Emitter, target, args, kwargs):
-    x, dim, index = args
-    if index.batched or not x.rank:
-        return e.vmap(target, args, kwargs)
-    return Value(e.call(target, x.node, _shifted(dim, x.rank), index.node), True)
-
-
-@_rule(aten._fft_r2c.default, aten._fft_c2c.default, aten._fft_c2r.default)
-def _fft(e: Emitter, target, args, kwargs):
-    x, dims, *rest = args
-    return Value(e.call(target, x.node, [_shifted(d, x.rank) for d in dims], *rest, **kwargs), True)
-
-
 @dataclass(frozen=True)
 class Put:
     """All links' additions to ``base``, which is the same for all; of ``rank`` are the places where."""

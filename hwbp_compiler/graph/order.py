@@ -53,10 +53,12 @@ def _grouped(order: Order, shape: Sequence) -> list[list[Factor]] | None:
                 group.insert(0, (size, stride))
                 wanted = rest
                 continue
-            # The last factor has the size of all dimensions that are left together, so each of them divides it.
-            rest = _quotient(size, wanted) if left else size / sympy.sympify(wanted)
-            if rest is None:
+            rest = _quotient(size, wanted)
+            if rest is None and left:
                 return None
+            if rest is None:
+                # The last factor has the size of all dimensions that are left together, so each of them divides it.
+                rest = size / sympy.sympify(wanted)
             left.append((rest, _product(wanted, stride)))
             group.insert(0, (wanted, stride))
             wanted = 1
