@@ -17,7 +17,7 @@ from .reference import Hold, Tensors, keep
 
 BlockKind = Literal[
     "mlp", "glu", "conv", "attention", "sdpa", "heads", "cross", "mixer", "experts", "squeeze", "cumulative",
-    "shift", "pool", "parallel", "cast",
+    "shift", "pool", "parallel", "cast", "sized",
 ]  # fmt: skip
 Update = Literal[
     "add", "scaled", "vector", "gate", "input_gate", "lerp", "self_gate", "subtract", "scalar", "rezero", "kept",
@@ -54,6 +54,7 @@ class Block(nn.Module):
     squeeze               scaled by a sigmoid of the mean over the length
     parallel              attention plus MLP
     cast                  an MLP computed in float32
+    sized                 halves of the length change places: computes with sizes of its own tensors
     """
 
     def __init__(self, kind: BlockKind, width: int, length: int, context: int) -> None:
@@ -76,7 +77,7 @@ class Block(nn.Module):
         elif kind == "parallel":
             self.first = nn.Linear(width, 3 * width)
             self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        elif kind in ("squeeze", "cumulative", "shift", "pool"):
+        elif kind in ("squeeze", "cumulative", "shift", "pool", "sized"):
             self.first = nn.Linear(width, width)
         else:
             self.first = nn.Linear(width, 2 * hidden if kind == "glu" else hidden)
@@ -147,6 +148,13 @@ class Block(nn.Module):
     def _pool(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         hidden = F.avg_pool1d(self.first(x).transpose(1, 2), 3, 1, 1).transpose(1, 2)
         return self.second(torch.tanh(hidden)), hidden
+
+    def _sized(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = torch.tanh(self.first(x))
+        length = hidden.shape[1]
+        early, late = hidden.split((length // 2, length - length // 2), 1)
+        mean = (hidden.sum(1, keepdim=True) / length).expand(hidden.shape)
+        return self.second((torch.cat([late, early], 1) + mean).reshape(x.shape[0], -1, x.shape[-1])), hidden
 
     def _parallel(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         z, hidden = self._attention(x, context)

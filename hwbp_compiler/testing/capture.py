@@ -165,8 +165,11 @@ def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor
     return leaves
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]) -> Capture:
-    """Trace ``model(*args)`` and keep its joint graph (each of them, if the graph breaks)."""
+def capture(
+    model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor], dynamic: bool | None = None
+) -> Capture:
+    """Trace ``model(*args)`` and keep its joint graph (each of them, if the graph breaks). ``dynamic``: as
+    ``torch.compile`` takes it."""
     result = Capture(lambda *a: None, leaves_of(model, args), args, loss, [])
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
@@ -201,7 +204,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tenso
 
     torch._dynamo.reset()
     setattr(backend, TAKES_MODULES, True)
-    compiled: Callable[..., Any] = torch.compile(model, backend=backend)
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=dynamic)
 
     def run(*args: Any) -> Any:
         with traced_whole():

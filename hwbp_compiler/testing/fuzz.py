@@ -190,7 +190,7 @@ def _generated(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
 
 
 def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
-    captured = capture(*models.build(spec))
+    captured = capture(*models.build(spec), dynamic=spec.dynamic)
     for setting in chosen:
         yield captured.gradients(_options(setting))
 

@@ -130,6 +130,7 @@ class Model(_ReadableRepr):
                 loss
     parallel    stages side by side: each reads the input, and all outputs are returned
     dtype       of parameters and input
+    dynamic     compiled with sizes known only at run time, where it is compiled by way of Dynamo
     """
 
     stacks: tuple[Stage, ...] = (Stack(),)
@@ -141,6 +142,7 @@ class Model(_ReadableRepr):
     dead_ends: bool = False
     parallel: bool = False
     dtype: Literal["float64", "float32"] = "float64"
+    dynamic: bool = False
     seed: int = 0
 
     @property

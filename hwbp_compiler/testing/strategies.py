@@ -116,6 +116,7 @@ def models(
         dead_ends=draw(_often_false),
         parallel=len(stages) > 1 and draw(_often_false),
         dtype="float32" if dtypes and draw(st.integers(0, 9)) == 9 else "float64",
+        dynamic=draw(st.booleans()),
         seed=draw(st.integers(0, 3)),
     )
 
