@@ -59,7 +59,9 @@ def recurrent(
     cell would be. ``explain`` gives the reason.
 
     Works in eager mode, where it compiles itself (once; a new T compiles nothing), and inside a function compiled with
-    ``backend="highway"``, in one graph. Under another backend it is a graph break.
+    ``backend="highway"``, in one graph. Under another backend it is a graph break. So a model that calls it is
+    approximate when it is not compiled, too: k = 4 unless ``options`` say otherwise. ``hwbp_compiler.testing.exactly``
+    gives a model in eager mode its exact gradients, to compare with.
 
     Raises:
         OptionError: options that are not allowed.
@@ -160,7 +162,8 @@ _exactly = ContextVar("exactly", default=False)
 
 @contextlib.contextmanager
 def exactly() -> Iterator[None]:
-    """While this lasts, loops in eager mode have ordinary backprop, whatever their options: a model to compare with."""
+    """While this lasts, loops of ``hwbp_compiler.recurrent`` in eager mode have ordinary backprop, whatever their
+    options: a model to compare with."""
     token = _exactly.set(True)
     try:
         yield

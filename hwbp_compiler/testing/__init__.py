@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from hwbp_compiler.rolled.function import exactly
+
 from .assertions import (
     assert_closer,
     assert_exact_at_full_length,
@@ -37,6 +39,7 @@ __all__ = [
     "assert_matches_truncation",
     "check",
     "cosine",
+    "exactly",
     "fixed_point",
     "highway_bp",
     "probe_loss",
