@@ -14,6 +14,7 @@ them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says whi
 | `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
 | `user_joint_passes` | `torch._inductor.config` | the user's own `joint_custom_pre_pass` |
 | `configure_backend` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend, its options; `backend_ctx_ctor` |
+| `select_decomp_table` | `torch._inductor.decomposition`, `torch._inductor.lowering` | Inductor's decompositions |
 | `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `FakeTensor` | `torch._subclasses.fake_tensor` | what a traced graph knows of its tensors |
@@ -152,7 +153,6 @@ LATE = {
     "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
     "AsyncCompile": "torch._inductor.async_compile:AsyncCompile",
     "aot_autograd": "torch._dynamo.backends.common:aot_autograd",
-    "select_decomp_table": "torch._inductor.decomposition:select_decomp_table",
     "without_modes": "torch.utils._python_dispatch:_disable_current_modes",
 }
 
@@ -188,6 +188,14 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Map
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, example_inputs, config_patches=dict(patches), **how)
+
+
+def select_decomp_table() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions."""
+    importlib.import_module("torch._inductor.lowering")  # that of max pooling takes it for imported
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()  # type: ignore[return-value]
 
 
 def backward_at_once() -> contextlib.AbstractContextManager[Any]:
