@@ -5,7 +5,7 @@ Note [Pieces of a concatenation]
 Inductor computes what is concatenated where it will lie: a piece is a view of the whole. A later kernel that is the
 last to read both may write its own result in place of the piece. Inductor then takes the whole for unused and gives its
 memory to the next buffer of the same size, while the result that lies in it is still to be read: a wrong value without
-a word. Torch 2.11, 2.13 and 2.14 do so, also with concatenations, stacks and pads of the user's.
+a word. Torch 2.11, 2.13 and 2.14 do so on CPUs, also with concatenations of the user's.
 
 Here a buffer that lies in another's memory cannot be overwritten. Nothing else changes.
 """

@@ -1,13 +1,13 @@
 """One recurrent layer, one direction, as its backward pass finds it; and what GRU and LSTM do alike.
 
 Note [Rows and iterations]
-Row i of a series belongs to step i + 1 of time. Highway-BP is run on *changes*: d^0 = scan(c) and d^{j+1} =
+Row i of a series belongs to step i + 1 of time. An LSTM's Highway-BP is run on *changes*: d^0 = scan(c) and d^{j+1} =
 scan(J d^j), whose sum up to k is w^k by linearity: no iteration reads c again. The block of a step leads to the state
 before it, so a change is moved up by a row, and its last row is zero from then on.
 
 Note [The last state]
 What the losses contribute at h_T is the whole gradient there: every scan starts from it, as the initial state, and runs
-over the links 2..T. Nothing is concatenated or padded, and so nothing copied, for the sake of that row.
+over the links 2..T. No scan needs a concatenation or a pad for the sake of that row.
 """
 
 from __future__ import annotations
