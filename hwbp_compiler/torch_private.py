@@ -1,4 +1,5 @@
-"""Every private torch API the package uses, in this one file, as ``tests/test_torch_private.py`` makes sure. All of
+"""Every private torch API the package uses, in this one file however long it grows: a new torch is looked through here
+alone, and ``tests/test_torch_private.py`` makes sure that no other file names one. All of
 them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which tests ran on each.
 
 | name here | torch's | why |
@@ -230,8 +231,6 @@ _CUDA, _META = 1, 14  # c10::DeviceType
 
 def device_decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions without those that write small products out on a CPU and not on a GPU."""
-    from torch._inductor.decomposition import select_decomp_table
-
     products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
     table = select_decomp_table()
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in products}

@@ -24,8 +24,8 @@ from hwbp_compiler.rolled.settled import is_settled
 
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
-from .find_recurrences import find_recurrences, find_wide_recurrences
-from .pipeline import SHORTEST_RECURRENCE, collapsed, refused
+from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, find_wide_recurrences
+from .pipeline import collapsed, refused
 
 aten = torch.ops.aten
 

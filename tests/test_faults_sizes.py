@@ -8,7 +8,6 @@ import random
 import pytest
 import sympy
 import torch
-import torch._inductor.lowering  # noqa: F401  (max pooling without Inductor's own entry point asks for it)
 import torch.nn.functional as F
 from torch import nn
 
