@@ -485,6 +485,8 @@ def test_low_precision_is_no_worse_than_eager_mode(kind, dtype):
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 def test_autocast_is_that_of_eager_mode(kind):
+    if kind == "LSTM" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("eager mode raises: oneDNN has no LSTM in bfloat16 for this CPU")
     model, args = Case("", dict(num_layers=2)).build(kind)
     model, args = model.float(), tuple(a.detach().float().requires_grad_() for a in args)
     with torch.autocast("cpu", torch.bfloat16):
