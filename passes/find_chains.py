@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.rules import Kind
+from hwbp_compiler.graph.rules import Kind, operands
 
 aten = torch.ops.aten
 
@@ -26,6 +26,9 @@ _ELEMENTWISE, _HEAVY, _INSIDE, _SMOOTHLY_INSIDE = 1, 2, 4, 8
 # elementwise altogether would cost T searches of T steps.
 _SEARCH_LIMIT = 20_000
 _ELEMENTWISE_LIMIT = 250
+
+# A block may have a few joins of its own; more in a row are a chain inside a chain.
+_JOINS_IN_A_BLOCK = 3
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def find_chains(info: GraphInfo) -> list[Track]:
             if after is not None:
                 following[join] = after
     _leave_blocks(info, following)
+    _stay_on_the_trunk(info, following)
     joins = set(following.values())
     branches: dict[int, list[int]] = {}
     for start, join in following.items():
@@ -107,11 +111,65 @@ def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
                 todo.append(join)
 
 
-def next_join(info: GraphInfo, start: int, inside: int | None = None) -> int | None:
+def _stay_on_the_trunk(info: GraphInfo, following: dict[int, int]) -> None:
+    """Replace, in ``following``, joins whose gradient is only a part of the trunk's.
+
+    A block that uses its normed input twice, ``u = norm(x); x + u * gate(u)``, has a join at u, which gradients meet
+    before the one at x, and the next block's join at u is the first one behind it: the join at x, where the trunk and
+    all that comes through u meet, is passed over.
+    """
+    before = dict(following)
+    trunk: set[int] = set()
+    highways: set[int | None] = set()  # from the trunk to the first join inside a block
+    within: set[int] = set()  # joins inside blocks
+    todo = sorted(before)
+    while todo:
+        start = heapq.heappop(todo)
+        if start in within:
+            continue
+        join = before[start]
+        outer = next_join(info, start, join, smoothly=True)
+        if outer is None:
+            # The trunk of a first state that wants no gradient ends inside the block.
+            if start in trunk and _highway(info, start, join) in highways:
+                del following[start]
+            elif start in trunk:
+                trunk.add(join)
+            continue
+        inner = [join]
+        while (after := before.get(inner[-1])) is not None and after <= outer:
+            inner.append(after)
+        if inner[-1] != outer and len(inner) <= _JOINS_IN_A_BLOCK:
+            following[start] = outer
+            following.pop(inner[-1], None)
+            within.update(inner)
+            highways.add(_highway(info, start, join))
+            trunk.add(outer)
+            if outer not in before and (after := next_join(info, outer)) is not None:
+                before[outer] = following[outer] = after
+                heapq.heappush(todo, outer)
+
+
+def _highway(info: GraphInfo, start: int, join: int) -> int | None:
+    """A number that is the same for elementwise paths from ``start`` to ``join`` and for others like them."""
+    forms: dict[int, int] = {start: 0}
+    for i in sorted(info.between({start}, {join}) - {start}):
+        node = info.nodes[i]
+        found = {info.nodes[s]: forms[s] for s in info.sources[i] if s in forms and info.elementwise(s, i)}
+        if found and (info.kind(i) is Kind.LAYOUT or node.target in _CARRIERS or (len(found) == 1 and info.is_sum(i))):
+            (forms[i],) = found.values()
+        elif found and info.is_sum(i):
+            forms[i] = hash(tuple(sorted(found.values())))
+        elif found:
+            forms[i] = hash((str(node.target), *(found.get(n, -1) for _, n in operands(node))))
+    return forms.get(join)
+
+
+def next_join(info: GraphInfo, start: int, inside: int | None = None, smoothly: bool = False) -> int | None:
     """The first join of an elementwise and a heavy path from ``start``, as the root of its tree of additions.
 
     With ``inside``, an earlier join, the first one where an elementwise path that avoids ``inside`` meets a heavy path
-    through it: ``inside`` is then part of the block.
+    through it: ``inside`` is then part of the block. ``smoothly``: it may arrive there element by element.
     """
     flags = {start: _ELEMENTWISE}
     heap: list[int] = []
@@ -126,6 +184,7 @@ def next_join(info: GraphInfo, start: int, inside: int | None = None) -> int | N
             if flags[node] & _ELEMENTWISE and info.elementwise(node, user):
                 elementwise_waiting.add(user)
 
+    outer = (_INSIDE, _INSIDE | _SMOOTHLY_INSIDE) if smoothly else (_INSIDE,)
     push(start)
     smoothly_reached = 0
     while heap and elementwise_waiting and len(flags) < _SEARCH_LIMIT and smoothly_reached < _ELEMENTWISE_LIMIT:
@@ -140,7 +199,7 @@ def next_join(info: GraphInfo, start: int, inside: int | None = None) -> int | N
                 inner |= _SMOOTHLY_INSIDE
         else:
             smooth, inner = [], _HEAVY | _INSIDE | _SMOOTHLY_INSIDE
-        if info.is_sum(node) and any(p != q for p in smooth for q in heavy) and (inside is None or inner == _INSIDE):
+        if info.is_sum(node) and any(p != q for p in smooth for q in heavy) and (inside is None or inner in outer):
             return root_of_sum(info, node)
         smoothly_reached += bool(smooth)
         flags[node] = (_ELEMENTWISE if smooth else 0) | (_HEAVY if heavy else 0) | inner

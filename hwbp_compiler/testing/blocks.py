@@ -21,7 +21,7 @@ BlockKind = Literal[
 ]  # fmt: skip
 Update = Literal[
     "add", "scaled", "vector", "gate", "input_gate", "lerp", "self_gate", "subtract", "scalar", "rezero", "kept",
-    "product", "curved",
+    "product", "curved", "normed_gate", "inner",
 ]  # fmt: skip
 Norm = Literal["none", "layer", "rms", "batch", "batch_eval", "group"]
 After = Literal["none", "relu", "layer", "rms", "mask", "tanh", "silu", "leaky", "batch", "batch_eval", "cast"]
@@ -200,12 +200,22 @@ class Normal(nn.Module):
             return (x - hold(mean)) / hold(torch.sqrt(variance + self.eps)) * self.weight + self.bias
         if self.kind == "group":
             groups = 2 if x.shape[-1] % 4 == 0 else 1
+            if hold is not keep:
+                parts = x.transpose(1, -1).reshape(x.shape[0], groups, -1)
+                centred = parts - hold(parts.mean(-1, keepdim=True))
+                deviation = torch.sqrt(parts.var(-1, unbiased=False, keepdim=True) + self.eps)
+                normed = (centred / hold(deviation)).view(x.transpose(1, -1).shape).transpose(1, -1)
+                return normed * self.weight + self.bias
             return F.group_norm(x.transpose(1, -1), groups, self.weight, self.bias, self.eps).transpose(1, -1)
         return x
 
 
-def updated(kind: Update, x: Tensor, z: Tensor, learnt: Learnt, hold: Hold) -> Tensor:
-    """How block output z and state x join."""
+# Updates that use the block's normed input beside the block.
+USED_TWICE = ("normed_gate", "inner")
+
+
+def updated(kind: Update, x: Tensor, u: Tensor, z: Tensor, learnt: Learnt, hold: Hold) -> Tensor:
+    """How block output z and state x join; u is the block's input."""
     if kind == "gate":
         g = torch.sigmoid(learnt.gate(x))
         return hold(g) * x + hold((1 - g) * torch.tanh(z))
@@ -232,6 +242,10 @@ def updated(kind: Update, x: Tensor, z: Tensor, learnt: Learnt, hold: Hold) -> T
         return torch.where(learnt.mask, x + z, x)
     if kind == "product":
         return x * (1.2 + z)
+    if kind == "normed_gate":
+        return x + 0.3 * u * torch.sigmoid(z)
+    if kind == "inner":
+        return x + 0.3 * (u + z)
     if kind == "curved":
         return x + z + 0.3 * torch.tanh(x)
     return x + z

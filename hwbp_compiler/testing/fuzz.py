@@ -36,6 +36,7 @@ from hypothesis import strategies as st
 from hwbp_compiler.torch_private import SkipFrame, functorch_config
 
 from . import models, strategies
+from .blocks import USED_TWICE
 from .capture import capture, leaves_of, options, trace
 from .compare import total_norm
 from .generated import run_generated
@@ -58,8 +59,8 @@ class Setting:
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Model, tuple[Setting, ...]]:
     spec, chosen = draw(programs()), draw(all_settings())
-    if any(isinstance(stage, Recurrence) or stage.skips for stage in spec.stacks):
-        # Inside a cell, or where a skip ends, there can be what looks like a chain of one link, and is one.
+    if any(isinstance(s, Recurrence) or s.skips or s.update in USED_TWICE for s in spec.stacks):
+        # Inside a cell or a block, or where a skip ends, there can be what looks like a chain of one link, and is one.
         chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
     return spec, chosen
 

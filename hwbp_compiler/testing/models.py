@@ -14,7 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .blocks import After, Block, BlockKind, Cell, CellKind, Learnt, Norm, Normal, Update, activated, updated
+from .blocks import (
+    USED_TWICE,
+    After,
+    Block,
+    BlockKind,
+    Cell,
+    CellKind,
+    Learnt,
+    Norm,
+    Normal,
+    Update,
+    activated,
+    updated,
+)
 from .losses import probe_loss
 from .reference import Hold, Link, Program, RunChain, Tensors, keep
 
@@ -40,7 +53,7 @@ class Stack(_ReadableRepr):
                 "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
                 "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
                 "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
-                "curved" x + z + 0.3 tanh x
+                "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
     pre         normalisation in front of the block (in J)
     after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
     shared      0: every link has its own weights; p: links i and i + p share theirs
@@ -180,18 +193,20 @@ class Residual(nn.Module):
             self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
 
     def forward(self, x: Tensor, context: Tensor, hold: Hold = keep) -> tuple[Tensor, Tensor]:
-        z, hidden = self.block(self.pre(x), context)
+        u = self.pre(x, hold if self.update in USED_TWICE else keep)
+        z, hidden = self.block(u, context)
         if self.layout == "flat" and self.update != "kept" and self.after != "mask":
             shape = x.shape
-            found = self._joined(x.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]), hold).view(shape)
+            flat = (x.reshape(-1, shape[-1]), u.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]))
+            found = self._joined(*flat, hold).view(shape)
         else:
-            found = self._joined(x, z, hold)
+            found = self._joined(x, u, z, hold)
         if self.layout == "swap":
             found = found.transpose(1, 2).contiguous().transpose(1, 2)
         return found, hidden
 
-    def _joined(self, x: Tensor, z: Tensor, hold: Hold) -> Tensor:
-        x = activated(self.after, updated(self.update, x, z, self.learnt, hold))
+    def _joined(self, x: Tensor, u: Tensor, z: Tensor, hold: Hold) -> Tensor:
+        x = activated(self.after, updated(self.update, x, u, z, self.learnt, hold))
         x = self.post(x, hold)
         if self.after == "mask":
             x = self.mask.to(x.dtype) * x
