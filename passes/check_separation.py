@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -70,7 +71,7 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
         for states in option:
             if states:
                 _build(info, track, states, chains, refusals)
-        if _score(chains) > _score(best[0]) or not (best[0] or best[1]):
+        if score(chains) > score(best[0]) or not (best[0] or best[1]):
             best = (chains, refusals)
     chains, refusals = best
     kept = sum(c.length for c in chains if c.length > 1)
@@ -135,8 +136,8 @@ def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
     return max(narrowest[1:])  # the first and the last step are cut short
 
 
-def _score(chains: list[Chain]) -> int:
-    # A chain of one link gains nothing: count what lies beyond the first.
+def score(chains: Iterable[Chain]) -> int:
+    """The links of ``chains`` beyond the first of each: a chain of one link gains nothing."""
     return sum(max(0, c.length - 1) for c in chains)
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.rules import Kind, operands
+from hwbp_compiler.graph.rules import Kind
 
 aten = torch.ops.aten
 
-_CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_element_type.default}
+CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_element_type.default}
 
 _ELEMENTWISE, _HEAVY, _INSIDE, _SMOOTHLY_INSIDE = 1, 2, 4, 8
 
@@ -26,9 +26,6 @@ _ELEMENTWISE, _HEAVY, _INSIDE, _SMOOTHLY_INSIDE = 1, 2, 4, 8
 # elementwise altogether would cost T searches of T steps.
 _SEARCH_LIMIT = 20_000
 _ELEMENTWISE_LIMIT = 250
-
-# A block may have a few joins of its own; more in a row are a chain inside a chain.
-_JOINS_IN_A_BLOCK = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,11 @@ class Track:
 
 def find_chains(info: GraphInfo) -> list[Track]:
     """All maximal tracks of the graph, longest first; no join belongs to two of them."""
+    return tracks(followers(info))
+
+
+def followers(info: GraphInfo) -> dict[int, int]:
+    """The join behind every branch point and behind every join."""
     following: dict[int, int] = {}
     for start, users in enumerate(info.users):
         if len(users) >= 2:
@@ -57,15 +59,15 @@ def find_chains(info: GraphInfo) -> list[Track]:
             if after is not None:
                 following[join] = after
     _leave_blocks(info, following)
-    _stay_on_the_trunk(info, following)
+    return following
+
+
+def tracks(following: dict[int, int]) -> list[Track]:
+    """All maximal tracks along ``following``, longest first."""
     joins = set(following.values())
     branches: dict[int, list[int]] = {}
     for start, join in following.items():
         branches.setdefault(join, []).append(start)
-    return _tracks(following, joins | set(following.values()), branches)
-
-
-def _tracks(following: dict[int, int], joins: set[int], branches: dict[int, list[int]]) -> list[Track]:
     # Joins form a forest (each has one follower); walk it from the end so that the longest branch keeps the stem.
     length: dict[int, int] = {}
     for join in sorted(joins):
@@ -77,7 +79,7 @@ def _tracks(following: dict[int, int], joins: set[int], branches: dict[int, list
     for join in joins:
         if join in following:
             before.setdefault(following[join], []).append(join)
-    tracks: list[Track] = []
+    found: list[Track] = []
     used: set[int] = set()
     for end in sorted(joins, key=lambda j: (-length[j], j)):
         if end in used:
@@ -90,8 +92,8 @@ def _tracks(following: dict[int, int], joins: set[int], branches: dict[int, list
             path.append(max(candidates, key=lambda j: (length[j], j)))
         used.update(path)
         path.reverse()
-        tracks.append(Track(tuple(path), tuple(sorted(branches.get(path[0], ())))))
-    return tracks
+        found.append(Track(tuple(path), tuple(sorted(branches.get(path[0], ())))))
+    return found
 
 
 def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
@@ -109,60 +111,6 @@ def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
             if join not in following and info.users[join] and (after := next_join(info, join)) is not None:
                 following[join] = after
                 todo.append(join)
-
-
-def _stay_on_the_trunk(info: GraphInfo, following: dict[int, int]) -> None:
-    """Replace, in ``following``, joins whose gradient is only a part of the trunk's.
-
-    A block that uses its normed input twice, ``u = norm(x); x + u * gate(u)``, has a join at u, which gradients meet
-    before the one at x, and the next block's join at u is the first one behind it: the join at x, where the trunk and
-    all that comes through u meet, is passed over.
-    """
-    before = dict(following)
-    trunk: set[int] = set()
-    highways: set[int | None] = set()  # from the trunk to the first join inside a block
-    within: set[int] = set()  # joins inside blocks
-    todo = sorted(before)
-    while todo:
-        start = heapq.heappop(todo)
-        if start in within:
-            continue
-        join = before[start]
-        outer = next_join(info, start, join, smoothly=True)
-        if outer is None:
-            # The trunk of a first state that wants no gradient ends inside the block.
-            if start in trunk and _highway(info, start, join) in highways:
-                del following[start]
-            elif start in trunk:
-                trunk.add(join)
-            continue
-        inner = [join]
-        while (after := before.get(inner[-1])) is not None and after <= outer:
-            inner.append(after)
-        if inner[-1] != outer and len(inner) <= _JOINS_IN_A_BLOCK:
-            following[start] = outer
-            following.pop(inner[-1], None)
-            within.update(inner)
-            highways.add(_highway(info, start, join))
-            trunk.add(outer)
-            if outer not in before and (after := next_join(info, outer)) is not None:
-                before[outer] = following[outer] = after
-                heapq.heappush(todo, outer)
-
-
-def _highway(info: GraphInfo, start: int, join: int) -> int | None:
-    """A number that is the same for elementwise paths from ``start`` to ``join`` and for others like them."""
-    forms: dict[int, int] = {start: 0}
-    for i in sorted(info.between({start}, {join}) - {start}):
-        node = info.nodes[i]
-        found = {info.nodes[s]: forms[s] for s in info.sources[i] if s in forms and info.elementwise(s, i)}
-        if found and (info.kind(i) is Kind.LAYOUT or node.target in _CARRIERS or (len(found) == 1 and info.is_sum(i))):
-            (forms[i],) = found.values()
-        elif found and info.is_sum(i):
-            forms[i] = hash(tuple(sorted(found.values())))
-        elif found:
-            forms[i] = hash((str(node.target), *(found.get(n, -1) for _, n in operands(node))))
-    return forms.get(join)
 
 
 def next_join(info: GraphInfo, start: int, inside: int | None = None, smoothly: bool = False) -> int | None:
@@ -228,4 +176,4 @@ def root_of_sum(info: GraphInfo, node: int) -> int:
 
 def is_carrier(info: GraphInfo, i: int) -> bool:
     """Whether ``i`` hands a gradient on as it is: a view, a cast, a copy."""
-    return info.kind(i) is Kind.LAYOUT or info.nodes[i].target in _CARRIERS
+    return info.kind(i) is Kind.LAYOUT or info.nodes[i].target in CARRIERS

@@ -25,7 +25,7 @@ from hwbp_compiler.rolled.settled import is_settled
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, find_wide_recurrences
-from .pipeline import collapsed, refused
+from .records import collapsed, refused
 
 aten = torch.ops.aten
 

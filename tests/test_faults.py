@@ -18,7 +18,7 @@ from torch._inductor import codecache
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend
-from hwbp_compiler.passes import pipeline, replace_recurrent_modules
+from hwbp_compiler.passes import candidates, pipeline, replace_recurrent_modules
 from hwbp_compiler.rolled import loop, recurrence
 from hwbp_compiler.scan import cpu
 from hwbp_compiler.testing import assert_gradients_close
@@ -53,14 +53,18 @@ def assert_strict_raises(match):
         torch.compile(make(), backend="highway", options=OPTIONS)(inputs())
 
 
-PASSES = ("GraphInfo", "find_chains", "find_recurrences", "check_separation", "split_links", "group_links", "estimate",
-          "rewrite_chain", "apply", "_described")  # fmt: skip
+PASSES = {
+    pipeline: ("GraphInfo", "candidates", "estimate", "rewrite_chain", "apply", "described"),
+    candidates: ("followers", "find_recurrences", "check_separation", "split_links", "group_links"),
+}
 
 
 @fault("an exception in any pass", "that graph is compiled as by Inductor; exact gradients")
-@pytest.mark.parametrize("name", PASSES)
-def test_an_exception_in_a_pass(name, monkeypatch, warned):
-    monkeypatch.setattr(pipeline, name, raising(ZeroDivisionError("planted")))
+@pytest.mark.parametrize(
+    ("module", "name"), [pytest.param(module, name, id=name) for module, names in PASSES.items() for name in names]
+)
+def test_an_exception_in_a_pass(module, name, monkeypatch, warned):
+    monkeypatch.setattr(module, name, raising(ZeroDivisionError("planted")))
     assert_trains_exactly()
     (message,) = warned()
     assert "ZeroDivisionError: planted" in message and "as Inductor would compile it" in message
