@@ -39,9 +39,11 @@ from .torch_private import (
     configure_backend,
     ddp_cuts_graphs,
     observed,
+    registered_by_any_thread,
     trace_artifact,
     user_joint_passes,
     watch_graph_breaks,
+    watch_nested,
 )
 
 if TYPE_CHECKING:
@@ -190,6 +192,8 @@ def _context(
 # torch.compile gives the options to this at once, and to the backend only with the first graph.
 configure_backend(highway, _context)
 watch_graph_breaks(packed.seen)
+registered_by_any_thread(highway)
+watch_nested(highway, lambda inner, outer: _look_for_dropped(inner, outer))
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,22 @@ def report_all(records: Iterable[ChainRecord]) -> None:
         where = "; ".join(filter(None, (record.module, record.source)))
         where = f" [{where}]" if where else ""
         log.info("chain of %d links %s: %s%s", record.length, record.decision, record.reason, where)
+
+
+def _look_for_dropped(inner: Mapping[str, Any], outer: Mapping[str, Any]) -> None:
+    if parse(inner.get("options"), inner.get("mode")) != parse(outer.get("options"), outer.get("mode")):
+        _warn_of_dropped(str(dict(inner)), str(dict(outer)))
+
+
+@functools.cache
+def _warn_of_dropped(inner: str, outer: str) -> None:
+    log.warning(
+        "Something compiled with %s is called inside something compiled with %s. Dynamo puts both into one graph, and "
+        "the outer options hold for all of it. To keep the inner ones, break the graph: call it from a function that "
+        "is decorated with torch.compiler.disable.",
+        inner,
+        outer,
+    )
 
 
 @functools.cache

@@ -15,6 +15,9 @@ them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says whi
 | `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
 | `user_joint_passes` | `torch._inductor.config` | the user's own `joint_custom_pre_pass` |
 | `configure_backend` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend, its options; `backend_ctx_ctor` |
+| `registered_by_any_thread` | `torch._dynamo.backends.registry` | several threads look a backend up at once |
+| `watch_nested` | `torch._dynamo.eval_frame._TorchDynamoContext`, `VariableBuilder.wrap_module` \
+| options that Dynamo drops where it inlines |
 | `select_decomp_table` | `torch._inductor.decomposition`, `torch._inductor.lowering` | Inductor's decompositions |
 | `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
@@ -71,6 +74,7 @@ import torch._inductor.inductor_prims
 from torch._C._dynamo.eval_frame import set_code_exec_strategy as set_code_exec_strategy
 from torch._C._dynamo.eval_frame import set_guard_complete_hook
 from torch._dynamo import convert_frame, eval_frame, trace_rules
+from torch._dynamo.backends import registry
 from torch._dynamo.exc import RestartAnalysis
 from torch._dynamo.exc import ShortenTraceback as ShortenTraceback
 from torch._dynamo.exc import SkipFrame as SkipFrame
@@ -426,6 +430,87 @@ def configure_backend(
     eval_frame.get_compiler_fn = get_compiler_fn
 
 
+class _Registry(dict):  # type: ignore[type-arg]
+    """torch's table of backends, in which ``again`` may be registered any number of times.
+
+    Where several threads are the first to look a backend up, each of them registers it; torch takes no lock, and
+    refuses all but one of them ("duplicate name"). Threads that wait for our import read the table after it.
+    """
+
+    def __init__(self, backends: Mapping[str, Any], again: Callable[..., Any]) -> None:
+        super().__init__(backends)
+        self.again = again
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) and super().get(name) is not self.again
+
+    def __setitem__(self, name: str, backend: Any) -> None:
+        if backend is not self.again and super().get(name) is self.again:
+            raise AssertionError(f"duplicate name: {name}")
+        super().__setitem__(name, backend)
+
+
+def registered_by_any_thread(backend: Callable[..., Any]) -> None:
+    """Let ``backend`` be registered more than once, to the same effect."""
+    registry._COMPILER_FNS = _Registry(registry._COMPILER_FNS, backend)
+
+
+def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Call ``seen(inner, outer)``, what ``torch.compile`` was given as mode and options, wherever Dynamo inlines one
+    thing compiled for ``backend`` into another: it does so as if the inner ``torch.compile`` were not there."""
+    context = eval_frame._TorchDynamoContext
+    original = context.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, fn: Any) -> Any:
+        made = original(self, fn)
+        inlined = getattr(made, "_torchdynamo_inline", None)
+        if inlined is not None and _given(self, backend) is not None:
+
+            @torch.compiler.assume_constant_result
+            def look_at_function() -> None:
+                look(self)
+
+            @functools.wraps(inlined)
+            def inline(*args: Any, **kwargs: Any) -> Any:
+                look_at_function()
+                return inlined(*args, **kwargs)
+
+            made._torchdynamo_inline = inline
+        return made
+
+    def look(compiled: Any) -> None:
+        inner, outer = _given(compiled, backend), _given(_backend_traced_for(), backend)
+        if inner and outer is not None:  # nothing given, nothing dropped
+            seen(inner, outer)
+
+    context.__call__ = __call__  # type: ignore[method-assign]
+    _look_at_modules(look)
+
+
+def _look_at_modules(look: Callable[[Any], None]) -> None:
+    """Dynamo takes a compiled module apart by itself: a function around its forward is not called."""
+    from torch._dynamo.variables.builder import VariableBuilder
+
+    original = VariableBuilder.wrap_module
+
+    @functools.wraps(original)
+    def wrap_module(self: Any, value: Any) -> Any:
+        if isinstance(value, eval_frame.OptimizedModule):
+            look(value.dynamo_ctx)
+        return original(self, value)
+
+    VariableBuilder.wrap_module = wrap_module  # type: ignore[method-assign]
+
+
+def _given(compiled: Any, backend: Callable[..., Any]) -> dict[str, Any] | None:
+    """The mode and options of ``torch.compile``; None if that is not for ``backend``."""
+    for function in _unwrapped(compiled):
+        if isinstance(function, torch._TorchCompileWrapper) and function.compiler_fn is backend:
+            return dict(function.kwargs)
+    return None
+
+
 def watch_frames(convert: Callable[..., Any]) -> None:
     """From now on, for every frame that it finds in no cache, for whatever backend, Dynamo calls
     ``convert(original, converter, frame, cache_entry, frame_state)`` instead of ``original`` with the rest."""
@@ -518,29 +603,36 @@ TAKES_MODULES = "takes_recurrent_modules"
 
 
 # Where torch keeps the backend that it has wrapped.
-_WRAPPED = ("compiler_fn", "_compiler_fn", "_torchdynamo_orig_backend", "_torchdynamo_orig_callable", "__wrapped__")
+_WRAPPED = (
+    "callback",
+    "compiler_fn",
+    "_compiler_fn",
+    "_torchdynamo_orig_backend",
+    "_torchdynamo_orig_callable",
+    "__wrapped__",
+)
 
 
 @torch.compiler.assume_constant_result
 def serving_backend() -> bool:
     """While Dynamo traces: whether the graph is going to a backend of ours."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        return _serves(InstructionTranslator.current_tx().output.compiler_fn)
-    except (AttributeError, LookupError):
-        return False
+    return _serves(_backend_traced_for())
 
 
 def tracing_for_another_backend() -> bool:
     """Whether Dynamo traces right now, and not for a backend of ours."""
+    backend = _backend_traced_for()
+    return backend is not None and not is_for_us(backend)
+
+
+def _backend_traced_for() -> Any:
+    """None while Dynamo does not trace."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        backend = InstructionTranslator.current_tx().output.compiler_fn
-        return not is_for_us(backend)
+        return InstructionTranslator.current_tx().output.compiler_fn
     except (AttributeError, LookupError):
-        return False
+        return None
 
 
 def is_for_us(converter: Any) -> bool:
@@ -550,16 +642,19 @@ def is_for_us(converter: Any) -> bool:
 
 def _serves(backend: Any, mark: str = SERVES) -> bool:
     """Whether ``backend`` is one of ours, however it is wrapped."""
+    return any(getattr(function, mark, False) for function in _unwrapped(backend))
+
+
+def _unwrapped(backend: Any) -> Iterator[Any]:
+    """``backend`` and all that it wraps."""
     todo, seen = [backend], set()
     while todo:
         function = todo.pop()
         if function is None or id(function) in seen:
             continue
         seen.add(id(function))
-        if getattr(function, mark, False):
-            return True
+        yield function
         todo += [getattr(function, name, None) for name in _WRAPPED]
-    return False
 
 
 def watch_graph_breaks(seen: Callable[[list[FrameSummary], str], None]) -> None:
