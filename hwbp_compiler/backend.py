@@ -44,6 +44,7 @@ from .torch_private import (
     user_joint_passes,
     watch_graph_breaks,
     watch_nested,
+    without_layout_optimization,
 )
 
 if TYPE_CHECKING:
@@ -98,17 +99,20 @@ def highway(
         _warn_of_cuts()
     ourselves = HighwayPass(ours, tuple(record for loop in loops for record in loop.records))
     rewriting = {**patches, "joint_custom_pre_pass": _in_sequence(*user_joint_passes(patches), ourselves)}
-    if any(isinstance(value, torch.SymInt) for value in example_inputs):
+    how: dict[str, Any] = {}
+    if any(isinstance(value, torch.SymInt) for value in example_inputs) and "layout_optimization" not in given:
         # Seen in torch 2.13 on CPUs: a view that is kept for the backward pass and goes into a convolution, as our
         # stacks do, makes Inductor compare symbolic strides, which raises. Elsewhere it does without by itself.
-        rewriting.setdefault("layout_optimization", False)
+        how["inner_compile"] = without_layout_optimization(
+            lambda: any(r.decision == "rewritten" for r in ourselves.told)
+        )
     # Inductor changes the graph it is given; what is tried next starts from here.
     copied = torch.fx.Graph()
     copied.output(copied.graph_copy(gm.graph, {}))
     again = torch.fx.GraphModule(gm, copied)
     try:
         write_out_cells(gm)
-        return compile_fx(gm, example_inputs, rewriting)
+        return compile_fx(gm, example_inputs, rewriting, **how)
     except (HighwayError, *CONTROL_FLOW):
         raise
     except Exception as error:

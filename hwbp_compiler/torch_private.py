@@ -195,6 +195,18 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Map
     return compile_fx(gm, example_inputs, config_patches=dict(patches), **how)
 
 
+def without_layout_optimization(when: Callable[[], bool]) -> Callable[..., Any]:
+    """Inductor's ``inner_compile``, which leaves convolutions their layout where ``when()`` says so."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+        patch = {"layout_optimization": False} if when() else {}
+        with inductor_config.patch(patch):
+            return compile_fx_inner(*args, **kwargs)
+
+    return inner_compile
+
+
 def select_decomp_table() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions."""
     importlib.import_module("torch._inductor.lowering")  # that of max pooling takes it for imported

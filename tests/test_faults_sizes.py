@@ -310,3 +310,31 @@ def test_orders_of_symbolic_shapes():
     there = permuted(permuted(AS_IT_WAS, (b, t, c), (0, 2, 1)), (b, c, 2, half), (0, 2, 3, 1))
     assert there == AS_IT_WAS
     assert permuted(permuted(AS_IT_WAS, (b, t, c), (0, 2, 1)), (b, t, c), (0, 2, 1)) is None
+
+
+@pytest.mark.parametrize(("blocks", "expected"), [(1, {True}), (6, {False})])
+def test_convolutions_keep_inductors_layout_where_nothing_is_rewritten(blocks, expected, monkeypatch):
+    import torch._inductor.graph as inductor
+
+    seen = set()
+    decide = inductor.GraphLowering.decide_layout_opt
+
+    def decide_layout_opt(*args, **kwargs):
+        seen.add(torch._inductor.config.layout_optimization)
+        return decide(*args, **kwargs)
+
+    monkeypatch.setattr(inductor.GraphLowering, "decide_layout_opt", staticmethod(decide_layout_opt))
+    model = nn.Sequential(*(Residual() for _ in range(blocks)))
+    ours = {"rewrite": "always", "iterations": 1, "strict": True, "fx_graph_cache": False}
+    x = torch.randn(2, 2, 6, 6)
+    torch.compile(model, backend="highway", dynamic=True, options=ours)(x).sum().backward()
+    assert seen == expected
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        return x + torch.tanh(self.conv(x))
