@@ -17,7 +17,7 @@ import torch
 from . import passes
 from .counting import count
 from .digest import source_digest
-from .errors import HighwayError
+from .errors import HighwayError, first_line
 from .graph.info import is_tangent
 from .graph.old_values import keep_old_values
 from .graph.record import ChainRecord
@@ -85,12 +85,12 @@ def highway(
         count("failures")
         if in_the_way:
             raise HighwayError(
-                f"a loop of hwbp_compiler.recurrent could not be built ({_first_line(error)}): a defect of ours, "
+                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}): a defect of ours, "
                 "please report it with the cell. A Python loop over the cell trains all the same."
             ) from error
         if ours.strict:
             raise _as_highway_error("preparing the graph failed", error, _EAGER) from error
-        _warn_once(_first_line(error), "preparing the graph failed", _EAGER)
+        _warn_once(first_line(error), "preparing the graph failed", _EAGER)
         log.debug("where it failed", exc_info=error)
         return _in_eager_mode(gm, loops)  # Dynamo's code as it was: half a change of the graph is not compiled into it
     if ours.rewrite == "never":
@@ -131,7 +131,7 @@ def _less_compiled(
     error: Exception,
 ) -> Callable[..., Any]:
     """Without the rewrite; in eager mode where that fails too (no C++ compiler, say, or a loop that is at fault)."""
-    reason = _first_line(error)
+    reason = first_line(error)
     log.debug("where it failed", exc_info=error)
     eager = torch.fx.GraphModule(gm, gm.graph)
     try:
@@ -161,10 +161,6 @@ def _take_back(records: Iterable[ChainRecord]) -> None:
         count("chains_rewritten", -undone)
         count("chains_declined", undone)
         count("declined: the rewritten graph could not be compiled", undone)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def _as_highway_error(what: str, error: Exception, instead: str = _UNCHANGED) -> HighwayError:

@@ -82,9 +82,9 @@ def _compiler() -> tuple[str, bool]:
 
 
 def _scan() -> tuple[str, bool]:
-    from .scan.cpu import load
+    from .scan.cpu import native
 
-    if load(torch.float32) is None:
+    if native.load(torch.float32) is None:
         return "on a CPU: torch operators, slower (the C++ kernel does not build)", False
     return "on a CPU: a C++ kernel, one pass over memory", True
 

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet, and the one that passes use among themselves."""
+"""The exceptions a user can meet."""
 
 from __future__ import annotations
 
@@ -30,9 +30,6 @@ class OptionError(HighwayError, ValueError):
     """A key, a value or a mode given to ``torch.compile(..., backend="highway")`` that is not allowed."""
 
 
-class Decline(Exception):
-    """A pass cannot do something soundly, for ``reason``. Internal: no caller of the package sees it."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+def first_line(error: BaseException) -> str:
+    """The kind of ``error`` and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".strip().removesuffix(":").partition("\n")[0]

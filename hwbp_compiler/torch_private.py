@@ -153,7 +153,7 @@ LATE = {
     "wrap": "torch._higher_order_ops.wrap:wrap",
     # recurrence/tracing.py: said while Dynamo runs a call on fake tensors, it breaks the graph there
     "UnsupportedOperatorException": "torch._subclasses.fake_tensor:UnsupportedOperatorException",
-    # graph/batching.py, testing/
+    # engine/batching.py, testing/
     "FakeTensorMode": "torch._subclasses:FakeTensorMode",
     "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
     "AsyncCompile": "torch._inductor.async_compile:AsyncCompile",

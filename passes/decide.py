@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from hwbp_compiler.engine.stacking import StackPlan, is_shared
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
-from hwbp_compiler.graph.stacking import StackPlan, is_shared
 from hwbp_compiler.options import Options
 
 aten = torch.ops.aten
@@ -221,7 +221,7 @@ def _summed(group: Group) -> frozenset[int]:
         if all(n is None or _is_accumulated(n) for n in group.raw(i)):
             while i not in found:
                 found.add(i)
-                arguments = list(references(group.template.statements[i].args))
+                arguments = [ref.id for ref in references(group.template.statements[i].args)]
                 if _kind(group.template, i) is Kind.LAYOUT and arguments:
                     i = arguments[0]
     return frozenset(found)

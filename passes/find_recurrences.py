@@ -10,12 +10,16 @@ from collections import Counter
 
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import SUM, references
+from hwbp_compiler.graph.program import SUM, Statement, references
 
 from .find_chains import Track
 
 # Two or three multiplications in a row occur everywhere; a recurrence is more than that.
 SHORTEST_RECURRENCE = 4
+
+
+def _operands(statement: Statement) -> list[int]:
+    return [ref.id for ref in references(statement.args)]
 
 
 def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> list[Track]:
@@ -39,9 +43,9 @@ def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
     """
     link, reach = chain.links[0], 0
     found: list[Track] = []
-    last_user = {j: i for i, statement in enumerate(link.statements) for j in references(statement.args)}
+    last_user = {j: i for i, statement in enumerate(link.statements) for j in _operands(statement)}
     # A term of a sum is not all of the gradient that meets there.
-    terms = {j for statement in link.statements if statement.target is SUM for j in references(statement.args)}
+    terms = {j for statement in link.statements if statement.target is SUM for j in _operands(statement)}
     for i in range(max(link.outputs)):
         if link.arity <= i and reach <= i and i not in terms:
             nodes = (program.raw[i] for program in chain.links)

@@ -191,7 +191,7 @@ def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -
 
 
 def _anchor(statement: Statement) -> int | None:
-    return max(references(statement.args), default=None)
+    return max((ref.id for ref in references(statement.args)), default=None)
 
 
 def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, states: set[Node]):

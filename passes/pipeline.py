@@ -8,14 +8,13 @@ from typing import Protocol
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
-from hwbp_compiler.graph.batching import NoBatchingRule
+from hwbp_compiler.engine.batching import NoBatchingRule
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
 from hwbp_compiler.graph.program import NotALink
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
-from hwbp_compiler.graph.sizes_of_gradients import read_sizes_elsewhere
 from hwbp_compiler.options import Options
 from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
@@ -28,6 +27,7 @@ from .records import collapsed, described, forward_links, refused, short
 from .rewrite import Rewriting, rewrite_chain
 from .rewrite_recurrent_modules import Watcher as ModuleWatcher
 from .rewrite_recurrent_modules import rewrite_recurrent_modules
+from .sizes_of_gradients import read_sizes_elsewhere
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.graph.batching import Emitter, Value
+from hwbp_compiler.engine.batching import Emitter, Value
+from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.engine.stacking import Stacker, StackPlan, stack
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.program import INPUT, SUM, External, references, sum_terms
-from hwbp_compiler.graph.stacking import Stacker, StackPlan, stack
 
 from .group_links import inner_sums
 from .split_links import Split
@@ -341,7 +341,7 @@ class _ChainRewriter:
         last = self.chain.links[-1]
         for component, i in enumerate(last.outputs):
             if i in last.remainders:
-                own = [last.raw[r] for r in references(last.statements[i].args)]
+                own = [last.raw[ref.id] for ref in references(last.statements[i].args)]
                 value = self.e.call(aten.select.int, rows[component], 0, 0)
                 self._add_to(_root_of(last.remainders[i][0]), value, own, done)  # type: ignore[arg-type]
 

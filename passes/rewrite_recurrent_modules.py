@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.inline import inline
 from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
-from hwbp_compiler.graph.sizes import bytes_of
+from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
@@ -225,8 +226,7 @@ class _Backward:
 
     @property
     def length(self) -> int:
-        steps = (self.input if self.batch_sizes is None else self.batch_sizes).meta["val"].shape[0]
-        return steps if isinstance(steps, int) else int(steps.node.hint)
+        return hint((self.input if self.batch_sizes is None else self.batch_sizes).meta["val"].shape[0])
 
     @property
     def multiplier(self) -> str:
@@ -314,7 +314,15 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: flo
     values = [n.meta["val"] for n in operands]
     with values[-1].fake_mode:
         traced = make_fx(formula, decompositions())(*values)
-    created, results = _inline(graph, call.node, traced.graph, operands)
+    created: list[Node] = []
+
+    def emit(node: Node, args: Any, kwargs: Any) -> Node:
+        with graph.inserting_before(call.node):
+            created.append(graph.create_node(node.op, node.target, args, kwargs))
+        created[-1].meta = {**node.meta, "stack_trace": call.node.meta.get("stack_trace")}
+        return created[-1]
+
+    results: Any = inline(traced.graph, operands, emit)
     for user in list(call.node.users):
         assert user.target is python.getitem
         user.replace_all_uses_with(results[user.args[1]])
@@ -337,24 +345,3 @@ def _gradients(
     if kind == "gru":
         return gru.gradients(layer, grad_output, grad_h_n, iterations, damping)
     return rnn.gradients(kind, layer, grad_output, grad_h_n)
-
-
-def _inline(graph: Graph, before: Node, traced: Graph, operands: Sequence[Node]) -> tuple[list[Node], Any]:
-    """Copy a traced graph to ``before``: the new nodes, and its results."""
-    environment: dict[Node, Node] = {}
-    remaining = iter(operands)
-    created: list[Node] = []
-    for node in traced.nodes:
-        if node.op == "placeholder":
-            environment[node] = next(remaining)
-        elif node.op == "call_function":
-            with graph.inserting_before(before):
-                new = graph.node_copy(node, environment.__getitem__)
-            new.meta = {**node.meta, "stack_trace": before.meta.get("stack_trace")}
-            created.append(new)
-            environment[node] = new
-        elif node.op == "output":
-            return created, torch.fx.map_arg(node.args[0], environment.__getitem__)
-        else:
-            raise NotImplementedError(f"a traced constant ({node.target}) cannot be inlined")
-    raise AssertionError("no output")

@@ -1,7 +1,7 @@
 """Split every link into K and J: ``s' = K s + J s + b``.
 
 K is read off the program by sending ones through its elementwise edges; J is everything else (see
-``hwbp_compiler.graph.evaluate``). This pass checks that the split exists: elementwise paths must arrive in the order
+``hwbp_compiler.engine.evaluate``). This pass checks that the split exists: elementwise paths must arrive in the order
 they left, and K must be lower triangular when the state has several components.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.order import AS_IT_WAS, Order, permuted
-from hwbp_compiler.graph.program import INPUT, NotALink, Program, Ref, elementwise_argument
+from hwbp_compiler.graph.program import INPUT, NotALink, Program, Ref, elementwise_argument, references
 
 aten = torch.ops.aten
 
@@ -50,7 +50,7 @@ def _support(link: Program) -> set[tuple[int, int]]:
     orders: list[dict[int, Order | None]] = []  # per statement: input component -> order of its elements
     for i, statement in enumerate(link.statements[: max(link.outputs) + 1]):
         mine: dict[int, Order | None] = {i: AS_IT_WAS} if statement.target is INPUT else {}
-        for ref in _refs(statement.args) if i in way else ():
+        for ref in references(statement.args) if i in way else ():
             if not elementwise_argument(link, i, ref):
                 continue
             for component, order in orders[ref.id].items():
@@ -75,7 +75,7 @@ def _on_the_way(link: Program) -> set[int]:
     way = set(link.outputs)
     for i in range(max(link.outputs), -1, -1):
         if i in way:
-            way |= {ref.id for ref in _refs(link.statements[i].args) if elementwise_argument(link, i, ref)}
+            way |= {ref.id for ref in references(link.statements[i].args) if elementwise_argument(link, i, ref)}
     return way
 
 
@@ -103,14 +103,6 @@ def _same(a: Order | None, b: Order | None) -> bool:
             _LAYOUT_ADVICE,
         )
     return a == b
-
-
-def _refs(args):
-    for a in args:
-        if isinstance(a, Ref):
-            yield a
-        elif isinstance(a, tuple):
-            yield from _refs(a)
 
 
 def _triangular_order(width: int, support: set[tuple[int, int]]) -> tuple[int, ...]:

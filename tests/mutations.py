@@ -79,7 +79,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an elementwise path inside a heavy one counts as highway",
-        "hwbp_compiler/graph/evaluate.py",
+        "hwbp_compiler/engine/evaluate.py",
         "return mode if elementwise_argument(self.program, i, ref) else Mode.STATE",
         "return mode",
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
@@ -93,7 +93,7 @@ MUTATIONS = [
     ),
     Mutation(
         "injections are forgotten",
-        "hwbp_compiler/graph/evaluate.py",
+        "hwbp_compiler/engine/evaluate.py",
         "if mode in (Mode.FULL, Mode.INJECT):\n            terms.append(self.inject(i))",
         "if mode in (Mode.FULL,):\n            terms.append(self.inject(i))",
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
@@ -130,14 +130,14 @@ MUTATIONS = [
     ),
     Mutation(
         "a sum over the batch becomes a mean",
-        "hwbp_compiler/graph/batching.py",
+        "hwbp_compiler/engine/batching.py",
         "    return Value(e.call(target, x.node, shifted, *rest, **kwargs), True)",
         "    return Value(e.call(aten.mean.dim, x.node, shifted, *rest), True)",
         (f"{PROPERTIES}::test_a_batch_of_two_is_two_batches_of_one",),
     ),
     Mutation(
         "a dropout mask is drawn anew for the links",
-        "hwbp_compiler/graph/stacking.py",
+        "hwbp_compiler/engine/stacking.py",
         "        columns = self.plan.operands(nodes)\n        return self._recomputed",
         "        if nodes[0].meta['val'].dtype is torch.bool:\n            return Value(nodes[0], False)\n"
         "        columns = self.plan.operands(nodes)\n        return self._recomputed",
@@ -178,7 +178,7 @@ MUTATIONS = [
     ),
     Mutation(
         "links compute again from a buffer that was changed",
-        "hwbp_compiler/graph/stacking.py",
+        "hwbp_compiler/engine/stacking.py",
         "        or must_be_kept(n)\n",
         "",
         ("tests/test_combinations.py::test_buffers_changed_and_used_in_forward",),

@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from eager_backend import capture, options
 from torch import nn
 from torch.fx import Graph
 
 from hwbp_compiler import explain
 from hwbp_compiler.graph.match import same_value
+from hwbp_compiler.testing.capture import capture, options
 from hwbp_compiler.testing.compare import assert_gradients_close
 from hwbp_compiler.testing.losses import probe_loss
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eager_backend import capture, options, trace
 from torch import nn
 from torch.nn import functional as F
 
 from hwbp_compiler.testing import assert_gradients_close, models, probe_loss, reference_gradients
+from hwbp_compiler.testing.capture import capture, options, trace
 from hwbp_compiler.testing.models import Model, Stack
 from hwbp_compiler.testing.reference import Link, Program, keep
 

@@ -10,10 +10,10 @@ from math import comb
 
 import pytest
 import torch
-from eager_backend import capture, options, trace
 from torch import nn
 
 from hwbp_compiler.testing import assert_gradients_close, models, probe_loss, reference_gradients
+from hwbp_compiler.testing.capture import capture, options, trace
 from hwbp_compiler.testing.models import Model, Recurrence
 from hwbp_compiler.testing.reference import Link, Program
 

@@ -1,6 +1,6 @@
 """The rewritten gradients are w^k's, in every model of the zoo: the compiler against the oracle, in float64.
 
-Most of it runs the rewritten joint graph as it stands (``eager_backend``); a few cases go through Inductor.
+Most of it runs the rewritten joint graph as it stands (``testing.capture``); a few cases go through Inductor.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import operator
 
 import pytest
 import torch
-from eager_backend import capture, eager_highway, leaves_of, options
 from torch import fx
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.utils import _pytree as pytree
 from zoo import CASES, EVERYDAY
 
+from hwbp_compiler.testing.capture import capture, eager_highway, leaves_of, options
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.reference import reference_gradients
 

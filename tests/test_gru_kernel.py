@@ -124,11 +124,11 @@ def test_without_a_compiler_pytorchs_kernel_runs_and_nobody_is_warned(monkeypatc
         raise RuntimeError("no compiler here")
 
     module, call = made(3, 2, 4, 4)
-    cpu._kernel.cache_clear()
-    monkeypatch.setattr(cpu, "_build", broken)
+    cpu.native.forget()
+    monkeypatch.setattr(cpu.native, "build", broken)
     with caplog.at_level(logging.INFO, "hwbp_compiler"):
         found = operator(*call, [False] * 6)[0]
-    cpu._kernel.cache_clear()
+    cpu.native.forget()
     with torch.no_grad():
         torch.testing.assert_close(found, module(call.input, call.state[0])[0], rtol=0, atol=0)
     assert [(r.levelname, "no compiler here" in r.message) for r in caplog.records] == [("INFO", True)]

@@ -9,7 +9,6 @@ import random
 
 import pytest
 import torch
-from eager_backend import capture, eager_highway, options, run_passes, trace
 from torch import fx, nn
 
 from hwbp_compiler import passes
@@ -22,6 +21,7 @@ from hwbp_compiler.testing import (
     relative_error,
     sum_over_paths,
 )
+from hwbp_compiler.testing.capture import capture, eager_highway, options, run_passes, trace
 from hwbp_compiler.testing.models import Model, Recurrence, Stack
 
 SPECS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from eager_backend import capture, options, trace
 from hypothesis import HealthCheck, Phase, given, settings
 
 from hwbp_compiler.testing import assert_gradients_close, models, reference_gradients, strategies, sum_over_paths
+from hwbp_compiler.testing.capture import capture, options, trace
 from hwbp_compiler.testing.compare import assert_outputs_close
 
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from eager_backend import capture, leaves_of, options
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import rnn
@@ -33,6 +32,7 @@ from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
+from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.compare import assert_outputs_close
 from hwbp_compiler.torch_private import TAKES_MODULES
 

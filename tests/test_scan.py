@@ -539,12 +539,10 @@ def no_compiler(monkeypatch):
     def build(dtype: torch.dtype):
         raise RuntimeError("no C++ compiler\nand a long story")
 
-    cpu.load.cache_clear()
-    cpu._warn_once.cache_clear()
-    monkeypatch.setattr(cpu, "_build", build)
+    cpu.native.forget()
+    monkeypatch.setattr(cpu.native, "build", build)
     yield
-    cpu.load.cache_clear()
-    cpu._warn_once.cache_clear()
+    cpu.native.forget()
 
 
 def test_without_a_compiler_the_scan_is_still_right_and_says_so_once(no_compiler, caplog):
@@ -559,8 +557,7 @@ def test_without_a_compiler_the_scan_is_still_right_and_says_so_once(no_compiler
 def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path):
     from torch._inductor import config
 
-    cpu.load.cache_clear()
-    cpu._warn_once.cache_clear()
+    cpu.native.forget()
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
@@ -569,8 +566,7 @@ def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path)
             assert linear_scan(torch.ones(3, dtype=torch.complex128)).tolist() == [1, 2, 3]
         assert len(caplog.records) == 1
     finally:
-        cpu.load.cache_clear()
-        cpu._warn_once.cache_clear()
+        cpu.native.forget()
 
 
 # ---- errors -------------------------------------------------------------------------------------------------

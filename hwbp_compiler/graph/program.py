@@ -24,9 +24,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Node
 
+from hwbp_compiler.graph.rules import is_heavy_operator
+
 from .info import GraphInfo
 from .rules import (
-    Kind,
     dtype_of,
     form_of,
     is_complex,
@@ -324,7 +325,7 @@ def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
             elif i not in seen:
                 seen.add(i)
                 todo.append((i, True))
-                children = list(references(program.statements[i].args))
+                children = [ref.id for ref in references(program.statements[i].args)]
                 if program.statements[i].target is SUM:
                     children.sort(key=hash_of.__getitem__)
                 todo.extend((c, False) for c in reversed(children))
@@ -354,11 +355,11 @@ def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
     return found
 
 
-def references(args: Iterable) -> Iterator[int]:
-    """Ids of all statements that ``args`` refer to."""
+def references(args: Iterable) -> Iterator[Ref]:
+    """All statements that ``args`` refer to, in order, as often as they do."""
     for a in args:
         if isinstance(a, Ref):
-            yield a.id
+            yield a
         elif isinstance(a, tuple):
             yield from references(a)
 
@@ -371,17 +372,14 @@ def closure(program: Program, end: int) -> set[int]:
         i = todo.pop()
         if i not in needed and i >= program.arity:
             needed.add(i)
-            todo.extend(references(program.statements[i].args))
+            todo.extend(ref.id for ref in references(program.statements[i].args))
     return needed
 
 
 def is_heavy(program: Program, i: int) -> bool:
     """Whether statement ``i`` is what a block is made of."""
     node = program.raw[i]
-    if node is None or program.statements[i].target in (SUM, INPUT):
-        return False
-    rule = rule_of(node)
-    return rule is not None and rule.kind is Kind.HEAVY
+    return node is not None and program.statements[i].target not in (SUM, INPUT) and is_heavy_operator(node)
 
 
 def _constant(value: object):

@@ -212,6 +212,12 @@ def form_of(node: Node) -> tuple:
     return (shape_of(node), dtype_of(node)) if size is None else ("size", size)
 
 
+def is_heavy_operator(node: Node) -> bool:
+    """Whether ``node`` is what a block is made of: a matrix product, a convolution, attention."""
+    rule = rule_of(node)
+    return rule is not None and rule.kind is Kind.HEAVY
+
+
 def is_elementwise_edge(source: Node, node: Node, shapes: tuple[tuple | None, tuple | None] | None = None) -> bool:
     """True where element i of ``node`` depends on element i of ``source`` alone (up to a fixed change of shape).
 

@@ -1,4 +1,4 @@
-"""The forward pass of a GRU on a CPU: ``gru.cpp``, built for a dtype on first use as Inductor builds its own kernels.
+"""The forward pass of a GRU on a CPU: ``gru.cpp``,
 
 PyTorch has a kernel of all steps for an LSTM there (oneDNN), but calls a dozen operators in every step of a GRU. Where
 this one cannot be built, or does not serve a call, PyTorch's own runs as ever.
@@ -7,9 +7,7 @@ this one cannot be built, or does not serve a call, PyTorch's own runs as ever.
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +15,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hwbp_compiler.engine.native import NativeKernel
+
 if TYPE_CHECKING:
     from .operator import Call
 
-log = logging.getLogger("hwbp_compiler")
 
-_SOURCE = Path(__file__).with_name("gru.cpp")
-_TYPES = {torch.float32: "float", torch.float64: "double"}
+def _taken(library: Any) -> Callable[..., Any]:
+    kernel: Callable[..., Any] = library.highway_gru
+    kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2  # type: ignore[attr-defined]
+    kernel.restype = None  # type: ignore[attr-defined]
+    return kernel
+
+
+native = NativeKernel(
+    Path(__file__).with_name("gru.cpp"),
+    {torch.float32: "float", torch.float64: "double"},
+    _taken,
+    without="nn.GRU: no kernel of our own for this CPU, PyTorch's runs instead",
+    level=logging.INFO,
+)
 
 
 def gru(call: Call) -> tuple[Tensor, Tensor] | None:
@@ -32,9 +43,9 @@ def gru(call: Call) -> tuple[Tensor, Tensor] | None:
     served = call.kind == "gru" and call.autocast is None and call.batch_sizes is None and not call.random
     if not served or call.input.device.type != "cpu" or call.input.dim() != 3 or call.input.numel() == 0:
         return None
-    if len({t.dtype for t in tensors}) != 1 or call.input.dtype not in _TYPES:
+    if len({t.dtype for t in tensors}) != 1:
         return None
-    kernel = _kernel(call.input.dtype)
+    kernel = native.load(call.input.dtype)
     if kernel is None:
         return None
     directions, of_one = 1 + call.bidirectional, 4 if call.has_biases else 2
@@ -78,27 +89,3 @@ def _layer(
         torch.get_num_threads(),
     )
     return out
-
-
-@functools.cache
-def _kernel(dtype: torch.dtype) -> Callable[..., Any] | None:
-    """The compiled kernel; None (said once in the log) where it cannot be built."""
-    try:
-        return _build(dtype)
-    except Exception as error:  # whatever a missing or broken compiler raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        log.info("nn.GRU: no kernel of our own for this CPU, PyTorch's runs instead: %s", reason)
-        log.debug("nn.GRU: building the CPU kernel failed", exc_info=True)
-        return None
-
-
-def _build(dtype: torch.dtype) -> Callable[..., Any]:
-    from hwbp_compiler.torch_private import CppCodeCache
-
-    flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
-    kernel: Callable[..., Any] = CppCodeCache.load(
-        f"#define HIGHWAY_TYPE {_TYPES[dtype]}\n{_SOURCE.read_text()}", extra_flags=flags
-    ).highway_gru
-    kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2  # type: ignore[attr-defined]
-    kernel.restype = None  # type: ignore[attr-defined]
-    return kernel

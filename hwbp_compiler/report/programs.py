@@ -12,7 +12,7 @@ from hwbp_compiler.graph.describe import STANDS_FOR
 from hwbp_compiler.graph.origin import Origin, source_line
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
 from hwbp_compiler.graph.record import ChainRecord
-from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.rules import Kind, is_heavy_operator, rule_of
 from hwbp_compiler.passes.candidates import Candidate
 from hwbp_compiler.passes.rewrite import Rewriting
 from hwbp_compiler.rolled.capture import is_ours
@@ -76,7 +76,7 @@ class Programs:
                 if nodes:
                     parts.setdefault(group, []).append("\n".join([f"# {title}", *map(_line, nodes)]))
                 if group is not None and title == "iteration 1":
-                    heavy[group] = Counter(_name(n.target) for n in nodes if _is_heavy(n))
+                    heavy[group] = Counter(_name(n.target) for n in nodes if is_heavy_operator(n))
             for number, blocks in enumerate(self.blocks[id(record)]):
                 blocks.after = "\n\n".join(parts.get(number, ()))
                 record.groups[number].batched = [f"{times} {name}" for name, times in heavy.get(number, {}).items()]
@@ -206,8 +206,3 @@ def _name(target: object) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::")
     return str(getattr(target, "__name__", target))
-
-
-def _is_heavy(node: Node) -> bool:
-    rule = rule_of(node)
-    return rule is not None and rule.kind is Kind.HEAVY

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
+from hwbp_compiler.graph.sizes import hint
 from hwbp_compiler.options import Options
 
 from .data import ExplainedGraph, copied
@@ -155,11 +156,6 @@ def _spelt(value: Tensor) -> str:
 def _input(node: fx.Node) -> str:
     value = node.meta["val"]
     if isinstance(value, Tensor):
-        shape, stride = (tuple(map(_number, sizes)) for sizes in (value.shape, value.stride()))
+        shape, stride = (tuple(map(hint, sizes)) for sizes in (value.shape, value.stride()))
         return f"tensor_like({shape}, {stride}, {value.dtype}, {str(value.device)!r})"
-    return repr(_number(value))
-
-
-def _number(value: int | torch.SymInt) -> int:
-    """A size known only at run time as it was seen."""
-    return value if isinstance(value, int) else int(value.node.hint)
+    return repr(hint(value))

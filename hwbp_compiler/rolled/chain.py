@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Node
 
-from hwbp_compiler.graph.batching import Value
+from hwbp_compiler.engine.batching import Value
+from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.chain import Group
-from hwbp_compiler.graph.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.graph.program import Program
 
 from .link import Affine, Backward

@@ -14,17 +14,16 @@ from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.describe import STANDS_FOR, multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import (
-    INPUT,
-    SUM,
     NotALink,
     Program,
-    Ref,
     _Builder,
     closure,
     elementwise_argument,
+    is_heavy,
+    references,
 )
 from hwbp_compiler.graph.record import GroupRecord
-from hwbp_compiler.graph.rules import Kind, linear_arguments, operands, operator_name, rule_of
+from hwbp_compiler.graph.rules import linear_arguments, operands, operator_name
 from hwbp_compiler.passes.split_links import Split, split_links
 
 from .stages import Stage
@@ -170,17 +169,7 @@ def _split(program: Program) -> Split:
 def _is_diagonal(program: Program) -> bool:
     """True where no statement on the way from state to state takes the state other than elementwise: J = 0."""
     inside = set().union(*(closure(program, i) for i in program.outputs))
-    return all(elementwise_argument(program, i, ref) for i in inside for ref in _refs(program.statements[i].args))
-
-
-def _refs(args: tuple) -> list[Ref]:
-    found: list[Ref] = []
-    for a in args:
-        if isinstance(a, Ref):
-            found.append(a)
-        elif isinstance(a, tuple):
-            found += _refs(a)
-    return found
+    return all(elementwise_argument(program, i, ref) for i in inside for ref in references(program.statements[i].args))
 
 
 def _group(program: Program | None, multiplier: str, length: int) -> GroupRecord:
@@ -188,14 +177,6 @@ def _group(program: Program | None, multiplier: str, length: int) -> GroupRecord
     heavy = Counter(
         operator_name(node).removeprefix("aten::")
         for i, node in enumerate(program.raw)
-        if node is not None and i >= program.arity and _is_heavy(program, i)
+        if node is not None and i >= program.arity and is_heavy(program, i)
     )
     return GroupRecord(length, dict(heavy), multiplier)
-
-
-def _is_heavy(program: Program, i: int) -> bool:
-    node = program.raw[i]
-    if node is None or program.statements[i].target in (SUM, INPUT):
-        return False
-    rule = rule_of(node)
-    return rule is not None and rule.kind is Kind.HEAVY

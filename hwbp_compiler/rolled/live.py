@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler.graph.batching import Emitter, NoBatchingRule, Value, _flatten, _map
+from hwbp_compiler.engine.batching import Emitter, NoBatchingRule, Value, _flatten, _map
 from hwbp_compiler.graph.rules import operands
 
 aten = torch.ops.aten

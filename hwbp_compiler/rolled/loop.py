@@ -18,7 +18,8 @@ from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.counting import count
-from hwbp_compiler.graph.batching import decompositions
+from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import compile_step
 
@@ -53,15 +54,9 @@ def code_of(
     environment |= {
         node: copied.placeholder(f"input{i}") for i, node in enumerate([*inputs, *sorted(shared, key=is_size)])
     }
-    needed: set[Node] = set()
-    todo = [node for node in results if node is not None]
-    while todo:
-        node = todo.pop()
-        if node not in needed and node not in environment:
-            needed.add(node)
-            todo += node.all_input_nodes
+    wanted = needed(environment, [node for node in results if node is not None])
     for node in graph.nodes:
-        if node in needed:
+        if node in wanted:
             environment[node] = copied.node_copy(node, environment.__getitem__)
     found = [None if node is None else environment[node] for node in results]
     for i, addend in enumerate(added):

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from hwbp_compiler.digest import source_digest
-from hwbp_compiler.graph.batching import NoBatchingRule
+from hwbp_compiler.engine.batching import NoBatchingRule
 from hwbp_compiler.graph.origin import common, module_of
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.sizes import hint
 from hwbp_compiler.options import Options
 
 from .chain import HighwayLoop, How, LoopLink, run_affine
@@ -137,7 +138,7 @@ def build(
 ) -> Recurrence:
     """``cell`` over time; ``state``, ``inputs`` and ``shared`` are fake tensors (inputs ``[T, ...]``) or sizes."""
     made = Recurrence(cell, len(state), len(inputs))
-    length = _hint(inputs[0].shape[0])
+    length = hint(inputs[0].shape[0])
     try:
         with fake_mode:
             first = [x[0] for x in inputs]
@@ -224,7 +225,3 @@ def _rehearse(made: Recurrence, state: list, inputs: list, shared: list, fake_mo
         wanted = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
         if results and wanted:
             torch.autograd.grad(results, wanted, [torch.empty_like(r) for r in results], allow_unused=True)
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

@@ -14,8 +14,9 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.errors import HighwayError
-from hwbp_compiler.graph.batching import decompositions
 from hwbp_compiler.recurrence.operator import operator as recurrent_module
 from hwbp_compiler.torch_private import (
     FunctionalTensor,
@@ -172,24 +173,12 @@ def subgraph(inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
     for i, node in enumerate(inputs):
         environment[node] = graph.placeholder(f"arg{i}")
         environment[node].meta = dict(node.meta)
-    needed = _needed(inputs, results)
+    wanted = needed(inputs, results)
     for node in results[0].graph.nodes:
-        if node in needed:
+        if node in wanted:
             environment[node] = graph.node_copy(node, environment.__getitem__)
     graph.output(tuple(environment[n] for n in results))
     return GraphModule({}, graph)
-
-
-def _needed(inputs: Sequence[Node], results: Sequence[Node]) -> set[Node]:
-    needed: set[Node] = set()
-    known = set(inputs)
-    todo = list(results)
-    while todo:
-        node = todo.pop()
-        if node not in needed and node not in known:
-            needed.add(node)
-            todo += node.all_input_nodes
-    return needed
 
 
 def trace_decomposed(module: GraphModule, fake_mode: Any) -> GraphModule:

@@ -110,9 +110,9 @@ class CpuScan(ir.ExternKernelOut):
         reverse: bool,
         initial: ir.TensorBox | None,
     ) -> ir.TensorBox:
-        from .cpu import load
+        from .cpu import native
 
-        load(values.get_dtype())  # build it while compiling rather than in the first step
+        native.load(values.get_dtype())  # build it while compiling rather than in the first step
         inputs = [cls.realize_input(tensor) for tensor in (values, initial, multipliers) if tensor is not None]
         return ir.TensorBox.create(
             cls(

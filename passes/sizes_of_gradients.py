@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from .batching import Emitter, NoBatchingRule
-from .info import is_tangent
-from .rules import SYMBOLIC, size_of
+from hwbp_compiler.engine.batching import Emitter, NoBatchingRule
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.rules import SYMBOLIC, size_of
 
 aten = torch.ops.aten
 

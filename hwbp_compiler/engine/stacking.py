@@ -19,13 +19,13 @@ import torch
 from torch.fx import Node
 
 import hwbp_compiler.stack  # noqa: F401  (defines torch.ops.highway.stack)
+from hwbp_compiler.graph.match import same_value
+from hwbp_compiler.graph.old_values import must_be_kept
+from hwbp_compiler.graph.program import _constant
+from hwbp_compiler.graph.rules import form_of
+from hwbp_compiler.graph.sizes import bytes_of
 
 from .batching import Emitter, Value
-from .match import same_value
-from .old_values import must_be_kept
-from .program import _constant
-from .rules import form_of
-from .sizes import bytes_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims

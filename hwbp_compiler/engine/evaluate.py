@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from hwbp_compiler.graph.chain import Group
+from hwbp_compiler.graph.program import INPUT, SUM, External, Ref, elementwise_argument, references
+from hwbp_compiler.graph.rules import Kind, as_written, is_zero, linear_arguments, rule_of, shape_of
+
 from .batching import Emitter, Value, convolution_backward
-from .chain import Group
-from .program import INPUT, SUM, External, Ref, elementwise_argument
-from .rules import Kind, as_written, is_zero, linear_arguments, operands, rule_of, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -95,7 +96,7 @@ class Evaluator:
         if self._is_convolution_output(statement):
             i = statement.args[0].id
             statement = self.program.statements[i]
-        for ref in _references(statement.args):
+        for ref in references(statement.args):
             wanted = self._operand_mode(mode, i, ref)
             if wanted is not None:
                 yield (wanted, ref.id)
@@ -243,7 +244,7 @@ class Evaluator:
         node = self.program.raw[i]
         assert node is not None
         mine = self.program.statements[i]
-        positions = {p for p, a in enumerate(mine.args) if any(True for _ in _references((a,)))}
+        positions = {p for p, a in enumerate(mine.args) if any(True for _ in references((a,)))}
         found = linear_arguments(node, positions)
         # A side statement may be linear in nothing the table knows: then all of it is needed.
         return found if found is not None else frozenset(positions)
@@ -347,14 +348,3 @@ class _zero_like:
 @dataclass(frozen=True)
 class _zero_external:
     external: External
-
-
-def _references(args):
-    for a in args:
-        if isinstance(a, Ref):
-            yield a
-        elif isinstance(a, tuple):
-            yield from _references(a)
-
-
-__all__ = ["Coefficient", "Evaluator", "Mode", "operands"]

@@ -18,8 +18,8 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma)
-
-from .rules import SYMBOLIC, shape_of, size_of
+from hwbp_compiler.engine.inline import inline
+from hwbp_compiler.graph.rules import SYMBOLIC, shape_of, size_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -274,21 +274,12 @@ class Emitter:
 
     def _inline(self, graph: Graph, inputs: list[Node]):
         """Copy a traced graph to here; its result: a node, or a list of nodes."""
-        environment: dict[Node, Node] = {}
-        remaining = iter(inputs)
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                environment[node] = next(remaining)
-            elif node.op == "call_function":
-                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
-                environment[node] = self._append(node.target, args, kwargs)
-            elif node.op == "output":
-                return torch.fx.map_arg(node.args[0], environment.__getitem__)
-            else:
-                raise NoBatchingRule(
-                    "a block makes a constant tensor inside, which cannot be evaluated for several blocks at once"
-                )
-        raise NoBatchingRule("a block's backward is empty")
+        try:
+            return inline(graph, inputs, lambda node, args, kwargs: self._append(node.target, args, kwargs))
+        except NotImplementedError as error:
+            raise NoBatchingRule(
+                "a block makes a constant tensor inside, which cannot be evaluated for several blocks at once"
+            ) from error
 
     # -- sums over links ----------------------------------------------------------------------------------------
 
