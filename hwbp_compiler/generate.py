@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from .backend import HighwayPass, PassSequence, register_lowerings
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
+from .graph.record import ChainRecord
+from .joint_pass import HighwayPass
 from .options import Options, parse
-from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .pass_sequence import PassSequence
 from .pieces import keeping_pieces
+from .prepare import prepare
 from .recurrence.tracing import traced_whole
 from .report.capture import _isolated
 from .report.restore import left_as_it_was
 from .retarget import Retarget
-from .rolled.capture import replace_loops
+from .scan import register_lowerings
 from .torch_private import (
     SERVES,
     backward_at_once,
@@ -80,28 +82,28 @@ def generate_code(
         patches.update(dict.fromkeys(_MEASURING, False))
     register_lowerings()
     patches = keeping_pieces(patches)
-    _set_joint_passes(patches, ours, where)
     generating = _Generating(ours, patches, where)
     with left_as_it_was(model) as keep:
         generating.trace(model, keep)(*args, **kwargs)
     if not any(graph.name.startswith("backward") for graph in generating.graphs):
         raise HighwayError(_why_no_backward(generating))
-    return GeneratedCode(target, tuple(generating.graphs))
+    return GeneratedCode(target, tuple(generating.graphs), tuple(generating.chains))
 
 
-def _set_joint_passes(patches: dict[str, Any], ours: Options, where: Target | None) -> None:
+def _joint_passes(
+    patches: Mapping[str, Any], rewrite: HighwayPass | None, where: Target | None
+) -> dict[str, PassSequence]:
     """For a GPU, our pass sees the graph on the GPU, Inductor's own see it on the CPU (some of them compute with its
     constants), and what follows the joint graph sees it on the GPU again."""
     first: list[Any] = list(user_joint_passes(patches))
     last: list[Any] = list(user_joint_passes(patches, "joint_custom_post_pass"))
-    highway = [] if ours.rewrite == "never" else [HighwayPass(ours)]
+    highway: list[Any] = [] if rewrite is None else [rewrite]
     if where is not None:
         there, here = Retarget(torch.device("cuda", 0)), Retarget(torch.device("cpu"))
         highway = [there, *highway, here]
         last.append(there)
-    for name, passes in (("pre", [*first, *highway]), ("post", last)):
-        if passes:
-            patches[f"joint_custom_{name}_pass"] = PassSequence(tuple(passes))
+    found = {"joint_custom_pre_pass": [*first, *highway], "joint_custom_post_pass": last}
+    return {name: PassSequence(tuple(passes)) for name, passes in found.items() if passes}
 
 
 @dataclass(frozen=True)
@@ -116,14 +118,16 @@ class GeneratedCode(str):
 
     target    what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
     graphs    the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``
+    chains    what was decided about each chain, as in a report of ``explain``
     """
 
     target: str
     graphs: tuple[GraphCode, ...]
+    chains: tuple[ChainRecord, ...]
 
-    def __new__(cls, target: str, graphs: tuple[GraphCode, ...]) -> GeneratedCode:
+    def __new__(cls, target: str, graphs: tuple[GraphCode, ...], chains: tuple[ChainRecord, ...] = ()) -> GeneratedCode:
         code = super().__new__(cls, "\n".join(_titled(graph, target) for graph in graphs))
-        code.target, code.graphs = target, graphs
+        code.target, code.graphs, code.chains = target, graphs, chains
         return code
 
     @property
@@ -169,24 +173,27 @@ class _Generating:
         self.where = where
         self.pieces = 0
         self.graphs: list[GraphCode] = []
+        self.chains: list[ChainRecord] = []
 
     def trace(self, model: Callable[..., Any], keep: Callable[[Any], None]) -> Callable[..., Any]:
         """``model``, such that running it generates code."""
 
         def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.pieces += 1
-            replace_loops(module, self.options, lambda own: parse(own)[0])
-            replace_recurrent_modules(module, self.options)
+            loops = prepare(module, self.options).records
+            rewrite = None if self.options.rewrite == "never" else HighwayPass(self.options, loops, quiet=True)
             # Inductor owns the module it is given and may change it.
             eager = fx.GraphModule(module, copy.deepcopy(module.graph))
             with backward_at_once(), contextlib.nullcontext() if self.where is None else cuda_device_guard():
                 compiled = compile_fx(
                     module,
                     inputs,
-                    self.patches,
+                    {**self.patches, **_joint_passes(self.patches, rewrite, self.where)},
                     inner_compile=self._generate,
                     decompositions=None if self.where is None else device_decompositions(),
                 )
+
+            self.chains += [*loops, *(rewrite.records if rewrite is not None else ())]
 
             def run(*values: Any) -> Any:
                 keep(values)

@@ -418,11 +418,16 @@ def guard_composite(operator: Any, look: Callable[[], None]) -> None:
     operator.py_impl(key)(guarded)
 
 
+# Backends carry a maker of contexts under this name: what they compile runs inside one.
+RUNS_IN = "highway_context"
+
+
 def configure_backend(
     backend: Callable[..., Any], prepare: Callable[..., Callable[[], contextlib.AbstractContextManager[Any]]]
 ) -> None:
     """For every ``torch.compile`` that is given ``backend``: call ``prepare(mode=..., options=...)`` at that moment,
-    which returns a maker of contexts; every call of what is compiled runs inside one.
+    which returns a maker of contexts; every call of what is compiled runs inside one. Another backend may carry such a
+    maker as its attribute ``RUNS_IN``.
 
     ``torch.compile`` hands options to a named backend only with the first graph, deep inside the first call
     of the model. Every backend passes through ``get_compiler_fn`` when ``torch.compile`` is called; others
@@ -432,8 +437,8 @@ def configure_backend(
 
     @functools.wraps(original)
     def get_compiler_fn(compiler_fn: Any) -> Any:
-        ours = isinstance(compiler_fn, torch._TorchCompileWrapper) and compiler_fn.compiler_fn is backend
-        context = prepare(**compiler_fn.kwargs) if ours else None
+        inner = compiler_fn.compiler_fn if isinstance(compiler_fn, torch._TorchCompileWrapper) else compiler_fn
+        context = prepare(**getattr(compiler_fn, "kwargs", {})) if inner is backend else getattr(inner, RUNS_IN, None)
         found = original(compiler_fn)
         if context is not None:
             found.backend_ctx_ctor = context
@@ -610,8 +615,6 @@ def ddp_cuts_graphs() -> bool:
 
 # Backends that know what to do with hwbp_compiler.recurrent carry this attribute.
 SERVES = "serves_highway_recurrences"
-# And this those that know nn.GRU and its like as one call, but no loops.
-TAKES_MODULES = "takes_recurrent_modules"
 
 
 # Where torch keeps the backend that it has wrapped.
@@ -649,12 +652,12 @@ def _backend_traced_for() -> Any:
 
 def is_for_us(converter: Any) -> bool:
     """Whether Dynamo converts frames for a backend of ours with ``converter``."""
-    return _serves(converter) or _serves(converter, TAKES_MODULES)
+    return _serves(converter)
 
 
-def _serves(backend: Any, mark: str = SERVES) -> bool:
+def _serves(backend: Any) -> bool:
     """Whether ``backend`` is one of ours, however it is wrapped."""
-    return any(getattr(function, mark, False) for function in _unwrapped(backend))
+    return any(getattr(function, SERVES, False) for function in _unwrapped(backend))
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:

@@ -193,7 +193,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the cache does not know the options",
-        "hwbp_compiler/backend.py",
+        "hwbp_compiler/joint_pass.py",
         'return f"{source_digest()} {self.options} torch',
         'return f"{source_digest()} torch',
         ("tests/test_backend.py::test_every_option_is_in_the_uuid",),

@@ -19,7 +19,7 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
 import hwbp_compiler
-from hwbp_compiler import HighwayError, Options, backend, passes
+from hwbp_compiler import HighwayError, Options, digest, joint_pass, pass_sequence, passes
 from hwbp_compiler.torch_private import CustomGraphPass, _warn_if_newer
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -88,7 +88,7 @@ def broken(monkeypatch) -> None:
         raise KeyError("a broken step")
 
     monkeypatch.setattr(passes, "run", run)
-    backend._warn_once.cache_clear()
+    joint_pass.warn_once.cache_clear()
 
 
 def run_python(code: str, cwd: Path, **env: str) -> str:
@@ -275,7 +275,7 @@ def test_strict_raises_what_failed_as_a_highway_error(broken, fullgraph):
 
 
 def test_the_pass_can_be_pickled():
-    ours = backend.HighwayPass(Options(iterations="exact"))
+    ours = joint_pass.HighwayPass(Options(iterations="exact"))
     assert pickle.loads(pickle.dumps(ours)) == ours
 
 
@@ -286,15 +286,15 @@ def test_the_pass_can_be_pickled():
 )
 def test_every_option_is_in_the_uuid(change):
     options = Options()
-    uuid = backend.HighwayPass(options).uuid()
-    assert backend.HighwayPass(replace(options, **change)).uuid() != uuid
-    assert backend.HighwayPass(replace(options)).uuid() == uuid
+    uuid = joint_pass.HighwayPass(options).uuid()
+    assert joint_pass.HighwayPass(replace(options, **change)).uuid() != uuid
+    assert joint_pass.HighwayPass(replace(options)).uuid() == uuid
 
 
 def test_the_uuid_of_a_sequence_is_none_when_one_pass_has_none():
-    named, ours = NamedPass([]), backend.HighwayPass(Options())
-    assert backend.PassSequence((named, ours)).uuid() == ("user", ours.uuid())
-    assert backend.PassSequence((print, ours)).uuid() is None
+    named, ours = NamedPass([]), joint_pass.HighwayPass(Options())
+    assert pass_sequence.PassSequence((named, ours)).uuid() == ("user", ours.uuid())
+    assert pass_sequence.PassSequence((print, ours)).uuid() is None
 
 
 @pytest.fixture
@@ -308,23 +308,23 @@ def copied_sources(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_wheel_and_a_checkout_have_the_same_digest(request):
-    checkout = backend.source_digest.__wrapped__()
+    checkout = digest.source_digest.__wrapped__()
     request.getfixturevalue("copied_sources")
-    assert backend.source_digest.__wrapped__() == checkout
+    assert digest.source_digest.__wrapped__() == checkout
 
 
 @pytest.mark.parametrize("place", ["backend.py", "graph/rules.py", "passes/__init__.py"])
 def test_an_edit_anywhere_changes_the_digest(copied_sources, place):
-    before = backend.source_digest.__wrapped__()
+    before = digest.source_digest.__wrapped__()
     source = copied_sources / place
     source.write_text(source.read_text()[:-1] + " ")  # of the same length
-    assert backend.source_digest.__wrapped__() != before
+    assert digest.source_digest.__wrapped__() != before
 
 
 def test_a_renamed_file_changes_the_digest(copied_sources):
-    before = backend.source_digest.__wrapped__()
+    before = digest.source_digest.__wrapped__()
     (copied_sources / "backend.py").rename(copied_sources / "backend_.py")
-    assert backend.source_digest.__wrapped__() != before
+    assert digest.source_digest.__wrapped__() != before
 
 
 class Reader(nn.Module):

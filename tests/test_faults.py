@@ -17,7 +17,7 @@ from torch import nn
 from torch._inductor import codecache
 
 import hwbp_compiler
-from hwbp_compiler import HighwayError, backend
+from hwbp_compiler import HighwayError, backend, joint_pass, prepare
 from hwbp_compiler.passes import candidates, pipeline, replace_recurrent_modules
 from hwbp_compiler.rolled import loop, recurrence
 from hwbp_compiler.scan import cpu
@@ -29,7 +29,7 @@ RELAXED = {**OPTIONS, "strict": False}
 
 @pytest.fixture(autouse=True)
 def warned(caplog):
-    for remembered in (backend._warn_once, backend._warn_of_cuts, loop._warn_once):
+    for remembered in (joint_pass.warn_once, backend._warn_of_cuts, loop._warn_once):
         remembered.cache_clear()
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "hwbp" in r.name]
 
@@ -153,7 +153,7 @@ def test_inductor_fails_on_every_graph(name, monkeypatch, warned):
 
 @fault("the scan's C++ kernel cannot be built", "the scan runs in torch operators; gradients are w^k's")
 def test_the_scan_kernel_cannot_be_built(monkeypatch, warned):
-    monkeypatch.setattr(cpu, "load", lambda dtype: None)
+    monkeypatch.setattr(cpu.native, "load", lambda dtype: None)
     values, multipliers = torch.randn(9, 3), torch.rand(9, 3)
     found = cpu.linear_scan_cpu(values, multipliers)
     monkeypatch.undo()
@@ -196,7 +196,7 @@ class OverTime(nn.Module):
 )
 @pytest.mark.parametrize(
     "place, name",
-    [(replace_recurrent_modules, "_Call"), (backend, "replace_loops"), (backend, "register_lowerings")],
+    [(replace_recurrent_modules, "_Call"), (prepare, "replace_loops"), (backend, "register_lowerings")],
     ids=["modules", "loops", "operators"],
 )
 def test_an_exception_before_the_joint_graph(place, name, monkeypatch, warned):
@@ -249,7 +249,8 @@ def test_an_exception_while_reporting(empty, monkeypatch, warned):
             raise ZeroDivisionError("planted")
         real(records)
 
-    monkeypatch.setattr(backend, "report_all", fail)
+    for module in (backend, joint_pass):
+        monkeypatch.setattr(module, "report_all", fail)
     assert_trains_exactly()
     (message,) = warned()
     assert "ZeroDivisionError: planted" in message

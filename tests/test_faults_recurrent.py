@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hwbp_compiler
-from hwbp_compiler import HighwayError, backend, recurrent
+from hwbp_compiler import HighwayError, backend, joint_pass, recurrent
 from hwbp_compiler.options import parse
 from hwbp_compiler.rolled import capture, chain, loop, recurrence
 from hwbp_compiler.rolled.recurrence import Recurrence
@@ -218,7 +218,7 @@ FAILING = {"forward": (Recurrence, "_in_stages"), "backward": (chain._Backprop, 
 def test_where_the_rolled_form_fails_once_it_was_accepted_the_loop_runs_as_written(where, monkeypatch, caplog):
     monkeypatch.setattr(recurrence, "_rehearse", lambda *args: None)
     monkeypatch.setattr(*FAILING[where], fail)
-    backend._warn_once.cache_clear()
+    joint_pass.warn_once.cache_clear()
     program, tensors = PROGRAMS["lstm"]
     given = tensors(5, 4)
 

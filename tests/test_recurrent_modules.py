@@ -34,7 +34,7 @@ from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
 from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.compare import assert_outputs_close
-from hwbp_compiler.torch_private import TAKES_MODULES
+from hwbp_compiler.torch_private import SERVES
 
 STEPS, BATCH, INPUT, HIDDEN = 7, 3, 4, 5
 STEP = {"GRU": gru_step, "LSTM": lstm_step}
@@ -664,7 +664,7 @@ def test_on_a_gpu_layers_are_taken_apart_only_where_that_pays(rewrite, iteration
         found.append(len(module.graph.find_nodes(op="call_function", target=operator.operator)))
         return lambda *_: (x,)
 
-    setattr(backend, TAKES_MODULES, True)
+    setattr(backend, SERVES, True)
     x, found = torch.randn(300, 128, 64), []
     with tracing.traced_whole():
         torch.compile(lambda x: model(x)[0], backend=backend)(x)

@@ -14,19 +14,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler import passes
-from hwbp_compiler.backend import PassSequence, register_lowerings
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.origin import plain_name
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
+from hwbp_compiler.pass_sequence import PassSequence
 from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
-from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
-from hwbp_compiler.passes.write_out_cells import write_out_cells
+from hwbp_compiler.prepare import prepare
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
-from hwbp_compiler.rolled.capture import replace_loops
 from hwbp_compiler.rolled.recurrence import Recurrence
+from hwbp_compiler.scan import register_lowerings
 from hwbp_compiler.torch_private import ISOLATES, SERVES, CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
@@ -214,12 +213,8 @@ def _traced(
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         looking.pieces += 1
-        chosen = looking.of_loops
-        loops = replace_loops(module, chosen or looking.options, lambda own: chosen or parse(own)[0])
-        looking.loops = [(loop, _names_in_step(module, loop)) for loop in loops]
-        replace_recurrent_modules(module, looking.options)
-        if looking.options.rewrite != "never" or chosen is not None:
-            write_out_cells(module)
+        prepared = prepare(module, looking.options, looking.of_loops)
+        looking.loops = [(loop, _names_in_step(module, loop)) for loop in prepared.loops]
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = _names(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code

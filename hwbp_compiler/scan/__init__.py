@@ -6,4 +6,12 @@ contain. Importing this package defines the operator; GPU code for it comes from
 
 from .function import linear_scan
 
-__all__ = ["linear_scan"]
+
+def register_lowerings() -> None:
+    """Inductor's side of our operators. Not at import: it loads Inductor."""
+    from . import inductor
+
+    inductor.register()
+
+
+__all__ = ["linear_scan", "register_lowerings"]

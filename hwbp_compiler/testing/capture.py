@@ -32,10 +32,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
+import hwbp_compiler.backend  # noqa: F401  (has torch.compile ask backends for their context)
+from hwbp_compiler.prepare import prepare
+from hwbp_compiler.recurrence.operator import operator as recurrent_module
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.torch_private import (
-    TAKES_MODULES,
+    RUNS_IN,
+    SERVES,
     FakeTensorMode,
     TorchDispatchMode,
     aot_autograd,
@@ -92,12 +95,29 @@ def eager_highway(
             graphs.append(copy.deepcopy(joint))
         return partition(joint, joint_inputs, **kwargs)
 
-    return aot_autograd(
+    compile_graph = aot_autograd(
         fw_compiler=_as_it_stands,
         bw_compiler=_as_it_stands,
         partition_fn=partition_fn,
         decompositions=decompositions(),
     )
+    if options is None:
+        return compile_graph
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        loops = prepare(graph, options).records
+        if records is not None:
+            records.extend(loops)
+        return compile_graph(graph, inputs)
+
+    return _for_us(backend)
+
+
+def _for_us(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``backend``, to which Dynamo hands loops and recurrent modules whole, as to the one that generates code."""
+    setattr(backend, SERVES, True)
+    setattr(backend, RUNS_IN, traced_whole)
+    return backend
 
 
 def _as_it_stands(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -130,7 +150,10 @@ class Capture:
     args: tuple[Any, ...]
     loss: Callable[[Any], Tensor]
     joints: list[JointGraph]
+    recompile: Callable[[], None] = lambda: None
     _options: Any = None
+    _prepared_for: Any = None
+    _loops: list[Record] = field(default_factory=list)
     _records: list[Record] = field(default_factory=list)
 
     def gradients(self, options: Any) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
@@ -139,13 +162,19 @@ class Capture:
         ``options`` None runs the joint graph as it was captured.
         """
         self._options, self._records = options, []
+        if options is not None and self._prepared_for not in (None, self._preparation(options)):
+            self.recompile()  # loops and recurrent modules are decided upon before the joint graph is traced
         output = self.compiled(*self.args)
         found = torch.autograd.grad(self.loss(output), list(self.leaves.values()), allow_unused=True)
         gradients = {
             key: torch.zeros_like(leaf) if gradient is None else gradient
             for (key, leaf), gradient in zip(self.leaves.items(), found, strict=True)
         }
-        return output, gradients, self._records
+        return output, gradients, [*self._loops, *self._records]
+
+    def _preparation(self, options: Any) -> Any:
+        """What of ``options`` decides what the joint graph is traced from."""
+        return options if self._loops else (options.rewrite, options.iterations == "exact")
 
     def backward(self, joint: JointGraph, tangents: list[Any]) -> list[Any]:
         module, records = joint.rewritten(self._options)
@@ -174,7 +203,10 @@ def capture(
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
         here: list[JointGraph] = []
-        replace_recurrent_modules(graph, options())
+        asked = result._options or options()
+        result._loops += prepare(graph, asked).records
+        if result._loops or graph.graph.find_nodes(op="call_function", target=recurrent_module):
+            result._prepared_for = result._preparation(asked)
 
         def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
             here.append(JointGraph(copy.deepcopy(joint), num_fwd_outputs))
@@ -202,15 +234,15 @@ def capture(
             decompositions=decompositions(),
         )(graph, inputs)
 
-    torch._dynamo.reset()
-    setattr(backend, TAKES_MODULES, True)
-    compiled: Callable[..., Any] = torch.compile(model, backend=backend, dynamic=dynamic)
+    def recompile() -> None:
+        torch._dynamo.reset()
+        result.joints.clear()
+        result._loops.clear()
+        result._prepared_for = None
+        result.compiled = torch.compile(model, backend=_for_us(backend), dynamic=dynamic)
 
-    def run(*args: Any) -> Any:
-        with traced_whole():
-            return compiled(*args)
-
-    result.compiled = run
+    result.recompile = recompile
+    recompile()
     return result
 
 

@@ -1,0 +1,166 @@
+"""The rewrite as a pass of Inductor's over the joint graph; what it did is counted and logged."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import passes
+from .counting import count
+from .digest import source_digest
+from .errors import HighwayError, first_line
+from .graph.info import is_tangent
+from .graph.old_values import keep_old_values
+from .graph.record import ChainRecord
+from .options import Options
+from .passes.decide import at_full_length, cores
+from .passes.rewrite_recurrent_modules import record_nothing
+from .torch_private import CustomGraphPass, observed, trace_artifact
+
+log = logging.getLogger(__name__)
+
+UNCHANGED = "this graph is compiled as Inductor would compile it"
+
+
+@dataclass(frozen=True)
+class HighwayPass(CustomGraphPass):
+    """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph.
+
+    loops     what was decided about the loops of ``hwbp_compiler.recurrent`` before, for the report
+    quiet     nothing is counted or logged: only a look at what would be compiled
+    records   what was decided about the chains
+    """
+
+    options: Options
+    loops: tuple[ChainRecord, ...] = field(default=(), compare=False, repr=False)
+    quiet: bool = field(default=False, compare=False, repr=False)
+    records: list[ChainRecord] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        self._count("graphs_seen")
+        if not any(is_tangent(node) for node in graph.nodes):
+            self._count("inference_graphs")
+            record_nothing(graph)
+            return
+        nodes = len(graph.nodes)
+        trace_artifact("highway_joint_graph_before", lambda: _readable(graph))
+        untouched = torch.fx.Graph()
+        output = untouched.graph_copy(graph, {})
+        try:
+            records = observed(graph, "highway", lambda graph: passes.run(graph, self.options))
+        except Exception as error:
+            self._count("failures")
+            if self.options.strict:
+                raise as_highway_error("the highway rewrite failed", error) from error
+            _restore(graph, untouched, output)
+            keep_old_values(graph)
+            warn_once(first_line(error))
+            log.debug("where it failed", exc_info=error)
+            return
+        if records is None:  # config.disabled_passes names it
+            log.info('switched off by torch._inductor.config.disabled_passes = "highway"')
+            return
+        trace_artifact("highway_joint_graph_after", lambda: _readable(graph))
+        told = [*self.loops, *records]
+        trace_artifact("highway_report", lambda: _report(told, nodes, len(graph.nodes)))
+        log.debug("joint graph of %d nodes: %d chains", nodes, len(records))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", _report(told, nodes, len(graph.nodes)))
+        if not self.quiet:
+            report_all(records)
+        self.records.extend(records)
+
+    def _count(self, what: str) -> None:
+        if not self.quiet:
+            count(what)
+
+    def uuid(self) -> str:
+        """Changes with every option, every source file of the package, the torch version, and the number of cores,
+        which the cost model reads."""
+        full = " at full length" if at_full_length.get() else ""
+        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}{full}"
+
+
+def _readable(graph: torch.fx.Graph) -> str:
+    module = graph.owning_module
+    return _whatever_happens(lambda: "" if module is None else module.print_readable(print_output=False))
+
+
+def _report(records: list[ChainRecord], before: int, after: int) -> str:
+    from .report.text import graph_text  # brings what explain needs
+
+    return _whatever_happens(lambda: graph_text(records, before, after))
+
+
+def _whatever_happens(text: Callable[[], str]) -> str:
+    """Telling what was done must not undo it."""
+    try:
+        return text()
+    except Exception as error:
+        return f"not shown, {type(error).__name__}: {error}"
+
+
+def _restore(graph: torch.fx.Graph, untouched: torch.fx.Graph, output: Any) -> None:
+    """Put ``untouched``, a copy without its output node, in place of whatever a failed pass has left."""
+    metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    moved: dict[torch.fx.Node, torch.fx.Node] = {}
+    graph.graph_copy(untouched, moved)
+    graph.output(torch.fx.map_arg(output, moved.__getitem__)).meta.update(metadata)
+
+
+# -- what is counted and logged ----------------------------------------------------------------------------------
+
+
+def report_all(records: Iterable[ChainRecord]) -> None:
+    """Count and log what was decided."""
+    for record in records:
+        count("chains_found")
+        count(f"chains_{record.decision}")
+        if record.failed:
+            count("failures")
+            warn_once(record.reason)
+        if record.decision == "declined":
+            count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
+        where = "; ".join(filter(None, (record.module, record.source)))
+        where = f" [{where}]" if where else ""
+        log.info("chain of %d links %s: %s%s", record.length, record.decision, record.reason, where)
+
+
+def take_back(records: Iterable[ChainRecord]) -> None:
+    """What was rewritten is not compiled after all: count it as declined."""
+    undone = sum(record.decision == "rewritten" for record in records)
+    if undone:
+        count("chains_rewritten", -undone)
+        count("chains_declined", undone)
+        count("declined: the rewritten graph could not be compiled", undone)
+
+
+@functools.cache
+def warn_once(
+    reason: str,
+    what: str = "the highway rewrite failed",
+    instead: str = UNCHANGED,
+) -> None:
+    log.warning(
+        '%s (%s); %s. options={"strict": True} raises instead, TORCH_LOGS="+hwbp_compiler" shows where.',
+        what,
+        reason,
+        instead,
+    )
+
+
+def as_highway_error(what: str, error: BaseException, instead: str = UNCHANGED) -> HighwayError:
+    frame = inspect.currentframe()
+    return HighwayError(
+        f"{what} and strict=True: {type(error).__name__}: {error}. Without strict=True {instead}.",
+        inner_exception=error,
+        first_useful_frame=frame and frame.f_back,
+    ).with_traceback(error.__traceback__)

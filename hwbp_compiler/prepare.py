@@ -1,0 +1,77 @@
+"""Dynamo's graph before AOTAutograd sees it: what autograd would take apart, or could not take apart, is replaced.
+
+Loops of ``hwbp_compiler.recurrent`` become calls of a :class:`~.rolled.recurrence.Recurrence`; nn.GRU and its like
+become ``highway::recurrent``; fused cells are written out. The backend, ``explain``, ``generate_code`` and ``testing``
+all prepare here, so that all see the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.fx import Graph, GraphModule
+
+from .errors import HighwayError, first_line
+from .graph.record import ChainRecord
+from .options import Options, parse
+from .passes.replace_recurrent_modules import replace_recurrent_modules
+from .passes.write_out_cells import write_out_cells
+from .rolled.capture import replace_loops, rolled
+from .torch_private import CONTROL_FLOW
+
+if TYPE_CHECKING:
+    from .rolled.recurrence import Recurrence
+
+
+@dataclass
+class Prepared:
+    """What was done to a graph.
+
+    loops   the loops of ``hwbp_compiler.recurrent`` in it, in graph order, decided upon already
+    plain   a copy in which cells are as they were: what is compiled where the rewrite fails
+    """
+
+    loops: Sequence[Recurrence]
+    plain: GraphModule
+
+    @property
+    def records(self) -> tuple[ChainRecord, ...]:
+        """What was decided about the loops."""
+        return tuple(record for loop in self.loops for record in loop.records)
+
+
+class PreparationFailed(HighwayError):
+    """The graph may run in eager mode, with ``loops`` in it, but is not to be compiled: it is half changed."""
+
+    def __init__(self, reason: Exception, loops: Sequence[Recurrence]) -> None:
+        super().__init__(f"preparing the graph failed: {first_line(reason)}", inner_exception=reason)
+        self.reason, self.loops = reason, loops
+
+
+def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) -> Prepared:
+    """Prepare ``gm``, a graph from Dynamo, in place.
+
+    ``of_loops``: in place of every loop's own options. Raises HighwayError where a loop cannot be built, which leaves
+    nothing that could run, and PreparationFailed for any other failure.
+    """
+    loops: list[Recurrence] = []
+    try:
+        loops += replace_loops(gm, of_loops or options, lambda own: of_loops or parse(own)[0])
+        replace_recurrent_modules(gm, options)
+        copied = Graph()
+        copied.output(copied.graph_copy(gm.graph, {}))
+        prepared = Prepared(loops, GraphModule(gm, copied))
+        if options.rewrite != "never" or of_loops is not None:
+            write_out_cells(gm)
+    except (HighwayError, *CONTROL_FLOW):
+        raise
+    except Exception as error:
+        if gm.graph.find_nodes(op="call_function", target=rolled):  # stands for a loop, and cannot be run
+            raise HighwayError(
+                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}): a defect of ours, "
+                "please report it with the cell. A Python loop over the cell trains all the same."
+            ) from error
+        raise PreparationFailed(error, loops) from error
+    return prepared
