@@ -128,7 +128,7 @@ def report_all(records: Iterable[ChainRecord]) -> None:
             count("failures")
             warn_once(record.reason)
         if record.decision == "declined":
-            count(f"declined: {record.reason.partition(':')[0]}")  # without the figures behind the colon
+            count(f"declined: {record.reason_code.name.lower()}" if record.reason_code else "declined")
         where = "; ".join(filter(None, (record.module, record.source)))
         where = f" [{where}]" if where else ""
         log.info("chain of %d links %s: %s%s", record.length, record.decision, record.reason, where)

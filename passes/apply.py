@@ -7,7 +7,7 @@ import heapq
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from hwbp_compiler.graph.program import NotALink
+from hwbp_compiler.reasons import Declined, Reason
 
 from .rewrite import Rewriting
 
@@ -21,7 +21,7 @@ def discard(graph: Graph, created: list[Node]) -> None:
 def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: set[Node]) -> None:
     """Replace uses, sort, and erase those of ``removable`` (and of the created nodes) that have no users left.
 
-    Raises NotALink, with the graph as before the emission, if the result would be cyclic, or if anything still used
+    Raises Declined, with the graph as before the emission, if the result would be cyclic, or if anything still used
     one of the ``superseded`` nodes: two versions of a link would be mixed then, which no k stands for.
     """
     journal: list[tuple[Node, tuple, dict]] = []
@@ -33,17 +33,9 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
     order = _topological_order(graph)
     refused = None
     if order is None:
-        refused = NotALink(
-            "what a step gives to the rest of the model comes back into a later step (attention over all earlier "
-            "states, for example)",
-            "Later steps may see earlier ones through the state alone.",
-        )
+        refused = Declined(Reason.RESULTS_COME_BACK)
     elif superseded & _alive(order):
-        refused = NotALink(
-            "the backward pass uses a value inside a block for something else as well, and how is not understood",
-            "Keep connections that skip over several blocks, as in a U-Net, out of this stretch. If it has none: "
-            "report.save_repro(path) writes a script for a report.",
-        )
+        refused = Declined(Reason.VALUE_USED_ELSEWHERE)
     if order is None or refused is not None:
         for user, args, kwargs in reversed(journal):
             user.args, user.kwargs = args, kwargs

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import BY_PASS, NotALink
 from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .check_separation import Refusal, check_separation, score
 from .decide import ordinary
@@ -68,7 +68,11 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
     kept.sort(key=lambda c: info.index[c.first])
     # A piece of something larger that is told of already is no news.
     held = taken | below_length
-    refusals = [r for r in refusals if r.reason != BY_PASS or 2 * len(held.intersection(r.nodes)) < len(r.nodes)]
+    refusals = [
+        r
+        for r in refusals
+        if r.why.code is not Reason.CONNECTION_SKIPS_STEPS or 2 * len(held.intersection(r.nodes)) < len(r.nodes)
+    ]
     told = taken.union(*(r.nodes for r in refusals))
     refusals += [r for r in below if told.isdisjoint(r.nodes)]
     return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
@@ -125,11 +129,11 @@ def _along(info: GraphInfo, track: Track) -> tuple[Node, ...]:
 
 def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list[Refusal]:
     """One refusal per reason; where every link but the first is refused, so is the first."""
-    merged: dict[str, Refusal] = {}
+    merged: dict[Why, Refusal] = {}
     for r in refused:
-        before = merged.get(r.reason)
+        before = merged.get(r.why)
         length = r.length + (before.length if before is not None else 0)
-        merged[r.reason] = Refusal((*before.nodes, *r.nodes) if before else r.nodes, length, r.reason, r.advice)
+        merged[r.why] = Refusal((*before.nodes, *r.nodes) if before else r.nodes, length, r.why)
     joins = len(track.joins)
     if len(merged) == 1 and sum(r.length for r in merged.values()) == joins - 1:
         merged = {k: replace(r, length=joins, nodes=_along(info, track)) for k, r in merged.items()}
@@ -147,9 +151,9 @@ def _split_and_group(
             continue
         try:
             split = split_links(chain)
-        except NotALink as reason:
+        except Declined as declined:
             inside = tuple(n for link in chain.links for n in link.raw[link.arity :] if n is not None)
-            refusals.append(Refusal(inside, chain.length, str(reason), reason.advice))
+            refusals.append(Refusal(inside, chain.length, declined.why))
             continue
         candidate = Candidate(chain, group_links(info, chain), split)
         alone = chain.length == 1 and ordinary(1, options) is not None

@@ -23,16 +23,13 @@ from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.match import match_backward
 from hwbp_compiler.graph.program import (
-    BY_PASS,
-    BY_PASS_ADVICE,
-    GIVE_TO_RECURRENT,
-    NotALink,
     Program,
     State,
     extract,
     sum_terms,
 )
 from hwbp_compiler.graph.rules import Kind, shape_of
+from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .find_chains import Track, is_carrier
 
@@ -42,13 +39,12 @@ _WIDEST = 3
 
 @dataclass(frozen=True)
 class Refusal:
-    """A stretch that is no chain: why, what to change, and some of its nodes, which say where in the user's source
-    it stands. ``length`` counts the joins it would have been."""
+    """A stretch that is no chain: why, and some of its nodes, which say where in the user's source it stands.
+    ``length`` counts the joins it would have been."""
 
     nodes: tuple[Node, ...]
     length: int
-    reason: str
-    advice: str = ""
+    why: Why
 
 
 def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[Refusal]]:
@@ -75,7 +71,7 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
             best = (chains, refusals)
     chains, refusals = best
     kept = sum(c.length for c in chains if c.length > 1)
-    other = [r for r in refusals if r.reason != BY_PASS]
+    other = [r for r in refusals if r.why.code is not Reason.CONNECTION_SKIPS_STEPS]
     if crossings and (len(other) < len(refusals) or 2 * kept < len(joins)):
         refusals = other or [_too_wide(info, joins, max(1, len(joins) - kept))]
     if len(joins) == 1 and not chains[0].links:
@@ -89,9 +85,9 @@ def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:
         return []
     try:
         _head_from_branch(info, track, chain)
-    except NotALink as reason:
+    except Declined as declined:
         start = (info.nodes[track.branches[0]],)
-        return [Refusal(_between(info, start, chain.states[0]), 1, str(reason), reason.advice)]
+        return [Refusal(_between(info, start, chain.states[0]), 1, declined.why)]
     raise AssertionError("the join has a link in front of it")
 
 
@@ -102,24 +98,17 @@ def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
     width = _width(info, joins, inside)
     if width <= _WIDEST:
         parts = len(_parts(info, joins[len(joins) // 2]))
-        return _divided(nodes, lost, parts) if parts > _WIDEST else Refusal(nodes, lost, BY_PASS, BY_PASS_ADVICE)
-    return Refusal(
-        nodes,
-        lost,
-        f"{width} tensors pass from each step to the next; a state of more than {_WIDEST} is not handled",
-        f"{GIVE_TO_RECURRENT} if it is a loop over time: it takes a state of any number of tensors. Elsewhere carry at "
-        f"most {_WIDEST} tensors from step to step.",
-    )
+        return (
+            _divided(nodes, lost, parts)
+            if parts > _WIDEST
+            else Refusal(nodes, lost, Reason.CONNECTION_SKIPS_STEPS.of())
+        )
+    return Refusal(nodes, lost, Reason.STATE_TOO_WIDE.of(width=width, widest=_WIDEST))
 
 
 def _divided(nodes: tuple[Node, ...], lost: int, parts: int) -> Refusal:
     """An LSTM with peepholes: two tensors cross, but the gradient of one is a sum of more terms than a state holds."""
-    return Refusal(
-        nodes,
-        lost,
-        f"the gradient of a step's state is the sum of {parts} terms that no {_WIDEST} tensors of the graph stand for",
-        f"{GIVE_TO_RECURRENT}, which knows what the state is.",
-    )
+    return Refusal(nodes, lost, Reason.GRADIENT_IN_TOO_MANY_TERMS.of(parts=parts, widest=_WIDEST))
 
 
 def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
@@ -245,8 +234,8 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
         try:
             _check_shapes(before, after)
             link = extract(info, before, [n for n in after if n is not None], tainted)
-        except NotALink as reason:
-            refusals.append(Refusal(_between(info, before, after), 1, str(reason), reason.advice))
+        except Declined as declined:
+            refusals.append(Refusal(_between(info, before, after), 1, declined.why))
             pieces.append((current, links))
             current, links = [after], []
             continue
@@ -260,23 +249,14 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
 
 def _check_shapes(before: State, after: State) -> None:
     if len(before) != len(after):
-        raise NotALink(
-            f"{len(before)} tensors pass into a step and {len(after)} out of it",
-            "Carry the same tensors from every step to the next, in the same order.",
-        )
+        raise Declined(Reason.STATE_CHANGES_WIDTH.of(before=len(before), after=len(after)))
     for a, b in zip(before, after, strict=True):
         if a is not None and b is not None:
             # The gradient goes backward: in the model the state has the shape of ``b`` first.
             if shape_of(a) != shape_of(b):
-                raise NotALink(
-                    f"the residual stream changes its shape from {_sizes(b)} to {_sizes(a)}",
-                    "Such a step is left exact; the blocks of one shape on either side form chains of their own.",
-                )
+                raise Declined(Reason.STATE_CHANGES_SHAPE.of(before=_sizes(b), after=_sizes(a)))
             if a.meta["val"].dtype != b.meta["val"].dtype:
-                raise NotALink(
-                    f"the residual stream changes its dtype from {b.meta['val'].dtype} to {a.meta['val'].dtype}",
-                    "Keep the residual stream in one dtype; autocast inside the blocks does no harm.",
-                )
+                raise Declined(Reason.STATE_CHANGES_DTYPE.of(before=b.meta["val"].dtype, after=a.meta["val"].dtype))
 
 
 def _sizes(node: Node) -> str:
@@ -298,7 +278,7 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
         if head is not None and _head_is_sound(info, head, chain):
             return Chain([head.inputs, *chain.states], [head, *chain.links])
     if len(outputs) == 1 and track.branches and info.index[outputs[0]] == track.joins[0]:
-        with contextlib.suppress(NotALink):
+        with contextlib.suppress(Declined):
             return _head_from_branch(info, track, chain)
     return None
 
@@ -322,11 +302,11 @@ def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
 
 def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
     """Where the first link is built unlike its neighbours: it starts at the last branch point before the join. Raises
-    NotALink where nothing between the two is a link."""
+    Declined where nothing between the two is a link."""
     join = track.joins[0]
     branch = _branch_before(info, set(track.branches[:1]), join)
     if branch is None:
-        raise NotALink(BY_PASS, BY_PASS_ADVICE)
+        raise Declined(Reason.CONNECTION_SKIPS_STEPS)
     start = info.nodes[branch]
     for link, (before,) in zip(chain.links[:4], chain.states, strict=False):
         # What the neighbours have between state and branch point (the mask of a ReLU) belongs to this link too.
@@ -337,7 +317,7 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
             break
         try:
             lead = extract(info, (before,), [info.nodes[inner]], set())
-        except NotALink:
+        except Declined:
             break
         found = match_backward(lead, [start], info)
         if found is not None and found.inputs[0] is not None:
@@ -347,7 +327,7 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
     _check_shapes(state, chain.states[0])
     head = extract(info, state, [info.nodes[join]], set())
     if not _head_is_sound(info, head, chain):
-        raise NotALink(BY_PASS, BY_PASS_ADVICE)
+        raise Declined(Reason.CONNECTION_SKIPS_STEPS)
     return Chain([state, *chain.states], [head, *chain.links])
 
 

@@ -23,6 +23,7 @@ from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, clos
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Reason, Why
 
 aten = torch.ops.aten
 
@@ -151,24 +152,23 @@ def rounds_of(iterations: int, length: int) -> int | None:
 _ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
 
 
-def shorter(length: int, options: Options) -> tuple[str, str]:
+def shorter(length: int, options: Options) -> Why:
     """Why a chain below ``min_length`` is left alone, and what to change."""
     exact = options.iterations == "exact" or options.iterations >= length
     fewer = f" with iterations={length - 1} or fewer" if exact else ""
     advice = f"min_length={length}{fewer} lets it be considered." if length > 1 else _ALONE
-    return f"shorter than min_length={options.min_length}", advice
+    return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
 
 
-def ordinary(length: int, options: Options) -> tuple[str, str] | None:
+def ordinary(length: int, options: Options) -> Why | None:
     """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
     ask for something else."""
     if options.iterations == "exact":
         advice = f"Any iterations below {length}." if length > 1 else _ALONE
-        return 'iterations="exact" asks for ordinary backprop', advice
+        return Reason.EXACT_ASKED_FOR.of(advice=advice)
     if rounds_of(int(options.iterations), length) is None:
         advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
-        reason = f"iterations={options.iterations} reaches the chain's length {length}: that is ordinary backprop"
-        return reason, advice
+        return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
     return None
 
 

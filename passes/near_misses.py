@@ -17,9 +17,10 @@ from torch.fx import Graph
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_range, source_line
-from hwbp_compiler.graph.program import GIVE_TO_RECURRENT, sum_terms, why_not_linear
+from hwbp_compiler.graph.program import sum_terms, why_not_linear
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, is_complex, operator_name, shape_of
+from hwbp_compiler.reasons import Reason, Why
 from hwbp_compiler.rolled.settled import is_settled
 
 from .check_separation import Refusal
@@ -46,14 +47,14 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
     origins = Origins(graph)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
     found += [*_unknown(info), *_interrupted(info, origins), *_recurrences(info, origins)]
-    lines = {(c.source, c.reason) for c in chains}
-    return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason) not in lines]
+    lines = {(c.source, c.reason_code) for c in chains}
+    return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason_code) not in lines]
 
 
 def _told(refusal: Refusal, origins: Origins) -> ChainRecord:
     """Of concatenated features the line that concatenates, not one inside a block."""
     record = refused(refusal, origins)
-    if refusal.reason == _CONCATENATED[0]:
+    if refusal.why.code is Reason.FEATURES_CONCATENATED:
         calls = {node.meta.get("seq_nr") for node in refusal.nodes}
         cats = [n for call in calls for n in origins.by_call.get(call, ()) if n.target is aten.cat.default]
         if lines := by_frequency(map(source_line, cats)):
@@ -112,7 +113,7 @@ def _unknown(info: GraphInfo) -> Iterator[Refusal]:
                 name = by_frequency(map(operator_name, cuts))[0]
                 (first, *_) = (node for node in cuts if operator_name(node) == name)
                 nodes = tuple(info.nodes[i] for i in sorted(inside))
-                yield Refusal(nodes, len(joins), *why_not_linear(first, on_trunk=True))
+                yield Refusal(nodes, len(joins), why_not_linear(first, on_trunk=True))
 
 
 def _recurrences(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
@@ -129,14 +130,9 @@ def _recurrences(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
         lines = {line for line, _ in again}
         if again and told.isdisjoint(lines):
             told |= lines
-            yield Refusal(nodes, min(again.values()), *_SEVERAL)  # a line may call an operator twice in a step
-
-
-_SEVERAL = (
-    "a recurrence that is elementwise altogether and carries several tensors from step to step: without blocks only a "
-    "state of one tensor is recognised",
-    f"{GIVE_TO_RECURRENT}, which takes such a state apart.",
-)
+            yield Refusal(
+                nodes, min(again.values()), Reason.WIDE_ELEMENTWISE_RECURRENCE.of()
+            )  # a line may call an operator twice in a step
 
 
 def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
@@ -147,14 +143,7 @@ def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
         shapes = {shape_of(info.nodes[j]) for j in joins}
         if len(joins) >= _SHORTEST_CONCATENATION and len(shapes) > 1:
             inside = sorted(info.between({joins[0]}, {joins[-1]}))
-            yield Refusal(tuple(info.nodes[i] for i in inside), len(joins), *_CONCATENATED)
-
-
-_CONCATENATED = (
-    "features are concatenated (torch.cat, as in a DenseNet), not added: the state grows from block to block, so no "
-    "element of it leads straight to one of the next",
-    "Only x + f(x) and gates make a highway; a block that adds to a state of fixed width would.",
-)
+            yield Refusal(tuple(info.nodes[i] for i in inside), len(joins), Reason.FEATURES_CONCATENATED.of())
 
 
 def _kept_features(info: GraphInfo) -> list[Refusal]:
@@ -170,7 +159,7 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
     if len(sums) < _SHORTEST_CONCATENATION:
         return []
     inside = info.between({sums[0]}, {sums[-1]}) or set(sums)
-    return [Refusal(tuple(info.nodes[i] for i in sorted(inside)), len(sums), *_CONCATENATED)]
+    return [Refusal(tuple(info.nodes[i] for i in sorted(inside)), len(sums), Reason.FEATURES_CONCATENATED.of())]
 
 
 def _cut_behind(info: GraphInfo, node: int) -> int | None:
@@ -207,10 +196,7 @@ def _projections(info: GraphInfo) -> Iterator[Refusal]:
         yield Refusal(
             tuple(info.nodes[i] for i in sorted(info.between({start}, {join}) - {start})),
             1,
-            f"the shortcut of this block {' and '.join(what)}: no element of the state leads straight to one of the "
-            "next",
-            "Nothing, if it is a strided or widening block: it is left exact, and the blocks on either side are chains "
-            "of their own.",
+            Reason.SHORTCUT_HAS_LAYER.of(what=" and ".join(what)),
         )
 
 
@@ -253,7 +239,7 @@ def _interrupted(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
     tracks = sorted(find_chains(info), key=lambda t: t.joins[0])
     short = [t for t in tracks if len(t.joins) <= 2 and t.branches]
     stretch: list[Track] = []
-    whys: list[tuple[str, str]] = []
+    whys: list[Why] = []
     for track, following in itertools.zip_longest(short, short[1:]):
         why = None if following is None else _between_tracks(info, origins, track, following)
         stretch.append(track)
@@ -263,19 +249,14 @@ def _interrupted(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
         if len(whys) + 1 >= _SHORTEST_STRETCH:
             inside = info.between({stretch[0].branches[0]}, {stretch[-1].joins[-1]})
             nodes = tuple(info.nodes[i] for i in sorted(inside))
-            yield Refusal(nodes, sum(len(t.joins) for t in stretch), *whys[0])
+            yield Refusal(nodes, sum(len(t.joins) for t in stretch), whys[0])
         stretch, whys = [], []
 
 
-_INTERRUPTED = (
-    "between one block and the next the state itself goes through {}, which moves or mixes its elements: no element of "
-    "it leads straight to one behind the next block"
-)
-_MOVE_INSIDE = "Move it inside the blocks, or before the first and behind the last of them."
 _LAYERS = {"addmm": "a linear layer", "mm": "a linear layer", "convolution": "a convolution"}
 
 
-def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> tuple[str, str] | None:
+def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> Why | None:
     """What the one operator of the forward pass that stands between them does, and what to change; None if there is
     none, or more than one."""
     end, start = track.joins[-1], following.branches[0]
@@ -294,7 +275,7 @@ def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: 
     # What the user called is known of an operator that was taken apart.
     called = getattr(forward[0].meta.get("original_aten"), "_schema", None)
     name = (operator_name(forward[0]) if called is None else called.name).removeprefix("aten::")
-    return _INTERRUPTED.format(_LAYERS.get(name, f"torch's {name.strip('_')}")), _MOVE_INSIDE
+    return Reason.INTERRUPTED.of(operator=_LAYERS.get(name, f"torch's {name.strip('_')}"))
 
 
 def is_piece_of(record: ChainRecord, missed: Sequence[ChainRecord]) -> bool:
@@ -307,10 +288,4 @@ def _loops(info: GraphInfo) -> Iterator[Refusal]:
     for i, node in enumerate(info.nodes):
         name = operator_name(node) if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
         if info.carries[i] and name in _LOOPS:
-            yield Refusal(
-                (node,),
-                0,
-                f"a loop written with torch's {name} may have any length: its steps are inside one operator, not in "
-                "the graph",
-                "hwbp_compiler.recurrent, nn.GRU, nn.LSTM, or a Python loop over a fixed number of steps.",
-            )
+            yield Refusal((node,), 0, Reason.HIGHER_ORDER_LOOP.of(name=name))

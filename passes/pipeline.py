@@ -8,14 +8,13 @@ from typing import Protocol
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
-from hwbp_compiler.engine.batching import NoBatchingRule
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
-from hwbp_compiler.graph.program import NotALink
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
 
@@ -93,9 +92,7 @@ def _treat(
     record = described(candidate, found)
     if watcher is not None:
         watcher.found(record, candidate, found)
-    reason = _decline(candidate, options, record)
-    if reason is not None:
-        record.reason = reason
+    if _decline(candidate, options, record):
         return record, False
     before = len(graph.nodes)
     iterations = rounds_of(int(options.iterations), candidate.chain.length)
@@ -110,21 +107,19 @@ def _treat(
         )
     except Exception as error:
         discard(graph, list(graph.nodes)[before - 1 : -1])
-        record.failed = not isinstance(error, (NotALink, NoBatchingRule))
+        record.failed = not isinstance(error, Declined)
         if record.failed and options.strict:
             raise
-        record.reason = f"{type(error).__name__}: {error}" if record.failed else str(error)
-        record.advice = getattr(
-            error, "advice", "A defect of ours: report.save_repro(path) writes a script for a report."
-        )
+        said = f"{type(error).__name__}: {error}"
+        record.because(error.why if isinstance(error, Declined) else Reason.DEFECT.of(error=said))
         if record.failed:
             log.debug("rewriting a chain failed", exc_info=error)
         return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
     try:
         apply(graph, rewriting, removable, candidate.nodes - set(candidate.chain.states[0]))
-    except NotALink as error:
-        record.reason, record.advice = str(error), error.advice
+    except Declined as declined:
+        record.because(declined.why)
         return record, False
     graph.lint()
     settled.update(rewriting.created)
@@ -137,19 +132,17 @@ def _treat(
     return record, True
 
 
-def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> str | None:
-    """Why the chain is left to ordinary backprop, or None. Puts estimate and advice into ``record``."""
+def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> bool:
+    """Whether the chain is left to ordinary backprop. Puts the estimate and the reason into ``record``."""
     length = candidate.chain.length
     if (exact := ordinary(length, options)) is not None:
-        reason, record.advice = exact
-        return reason
-    expected = estimate(candidate.chain, candidate.groups, int(options.iterations))
-    record.estimate = expected
+        record.because(exact)
+        return True
+    expected = record.estimate = estimate(candidate.chain, candidate.groups, int(options.iterations))
     if options.rewrite == "always":
-        record.reason = f'rewrite="always"; estimated {expected}'
+        record.because(Reason.REWRITTEN_ALWAYS.of(estimate=expected))
     elif expected.pays:
-        record.reason = f"expected to be faster: {expected}"
+        record.because(Reason.EXPECTED_FASTER.of(estimate=expected))
     else:
-        record.advice = 'rewrite="always" asks for it all the same; fewer iterations or a smaller batch may pay.'
-        return f"not expected to be faster: {expected}"
-    return None
+        record.because(Reason.NOT_EXPECTED_FASTER.of(estimate=expected, asks="asks for it all the same"))
+    return options.rewrite != "always" and not expected.pays

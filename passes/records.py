@@ -59,21 +59,22 @@ def described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
 def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
     """A refusal as it is told, with the user's line and module."""
     origin = origins.of_nodes(refusal.nodes)
-    return ChainRecord(
+    record = ChainRecord(
         refusal.length,
         "declined",
-        refusal.reason,
+        "",
         source=origin.source,
         module=name_range(origins.modules(origin)) or origin.inside,
         sources=[origin.source] if origin.source else [],
-        advice=refusal.advice,
     )
+    record.because(refusal.why)
+    return record
 
 
 def short(candidate: Candidate, origins: Origins, options: Options) -> ChainRecord:
     record = described(candidate, [origins.of_link(link) for link in forward_links(candidate)])
     exact = ordinary(record.length, options) if record.length >= options.min_length else None
-    record.reason, record.advice = exact or shorter(record.length, options)
+    record.because(exact or shorter(record.length, options))
     return record
 
 

@@ -25,6 +25,7 @@ from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Reason, Why
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
@@ -38,7 +39,6 @@ log = logging.getLogger(__name__)
 THROUGH_TIME = ("gru", "rnn_tanh", "rnn_relu")
 
 _CELLS = {"gru": gru, "lstm": lstm}
-_NO_PATH = "no elementwise path: a step of a {} sees the state before it through a matrix alone (K = 0)"
 _NAMES = {"gru": "GRU", "lstm": "LSTM", "rnn_tanh": "tanh RNN", "rnn_relu": "ReLU RNN"}
 
 
@@ -70,9 +70,10 @@ def rewrite_recurrent_modules(
         call.record(call.wanted)
         decision = call.unsound() or _decide(call, options)
         if node in stepwise and options.iterations != "exact" and not decision.rewrites:
-            decision = _Decision(*_STEP_BY_STEP)
+            decision = _Decision(Reason.CALLED_STEP_BY_STEP.of())
         for record in mine:
-            record.estimate, record.reason, record.advice = decision.estimate, decision.reason, decision.advice
+            record.estimate = decision.estimate
+            record.because(decision.why)
         if not decision.rewrites and not call.goes_through_time:
             continue
         iterations = rounds_of(int(options.iterations), call.length) if decision.rewrites else None
@@ -82,7 +83,8 @@ def rewrite_recurrent_modules(
             if options.strict:
                 raise
             for record in mine:
-                record.failed, record.reason = True, f"{type(error).__name__}: {error}"
+                record.failed = True
+                record.because(Reason.DEFECT.of(error=f"{type(error).__name__}: {error}"))
             log.debug("rewriting a recurrent layer failed", exc_info=error)
             continue
         created.update(emitted)
@@ -92,13 +94,6 @@ def rewrite_recurrent_modules(
             if watcher is not None:
                 watcher.rewrote_module(mine, emitted)
     return _told_once(records), created
-
-
-_STEP_BY_STEP = (
-    "called step by step in a loop: every call is a chain of its own, of one link",
-    "One call for the whole sequence, nn.GRUCell or nn.LSTMCell in the loop, or "
-    "hwbp_compiler.recurrent(cell, inputs, state) in its place.",
-)
 
 
 def _called_step_by_step(graph: Graph) -> set[Node]:
@@ -133,10 +128,9 @@ def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
 
 @dataclass(frozen=True)
 class _Decision:
-    """``rewrites`` or not, and what the records say of it."""
+    """``rewrites`` or not, and why."""
 
-    reason: str
-    advice: str = ""
+    why: Why
     estimate: Estimate | None = None
     rewrites: bool = False
 
@@ -250,26 +244,13 @@ class _Backward:
     def unsound(self) -> _Decision | None:
         """Why this cannot be rewritten; None if it can."""
         if self.kind not in _CELLS:
-            return _Decision(
-                _NO_PATH.format(_NAMES[self.kind]),
-                "Nothing: its gradients are exact. nn.GRU and nn.LSTM lead their state past the matrix by a gate.",
-            )
+            return _Decision(Reason.MODULE_WITHOUT_PATH.of(module=_NAMES[self.kind]))
         if self.batch_sizes is not None:
-            return _Decision(
-                "a packed sequence: its steps have batches of different sizes. PyTorch's own kernel is used",
-                "A padded batch in place of the packed one.",
-            )
+            return _Decision(Reason.PACKED_SEQUENCE.of())
         if len(self.weights) != self.chains * (4 if self.has_biases else 2):
-            return _Decision(
-                "an LSTM with projections (proj_size). PyTorch's own kernel is used",
-                "No proj_size, and a smaller hidden_size or a linear layer behind the LSTM instead.",
-            )
+            return _Decision(Reason.PROJECTIONS.of())
         if self.autocast is not None:
-            return _Decision(
-                "under autocast PyTorch's own kernel is used",
-                "Call it inside torch.autocast(device_type, enabled=False), or give the model and its inputs the lower "
-                "precision themselves.",
-            )
+            return _Decision(Reason.MODULE_UNDER_AUTOCAST.of())
         return None
 
 
@@ -277,21 +258,17 @@ def _decide(call: _Backward, options: Options) -> _Decision:
     """What becomes of a layer that can be rewritten."""
     length, k = call.length, options.iterations
     if k != "exact" and length < options.min_length:
-        return _Decision(*shorter(length, options))
+        return _Decision(shorter(length, options))
     if (exact := ordinary(length, options)) is not None:
-        return _Decision(*exact)
+        return _Decision(exact)
     expected = estimate_recurrent(
         call.kind, call.input.meta["val"], call.output.meta["val"], int(k), call.layers, 1 + call.bidirectional
     )
     if options.rewrite == "always":
-        return _Decision(f'rewrite="always"; estimated {expected}', "", expected, True)
+        return _Decision(Reason.REWRITTEN_ALWAYS.of(estimate=expected), expected, True)
     if expected.pays and call.chains == 1:  # several come in one call only where taking them apart would not pay
-        return _Decision(f"expected to be faster: {expected}", "", expected, True)
-    return _Decision(
-        f"not expected to be faster: {expected}",
-        'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.',
-        expected,
-    )
+        return _Decision(Reason.EXPECTED_FASTER.of(estimate=expected), expected, True)
+    return _Decision(Reason.NOT_EXPECTED_FASTER.of(estimate=expected, asks="rewrites it all the same"), expected)
 
 
 def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> list[Node]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.engine.batching import Emitter, NoBatchingRule
+from hwbp_compiler.engine.batching import Emitter
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.rules import SYMBOLIC, size_of
+from hwbp_compiler.reasons import Declined
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def _replaced(graph: Graph, node: Node, sizes: dict) -> bool:
     assert isinstance(read, Node)
     try:
         size = Emitter(graph, node, read.meta["val"].fake_mode, 1, sizes).size(node.meta["val"])
-    except NoBatchingRule:
+    except Declined:
         return False
     for user in list(node.users):
         user.args, user.kwargs = torch.fx.map_arg((user.args, user.kwargs), lambda n: size if n is node else n)

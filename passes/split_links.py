@@ -13,11 +13,10 @@ import torch
 
 from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.order import AS_IT_WAS, Order, permuted
-from hwbp_compiler.graph.program import INPUT, NotALink, Program, Ref, elementwise_argument, references
+from hwbp_compiler.graph.program import INPUT, Program, Ref, elementwise_argument, references
+from hwbp_compiler.reasons import Declined, Reason
 
 aten = torch.ops.aten
-
-_LAYOUT_ADVICE = "Keep the residual stream in one layout: transpose inside the block, and back before the addition."
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Split:
 
 
 def split_links(chain: Chain) -> Split:
-    """Raises NotALink where the elementwise part is no diagonal, or no triangular matrix of diagonals."""
+    """Raises Declined where the elementwise part is no diagonal, or no triangular matrix of diagonals."""
     support: set[tuple[int, int]] = set()
     seen: set[tuple] = set()
     for link in chain.links:
@@ -56,16 +55,14 @@ def _support(link: Program) -> set[tuple[int, int]]:
             for component, order in orders[ref.id].items():
                 moved = _moved(link, i, ref, order)
                 if component in mine and not _same(mine[component], moved):
-                    raise NotALink("the state meets itself with its elements in another order", _LAYOUT_ADVICE)
+                    raise Declined(Reason.STATE_MEETS_ITSELF_PERMUTED)
                 mine[component] = moved
         orders.append(mine)
     found: set[tuple[int, int]] = set()
     for component, i in enumerate(link.outputs):
         for source, order in orders[i].items():
             if not _same(order, AS_IT_WAS):
-                raise NotALink(
-                    "a block returns its state with the elements in another order than it was given", _LAYOUT_ADVICE
-                )
+                raise Declined(Reason.STATE_RETURNED_PERMUTED)
             found.add((component, source))
     return found
 
@@ -97,11 +94,7 @@ def _moved(link: Program, i: int, ref: Ref, order: Order | None) -> Order | None
 
 def _same(a: Order | None, b: Order | None) -> bool:
     if a is None or b is None:
-        raise NotALink(
-            "a block moves the elements of its state about and views them in a shape that cuts across, and the "
-            "order cannot be followed through that",
-            _LAYOUT_ADVICE,
-        )
+        raise Declined(Reason.ORDER_UNKNOWN)
     return a == b
 
 
@@ -114,10 +107,6 @@ def _triangular_order(width: int, support: set[tuple[int, int]]) -> tuple[int, .
             if c not in order and all(source in order or source == c for to, source in support if to == c)
         ]
         if not free:
-            raise NotALink(
-                "the tensors of the state feed one another element by element in a circle (a complex multiplication "
-                "written with real parts, for example)",
-                "Let each tensor of the state carry on itself and those after it only.",
-            )
+            raise Declined(Reason.STATE_IN_A_CIRCLE)
         order.append(free[0])
     return tuple(order)

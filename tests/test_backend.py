@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, Options, digest, joint_pass, pass_sequence, passes
+from hwbp_compiler.reasons import Reason
 from hwbp_compiler.torch_private import CustomGraphPass, _warn_if_newer
 
 X = torch.linspace(-1, 1, 6).reshape(2, 3)
@@ -40,6 +41,7 @@ class Model(nn.Module):
 class Record:
     decision: str
     reason: str = "because"
+    reason_code: Reason | None = None
     length: int = 4
     failed: bool = False
     module: str = ""
@@ -185,7 +187,8 @@ def test_the_passes_get_the_users_options(monkeypatch):
 
 
 def test_what_became_of_each_chain_is_counted_and_logged(monkeypatch, caplog):
-    records = [Record("rewritten"), Record("declined", "too short"), Record("declined", "too short")]
+    short = Reason.TOO_SHORT
+    records = [Record("rewritten"), Record("declined", "too short", short), Record("declined", "too short", short)]
     monkeypatch.setattr(passes, "run", lambda graph, options: records)
     with caplog.at_level(logging.INFO, "hwbp_compiler"):
         # Declining is not failing: strict does not mind.
@@ -193,7 +196,7 @@ def test_what_became_of_each_chain_is_counted_and_logged(monkeypatch, caplog):
     counted = hwbp_compiler.counters()
     assert counted["chains_found"] == 3
     assert counted["chains_rewritten"] == 1
-    assert counted["chains_declined"] == counted["declined: too short"] == 2
+    assert counted["chains_declined"] == counted["declined: too_short"] == 2
     assert "chain of 4 links declined: too short" in caplog.text
 
 

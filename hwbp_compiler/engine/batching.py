@@ -20,15 +20,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma)
 from hwbp_compiler.engine.inline import inline
 from hwbp_compiler.graph.rules import SYMBOLIC, shape_of, size_of
+from hwbp_compiler.reasons import Declined, Reason
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-
-
-class NoBatchingRule(Exception):
-    """An operator cannot be evaluated for several links at once; the message names it, for a user."""
-
-    advice = "Write that part of the block with other operators, or report it: report.save_repro(path) writes a script."
 
 
 @functools.cache
@@ -168,9 +163,7 @@ class Emitter:
 
         symbols = sorted(expression.free_symbols, key=str)
         if not self.sizes.keys() >= set(symbols):
-            raise NoBatchingRule(
-                f"the size {expression}, known only at run time (dynamic shapes), is not at hand in the backward pass"
-            )
+            raise Declined(Reason.SIZE_NOT_AT_HAND.of(size=expression))
         inputs = [self.sizes[symbol] for symbol in symbols]
 
         def compute(*values):
@@ -266,7 +259,7 @@ class Emitter:
                 traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(*(v.tensor for v in values))
         except Exception as error:
             name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target
-            raise NoBatchingRule(f"{name} cannot be evaluated for several blocks at once") from error
+            raise Declined(Reason.NOT_FOR_SEVERAL_BLOCKS.of(operator=name)) from error
         result = self._inline(traced.graph, [v.node for v in values])
         if isinstance(result, (tuple, list)):
             return [Value(r, True) for r in result]
@@ -277,9 +270,7 @@ class Emitter:
         try:
             return inline(graph, inputs, lambda node, args, kwargs: self._append(node.target, args, kwargs))
         except NotImplementedError as error:
-            raise NoBatchingRule(
-                "a block makes a constant tensor inside, which cannot be evaluated for several blocks at once"
-            ) from error
+            raise Declined(Reason.CONSTANT_INSIDE) from error
 
     # -- sums over links ----------------------------------------------------------------------------------------
 
@@ -652,9 +643,9 @@ def _attention_backward(e: Emitter, target, args, kwargs):
     """Attention never mixes its batch dimension: links go there."""
     named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
     if named["dropout_p"] != 0:
-        raise NoBatchingRule("attention with dropout has no batching rule: its mask depends on the place in the batch")
+        raise Declined(Reason.DROPOUT_IN_ATTENTION)
     if named.get("attn_bias") is not None:
-        raise NoBatchingRule(f"{target} with a mask has no batching rule: the mask's alignment would be lost")
+        raise Declined(Reason.MASK_IN_ATTENTION.of(operator=target))
 
     def fold(argument):
         if not isinstance(argument, Value):
@@ -704,7 +695,7 @@ def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
         )  # fmt: skip
         return _unfold(e, e.call(operator.getitem, node, 0))
     if transposed and groups != 1:
-        raise NoBatchingRule("a grouped transposed convolution cannot be evaluated for several blocks at once")
+        raise Declined(Reason.NOT_FOR_SEVERAL_BLOCKS.of(operator="a grouped transposed convolution"))
     count = e.count
 
     def to_channels(value: Value) -> Node:

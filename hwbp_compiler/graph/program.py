@@ -25,6 +25,7 @@ import torch
 from torch.fx import Node
 
 from hwbp_compiler.graph.rules import is_heavy_operator
+from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .info import GraphInfo
 from .rules import (
@@ -49,50 +50,16 @@ State = tuple["Node | None", ...]
 """The nodes that together are one state of a chain; None stands for a component that is zero."""
 
 
-BY_PASS = "a connection skips steps: what an earlier block computed enters a later one directly"
-BY_PASS_ADVICE = "Add what later blocks need to the residual stream, or carry it along as part of the state."
-GIVE_TO_RECURRENT = "Give the step to hwbp_compiler.recurrent(cell, inputs, state)"
-
-
-class NotALink(Exception):
-    """A stretch of the graph that is no link. The message says why and ``advice`` what to change, both for a user who
-    knows PyTorch and not this compiler: neither may name a node."""
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.advice = advice
-
-
-def why_not_linear(node: Node, on_trunk: bool = False) -> tuple[str, str]:
-    """Reason and advice where a gradient meets ``node`` and ``linear_arguments`` has no answer: in a block, or
-    ``on_trunk`` on its way past the blocks."""
+def why_not_linear(node: Node, on_trunk: bool = False) -> Why:
+    """Why a gradient that meets ``node`` is lost where ``linear_arguments`` has no answer: in a block, or ``on_trunk``
+    on its way past the blocks."""
     name = operator_name(node)
     if rule_of(node) is not None or is_never_linear(node):
-        return (
-            f"the gradient goes into {name} in a place where the result is not linear in it",
-            "Backward formulas that use the incoming gradient in such a way cannot be iterated; a custom "
-            "autograd.Function or a hook on a tensor is the usual cause.",
-        )
+        return Reason.NOT_LINEAR_IN_GRADIENT.of(operator=name)
     if is_complex(node):
         what = "the state is complex" if on_trunk else f"a block computes with complex numbers ({name})"
-        return (
-            f"{what}: complex arithmetic is not handled inside chains",
-            f"{GIVE_TO_RECURRENT} if it is a loop over time: there states may be complex. Elsewhere write it with the "
-            "real and the imaginary part.",
-        )
-    if on_trunk:
-        return (
-            f"the state passes through {name} on its way past the blocks, an operator that the compiler has no rule "
-            "for: it cannot tell whether an element leads straight to one of the next state",
-            "Use other operators of PyTorch's there, or move it into the blocks; a rule for an operator is one line in "
-            "hwbp_compiler/graph/rules.py.",
-        )
-    return (
-        f"a block uses {name}, an operator that the compiler has no rule for, so it cannot tell how a gradient passes "
-        "through it",
-        "Write that part with other operators of PyTorch's, or keep it outside the residual blocks; a rule for an "
-        "operator is one line in hwbp_compiler/graph/rules.py.",
-    )
+        return Reason.COMPLEX.of(what=what)
+    return (Reason.NO_RULE_ON_TRUNK if on_trunk else Reason.NO_RULE_IN_BLOCK).of(operator=name)
 
 
 @dataclass(frozen=True)
@@ -181,7 +148,7 @@ def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: se
     """The program from state ``inputs`` to state ``outputs``.
 
     ``tainted`` are the indices of everything that depends on the chain; none of it may enter the link except
-    through ``inputs`` (separation: no path by-passes a state). Raises NotALink with the reason.
+    through ``inputs`` (separation: no path by-passes a state). Raises Declined.
     """
     index = info.index
     starts = {index[n] for n in inputs if n is not None}
@@ -189,7 +156,7 @@ def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: se
     dependent = {info.nodes[i] for i in info.between(starts, ends)} - {n for n in inputs if n is not None}
     for node in outputs:
         if node not in dependent and node not in inputs:
-            raise NotALink("a step takes nothing from the step before it")
+            raise Declined(Reason.NOTHING_FROM_STEP_BEFORE)
     builder = _Builder(info, dependent, inputs, tainted)
     return builder.build(outputs)
 
@@ -268,7 +235,7 @@ class _Builder:
 
     def _check_outside(self, node: Node) -> None:
         if self.info.index[node] in self.tainted:
-            raise NotALink(BY_PASS, BY_PASS_ADVICE)
+            raise Declined(Reason.CONNECTION_SKIPS_STEPS)
 
     def _add_sum(self, node: Node, terms: list[Node]) -> None:
         inside = [t for t in terms if self._is_state(t)]
@@ -285,17 +252,14 @@ class _Builder:
         positions = {p for p, n in operands(node) if self._is_state(n)}
         linear = linear_arguments(node, positions)
         if linear is None:
-            raise NotALink(*why_not_linear(node))
+            raise Declined(why_not_linear(node))
         args = tuple(self._argument(a, p in linear) for p, a in enumerate(node.args))
         for p in linear - positions:
             added = node.args[p] if p < len(node.args) else 0
             if isinstance(added, Node) and size_of(added) is not None:
                 added = "that is a size"
             if isinstance(added, (int, float, str)) and added != 0:
-                raise NotALink(
-                    f"a block's backward adds the constant {added} to the gradient",
-                    "A custom autograd.Function is the usual cause: let its backward be linear in what it is given.",
-                )
+                raise Declined(Reason.ADDS_CONSTANT.of(constant=added))
         # By name alone: what stands there need not compare. Nothing that depends on the state does: see above.
         kwargs = tuple((k, self._argument(node.kwargs[k], False)) for k in sorted(node.kwargs))
         self._append(Statement(node.target, args, kwargs, shape_of(node), dtype_of(node)), node)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hwbp_compiler.reasons import Reason, Why
+
 
 @dataclass
 class GroupRecord:
@@ -33,6 +35,7 @@ class ChainRecord:
     length        number of links
     decision      "rewritten" or "declined"
     reason        why, for a user who has not read our source
+    reason_code   the same as a member of ``Reason``, whose name never changes its meaning
     multiplier    K as text, one entry per kind of link, most frequent first, joined by " | "
     groups        links evaluated together
     source        ``file:line: code`` of the user's line with the residual addition or gated update; of the most
@@ -65,7 +68,12 @@ class ChainRecord:
     modules: list[str] = field(default_factory=list)
     side_losses: list[int] = field(default_factory=list)
     added_bytes: int = 0
+    reason_code: Reason | None = None
+
+    def because(self, why: Why) -> None:
+        """Take reason and advice from ``why``."""
+        self.reason, self.advice, self.reason_code = why.text, why.advice, why.code
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
+        """Plain data, ready for JSON: the reason's code by its name."""
+        return asdict(self) | {"reason_code": self.reason_code.name if self.reason_code is not None else None}

@@ -17,10 +17,11 @@ from traceback import FrameSummary
 from torch.nn.modules import rnn
 
 from hwbp_compiler.counting import count
+from hwbp_compiler.reasons import Reason
 
 log = logging.getLogger(__name__)
 
-REASON = "a packed sequence: Dynamo breaks the graph at it, and the module runs in eager mode, with exact gradients"
+REASON = Reason.PACKED_BREAKS_GRAPH.of()
 
 _READS = ("_local_scalar_dense", "Tensor.item()")  # how Dynamo says that a number was read out of a tensor
 _here = threading.local()
@@ -44,7 +45,7 @@ def seen(stack: list[FrameSummary], error: str) -> None:
     source = f"{own[-1].filename}:{own[-1].lineno}: {(own[-1].line or '').strip()}" if own else ""
     found = getattr(_here, "found", None)
     if found is None:
-        for name in ("chains_found", "chains_declined", f"declined: {REASON.partition(':')[0]}"):
+        for name in ("chains_found", "chains_declined", f"declined: {REASON.code.name.lower()}"):
             count(name)
         _tell(source)
     elif source not in found:
@@ -54,4 +55,4 @@ def seen(stack: list[FrameSummary], error: str) -> None:
 @functools.cache
 def _tell(source: str) -> None:
     """Once for each line: what is compiled anew for other shapes says nothing new."""
-    log.info("recurrent module declined: %s%s", REASON, f" [{source}]" if source else "")
+    log.info("recurrent module declined: %s%s", REASON.text, f" [{source}]" if source else "")

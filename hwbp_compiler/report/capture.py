@@ -83,7 +83,7 @@ def explain(
 
         output = traced(looking, bool(wanted))
         total = _sum_of_outputs(output) if loss is None else loss(output)
-        notes = _notes(looking, total) + [f"Declined: {packed.REASON} [{line}]." for line in looking.packed]
+        notes = _notes(looking, total) + [f"Declined: {packed.REASON.text} [{line}]." for line in looking.packed]
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None

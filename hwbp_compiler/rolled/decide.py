@@ -8,6 +8,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.passes.decide import Estimate, _cost, device_figures, ordinary, rounds_of, shorter
+from hwbp_compiler.reasons import Reason
 
 from .chain import How
 from .link import Backward
@@ -20,35 +21,35 @@ def decide(link: Backward, options: Options, length: int) -> tuple[How, ChainRec
     """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
     record = ChainRecord(length, "declined", "", link.multiplier)
     if link.split is None:
-        record.reason, record.advice = f"left exact: {link.reason}", link.advice
+        assert link.why is not None
+        record.because(link.why.after("left exact: "))
         return How(None), record
     record.groups = [link.group(length)]
     if options.rewrite == "never":
-        record.reason = 'rewrite="never" asks for ordinary backprop'
-        record.advice = 'rewrite="profitable", the default, or "always".'
+        record.because(Reason.REWRITE_NEVER.of())
         return How(None), record
     backprop = ordinary(length, options)
     if options.iterations == "exact":
         assert backprop is not None
-        record.reason, record.advice = backprop
+        record.because(backprop)
         return How(None), record
     k = int(options.iterations)
     exact = How(None, 0.0, max(k + 1, options.min_length))
     if length < options.min_length:
-        record.reason, record.advice = shorter(length, options)
+        record.because(shorter(length, options))
         return exact, record
     written = rounds_of(k, length)
     if written is None:
         assert backprop is not None
-        record.reason, record.advice = backprop
+        record.because(backprop)
         return exact, record
     expected = record.estimate = estimate(link, k, length)
     if options.rewrite != "always" and not expected.pays:
-        record.reason = f"not expected to be faster: {expected}"
-        record.advice = 'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.'
+        record.because(Reason.NOT_EXPECTED_FASTER.of(estimate=expected, asks="rewrites it all the same"))
         return exact, record
-    why = 'rewrite="always"; estimated' if options.rewrite == "always" else "expected to be faster:"
-    record.decision, record.reason = "rewritten", f"{why} {expected}"
+    code = Reason.REWRITTEN_ALWAYS if options.rewrite == "always" else Reason.EXPECTED_FASTER
+    record.decision = "rewritten"
+    record.because(code.of(estimate=expected))
     if written != k:
         return How(written, options.damping, only=length), record
     return How(k, options.damping, exact.shortest), record

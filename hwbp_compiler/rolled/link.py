@@ -14,7 +14,6 @@ from hwbp_compiler.graph.chain import Chain
 from hwbp_compiler.graph.describe import STANDS_FOR, multiplier_text
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import (
-    NotALink,
     Program,
     _Builder,
     closure,
@@ -25,6 +24,7 @@ from hwbp_compiler.graph.program import (
 from hwbp_compiler.graph.record import GroupRecord
 from hwbp_compiler.graph.rules import linear_arguments, operands, operator_name
 from hwbp_compiler.passes.split_links import Split, split_links
+from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .stages import Stage
 from .trace import depends_on, trace_decomposed, trace_vjp
@@ -37,7 +37,7 @@ class Backward:
     arguments   nodes of the link's arguments: state, then per_step, then shared
     gradients   a node per argument, None where nothing reaches it
     program     from the gradient at the next state to that at the state
-    split       K; None where the link has no sound one, ``reason`` says why and ``advice`` what to change
+    split       K; None where the link has no sound one, ``why`` says why
     """
 
     module: GraphModule
@@ -46,8 +46,7 @@ class Backward:
     gradients: list[Node | None]
     program: Program | None = None
     split: Split | None = None
-    reason: str = ""
-    advice: str = ""
+    why: Why | None = None
 
     @property
     def has_block(self) -> bool:
@@ -91,8 +90,8 @@ def look_backward(stage: Stage, fake_mode: Any) -> Backward:
     try:
         found.program = _program(info, vjp.tangents, vjp.gradients[:width])
         found.split = _split(found.program)
-    except NotALink as reason:
-        found.reason, found.advice = str(reason), reason.advice
+    except Declined as declined:
+        found.why = declined.why
     return found
 
 
@@ -111,7 +110,7 @@ def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
     try:
         program = _program(info, arguments[:width], results)
         split = _split(program)
-    except NotALink:
+    except Declined:
         return None
     return Affine(module, arguments, program, split) if _is_diagonal(program) else None
 
@@ -148,10 +147,10 @@ def _program(info: GraphInfo, inputs: list[Node], outputs: Sequence[Node | None]
     dependent = {n for n in info.nodes if info.carries[info.index[n]]} - set(inputs)
     for node, before in zip(outputs, inputs, strict=True):
         if node is None or (node not in dependent and node not in inputs):
-            raise NotALink("a component of the state gets no gradient from the state after it")
+            raise Declined(Reason.COMPONENT_WITHOUT_GRADIENT)
         like = before.meta["val"]
         if node.meta["val"].shape != like.shape or node.meta["val"].dtype != like.dtype:
-            raise NotALink("the state changes its shape or dtype")
+            raise Declined(Reason.CELL_CHANGES_STATE)
     return _Builder(info, dependent, tuple(inputs), set()).build(outputs)  # type: ignore[arg-type]
 
 
@@ -159,10 +158,7 @@ def _split(program: Program) -> Split:
     state = tuple(program.raw[i] for i in program.outputs)
     split = split_links(Chain([program.inputs, state], [program]))
     if not split.support:
-        raise NotALink(
-            "the state has no elementwise path from one step to the next: K = 0",
-            "Nothing: its gradients are exact. A gate that leads the state past the matrix (GRU, LSTM) would make one.",
-        )
+        raise Declined(Reason.NO_ELEMENTWISE_PATH)
     return split
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler.engine.batching import Emitter, NoBatchingRule, Value, _flatten, _map
+from hwbp_compiler.engine.batching import Emitter, Value, _flatten, _map
 from hwbp_compiler.graph.rules import operands
+from hwbp_compiler.reasons import Declined, Reason
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -77,7 +78,7 @@ class LiveEmitter(Emitter):
         try:
             result = torch.vmap(one_step, in_dims=in_dims)(*(v.tensor for v in values))
         except Exception as error:
-            raise NoBatchingRule(f"operator {target} has no batching rule ({error})") from error
+            raise Declined(Reason.NO_BATCHING_RULE.of(operator=target, error=error)) from error
         if isinstance(result, (tuple, list)):
             return [constant(r, True) for r in result]
         return constant(result, True)
@@ -117,7 +118,7 @@ class AllSteps:
         args = self._argument(node.args)
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
         if any(isinstance(v, Value) for v in _flatten(tuple(kwargs.values()))):
-            raise NoBatchingRule(f"operator {node.target} takes a tensor by keyword")
+            raise Declined(Reason.TENSOR_BY_KEYWORD.of(operator=node.target))
         if node.target is aten.sym_size.int and args[0].batched:
             return constant(args[0].shape[args[1]], False)
         value = args[0]
@@ -155,7 +156,7 @@ class Sizes:
             pass
 
     def __getitem__(self, expression: sympy.Expr) -> Any:
-        """Raises NoBatchingRule where the arguments do not tell."""
+        """Raises Declined where the arguments do not tell."""
         from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
 
         expression = self._now(expression)
@@ -164,7 +165,7 @@ class Sizes:
         names = {known: sympy.Dummy(integer=True, positive=True) for known in self._known}
         plain = expression.xreplace(names)
         if not plain.free_symbols <= set(names.values()):
-            raise NoBatchingRule(f"the size {expression} is not a size of anything that the step is given")
+            raise Declined(Reason.SIZE_NOT_GIVEN.of(size=expression))
         return sympy_interp(PythonReferenceAnalysis, {names[known]: here for known, here in self._known.items()}, plain)
 
     def _solve(self, equation: sympy.Expr) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from hwbp_compiler.digest import source_digest
-from hwbp_compiler.engine.batching import NoBatchingRule
+from hwbp_compiler.errors import first_line
 from hwbp_compiler.graph.origin import common, module_of
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import hint
 from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Declined, Reason
 
 from .chain import HighwayLoop, How, LoopLink, run_affine
 from .decide import decide
@@ -25,7 +26,7 @@ from .link import Affine, look_backward, look_for_affine
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of, copy
 from .stages import Stage, split_stages
-from .trace import Body, CannotRoll, MutatingCell, Step, trace_step, without_autocast
+from .trace import Body, MutatingCell, Step, trace_step, without_autocast
 
 log = logging.getLogger(__name__)
 
@@ -154,20 +155,18 @@ def build(
         raise
     except Exception as error:
         made.step_through()
-        declined = isinstance(error, (CannotRoll, NoBatchingRule, NotImplementedError))
+        declined = isinstance(error, (Declined, NotImplementedError))
         if not declined and options.strict:
             raise
-        reason = str(error) if declined else f"{type(error).__name__}: {error}".partition("\n")[0]
-        reason = f"the cell is stepped through, which unrolls the loop: {reason}"
-        advice = getattr(error, "advice", "Write the cell with operators that torch.compile can trace.")
-        if not declined:
-            advice = "A defect of ours: please report it, with the cell."
-        made.records = [
-            ChainRecord(
-                length, "declined", reason, source=source, sources=[source] if source else [], failed=not declined,
-                advice=advice,
-            )
-        ]  # fmt: skip
+        if isinstance(error, Declined):
+            why = error.why
+        else:
+            code = Reason.CELL_UNTRACEABLE if declined else Reason.DEFECT_IN_LOOP
+            why = code.of(error=error if declined else first_line(error))
+        record = ChainRecord(length, "declined", "", source=source, sources=[source] if source else [])
+        record.because(why.after("the cell is stepped through, which unrolls the loop: "))
+        record.failed = not declined
+        made.records = [record]
         log.debug("rolling a recurrence failed", exc_info=error)
     return made
 
@@ -194,9 +193,9 @@ def _plans(
             continue
         plan.affine = look_for_affine(stage, fake_mode)
         if plan.affine is not None:
-            reason = "a linear recurrence, its gates see the input alone: a scan in both directions, exact at k = 0"
-            group = plan.affine.group(length)
-            records.append(ChainRecord(length, "rewritten", reason, plan.affine.multiplier, [group]))
+            record = ChainRecord(length, "rewritten", "", plan.affine.multiplier, [plan.affine.group(length)])
+            record.because(Reason.LINEAR_RECURRENCE.of())
+            records.append(record)
             continue
         backward = look_backward(stage, fake_mode)
         width = len(stage.members)

@@ -17,6 +17,7 @@ from torch.fx.traceback import preserve_node_meta
 from hwbp_compiler.engine.batching import decompositions
 from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.errors import HighwayError
+from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.recurrence.operator import operator as recurrent_module
 from hwbp_compiler.torch_private import (
     FunctionalTensor,
@@ -25,15 +26,6 @@ from hwbp_compiler.torch_private import (
     enable_python_dispatcher,
     has_data_mutation,
 )
-
-
-class CannotRoll(Exception):
-    """A step that has to be left to a recording loop; the message says why and ``advice`` what to change, for the
-    user."""
-
-    def __init__(self, reason: str, advice: str) -> None:
-        super().__init__(reason)
-        self.advice = advice
 
 
 @dataclass
@@ -87,7 +79,7 @@ def without_autocast(device: str) -> Iterator[None]:
 
 
 def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: Any) -> Step:
-    """``cell`` as ATen operators without mutation, under the autocast that is on. Raises CannotRoll, and MutatingCell
+    """``cell`` as ATen operators without mutation, under the autocast that is on. Raises Declined, and MutatingCell
     where that cannot be."""
     _check_traceable(cell.module)
     names = [*(f"component {i} of its state" for i in range(len(state))), *(f"input {i}" for i in range(len(inputs)))]
@@ -118,22 +110,11 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     results = list(module.graph.find_nodes(op="output")[0].args[0])
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            raise CannotRoll(
-                "the cell holds a tensor that is no parameter, buffer or captured variable",
-                "Make the tensor outside the cell, or register it as a buffer.",
-            )
+            raise Declined(Reason.CELL_HOLDS_TENSOR)
         if node.target is recurrent_module:
-            raise CannotRoll(
-                f"the cell contains a recurrent module ({node.args[0].split('_')[0].upper()}), which runs over a time "
-                "of its own",
-                "nn.GRUCell, nn.LSTMCell or nn.RNNCell for one step a call; run the module before or after the loop "
-                "where it does not need the state.",
-            )
+            raise Declined(Reason.CELL_CONTAINS_MODULE.of(module=node.args[0].split("_")[0].upper()))
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise CannotRoll(
-                f"the cell draws random numbers ({node.target}); computed again they would differ",
-                "Draw them for all steps before the loop and hand them in as an input.",
-            )
+            raise Declined(Reason.CELL_DRAWS_RANDOM_NUMBERS.of(operator=node.target))
     a, b = len(state), len(state) + len(inputs)
     return Step(module, nodes[:a], nodes[a:b], nodes[b:], results[:a], results[a:])
 
@@ -148,22 +129,13 @@ def _check_traceable(cell: GraphModule) -> None:
     """What changes how autograd sees an operator is gone once the step is a graph of operators."""
     for module in cell.modules():
         if not isinstance(module, GraphModule):
-            raise CannotRoll(
-                "the cell runs a loop of its own",
-                "Make the inner loop's steps part of the outer cell, or run the inner loop for all steps at once.",
-            )
+            raise Declined(Reason.CELL_RUNS_LOOP)
         for node in module.graph.nodes:
             name = getattr(node.target, "__name__", str(node.target))
             if isinstance(node.target, torch._ops.HigherOrderOperator):
-                raise CannotRoll(
-                    f"the cell contains {name}, which has its own way to differentiate",
-                    "Write that part with PyTorch's operators, or move it out of the cell.",
-                )
+                raise Declined(Reason.CELL_CONTAINS_HIGHER_ORDER.of(operator=name))
             if node.op == "call_function" and ("grad_enabled" in name or "inference_mode" in name):
-                raise CannotRoll(
-                    "the cell switches gradients on or off inside",
-                    "Use x.detach() where no gradient is to pass, or compute that part before the loop.",
-                )
+                raise Declined(Reason.CELL_SWITCHES_GRADIENTS)
 
 
 def subgraph(inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
@@ -200,7 +172,7 @@ def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise CannotRoll(f"the cell writes in place ({node.target})", "Write the change as a new tensor.")
+            raise Declined(Reason.CELL_WRITES_IN_PLACE.of(operator=node.target))
     return traced
 
 

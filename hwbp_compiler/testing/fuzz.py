@@ -15,7 +15,6 @@ import argparse
 import copy
 import gc
 import logging
-import re
 import sys
 import time
 import traceback
@@ -264,7 +263,7 @@ class Report:
             self.chains["passed over without a record"] += verdict.missed
             for record in records:
                 if record.decision == "declined":
-                    self.declined[_general(record.reason)] += 1
+                    self.declined[record.reason_code.name.lower() if record.reason_code else "?"] += 1
 
     def __str__(self) -> str:
         lines = [
@@ -281,12 +280,6 @@ class Report:
 
 def _listed(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
-def _general(reason: str) -> str:
-    """A reason without the names and figures of one program."""
-    reason = reason.partition(":")[0]
-    return re.sub(r"\([\d, ]*\)|\b\w+_\d+\b|\d+", "..", reason)
 
 
 class Fuzzer:

@@ -1,0 +1,126 @@
+"""Claims about reasons: a script may ask for them by name, and nothing that is decided depends on their words."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hwbp_compiler
+from hwbp_compiler.reasons import Declined, Reason
+
+ROOT = Path(hwbp_compiler.__file__).parent
+WIDTH = 4
+
+
+def test_no_two_reasons_are_one():
+    """An enum makes members of equal values one: two reasons of the same words would be."""
+    assert len(Reason.__members__) == len(list(Reason)) == len({(r.text, r.advice) for r in Reason})
+
+
+def test_a_declined_reason_carries_its_words():
+    why = Reason.STATE_TOO_WIDE.of(width=5, widest=3)
+    error = Declined(why)
+    assert error.why is why and str(error) == why.text and why.text.startswith("5 tensors pass")
+    assert Declined(Reason.CONNECTION_SKIPS_STEPS).why == Reason.CONNECTION_SKIPS_STEPS.of()
+    assert why.after("left exact: ").code is Reason.STATE_TOO_WIDE
+
+
+def compared_with_words(tree: ast.AST) -> list[str]:
+    """Comparisons of something called reason or advice, but for those with nothing or with another one."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            words = [s for s in sides if isinstance(s, ast.Attribute) and s.attr in ("reason", "advice")]
+            if words and len(words) < len(sides):
+                found.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            value = node.func.value
+            taken_apart = node.func.attr in ("startswith", "endswith", "partition", "split", "replace", "find")
+            if taken_apart and isinstance(value, ast.Attribute) and value.attr in ("reason", "advice"):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_decision_reads_the_words():
+    files = [*ROOT.rglob("*.py"), *(ROOT / "passes").resolve().glob("*.py")]
+    assert len(files) > 90
+    found = {f"{file.name}: {text}" for file in files for text in compared_with_words(ast.parse(file.read_text()))}
+    # Whether an estimate is in the words already, so that it is not printed twice.
+    assert found == {"text.py: str(chain.estimate) not in chain.reason"}
+
+
+class DenseNet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH * (i + 1), WIDTH) for i in range(5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([x, torch.tanh(layer(x))], -1)
+        return x
+
+
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x):
+        seen = [x]
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x)) * sum(seen)
+            seen.append(x)
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
+def reported(model, **options):
+    torch.manual_seed(0)
+    return hwbp_compiler.explain(model(), torch.randn(3, WIDTH, requires_grad=True), options=options)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "code"),
+    [
+        (DenseNet, {}, Reason.FEATURES_CONCATENATED),
+        (Residual, {"iterations": "exact"}, Reason.EXACT_ASKED_FOR),
+        (Residual, {"iterations": 5}, Reason.ITERATIONS_REACH_LENGTH),
+        (Residual, {"min_length": 6}, Reason.TOO_SHORT),
+        (Residual, {"iterations": 1, "rewrite": "always"}, Reason.REWRITTEN_ALWAYS),
+    ],
+    ids=lambda value: value.name if isinstance(value, Reason) else "",
+)
+def test_a_script_may_ask_why(model, options, code):
+    report = reported(model, **options)
+    (chain,) = report.chains
+    assert chain.reason_code is code
+    assert json.loads(json.dumps(report.to_dict()))["chains"][0]["reason_code"] == code.name
+
+
+@pytest.mark.parametrize("model", [DenseNet, Skipping])
+def test_other_words_change_nothing_else(model, monkeypatch):
+    def told(report):
+        return [(c.length, c.decision, c.reason_code, c.source, c.multiplier, c.times) for c in report.chains]
+
+    before = told(reported(model, rewrite="always"))
+    for reason in Reason:
+        monkeypatch.setattr(reason, "text", f"{reason.name} reworded", raising=True)
+    report = reported(model, rewrite="always")
+    assert told(report) == before
+    assert all("reworded" in chain.reason for chain in report.chains)
