@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .accuracy import CASES, FPI, HIGHWAY, SEEDS
-from .report import PAGE, Row, by, markdown, places
+from .rows import PAGE, Row, by, markdown, places
 
 HIGHER_IS_BETTER = {"accuracy": True, "held_out_loss": False}
 SEEN = 0.001  # a cosine that falls by less has not fallen

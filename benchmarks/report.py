@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from . import paper
+from . import accuracy_report, paper
 from .harness import ROOT, say
+from .rows import PAGE, Row, by, markdown, places
 
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
 EXAMPLES = ROOT / "examples" / "README.md"
 START, END = "<!-- results: python -m benchmarks report -->", "<!-- end of results -->"
-
-Row = dict[str, Any]
 
 
 def rows(suite: str) -> list[Row]:
@@ -59,20 +56,6 @@ interquartile range is more than half its median, the machine was disturbed, and
 row are no more than a hint."""
 
 
-def markdown(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
-    head = list(head)
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    out += ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
-    return "\n".join(out)
-
-
-def where(row: Row) -> str:
-    """One line that says what a table was measured on."""
-    return (
-        f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
-    )
-
-
 def time(row: Row, what: str) -> str:
     """Median and, in brackets, interquartile range; marked where the one says little beside the other."""
     return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"
@@ -102,13 +85,6 @@ def compiling(row: Row) -> str:
         return ""
     warm = row.get("compile_warm_s")
     return f"{cold:.1f}" if warm is None else f"{cold:.1f} / {warm:.1f}"
-
-
-def by(found: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
-    grouped: dict[tuple[Any, ...], list[Row]] = {}
-    for row in found:
-        grouped.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    return grouped
 
 
 # -- sections -------------------------------------------------------------------------------------------------------
@@ -332,9 +308,8 @@ def draw_scaling(found: list[Row]) -> None:
 
 
 def accuracy() -> str | None:
-    from .accuracy_report import section
 
-    return section(rows("accuracy"))
+    return accuracy_report.section(rows("accuracy"))
 
 
 def papers_own() -> str:
@@ -369,9 +344,8 @@ def ours_beside(case: str) -> list[tuple[object, ...]]:
 
 
 def expected() -> str:
-    from .accuracy_report import in_short
 
-    return in_short(rows("accuracy"))
+    return accuracy_report.in_short(rows("accuracy"))
 
 
 SECTIONS: list[Callable[[], str | None]] = [
@@ -418,8 +392,3 @@ def deep_in_short() -> str:
         )  # fmt: skip
     head = ("unrolled, k = 2, against Inductor", "backward", "whole step", "cosine", "by default")
     return f"{markdown(head, lines)}\n\n{places(found)}." if found else ""
-
-
-def places(found: list[Row]) -> str:
-    """Where and on what the rows were measured, each once."""
-    return "; ".join(dict.fromkeys(where(row) for row in found))

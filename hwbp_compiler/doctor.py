@@ -56,7 +56,7 @@ def _entry_point() -> tuple[str, bool]:
 
 
 def _cpu() -> tuple[str, bool]:
-    from .passes.decide import cores
+    from .cost.devices import cores
 
     return f"{cores()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", True
 

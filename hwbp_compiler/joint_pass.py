@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import passes
+from .cost.devices import cores
 from .counting import count
 from .digest import source_digest
 from .errors import HighwayError, first_line
@@ -19,7 +20,6 @@ from .graph.info import is_tangent
 from .graph.old_values import keep_old_values
 from .graph.record import ChainRecord
 from .options import Options
-from .passes.decide import at_full_length, cores
 from .passes.rewrite_recurrent_modules import record_nothing
 from .torch_private import CustomGraphPass, observed, trace_artifact
 
@@ -83,8 +83,7 @@ class HighwayPass(CustomGraphPass):
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
         which the cost model reads."""
-        full = " at full length" if at_full_length.get() else ""
-        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}{full}"
+        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}"
 
 
 def _readable(graph: torch.fx.Graph) -> str:

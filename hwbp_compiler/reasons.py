@@ -14,7 +14,6 @@ _TO_RECURRENT = "Give the step to hwbp_compiler.recurrent(cell, inputs, state)"
 _ONE_LAYOUT = "Keep the residual stream in one layout: transpose inside the block, and back before the addition."
 _RULE = "a rule for an operator is one line in hwbp_compiler/graph/rules.py."
 _OTHERWISE = "Write that part of the block with other operators, or report it: report.save_repro(path) writes a script."
-_WEIGHED = 'rewrite="always" {asks}; fewer iterations or a smaller batch may pay.'
 _DEFECT = "A defect of ours: report.save_repro(path) writes a script for a report."
 
 
@@ -25,7 +24,10 @@ class Reason(enum.Enum):
     REWRITTEN_ALWAYS = 'rewrite="always"; estimated {estimate}'
     EXPECTED_FASTER = "expected to be faster: {estimate}"
     LINEAR_RECURRENCE = "a linear recurrence, its gates see the input alone: a scan in both directions, exact at k = 0"
-    NOT_EXPECTED_FASTER = "not expected to be faster: {estimate}", _WEIGHED
+    NOT_EXPECTED_FASTER = (
+        "not expected to be faster: {estimate}",
+        'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.',
+    )
     TOO_SHORT = "shorter than min_length={min_length}", "{advice}"
     EXACT_ASKED_FOR = 'iterations="exact" asks for ordinary backprop', "{advice}"
     ITERATIONS_REACH_LENGTH = (

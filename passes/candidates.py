@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import networkx
 from torch.fx import Node
 
+from hwbp_compiler.cost.decide import ordinary
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .check_separation import Refusal, check_separation, score
-from .decide import ordinary
 from .find_chains import Track, followers, tracks
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, shifted
 from .group_links import group_links

@@ -8,6 +8,8 @@ from typing import Protocol
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
+from hwbp_compiler.cost.decide import decide
+from hwbp_compiler.cost.estimate import estimate
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
@@ -20,7 +22,6 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .candidates import Candidate, candidates
-from .decide import estimate, ordinary, rounds_of
 from .keep_pieces import keep_pieces
 from .records import collapsed, described, forward_links, refused, short
 from .rewrite import Rewriting, rewrite_chain
@@ -92,10 +93,13 @@ def _treat(
     record = described(candidate, found)
     if watcher is not None:
         watcher.found(record, candidate, found)
-    if _decline(candidate, options, record):
+    decision = decide(candidate.chain.length, options, lambda k: estimate(candidate.chain, candidate.groups, k))
+    record.estimate = decision.estimate
+    record.because(decision.why)
+    if not decision.rewrites:
         return record, False
     before = len(graph.nodes)
-    iterations = rounds_of(int(options.iterations), candidate.chain.length)
+    iterations = options.rounds(candidate.chain.length)
     try:
         rewriting = rewrite_chain(
             graph,
@@ -130,19 +134,3 @@ def _treat(
     if watcher is not None:
         watcher.rewritten(record, candidate, rewriting)
     return record, True
-
-
-def _decline(candidate: Candidate, options: Options, record: ChainRecord) -> bool:
-    """Whether the chain is left to ordinary backprop. Puts the estimate and the reason into ``record``."""
-    length = candidate.chain.length
-    if (exact := ordinary(length, options)) is not None:
-        record.because(exact)
-        return True
-    expected = record.estimate = estimate(candidate.chain, candidate.groups, int(options.iterations))
-    if options.rewrite == "always":
-        record.because(Reason.REWRITTEN_ALWAYS.of(estimate=expected))
-    elif expected.pays:
-        record.because(Reason.EXPECTED_FASTER.of(estimate=expected))
-    else:
-        record.because(Reason.NOT_EXPECTED_FASTER.of(estimate=expected, asks="asks for it all the same"))
-    return options.rewrite != "always" and not expected.pays

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from hwbp_compiler.cost.decide import ordinary, shorter
 from hwbp_compiler.graph.describe import multiplier_text
 from hwbp_compiler.graph.origin import Origin, Origins, by_frequency, in_order, modules_of, name_range
 from hwbp_compiler.graph.program import Program, is_heavy
@@ -13,7 +14,6 @@ from hwbp_compiler.options import Options
 
 from .candidates import Candidate
 from .check_separation import Refusal
-from .decide import ordinary, shorter
 
 
 def forward_links(candidate: Candidate) -> list[Program]:

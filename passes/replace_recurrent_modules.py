@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from hwbp_compiler.cost.modules import estimate_recurrent
 from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import dropout
 from hwbp_compiler.recurrence.arguments import KINDS, Arguments
 from hwbp_compiler.recurrence.operator import operator
 
-from .decide_recurrent import estimate_recurrent
 from .rewrite_recurrent_modules import THROUGH_TIME
 
 _KIND = {getattr(torch, kind): kind for kind in KINDS}

@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hwbp_compiler.cost.decide import Decision, decide
+from hwbp_compiler.cost.estimate import Estimate
+from hwbp_compiler.cost.modules import estimate_recurrent, recording_pays
 from hwbp_compiler.engine.batching import decompositions
 from hwbp_compiler.engine.inline import inline
 from hwbp_compiler.graph.origin import module_of, source_line
@@ -25,14 +28,11 @@ from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.options import Options
-from hwbp_compiler.reasons import Reason, Why
+from hwbp_compiler.reasons import Reason
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
 from hwbp_compiler.recurrence.operator import operator as forward_operator
-
-from .decide import Estimate, ordinary, rounds_of, shorter
-from .decide_recurrent import estimate_recurrent, recording_pays
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,13 @@ def rewrite_recurrent_modules(
         call.record(call.wanted)
         decision = call.unsound() or _decide(call, options)
         if node in stepwise and options.iterations != "exact" and not decision.rewrites:
-            decision = _Decision(Reason.CALLED_STEP_BY_STEP.of())
+            decision = Decision(Reason.CALLED_STEP_BY_STEP.of())
         for record in mine:
             record.estimate = decision.estimate
             record.because(decision.why)
         if not decision.rewrites and not call.goes_through_time:
             continue
-        iterations = rounds_of(int(options.iterations), call.length) if decision.rewrites else None
+        iterations = options.rounds(call.length) if decision.rewrites else None
         try:
             emitted = _rewrite(graph, call, iterations, options.damping)
         except Exception as error:
@@ -124,15 +124,6 @@ def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
         if kept.setdefault(key, record) is not record:
             kept[key].times += 1
     return list(kept.values())
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """``rewrites`` or not, and why."""
-
-    why: Why
-    estimate: Estimate | None = None
-    rewrites: bool = False
 
 
 def _described(call: _Backward) -> list[ChainRecord]:
@@ -241,34 +232,28 @@ class _Backward:
         assert isinstance(forward, Node)
         forward.args = (*forward.args[:-1], needed)
 
-    def unsound(self) -> _Decision | None:
+    def unsound(self) -> Decision | None:
         """Why this cannot be rewritten; None if it can."""
         if self.kind not in _CELLS:
-            return _Decision(Reason.MODULE_WITHOUT_PATH.of(module=_NAMES[self.kind]))
+            return Decision(Reason.MODULE_WITHOUT_PATH.of(module=_NAMES[self.kind]))
         if self.batch_sizes is not None:
-            return _Decision(Reason.PACKED_SEQUENCE.of())
+            return Decision(Reason.PACKED_SEQUENCE.of())
         if len(self.weights) != self.chains * (4 if self.has_biases else 2):
-            return _Decision(Reason.PROJECTIONS.of())
+            return Decision(Reason.PROJECTIONS.of())
         if self.autocast is not None:
-            return _Decision(Reason.MODULE_UNDER_AUTOCAST.of())
+            return Decision(Reason.MODULE_UNDER_AUTOCAST.of())
         return None
 
 
-def _decide(call: _Backward, options: Options) -> _Decision:
+def _decide(call: _Backward, options: Options) -> Decision:
     """What becomes of a layer that can be rewritten."""
-    length, k = call.length, options.iterations
-    if k != "exact" and length < options.min_length:
-        return _Decision(shorter(length, options))
-    if (exact := ordinary(length, options)) is not None:
-        return _Decision(exact)
-    expected = estimate_recurrent(
-        call.kind, call.input.meta["val"], call.output.meta["val"], int(k), call.layers, 1 + call.bidirectional
-    )
-    if options.rewrite == "always":
-        return _Decision(Reason.REWRITTEN_ALWAYS.of(estimate=expected), expected, True)
-    if expected.pays and call.chains == 1:  # several come in one call only where taking them apart would not pay
-        return _Decision(Reason.EXPECTED_FASTER.of(estimate=expected), expected, True)
-    return _Decision(Reason.NOT_EXPECTED_FASTER.of(estimate=expected, asks="rewrites it all the same"), expected)
+    input, output = call.input.meta["val"], call.output.meta["val"]
+
+    def estimate(iterations: int) -> Estimate:
+        return estimate_recurrent(call.kind, input, output, iterations, call.layers, 1 + call.bidirectional)
+
+    # Several layers or directions come in one call only where taking them apart would not pay.
+    return decide(call.length, options, estimate, may_pay=call.chains == 1)
 
 
 def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> list[Node]:

@@ -12,8 +12,9 @@ from torch import fx, nn
 from hwbp_compiler import explain
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.options import Options
-from hwbp_compiler.report.data import BlockPrograms, ErrorAt, ExplainedGraph, Report
+from hwbp_compiler.report.data import BlockPrograms, ErrorAt, ExplainedGraph
 from hwbp_compiler.report.picture import Fold, chain_svg, folded
+from hwbp_compiler.report.report import Report
 
 ALWAYS = {"iterations": 1, "rewrite": "always"}
 

@@ -27,8 +27,8 @@ from zoo.recurrent import gru_step, lstm_step
 
 import hwbp_compiler
 from hwbp_compiler import testing
-from hwbp_compiler.passes import decide_recurrent
-from hwbp_compiler.passes.decide_recurrent import estimate_recurrent
+from hwbp_compiler.cost import devices
+from hwbp_compiler.cost.modules import estimate_recurrent
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
@@ -592,14 +592,14 @@ def test_without_gradients_nothing_is_recorded():
 
 
 def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru(monkeypatch):
-    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     x = torch.empty(512, 16, 128)
     assert estimate_recurrent("gru", x, x, 2).pays
     assert not estimate_recurrent("lstm", x, x, 2).pays
 
 
 def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(monkeypatch):
-    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     x = torch.empty(256, 32, 256)
     assert not estimate_recurrent("gru", x, x, 2).pays
 
@@ -607,7 +607,7 @@ def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(m
 @pytest.mark.parametrize("batch, hidden, records", [(16, 128, False), (32, 256, True)])
 def test_an_exact_gru_computes_its_gates_again_only_where_that_is_faster(monkeypatch, batch, hidden, records):
     """``benchmarks/results/recurrent-cpu.jsonl``: the exact runs at these sizes."""
-    monkeypatch.setattr(decide_recurrent, "cores", lambda: 2)
+    monkeypatch.setattr(devices, "cores", lambda: 2)
     x = torch.randn(6, batch, hidden)
     graph = hwbp_compiler.explain(nn.GRU(hidden, hidden), x, options={"iterations": "exact"}).graph_after.graph
     recorded = graph.find_nodes(op="call_function", target=operator.backward_operator)

@@ -9,8 +9,6 @@ from zoo import CASES
 
 import hwbp_compiler
 from hwbp_compiler import testing
-from hwbp_compiler.passes import decide, pipeline, rewrite_recurrent_modules
-from hwbp_compiler.rolled import decide as rolled_decide
 from hwbp_compiler.testing import assertions, capture
 
 BY_NAME = {case.name: case for case in CASES}
@@ -112,9 +110,9 @@ def test_full_length_is_checked_in_the_rewritten_form(kind, monkeypatch):
     testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
     assert hwbp_compiler.counters()["chains_rewritten"] == 1
 
-    whole = decide.rounds_of
-    for module in (pipeline, rewrite_recurrent_modules, rolled_decide):
-        monkeypatch.setattr(module, "rounds_of", lambda k, length: whole(k, length) and whole(k, length) - 2)
+    whole = assertions.AtFullLength.rounds
+    fewer = lambda options, length: whole(options, length) and whole(options, length) - 2  # noqa: E731
+    monkeypatch.setattr(assertions.AtFullLength, "rounds", fewer)
     with pytest.raises(AssertionError, match="iterations=1000000: .* is off by"):
         testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
 

@@ -10,15 +10,14 @@ import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hwbp_compiler.engine.native import NativeKernel
 
-if TYPE_CHECKING:
-    from .operator import Call
+from .call import Call
 
 
 def _taken(library: Any) -> Callable[..., Any]:

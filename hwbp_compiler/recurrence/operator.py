@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from hwbp_compiler.torch_private import below_autograd, recording_autograd
 
 from . import cpu, kept
+from .call import Call
 
 NAME = "highway::recurrent"
 BACKWARD_NAME = "highway::recurrent_backward"
@@ -43,47 +44,6 @@ library.define(
 )
 operator = torch.ops.highway.recurrent.default
 backward_operator = torch.ops.highway.recurrent_backward.default
-
-
-class Call(NamedTuple):
-    """What the operator is called with, but for ``record``: the arguments of the schema, in its order."""
-
-    kind: str
-    input: Tensor
-    batch_sizes: Tensor | None
-    state: Sequence[Tensor]
-    weights: Sequence[Tensor]
-    has_biases: bool
-    layers: int
-    dropout: float
-    train: bool
-    bidirectional: bool
-    autocast: torch.dtype | None
-
-    @property
-    def random(self) -> bool:
-        """Whether random numbers are drawn: dropout is between layers."""
-        return self.train and self.dropout > 0 and self.layers > 1
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the outputs, as in eager mode: a CPU interpolates the GRU's state in its own type."""
-        if self.autocast is None:
-            return self.input.dtype
-        if self.kind == "gru" and self.input.device.type == "cpu":
-            return torch.promote_types(self.state[0].dtype, self.autocast)
-        return self.autocast
-
-    def run(self) -> tuple[Tensor, ...]:
-        """PyTorch's own kernel: the outputs, then the last states."""
-        hx = tuple(self.state) if self.kind == "lstm" else self.state[0]
-        rest = (list(self.weights), self.has_biases, self.layers, self.dropout, self.train, self.bidirectional)
-        function = getattr(torch, self.kind)
-        device = self.input.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            if self.batch_sizes is None:
-                return function(self.input, hx, *rest, False)
-            return function(self.input, self.batch_sizes, hx, *rest)
 
 
 def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ repro      a script that stands alone
 """
 
 from .capture import explain
-from .data import ExplainedGraph, Report
+from .data import ExplainedGraph
+from .report import Report
 
 __all__ = ["ExplainedGraph", "Report", "explain"]

@@ -30,8 +30,9 @@ from hwbp_compiler.torch_private import ISOLATES, SERVES, CustomGraphPass, compi
 
 from . import measure as measuring
 from .advice import put_to_the_test
-from .data import ExplainedGraph, Report, copy_of
+from .data import ExplainedGraph, copy_of
 from .programs import Programs, of_loop
+from .report import Report
 from .restore import left_as_it_was
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import warnings
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 def copy_of(graph: fx.Graph) -> fx.GraphModule:
@@ -93,9 +89,8 @@ class StepTimes:
 
 
 @dataclass
-class Report:
-    """What :func:`hwbp_compiler.explain` found. ``print(report)`` for people, :meth:`to_dict` for programs,
-    :meth:`to_html` for a browser.
+class ReportData:
+    """What :func:`hwbp_compiler.explain` found.
 
     options    the highway's own options in force
     graphs     one entry per joint graph, in the order they were traced; several where Dynamo broke the graph
@@ -119,16 +114,16 @@ class Report:
     def graph_before(self) -> fx.GraphModule | None:
         """The joint graph as traced: the first with a chain that was rewritten, else the first with any chain, else
         the first; None if there is no joint graph. ``print_readable()`` prints it."""
-        graph = self._shown()
+        graph = self.shown()
         return None if graph is None else graph.before
 
     @property
     def graph_after(self) -> fx.GraphModule | None:
         """The same graph as the passes leave it: what Inductor would compile."""
-        graph = self._shown()
+        graph = self.shown()
         return None if graph is None else graph.after
 
-    def _shown(self) -> ExplainedGraph | None:
+    def shown(self) -> ExplainedGraph | None:
         rewritten = (g for g in self.graphs if any(c.decision == "rewritten" for c in g.chains))
         with_chains = (g for g in self.graphs if g.chains)
         return next(rewritten, None) or next(with_chains, None) or next(iter(self.graphs), None)
@@ -156,38 +151,3 @@ class Report:
                 for chain in graph.chains
             ],
         }
-
-    def __str__(self) -> str:
-        from .text import plain
-
-        return plain(self)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """For ``rich.print(report)``: the same text, coloured."""
-        from .text import coloured
-
-        yield coloured(self, options.max_width)
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs no network: every chain as a picture whose blocks open on a click."""
-        from .page import write
-
-        write(self, path)
-
-    def draw(self, path: str | os.PathLike[str], after: bool = True) -> None:
-        """Draw ``graph_after`` (or ``graph_before``) with torch's ``FxGraphDrawer``, as ``.dot``, ``.svg`` or ``.png``.
-
-        Raises ImportError where pydot is missing and, for pictures, FileNotFoundError where graphviz is; ValueError
-        for another suffix or where there is no graph."""
-        from .draw import draw
-
-        draw(self.graph_after if after else self.graph_before, path)
-
-    def save_repro(self, path: str | os.PathLike[str], graph: int | None = None) -> None:
-        """Write a script that needs this package alone: it rebuilds a joint graph, draws inputs of the same shapes,
-        runs the passes, and compares the gradients. ``graph`` counts from 0; the one shown if absent.
-
-        Raises ValueError where there is no graph, or where it holds sub-graphs that no script can spell out."""
-        from .repro import write
-
-        write(self._shown() if graph is None else self.graphs[graph], self.options, path)

@@ -14,14 +14,14 @@ from torch import fx
 from hwbp_compiler.graph.record import ChainRecord
 
 from . import picture, text
-from .data import ExplainedGraph, Report
+from .data import ExplainedGraph, ReportData
 
 # A browser shows a few thousand lines at ease; print_readable() has the rest.
 _MOST_LINES = 1500
 
 
-def write(report: Report, path: str | os.PathLike[str]) -> None:
-    """See :meth:`Report.to_html`."""
+def write(report: ReportData, path: str | os.PathLike[str]) -> None:
+    """See :meth:`ReportData.to_html`."""
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -39,7 +39,7 @@ def write(report: Report, path: str | os.PathLike[str]) -> None:
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _graphs(report: Report) -> Iterator[dict[str, Any]]:
+def _graphs(report: ReportData) -> Iterator[dict[str, Any]]:
     number = 0
     for position, graph in enumerate(report.graphs):
         chains = []

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 
-from .data import ExplainedGraph, Report
+from .data import ExplainedGraph, ReportData
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -33,12 +33,12 @@ NO_CHAIN = (
 )
 
 
-def plain(report: Report, width: int | None = None) -> str:
+def plain(report: ReportData, width: int | None = None) -> str:
     """No line wider than ``width``; than the terminal, but at most 100 columns, if absent."""
     return _wrapped(_lines(report), width)
 
 
-def coloured(report: Report, width: int | None = None) -> Text:
+def coloured(report: ReportData, width: int | None = None) -> Text:
     """For ``rich``: labels dim, decisions green or yellow."""
     from rich.text import Text
 
@@ -50,7 +50,7 @@ def coloured(report: Report, width: int | None = None) -> Text:
     return text
 
 
-def show(report: Report) -> None:
+def show(report: ReportData) -> None:
     """Print it, coloured where that is possible: in a terminal, with ``rich`` installed."""
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
@@ -60,7 +60,7 @@ def show(report: Report) -> None:
     print(report)
 
 
-def title(report: Report) -> str:
+def title(report: ReportData) -> str:
     declined, rewritten = (
         sum(c.times for c in report.chains if (c.decision == "rewritten") is found) for found in (False, True)
     )
@@ -70,7 +70,7 @@ def title(report: Report) -> str:
     )
 
 
-def _lines(report: Report) -> Iterator[_Line]:
+def _lines(report: ReportData) -> Iterator[_Line]:
     yield title(report)
     yield 2, "options", ", ".join(f"{key}={value!r}" for key, value in asdict(report.options).items())
     if report.measured is not None:
@@ -118,7 +118,7 @@ def _nodes(before: int, after: int) -> str:
     return f"{before} nodes" + (f", {after} after" if after != before else ", left as it is")
 
 
-def measured_text(report: Report) -> str:
+def measured_text(report: ReportData) -> str:
     times = report.measured
     assert times is not None
     return (

@@ -21,7 +21,7 @@ from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
 
 from .chain import HighwayLoop, How, LoopLink, run_affine
-from .decide import decide
+from .decide import decide_loop
 from .link import Affine, look_backward, look_for_affine
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of, copy
@@ -204,7 +204,7 @@ def _plans(
         a = width + len(stage.per_step)
         code = code_of(stage.link.graph, link[:width], link[width:a], link[a:], results)
         plan.loop = LoopLink(f"{name}.{len(records)}", code, width, len(stage.per_step), backward)
-        plan.how, record = decide(backward, options, length)
+        plan.how, record = decide_loop(backward, options, length)
         records.append(record)
     return plans, records
 

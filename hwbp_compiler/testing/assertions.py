@@ -7,8 +7,9 @@ drawn as in eager mode (``fallback_random``), so a model with dropout is compare
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler.counting import counters
-from hwbp_compiler.passes.decide import rewriting_at_full_length
+from hwbp_compiler.options import Options, made_by
 from hwbp_compiler.rolled.function import exactly
 
 from .compare import Gradients, assert_gradients_close, assert_outputs_close
@@ -26,6 +27,33 @@ from .losses import probe_loss
 from .reference import Program, reference_gradients
 
 Loss = Callable[[Any], Tensor]
+
+# Longer chains are left exact where k reaches their length, whatever is asked for: every round is nodes of the graph.
+_MOST_ROUNDS = 32
+
+
+class AtFullLength(Options):
+    """Options under which chains of up to 32 links are rewritten with as many iterations as they have links too.
+
+    It is ordinary backprop by a detour, so no user wants it, but it is how the rewritten form can be compared with
+    eager mode.
+    """
+
+    def rounds(self, length: int) -> int | None:
+        rounds = super().rounds(length)
+        return length if rounds is None and self.iterations != "exact" and length <= _MOST_ROUNDS else rounds
+
+
+@contextlib.contextmanager
+def rewriting_at_full_length() -> Iterator[None]:
+    """While this lasts, ``torch.compile`` takes options as :class:`AtFullLength`."""
+    token = made_by.set(AtFullLength)
+    try:
+        yield
+    finally:
+        made_by.reset(token)
+
+
 SEED = 1234
 
 

@@ -10,14 +10,12 @@ seen on two cores of a server CPU and on an H100 (``benchmarks/recurrent.py``); 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from hwbp_compiler.graph.sizes import hint
 
-from .decide import Estimate, cores
+from .devices import Kernels, kernel_figures
+from .estimate import Estimate
 
 _GATES = {"gru": 3, "lstm": 4}
 
@@ -29,45 +27,6 @@ _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 _RECORD = 50e-6
 
 
-@dataclass(frozen=True)
-class _Figures:
-    """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
-    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
-    what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
-    ``kernel_flops``: those of PyTorch's own kernel."""
-
-    flops: float
-    bytes: float
-    launch: float
-    step: float
-    element: float
-    more: float = 1.0
-    kernel_flops: float = 0.0
-
-
-def _figures(kind: str, like: Tensor) -> _Figures:
-    if like.device.type != "cpu":
-        return _figures_of_a_gpu(kind, like)
-    flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
-    if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        return _Figures(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9)  # oneDNN's, one call a layer
-    if kind == "gru":
-        return _Figures(flops, bytes=20e9, launch=6e-6, step=10e-6, element=8e-9 * width)
-    return _Figures(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width)
-
-
-def _figures_of_a_gpu(kind: str, like: Tensor) -> _Figures:
-    """cuDNN keeps a small state in one kernel for all steps, but not in bfloat16."""
-    full, tf32, low = 45e12, 180e12, 400e12
-    flops = kernel = low if like.element_size() < 4 else full
-    if like.dtype is torch.float32:
-        flops = tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else full
-        kernel = tf32 if torch.backends.cudnn.rnn.fp32_precision == "tf32" else full
-    small = hint(like.shape[-1]) <= 256 and like.dtype is not torch.bfloat16
-    step = {"gru": 6e-6, "lstm": 2e-6} if small else {"gru": 21e-6, "lstm": 16e-6}
-    return _Figures(flops, 2.5e12, launch=10e-6, step=step[kind], element=5e-11, more=0.5, kernel_flops=kernel)
-
-
 def estimate_recurrent(
     kind: str, input: Tensor, output: Tensor, iterations: int, layers: int = 1, directions: int = 1
 ) -> Estimate:
@@ -75,7 +34,7 @@ def estimate_recurrent(
     they were seen to be."""
     steps, batch, width = (hint(size) for size in input.shape)
     hidden = hint(output.shape[2]) // directions
-    figures = _figures(kind, output)
+    figures = kernel_figures(kind, output)
     exact = rewritten = 0.0
     for layer in range(layers):
         for direction in range(directions):
@@ -87,7 +46,7 @@ def estimate_recurrent(
 
 
 def _of_a_layer(
-    kind: str, figures: _Figures, sizes: tuple[int, int, int, int], like: Tensor, iterations: int
+    kind: str, figures: Kernels, sizes: tuple[int, int, int, int], like: Tensor, iterations: int
 ) -> Estimate:
     steps, batch, width, hidden = sizes
     of_input, of_state = _products(kind, figures, sizes)
@@ -106,7 +65,7 @@ def _of_a_layer(
     return Estimate(exact, rewritten, 0)
 
 
-def _products(kind: str, figures: _Figures, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
+def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
     """Seconds of one product of all steps with the weights of the input, and with those of the state."""
     steps, batch, width, hidden = sizes
     return tuple(2.0 * steps * batch * _GATES[kind] * hidden * n / figures.flops for n in (width, hidden))  # type: ignore
@@ -119,4 +78,4 @@ def recording_pays(kind: str, input: Tensor, output: Tensor) -> bool:
         return False  # the derivatives of an RNN are known from its outputs
     steps, batch, width = (hint(size) for size in input.shape)
     sizes = (steps, batch, width, hint(output.shape[2]))
-    return sum(_products(kind, _figures(kind, output), sizes)) > steps * _RECORD
+    return sum(_products(kind, kernel_figures(kind, output), sizes)) > steps * _RECORD

@@ -1,17 +1,13 @@
-"""Is the rewritten backward expected to be faster? A cost model in bytes, flops and launches.
+"""What a chain's backward pass is expected to cost, link after link and rewritten: bytes, flops and launches.
 
-The numbers per device are figures of the right size, not measurements of this machine: the decision is about clear
-gains, and ``rewrite="always"`` overrides it. What it weighs: substitution launches every operator once per
-link, the rewritten form once per group and iteration; but it computes every block ``iterations`` times more, and it
-copies what has to be stacked (saved tensors, and the weights of links that have their own).
+Substitution launches every operator once per link, the rewritten form once per group and iteration; but it computes
+every block ``iterations`` times more, and it copies what has to be stacked (saved tensors, and the weights of links
+that have their own).
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,53 +18,13 @@ from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
-from hwbp_compiler.options import Options
-from hwbp_compiler.reasons import Reason, Why
+
+from .devices import Device, device_figures
 
 aten = torch.ops.aten
 
 # Below this ratio of the two estimates a rewrite is not worth the risk that the model is off.
 _MARGIN = 0.8
-
-
-@dataclass(frozen=True)
-class Device:
-    """What a device does in a second, and what it costs to ask it.
-
-    flops         of a large product, per core
-    bytes         of memory, read or written
-    cache_bytes   of what was touched just before, per core
-    launch        seconds to launch a library call or a kernel
-    piece         seconds to pass one link's tensor into a stack or out of one
-    cores         that share the work of one launch, where it is long enough
-    grain         seconds of work that are worth sharing
-    """
-
-    flops: float
-    bytes: float
-    cache_bytes: float
-    launch: float
-    piece: float
-    cores: int = 1
-    grain: float = 0.0
-
-    def seconds(self, work: float) -> float:
-        """For what takes ``work`` seconds on one core."""
-        shared = min(1.0, work / self.grain) if self.grain else 1.0
-        return work / (1 + (self.cores - 1) * shared)
-
-
-def device_figures(device: torch.device) -> Device:
-    """Fitted to measurements on one kind of server core; for accelerators round figures that nobody has measured."""
-    if device.type == "cpu":
-        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, cores(), 3e-5)
-    return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6)
-
-
-def cores() -> int:
-    """Cores that torch's threads may run on."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -109,9 +65,11 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
         blocks = blocks or heavy
         lanes = len(group.lanes)
         summed = _summed(group)
-        substitution += lanes * (_cost(group, block | sides, figures, 1) + _accumulating(group, figures))
+        substitution += lanes * (seconds_of(group, block | sides, figures, 1) + _accumulating(group, figures))
         rounds = iterations if heavy else 0
-        rewritten += rounds * _cost(group, block, figures, lanes) + _cost(group, sides, figures, lanes, summed)
+        rewritten += rounds * seconds_of(group, block, figures, lanes) + seconds_of(
+            group, sides, figures, lanes, summed
+        )
         bytes_copied, pieces = _copied(group)
         copied += bytes_copied
         rewritten += (pieces + _handed_out(group)) * figures.piece
@@ -120,56 +78,6 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
     rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
-
-
-# Longer chains are left exact where k reaches their length, whatever is asked for: every round is nodes of the graph.
-_MOST_ROUNDS = 32
-at_full_length = ContextVar("at_full_length", default=False)
-
-
-@contextlib.contextmanager
-def rewriting_at_full_length() -> Iterator[None]:
-    """While this lasts, chains of up to 32 links are rewritten with as many iterations as they have links too.
-
-    It is ordinary backprop by a detour, so no user wants it, but it is how the rewritten form can be compared with
-    eager mode.
-    """
-    token = at_full_length.set(True)
-    try:
-        yield
-    finally:
-        at_full_length.reset(token)
-
-
-def rounds_of(iterations: int, length: int) -> int | None:
-    """How many iterations to write out for a chain of ``length`` links; None where that would be ordinary backprop."""
-    if iterations < length:
-        return iterations
-    return length if at_full_length.get() and length <= _MOST_ROUNDS else None
-
-
-# No iterations help one link: none at all drop its block, one is ordinary backprop.
-_ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
-
-
-def shorter(length: int, options: Options) -> Why:
-    """Why a chain below ``min_length`` is left alone, and what to change."""
-    exact = options.iterations == "exact" or options.iterations >= length
-    fewer = f" with iterations={length - 1} or fewer" if exact else ""
-    advice = f"min_length={length}{fewer} lets it be considered." if length > 1 else _ALONE
-    return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
-
-
-def ordinary(length: int, options: Options) -> Why | None:
-    """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
-    ask for something else."""
-    if options.iterations == "exact":
-        advice = f"Any iterations below {length}." if length > 1 else _ALONE
-        return Reason.EXACT_ASKED_FOR.of(advice=advice)
-    if rounds_of(int(options.iterations), length) is None:
-        advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
-        return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
-    return None
 
 
 def _kind(program: Program, i: int) -> Kind | None:
@@ -181,7 +89,7 @@ def _kind(program: Program, i: int) -> Kind | None:
     return None if rule is None else rule.kind
 
 
-def _cost(
+def seconds_of(
     group: Group, statements: set[int], figures: Device, lanes: int, summed: frozenset[int] = frozenset()
 ) -> float:
     """Seconds for ``statements``, once, for ``lanes`` links at a time; ``summed`` ones leave one sum over links.

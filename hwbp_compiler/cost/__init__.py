@@ -1,0 +1,1 @@
+"""Whether a rewrite is expected to pay: figures of devices, estimates, and the one ladder of decisions."""

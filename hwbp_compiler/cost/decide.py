@@ -1,0 +1,64 @@
+"""The ladder of decisions, the same for chains, for loops of ``recurrent`` and for recurrent modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hwbp_compiler.options import Options
+from hwbp_compiler.reasons import Reason, Why
+
+from .estimate import Estimate
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a chain is rewritten, why, and what that was expected to cost; None where nothing was estimated."""
+
+    why: Why
+    rewrites: bool = False
+    estimate: Estimate | None = None
+
+
+def decide(length: int, options: Options, estimate: Callable[[int], Estimate], may_pay: bool = True) -> Decision:
+    """What becomes of a sound chain of ``length`` links.
+
+    ``estimate`` takes the iterations, and is asked only where its answer is reported. ``may_pay``: whether expected
+    speed is enough to rewrite the chain, or only ``rewrite="always"``.
+    """
+    if options.rewrite == "never":
+        return Decision(Reason.REWRITE_NEVER.of())
+    if options.iterations != "exact" and length < options.min_length:
+        return Decision(shorter(length, options))
+    if (exact := ordinary(length, options)) is not None:
+        return Decision(exact)
+    expected = estimate(int(options.iterations))
+    if options.rewrite == "always":
+        return Decision(Reason.REWRITTEN_ALWAYS.of(estimate=expected), True, expected)
+    if expected.pays and may_pay:
+        return Decision(Reason.EXPECTED_FASTER.of(estimate=expected), True, expected)
+    return Decision(Reason.NOT_EXPECTED_FASTER.of(estimate=expected), False, expected)
+
+
+# No iterations help one link: none at all drop its block, one is ordinary backprop.
+_ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
+
+
+def shorter(length: int, options: Options) -> Why:
+    """Why a chain below ``min_length`` is left alone, and what to change."""
+    exact = options.iterations == "exact" or options.iterations >= length
+    fewer = f" with iterations={length - 1} or fewer" if exact else ""
+    advice = f"min_length={length}{fewer} lets it be considered." if length > 1 else _ALONE
+    return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
+
+
+def ordinary(length: int, options: Options) -> Why | None:
+    """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
+    ask for something else."""
+    if options.iterations == "exact":
+        advice = f"Any iterations below {length}." if length > 1 else _ALONE
+        return Reason.EXACT_ASKED_FOR.of(advice=advice)
+    if options.rounds(length) is None:
+        advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
+        return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
+    return None

@@ -1,0 +1,95 @@
+"""What devices do in a second: the one table that estimates read.
+
+:class:`Device` describes operators that a compiled graph calls one by one; :class:`Kernels` the kernels of recurrent
+modules and the tall products of their rewritten form. The numbers are of the right size, and no measurements of the
+machine at hand: decisions are about clear gains, and ``rewrite="always"`` overrides them.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hwbp_compiler.graph.sizes import hint
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device does in a second, and what it costs to ask it.
+
+    flops         of a large product, per core
+    bytes         of memory, read or written
+    cache_bytes   of what was touched just before, per core
+    launch        seconds to launch a library call or a kernel
+    piece         seconds to pass one link's tensor into a stack or out of one
+    cores         that share the work of one launch, where it is long enough
+    grain         seconds of work that are worth sharing
+    """
+
+    flops: float
+    bytes: float
+    cache_bytes: float
+    launch: float
+    piece: float
+    cores: int = 1
+    grain: float = 0.0
+
+    def seconds(self, work: float) -> float:
+        """For what takes ``work`` seconds on one core."""
+        shared = min(1.0, work / self.grain) if self.grain else 1.0
+        return work / (1 + (self.cores - 1) * shared)
+
+
+def device_figures(device: torch.device) -> Device:
+    """Fitted to measurements on one kind of server core; for accelerators round figures that nobody has measured."""
+    if device.type == "cpu":
+        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, cores(), 3e-5)
+    return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6)
+
+
+def cores() -> int:
+    """Cores that torch's threads may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, torch.get_num_threads())
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
+    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
+    what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
+    ``kernel_flops``: those of PyTorch's own kernel."""
+
+    flops: float
+    bytes: float
+    launch: float
+    step: float
+    element: float
+    more: float = 1.0
+    kernel_flops: float = 0.0
+
+
+def kernel_figures(kind: str, like: Tensor) -> Kernels:
+    if like.device.type != "cpu":
+        return _kernels_of_a_gpu(kind, like)
+    flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
+    if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
+        return Kernels(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9)  # oneDNN's, one call a layer
+    if kind == "gru":
+        return Kernels(flops, bytes=20e9, launch=6e-6, step=10e-6, element=8e-9 * width)
+    return Kernels(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width)
+
+
+def _kernels_of_a_gpu(kind: str, like: Tensor) -> Kernels:
+    """cuDNN keeps a small state in one kernel for all steps, but not in bfloat16."""
+    full, tf32, low = 45e12, 180e12, 400e12
+    flops = kernel = low if like.element_size() < 4 else full
+    if like.dtype is torch.float32:
+        flops = tf32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else full
+        kernel = tf32 if torch.backends.cudnn.rnn.fp32_precision == "tf32" else full
+    small = hint(like.shape[-1]) <= 256 and like.dtype is not torch.bfloat16
+    step = {"gru": 6e-6, "lstm": 2e-6} if small else {"gru": 21e-6, "lstm": 16e-6}
+    return Kernels(flops, 2.5e12, launch=10e-6, step=step[kind], element=5e-11, more=0.5, kernel_flops=kernel)
