@@ -19,6 +19,8 @@ from torch.fx import Graph, Node
 
 from hwbp_compiler.engine.batching import Emitter, Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.engine.solve import Highway, solve
+from hwbp_compiler.engine.solve_graph import GraphSeries
 from hwbp_compiler.engine.stacking import Stacker, StackPlan, stack
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, references, sum_terms
@@ -61,7 +63,6 @@ class _ChainRewriter:
         self.e = Emitter(graph, output, like.meta["val"].fake_mode, len(chain.links))
         self.stackers: list[Stacker] = []
         self.sections: list[tuple[str, int | None, int]] = []
-        self._made_multipliers: dict[Node | float, Node | None] = {}
         self.like: list[torch.Tensor] = []
         for component in range(chain.width):
             self.like.append(next(s[component] for s in reversed(chain.states) if s[component] is not None).meta["val"])
@@ -74,14 +75,14 @@ class _ChainRewriter:
         self._section("K of all links")
         diagonals = self._diagonals()
         injected = self._assemble_all(Mode.INJECT, None)
-        self._section("w^0: one scan along the highway")
-        rows = self._scan(heads, injected, [None] * self.chain.width, diagonals, None)
-        for k in range(1, self.iterations + 1):
-            blocks = self._assemble_all(Mode.REST, rows, f"iteration {k}")
-            if all(b is None for b in blocks) and not self.damping:
-                break  # no block at all: exact without iterating (a diagonal recurrence)
-            self._section(f"w^{k}: one scan along the highway")
-            rows = self._scan(heads, injected, blocks, diagonals, rows)
+        rows = solve(
+            GraphSeries(e, self.links, self.like),
+            Highway(self.split.order, diagonals, heads, injected),
+            blocks=lambda t, rows: self._assemble_all(Mode.REST, rows, f"iteration {t}"),
+            iterations=self.iterations,
+            damping=self.damping,
+            before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
+        )
         replaced = Rewriting(created=e.created, sections=self.sections)
         self._section("the states that something else uses")
         self._replace_states(rows, replaced)
@@ -261,73 +262,6 @@ class _ChainRewriter:
             pieces.append(e.call(aten.slice.Tensor, nodes[g], 0, i, i + q - p))
             p = q
         return e.call(aten.cat.default, pieces) if len(pieces) > 1 else pieces[0]
-
-    def _scan(self, heads, injected, blocks, diagonals, rows) -> list[Node]:
-        """W = scan([b + v, w_L], (1 - gamma) K), component after component (K is lower triangular)."""
-        keep = 1.0 - self.damping
-        done: dict[int, Node] = {}
-        for c in self.split.order:
-            terms: list[Node] = [n for n in (injected[c], blocks[c]) if n is not None]
-            for (to, source), k in diagonals.items():
-                if to != c:
-                    continue
-                if self.damping and rows is not None:
-                    terms.append(self._scaled(self._before(rows[source]), k, self.damping))
-                if source != c and keep:
-                    terms.append(self._scaled(self._before(done[source]), k, keep))
-            k = diagonals.get((c, c))
-            if not terms and isinstance(k, float) and k * keep == 1.0:
-                done[c] = self._repeated(heads[c], self.like[c])
-                continue
-            values = self._sum(terms, self.like[c])
-            done[c] = self._linear_scan(values, k if keep else None, keep, heads[c])
-        return [done[c] for c in range(self.chain.width)]
-
-    def _repeated(self, head: Node, like: torch.Tensor) -> Node:
-        """W where nothing is injected and K is one: every row is the head."""
-        sizes = [self.links + 1, *(self.e.size(s) for s in like.shape)]
-        return self.e.call(aten.expand.default, self.e.call(aten.unsqueeze.default, head, 0), sizes)
-
-    def _before(self, row: Node) -> Node:
-        """w_1..w_L: what each link is given."""
-        return self.e.call(aten.slice.Tensor, row, 0, 1, self.links + 1)
-
-    def _scaled(self, node: Node, k: Node | float, factor: float) -> Node:
-        if isinstance(k, float):
-            return node if k * factor == 1.0 else self.e.call(aten.mul.Tensor, node, k * factor)
-        scaled = self.e.call(aten.mul.Tensor, node, k)
-        return scaled if factor == 1.0 else self.e.call(aten.mul.Tensor, scaled, factor)
-
-    def _sum(self, terms: list[Node], like: torch.Tensor) -> Node:
-        """[links, ...]"""
-        if not terms:
-            return self.e.full([self.links, *like.shape], 0.0, like)
-        total = terms[0]
-        for term in terms[1:]:
-            total = self.e.call(aten.add.Tensor, total, term)
-        return total
-
-    def _linear_scan(self, values: Node, k: Node | float | None, keep: float, head: Node) -> Node:
-        """Rows 0..L of W, the last being ``head``: row i is values i and what the multiplier of link i + 1 carries over
-        from row i + 1. Without ``k`` nothing is."""
-        if k is None:
-            return self.e.call(aten.cat.default, [values, self.e.call(aten.unsqueeze.default, head, 0)])
-        factors = self._multipliers(values, k, keep)
-        return self.e.call(torch.ops.highway.linear_scan.default, values, factors, True, head)
-
-    def _multipliers(self, values: Node, k: Node | float, keep: float) -> Node | None:
-        e = self.e
-        if k not in self._made_multipliers:
-            made: Node | None
-            if not isinstance(k, float):
-                made = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)
-            elif k * keep == 1.0:
-                made = None
-            else:
-                tensor = values.meta["val"]
-                made = e.full([1] * tensor.dim(), k * keep, tensor)
-            self._made_multipliers[k] = made
-        return self._made_multipliers[k]
 
     # -- what the rest of the graph takes from the chain --------------------------------------------------------
 

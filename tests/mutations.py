@@ -37,30 +37,30 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "one round too few",
-        "passes/rewrite.py",
-        "for k in range(1, self.iterations + 1):",
-        "for k in range(1, self.iterations):",
+        "hwbp_compiler/engine/solve.py",
+        "for t in range(1, iterations + 1):",
+        "for t in range(1, iterations):",
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
     ),
     Mutation(
         "damping leaves the block as it was",
-        "passes/rewrite.py",
-        "if self.damping and rows is not None:",
+        "hwbp_compiler/engine/solve.py",
+        "if damping and rows is not None:",
         "if False and rows is not None:",
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
     ),
     Mutation(
         "damping does not reach the highway",
-        "passes/rewrite.py",
-        "keep = 1.0 - self.damping",
+        "hwbp_compiler/engine/solve.py",
+        "keep = 1.0 - damping",
         "keep = 1.0",
         (f"{PROPERTIES}::test_damping_one_is_fixed_point_iteration",),
     ),
     Mutation(
         "the multipliers are those of the next link",
-        "passes/rewrite.py",
-        "made = k if keep == 1.0 else e.call(aten.mul.Tensor, k, keep)",
-        "made = e.call(aten.roll.default, k, [1], [0])",
+        "hwbp_compiler/engine/solve_graph.py",
+        "made = k if keep == 1.0 else self.e.call(aten.mul.Tensor, k, keep)",
+        "made = self.e.call(aten.roll.default, k, [1], [0])",
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
     ),
     Mutation(
@@ -285,8 +285,8 @@ MUTATIONS = [
     Mutation(
         "K of a GRU is the other gate",
         "hwbp_compiler/recurrence/gru.py",
-        "keep = z[1:]",
-        "keep = 1 - z[1:]",
+        "k={(0, 0): z[1:]}",
+        "k={(0, 0): 1 - z[1:]}",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
@@ -299,15 +299,15 @@ MUTATIONS = [
     Mutation(
         "what damping gives to the blocks never reaches the state before a GRU's first step",
         "hwbp_compiler/recurrence/gru.py",
-        "into_first = into_first + damping * z[0] * w[0]",
-        "into_first = into_first + 0 * z[0] * w[0]",
+        "into_first = moved[0] + damping * z[0] * w[0] if damping",
+        "into_first = moved[0] if damping",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
         "K of an LSTM is the input gate",
         "hwbp_compiler/recurrence/lstm.py",
-        "keep = f[1:]",
-        "keep = i[1:]",
+        "k={(1, 1): f[1:]}",
+        "k={(1, 1): i[1:]}",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
@@ -320,8 +320,8 @@ MUTATIONS = [
     Mutation(
         "the first cell state of an LSTM gets no gradient",
         "hwbp_compiler/recurrence/lstm.py",
-        "first_c = f[0] * w_c[0]",
-        "first_c = 0 * f[0] * w_c[0]",
+        "first_c = f[0] * w_e[0]",
+        "first_c = 0 * f[0] * w_e[0]",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
@@ -347,9 +347,9 @@ MUTATIONS = [
     ),
     Mutation(
         "K of a cell changes its sign",
-        "hwbp_compiler/rolled/chain.py",
-        "own = factor * keep\n",
-        "own = -factor * keep\n",
+        "hwbp_compiler/engine/solve_tensors.py",
+        "multiplier(k if keep == 1.0 else k * keep, head)",
+        "multiplier(-k * keep, head)",
         (f"{CELLS}::test_gradients_are_those_of_the_paper",),
     ),
     Mutation(
@@ -369,8 +369,8 @@ MUTATIONS = [
     Mutation(
         "a linear recurrence starts from nothing",
         "hwbp_compiler/rolled/chain.py",
-        "_multipliers(own, like), False, like)",
-        "_multipliers(own, like), False, 0 * like)",
+        "multiplier(own, like), False, like)",
+        "multiplier(own, like), False, 0 * like)",
         (f"{CELLS}::test_gradients_are_those_of_the_paper",),
     ),
     Mutation(

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows, scan
+from hwbp_compiler.engine.solve import Highway, solve
+from hwbp_compiler.engine.solve_tensors import TensorSeries
+
+from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
@@ -88,16 +91,17 @@ def _truncated(
 ) -> tuple[Tensor, Tensor]:
     """w^k [T, B, H], and what it makes of the state before the first step [B, H]; from the losses' contributions at
     all states but the last, c [T - 1, B, H], and at the last."""
-    keep = z[1:]
-    w = scan(c, keep, last, damping)
     into_first = torch.zeros_like(last)
-    for _ in range(iterations):
-        through_blocks = _through_blocks(into, w, w_hh)
-        into_first, moved = through_blocks[0], through_blocks[1:]
-        if damping:
-            into_first = into_first + damping * z[0] * w[0]
-            moved = moved + damping * keep * w[1:]
-        w = scan(c + moved, keep, last, damping)
+
+    def blocks(_: int, rows: list[Tensor]) -> list[Tensor]:
+        nonlocal into_first
+        (w,) = rows
+        moved = _through_blocks(into, w, w_hh)
+        into_first = moved[0] + damping * z[0] * w[0] if damping else moved[0]
+        return [moved[1:]]
+
+    highway = Highway(order=(0,), k={(0, 0): z[1:]}, heads=[last], injected=[c])
+    (w,) = solve(TensorSeries(c.shape[0], [last]), highway, blocks, iterations, damping)
     return w, into_first + (1 - damping) * z[0] * w[0]
 
 

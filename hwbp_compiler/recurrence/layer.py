@@ -1,11 +1,7 @@
 """One recurrent layer, one direction, as its backward pass finds it; and what GRU and LSTM do alike.
 
-Note [Rows and iterations]
-Row i of a series belongs to step i + 1 of time. An LSTM's Highway-BP is run on *changes*: d^0 = scan(c) and d^{j+1} =
-scan(J d^j), whose sum up to k is w^k by linearity: no iteration reads c again. The block of a step leads to the state
-before it, so a change is moved up by a row, and its last row is zero from then on.
-
-Note [The last state]
+Note [Rows and the last state]
+Row i of a series belongs to step i + 1 of time; the block of a step leads to the state before it, a row further up.
 What the losses contribute at h_T is the whole gradient there: every scan starts from it, as the initial state, and runs
 over the links 2..T. No scan needs a concatenation or a pad for the sake of that row.
 """
@@ -59,19 +55,6 @@ def rows(series: Tensor) -> Tensor:
 def states_before(layer: Layer) -> Tensor:
     """h_0 ... h_{T-1}."""
     return torch.cat([layer.state[0].to(layer.output.dtype), layer.output[:-1]])
-
-
-def with_row_of_zeros(series: Tensor) -> Tensor:
-    return torch.cat([series, torch.zeros_like(series[:1])])
-
-
-def scan(values: Tensor, multipliers: Tensor, last: Tensor, damping: float) -> Tensor:
-    """[T, B, H] from the last state, where the gradient is ``last`` [B, H], to the first, along the highway that
-    damping leaves. Row i of ``values`` [T - 1, B, H] is added at state i + 1; row i of ``multipliers``, of the same
-    shape, carries from state i + 2 to it."""
-    if damping:
-        multipliers = (1 - damping) * multipliers
-    return torch.ops.highway.linear_scan(values, multipliers, True, last)
 
 
 def column_sums(matrix: Tensor) -> Tensor:

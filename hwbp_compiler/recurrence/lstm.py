@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hwbp_compiler.engine.solve import Highway, solve
+from hwbp_compiler.engine.solve_tensors import TensorSeries
+
 from .layer import (
     Gradients,
     Layer,
@@ -12,9 +15,7 @@ from .layer import (
     column_sums,
     contributions,
     rows,
-    scan,
     states_before,
-    with_row_of_zeros,
 )
 
 MULTIPLIER = "c->c: sigmoid(...); c->h: sigmoid(...)*sigmoid(...)*(1 - tanh(...)**2)"
@@ -33,8 +34,9 @@ def gradients(
         c' = f c + i g        h' = o tanh(c')
 
     The cell states are not saved: they are the scan of i g with multipliers f, the gates being known from h. Of the
-    gradients, that of h' is reached through the weights alone; e, that of c' with what comes through h', is scanned:
-    e = o (1 - tanh(c')^2) w_h + f' e'.
+    gradients, w_h, that of h', is reached through the weights alone; w_e, that of c' with what comes through h', is
+    scanned: w_e = o (1 - tanh(c')^2) w_h + f' w_e'. What is injected into it and what its block gives are therefore
+    those of w_h times o (1 - tanh(c')^2).
     """
     before = states_before(layer)
     both = torch.cat([layer.input, before], -1)
@@ -50,31 +52,36 @@ def gradients(
     # What the gradients of c' (three times) and h' are multiplied with on their way into the product with the weights.
     into = torch.stack([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
     through_h = o * (1 - tanh_c * tanh_c)
-    keep = f[1:]
 
-    of_h = w_h = contributions(layer, grad_output, grad_h_n)
-    values = through_h * of_h
-    of_c = w_c = scan(values[:-1], keep, at_the_last_state(values, grad_c_n), damping)
-    h_before_last = c_before_last = torch.zeros_like(w_h[0])  # w^{k-1}, at the first step
-    for _ in range(iterations):
-        h_before_last, c_before_last = w_h[0], w_c[0]
-        of_h, of_c = of_h[1:], of_c[1:]
-        moved = torch.mm(rows(_into_gates(into[1:], of_h, of_c)), layer.w_hh).view(of_h.shape)
-        values = through_h[:-1] * moved
-        if damping:
-            values = values + damping * keep * of_c
-        of_h, of_c = with_row_of_zeros(moved), scan(values, keep, torch.zeros_like(of_c[0]), damping)
-        w_h, w_c = w_h + of_h, w_c + of_c
+    c_h = contributions(layer, grad_output, grad_h_n)
+    c_e = through_h * c_h
+    h_before_last, e_before_last = torch.zeros_like(c_h[0]), torch.zeros_like(c_h[0])  # w^{k-1}, at the first step
 
-    into_gates = _into_gates(into, w_h, w_c)
+    def blocks(_: int, rows_of: list[Tensor]) -> list[Tensor]:
+        nonlocal h_before_last, e_before_last
+        w_h, w_e = rows_of
+        h_before_last, e_before_last = w_h[0], w_e[0]
+        moved = torch.mm(rows(_into_gates(into[1:], w_h[1:], w_e[1:])), layer.w_hh).view(w_h[1:].shape)
+        return [moved, through_h[:-1] * moved]
+
+    highway = Highway(
+        order=(0, 1),
+        k={(1, 1): f[1:]},
+        heads=[c_h[-1], at_the_last_state(c_e, grad_c_n)],
+        injected=[c_h[:-1], c_e[:-1]],
+    )
+    series = TensorSeries(f.shape[0] - 1, highway.heads)
+    w_h, w_e = solve(series, highway, blocks, iterations, damping)
+
+    into_gates = _into_gates(into, w_h, w_e)
     flat = rows(into_gates)
     weights = torch.mm(flat.t(), rows(both))
     sums = column_sums(flat)
     inputs = layer.input.shape[-1]
-    crossed = torch.mm(_into_gates(into[:1], h_before_last[None], c_before_last[None])[0].flatten(1), layer.w_hh)
-    first_c = f[0] * w_c[0]
+    crossed = torch.mm(_into_gates(into[:1], h_before_last[None], e_before_last[None])[0].flatten(1), layer.w_hh)
+    first_c = f[0] * w_e[0]
     if damping:
-        first_c = (1 - damping) * first_c + damping * f[0] * c_before_last
+        first_c = (1 - damping) * first_c + damping * f[0] * e_before_last
     return Gradients(
         input=torch.mm(flat, layer.w_ih).view(layer.input.shape),
         state=(crossed.unsqueeze(0), first_c.unsqueeze(0)),

@@ -22,6 +22,8 @@ from torch.fx import Node
 
 from hwbp_compiler.engine.batching import Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.engine.solve import Highway, solve
+from hwbp_compiler.engine.solve_tensors import TensorSeries, multiplier
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import Program
 
@@ -78,7 +80,7 @@ def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Seq
         if isinstance(own, float) and own == 0.0:
             done[to] = torch.cat([like.unsqueeze(0), total])
         else:
-            done[to] = linear_scan(total, _multipliers(own, like), False, like)
+            done[to] = linear_scan(total, multiplier(own, like), False, like)
     return [done[i][1:] for i in range(width)]
 
 
@@ -179,44 +181,21 @@ class _Backprop:
             (to, source): _factor(self.emitter, evaluator.value(Coefficient(source), outputs[to]), self.start[to])
             for to, source in self.split.support
         }
-        rows = self._scan(factors, [None] * self.link.width, damping, None)
-        for _ in range(iterations):
-            evaluator = self._evaluator([constant(r[1:], True) for r in rows])
-            blocks = [evaluator.value(Mode.REST, i) for i in outputs]
-            if all(b is None for b in blocks) and not damping:
-                break  # no block: k = 0 is exact
-            tensors = [None if b is None else self.emitter.batch(b).meta["val"] for b in blocks]
-            rows = self._scan(factors, tensors, damping, rows)
-        return rows
+        direct = [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
+        return solve(
+            TensorSeries(self.length, self.start),
+            Highway(self.split.order, factors, [d[-1] for d in self.direct], direct),
+            blocks=lambda _, rows: self._blocks(rows),
+            iterations=iterations,
+            damping=damping,
+        )
 
-    def _scan(self, factors: dict, blocks: list, damping: float, rows: list[Tensor] | None) -> list[Tensor]:
-        """Rows 0..T of W, component after component (K is lower triangular)."""
-        assert self.split is not None
-        keep = 1.0 - damping
-        done: dict[int, Tensor] = {}
-        for to in self.split.order:
-            direct = self.direct[to]
-            terms = [torch.cat([torch.zeros_like(direct[:1]), direct[:-1]])]
-            if blocks[to] is not None:
-                terms.append(blocks[to])
-            own: Tensor | float = 0.0
-            for (target, source), factor in factors.items():
-                if target != to:
-                    continue
-                if damping and rows is not None:
-                    terms.append(factor * damping * rows[source][1:])
-                if source == to:
-                    own = factor * keep
-                elif keep:
-                    terms.append(factor * keep * done[source][1:])
-            total = terms[0]
-            for term in terms[1:]:
-                total = total + term
-            if isinstance(own, float) and own == 0.0 or not keep:
-                done[to] = torch.cat([total, direct[-1:]])
-            else:  # row t takes over from row t + 1 through link t + 1
-                done[to] = linear_scan(total, _multipliers(own, self.start[to]), True, direct[-1])
-        return [done[i] for i in range(self.link.width)]
+    def _blocks(self, rows: list[Tensor]) -> list[Tensor | None]:
+        """J at all links at once."""
+        assert self.program is not None
+        evaluator = self._evaluator([constant(r[1:], True) for r in rows])
+        blocks = [evaluator.value(Mode.REST, i) for i in self.program.outputs]
+        return [None if b is None else self.emitter.batch(b).meta["val"] for b in blocks]
 
     # -- step by step -------------------------------------------------------------------------------------------
 
@@ -271,12 +250,6 @@ def _full(emitter: LiveEmitter, value: Any, like: Tensor, length: Any) -> Tensor
     if value is None or isinstance(value, float):
         return like.new_full(shape, value or 0.0)
     return _factor(emitter, value, like).expand(shape)  # type: ignore[union-attr]
-
-
-def _multipliers(factor: Tensor | float, like: Tensor) -> Tensor | None:
-    if isinstance(factor, float):
-        return None if factor == 1.0 else torch.full((), factor, dtype=like.dtype, device=like.device)
-    return factor
 
 
 def _unbatched(nodes: list[Node], tensors: Sequence[Tensor]) -> dict[Node, Value]:

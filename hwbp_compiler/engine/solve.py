@@ -1,0 +1,119 @@
+"""W by Highway-BP, the one place where it is computed: for chains in a joint graph, for loops, and for modules.
+
+Row i of W is w_i, the gradient at state i, i = 0..L; the last row is the chain's head, known exactly. With b for what
+is injected at each link (PAPER.md, sections 1 and 2):
+
+    W^0     = scan([b, w_L], (1 - gamma) K)
+    W^{t+1} = scan([b + J W^t + gamma K W^t, w_L], (1 - gamma) K)        all links at once, then one scan
+
+A state may have several components; K is lower triangular among them, so they are scanned one after another. What a
+series is, a node of a graph or a tensor, only the :class:`Series` that is given knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+T = TypeVar("T")
+"""A tensor: one row per link, or per state; or a head, a state's shape without rows."""
+
+
+class Series(Protocol[T]):
+    """Arithmetic on series: :class:`~.solve_graph.GraphSeries` writes nodes, :class:`TensorSeries` computes."""
+
+    def add(self, a: T, b: T, /) -> T: ...
+
+    def scaled(self, series: T, k: T | float, factor: float, /) -> T:
+        """``factor * k * series``; ``k`` broadcasts against it."""
+        ...
+
+    def before(self, rows: T, /) -> T:
+        """w_1..w_L of w_0..w_L: what each link is given."""
+        ...
+
+    def nothing(self, component: int, /) -> T:
+        """Zeros, a row per link."""
+        ...
+
+    def repeated(self, component: int, head: T, /) -> T:
+        """Rows 0..L that are all ``head``."""
+        ...
+
+    def with_head(self, values: T, head: T, /) -> T:
+        """Rows 0..L: ``values``, then ``head``."""
+        ...
+
+    def scan(self, values: T, k: T | float, keep: float, head: T, /) -> T:
+        """Rows 0..L, the last being ``head``: row i is values i and ``keep`` k of link i + 1 times row i + 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Highway(Generic[T]):
+    """What a chain is solved from.
+
+    order     components so ordered that K is lower triangular
+    k         K per (to, from): a number, or a row per link; pairs without an elementwise path are left out
+    heads     w_L per component
+    injected  b per component: a row per link, None where there is none
+    """
+
+    order: Sequence[int]
+    k: Mapping[tuple[int, int], T | float]
+    heads: Sequence[T]
+    injected: Sequence[T | None]
+
+
+def solve(
+    series: Series[T],
+    highway: Highway[T],
+    blocks: Callable[[int, list[T]], Sequence[T | None]],
+    iterations: int,
+    damping: float,
+    before_scan: Callable[[int], Any] = lambda iteration: None,
+) -> list[T]:
+    """Rows 0..L of w^k per component, k = ``iterations``.
+
+    ``blocks(t, rows)`` is J applied to all links at once in iteration t: a row per link and component, None for zero.
+    ``before_scan(t)`` is called before the scan that gives w^t.
+    """
+    nothing: list[T | None] = [None] * len(highway.order)
+    before_scan(0)
+    rows = _scan(series, highway, nothing, None, damping)
+    for t in range(1, iterations + 1):
+        found = blocks(t, rows)
+        if all(block is None for block in found) and not damping:
+            break  # no block at all: exact without iterating (a diagonal recurrence)
+        before_scan(t)
+        rows = _scan(series, highway, found, rows, damping)
+    return rows
+
+
+def _scan(
+    series: Series[T], highway: Highway[T], blocks: Sequence[T | None], rows: list[T] | None, damping: float
+) -> list[T]:
+    """One scan along the highway, component after component. Damping hands gamma K of the rows before to the block."""
+    keep = 1.0 - damping
+    done: dict[int, T] = {}
+    for to in highway.order:
+        head = highway.heads[to]
+        terms = [term for term in (highway.injected[to], blocks[to]) if term is not None]
+        for (target, source), k in highway.k.items():
+            if target != to:
+                continue
+            if damping and rows is not None:
+                terms.append(series.scaled(series.before(rows[source]), k, damping))
+            if source != to and keep:
+                terms.append(series.scaled(series.before(done[source]), k, keep))
+        own = highway.k.get((to, to))
+        if not terms and isinstance(own, float) and own * keep == 1.0:
+            done[to] = series.repeated(to, head)
+            continue
+        values = terms[0] if terms else series.nothing(to)
+        for term in terms[1:]:
+            values = series.add(values, term)
+        carries = own is not None and keep and not (isinstance(own, float) and own == 0.0)
+        done[to] = series.scan(values, own, keep, head) if carries else series.with_head(values, head)  # type: ignore
+    return [done[to] for to in range(len(highway.order))]

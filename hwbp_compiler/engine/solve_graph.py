@@ -1,0 +1,60 @@
+"""Series as nodes of a joint graph, for :func:`~.solve.solve`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .batching import Emitter
+
+aten = torch.ops.aten
+
+
+class GraphSeries:
+    """``like``: a state's component each, which ``links`` rows are made of."""
+
+    def __init__(self, emitter: Emitter, links: int, like: Sequence[Tensor]) -> None:
+        self.e, self.links, self.like = emitter, links, like
+        self._multipliers: dict[tuple[Node | float, float], Node | None] = {}
+
+    def add(self, a: Node, b: Node) -> Node:
+        return self.e.call(aten.add.Tensor, a, b)
+
+    def scaled(self, series: Node, k: Node | float, factor: float) -> Node:
+        if isinstance(k, float):
+            return series if k * factor == 1.0 else self.e.call(aten.mul.Tensor, series, k * factor)
+        scaled = self.e.call(aten.mul.Tensor, series, k)
+        return scaled if factor == 1.0 else self.e.call(aten.mul.Tensor, scaled, factor)
+
+    def before(self, rows: Node) -> Node:
+        return self.e.call(aten.slice.Tensor, rows, 0, 1, self.links + 1)
+
+    def nothing(self, component: int) -> Node:
+        return self.e.full([self.links, *self.like[component].shape], 0.0, self.like[component])
+
+    def repeated(self, component: int, head: Node) -> Node:
+        sizes = [self.links + 1, *(self.e.size(s) for s in self.like[component].shape)]
+        return self.e.call(aten.expand.default, self.e.call(aten.unsqueeze.default, head, 0), sizes)
+
+    def with_head(self, values: Node, head: Node) -> Node:
+        return self.e.call(aten.cat.default, [values, self.e.call(aten.unsqueeze.default, head, 0)])
+
+    def scan(self, values: Node, k: Node | float, keep: float, head: Node) -> Node:
+        return self.e.call(torch.ops.highway.linear_scan.default, values, self._multiplier(values, k, keep), True, head)
+
+    def _multiplier(self, values: Node, k: Node | float, keep: float) -> Node | None:
+        """``keep * k``, made once for all rounds; None stands for one."""
+        if (k, keep) not in self._multipliers:
+            made: Node | None
+            if not isinstance(k, float):
+                made = k if keep == 1.0 else self.e.call(aten.mul.Tensor, k, keep)
+            elif k * keep == 1.0:
+                made = None
+            else:
+                tensor = values.meta["val"]
+                made = self.e.full([1] * tensor.dim(), k * keep, tensor)
+            self._multipliers[k, keep] = made
+        return self._multipliers[k, keep]

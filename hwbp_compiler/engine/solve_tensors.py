@@ -1,0 +1,46 @@
+"""Series as tensors, for :func:`~.solve.solve`: computed as it is called, or traced by whoever calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+linear_scan = torch.ops.highway.linear_scan
+
+
+class TensorSeries:
+    """``like``: a state's component each; ``links`` rows of them, a number or a symbol."""
+
+    def __init__(self, links: int, like: Sequence[Tensor]) -> None:
+        self.links, self.like = links, like
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def scaled(self, series: Tensor, k: Tensor | float, factor: float) -> Tensor:
+        return (k if factor == 1.0 else k * factor) * series
+
+    def before(self, rows: Tensor) -> Tensor:
+        return rows[1:]
+
+    def nothing(self, component: int) -> Tensor:
+        like = self.like[component]
+        return like.new_zeros((self.links, *like.shape))
+
+    def repeated(self, component: int, head: Tensor) -> Tensor:
+        return head.unsqueeze(0).expand(self.links + 1, *head.shape)
+
+    def with_head(self, values: Tensor, head: Tensor) -> Tensor:
+        return torch.cat([values, head.unsqueeze(0)])
+
+    def scan(self, values: Tensor, k: Tensor | float, keep: float, head: Tensor) -> Tensor:
+        return linear_scan(values, multiplier(k if keep == 1.0 else k * keep, head), True, head)
+
+
+def multiplier(k: Tensor | float, like: Tensor) -> Tensor | None:
+    """``k`` as ``linear_scan`` takes it; None stands for one."""
+    if isinstance(k, float):
+        return None if k == 1.0 else torch.full((), k, dtype=like.dtype, device=like.device)
+    return k
