@@ -118,7 +118,7 @@ MUTATIONS = [
         "hwbp_compiler/graph/rules.py",
         'return (shape_of(node), dtype_of(node)) if size is None else ("size", size)',
         'return (shape_of(node), dtype_of(node)) if size is None else ("size", 0)',
-        ("tests/test_faults_sizes.py::test_blocks_that_differ_in_a_size_alone_are_evaluated_apart",),
+        ("tests/test_faults_sizes.py::test_blocks_scaled_by_two_sizes_are_evaluated_apart",),
     ),
     Mutation(
         "a permutation of the state is overlooked",

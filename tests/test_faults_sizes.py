@@ -170,6 +170,12 @@ def test_blocks_that_differ_in_a_size_alone_are_evaluated_apart():
     assert sorted(group.links for group in record.groups) == [1, 2]
 
 
+def test_blocks_scaled_by_two_sizes_are_evaluated_apart():
+    """Nothing but the size tells one from the other: all shapes are equal."""
+    (record,) = check(Stack(linear, lambda y: y / y.shape[0], lambda y: y / y.shape[1]), SEQUENCES, k=2)
+    assert sorted(group.links for group in record.groups) == [1, 2]
+
+
 def test_a_trunk_scaled_by_a_size():
     (record,) = check(Stack(linear, torch.tanh, trunk=lambda x: x * (1 - 1 / x.shape[1])), SEQUENCES)
     assert record.multiplier == "size"
