@@ -6,6 +6,7 @@ import copy
 import cProfile
 import pstats
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import fx, nn
 
 from hwbp_compiler import passes
 from hwbp_compiler.passes import pipeline
+from hwbp_compiler.reasons import Reason
 from hwbp_compiler.testing import (
     assert_gradients_close,
     fixed_point,
@@ -60,13 +62,13 @@ def rewritten(traced, iterations, damping):
 @pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
 def test_as_many_iterations_as_links_are_backprop(spec, traced, damping, monkeypatch):
     """In the rewritten form too: the passes would leave such a chain alone."""
-    decline = pipeline._decline
+    decide = pipeline.decide
 
-    def never(candidate, chosen, record):
-        reason = decline(candidate, chosen, record)
-        return None if reason is None or "ordinary backprop" in str(reason) else reason
+    def rewritten_all_the_same(length, chosen, estimate):
+        decision = decide(length, chosen, estimate)
+        return replace(decision, rewrites=decision.why.code is Reason.ITERATIONS_REACH_LENGTH or decision.rewrites)
 
-    monkeypatch.setattr(pipeline, "_decline", never)
+    monkeypatch.setattr(pipeline, "decide", rewritten_all_the_same)
     found = rewritten(traced, max(spec.chain_lengths), damping)
     assert_gradients_close(found, oracle(spec, "exact", 0.0), 1e-9)
 
