@@ -53,7 +53,7 @@ def device_figures(device: torch.device) -> Device:
 def cores() -> int:
     """Cores that torch's threads may run on."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, torch.get_num_threads())
+    return min(allowed, int(torch.get_num_threads()))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -162,7 +163,7 @@ def _flops(node: Node) -> float:
     from torch.utils.flop_counter import flop_registry
 
     packet = getattr(node.target, "overloadpacket", None)
-    formula: Callable | None = flop_registry.get(packet)
+    formula: Callable[..., Any] | None = flop_registry.get(packet)
     value = node.meta.get("val")
     if formula is None or isinstance(value, torch.SymInt):
         return 2.0 * bytes_of(value)

@@ -20,7 +20,7 @@ def inline(traced: Graph, operands: Sequence[Any], emit: Callable[[Node, Any, An
         if node.op == "placeholder":
             environment[node] = next(remaining)
         elif node.op == "call_function":
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)  # type: ignore[misc]
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), environment.__getitem__)
             environment[node] = emit(node, args, kwargs)
         elif node.op == "output":
             return torch.fx.map_arg(node.args[0], environment.__getitem__)
