@@ -125,8 +125,8 @@ PER_ITERATION = {
     # The gates' gradients in one kernel, one product with the shared weights, the scan.
     "recurrent": {"pointwise": 1, "mm": 1, "scan": 1},
     "gru": {"pointwise": 1, "mm": 1, "scan": 1},
-    # Also the row of zeros that a change is moved up by; Inductor 2.11 fuses both.
-    "lstm": {"pointwise": 1 if torch.__version__.startswith("2.11.") else 2, "mm": 1, "scan": 1},
+    # Also the gradient of h, which no scan gives: what its block gives beside the last row.
+    "lstm": {"pointwise": 2, "mm": 1, "scan": 1},
     # Attention and MLP links alternate: two products each, attention itself, GELU, and the backward of LayerNorm, whose
     # last step is in the scan's loads together with the interleaving. The rest puts operands into the layouts that the
     # batched products and attention want.
