@@ -21,6 +21,7 @@ from .graph.old_values import keep_old_values
 from .graph.record import ChainRecord
 from .options import Options
 from .passes.rewrite_recurrent_modules import record_nothing
+from .reasons import Reason
 from .torch_private import CustomGraphPass, observed, trace_artifact
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class HighwayPass(CustomGraphPass):
     """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph.
 
     loops     what was decided about the loops of ``hwbp_compiler.recurrent`` before, for the report
-    quiet     nothing is counted or logged: only a look at what would be compiled
+    quiet     nothing is counted and no decision is logged: only a look at what would be compiled
     records   what was decided about the chains
     """
 
@@ -139,7 +140,7 @@ def take_back(records: Iterable[ChainRecord]) -> None:
     if undone:
         count("chains_rewritten", -undone)
         count("chains_declined", undone)
-        count("declined: the rewritten graph could not be compiled", undone)
+        count(f"declined: {Reason.NOT_COMPILED.name.lower()}", undone)
 
 
 @functools.cache

@@ -225,6 +225,7 @@ class Reason(enum.Enum):
 
     # -- defects ---------------------------------------------------------------------------------------------------
     DEFECT = "{error}", _DEFECT
+    NOT_COMPILED = "the rewritten graph could not be compiled", _DEFECT
     DEFECT_IN_LOOP = "{error}", "A defect of ours: please report it, with the cell."
 
     def __init__(self, text: str, advice: str = "") -> None:

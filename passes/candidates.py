@@ -92,7 +92,7 @@ def _tracks(info: GraphInfo, options: Options) -> list[Track]:
     chosen: dict[int, int] = {}
     connected = networkx.Graph([*first.items(), *trunk.items()])
     for component in networkx.connected_components(connected):
-        one, other = ({a: b for a, b in way.items() if a in component} for way in (first, trunk))
+        one, other = ({a: way[a] for a in sorted(component) if a in way} for way in (first, trunk))
         # Where neither gives any, the reasons are found at the joins that are met first.
         better = one != other and score_of(tracks(other)) >= max(score_of(tracks(one)), 1)
         chosen |= other if better else one

@@ -100,13 +100,14 @@ def _treat(
         return record, False
     before = len(graph.nodes)
     iterations = options.rounds(candidate.chain.length)
+    assert iterations is not None  # or it was declined
     try:
         rewriting = rewrite_chain(
             graph,
             candidate.chain,
             candidate.groups,
             candidate.split,
-            int(options.iterations) if iterations is None else iterations,
+            iterations,
             float(options.damping),
         )
     except Exception as error:

@@ -21,9 +21,9 @@ from hwbp_compiler.engine.batching import Emitter, Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_graph import GraphSeries
-from hwbp_compiler.engine.stacking import Stacker, StackPlan, stack
+from hwbp_compiler.engine.stacking import Stacker, StackPlan
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, SUM, External, references, sum_terms
+from hwbp_compiler.graph.program import INPUT, External, references, sum_terms
 
 from .group_links import inner_sums
 from .split_links import Split
@@ -358,6 +358,3 @@ def _runs(lanes: list[int]) -> list[tuple[int, int]]:
         else:
             runs.append((lane, lane))
     return runs
-
-
-__all__ = ["Rewriting", "rewrite_chain", "SUM", "stack"]

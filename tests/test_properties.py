@@ -6,15 +6,13 @@ import copy
 import cProfile
 import pstats
 import random
-from dataclasses import replace
+from dataclasses import asdict
 
 import pytest
 import torch
 from torch import fx, nn
 
 from hwbp_compiler import passes
-from hwbp_compiler.passes import pipeline
-from hwbp_compiler.reasons import Reason
 from hwbp_compiler.testing import (
     assert_gradients_close,
     fixed_point,
@@ -23,6 +21,7 @@ from hwbp_compiler.testing import (
     relative_error,
     sum_over_paths,
 )
+from hwbp_compiler.testing.assertions import AtFullLength
 from hwbp_compiler.testing.capture import capture, eager_highway, options, run_passes, trace
 from hwbp_compiler.testing.models import Model, Recurrence, Stack
 
@@ -60,16 +59,11 @@ def rewritten(traced, iterations, damping):
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
-def test_as_many_iterations_as_links_are_backprop(spec, traced, damping, monkeypatch):
+def test_as_many_iterations_as_links_are_backprop(spec, traced, damping):
     """In the rewritten form too: the passes would leave such a chain alone."""
-    decide = pipeline.decide
-
-    def rewritten_all_the_same(length, chosen, estimate):
-        decision = decide(length, chosen, estimate)
-        return replace(decision, rewrites=decision.why.code is Reason.ITERATIONS_REACH_LENGTH or decision.rewrites)
-
-    monkeypatch.setattr(pipeline, "decide", rewritten_all_the_same)
-    found = rewritten(traced, max(spec.chain_lengths), damping)
+    usual = options(iterations=max(spec.chain_lengths), damping=damping)
+    _, found, records = traced.gradients(AtFullLength(**asdict(usual)))
+    assert records and all(record.decision == "rewritten" for record in records if record.length > 1), records
     assert_gradients_close(found, oracle(spec, "exact", 0.0), 1e-9)
 
 

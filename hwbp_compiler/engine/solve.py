@@ -114,6 +114,8 @@ def _scan(
         values = terms[0] if terms else series.nothing(to)
         for term in terms[1:]:
             values = series.add(values, term)
-        carries = own is not None and keep and not (isinstance(own, float) and own == 0.0)
-        done[to] = series.scan(values, own, keep, head) if carries else series.with_head(values, head)  # type: ignore
+        if own is None or not keep or (isinstance(own, float) and own == 0.0):  # nothing is carried along
+            done[to] = series.with_head(values, head)
+        else:
+            done[to] = series.scan(values, own, keep, head)
     return [done[to] for to in range(len(highway.order))]

@@ -6,7 +6,7 @@ from collections.abc import Set
 
 from torch.fx import Graph, Node
 
-from .rules import Kind, is_elementwise_edge, operands, rule_of
+from .rules import Kind, is_elementwise_edge, rule_of
 
 
 class GraphInfo:
@@ -102,5 +102,3 @@ def _sums():
 
 
 SUMS = _sums()
-
-__all__ = ["GraphInfo", "SUMS", "is_tangent", "operands"]

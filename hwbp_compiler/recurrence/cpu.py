@@ -1,4 +1,4 @@
-"""The forward pass of a GRU on a CPU: ``gru.cpp``,
+"""The forward pass of a GRU on a CPU: ``gru.cpp``.
 
 PyTorch has a kernel of all steps for an LSTM there (oneDNN), but calls a dozen operators in every step of a GRU. Where
 this one cannot be built, or does not serve a call, PyTorch's own runs as ever.

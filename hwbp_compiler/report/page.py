@@ -21,7 +21,7 @@ _MOST_LINES = 1500
 
 
 def write(report: ReportData, path: str | os.PathLike[str]) -> None:
-    """See :meth:`ReportData.to_html`."""
+    """See :meth:`Report.to_html`."""
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

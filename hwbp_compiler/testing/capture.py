@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,10 +105,11 @@ def eager_highway(
         return compile_graph
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
-        loops = prepare(graph, options).records
+        loops, before = prepare(graph, options).records, len(records or ())
+        compiled = compile_graph(graph, inputs)
         if records is not None:
-            records.extend(loops)
-        return compile_graph(graph, inputs)
+            records[before:before] = loops  # once it is compiled: Dynamo may start over and come again
+        return compiled
 
     return _for_us(backend)
 
@@ -162,7 +163,7 @@ class Capture:
         ``options`` None runs the joint graph as it was captured.
         """
         self._options, self._records = options, []
-        if options is not None and self._prepared_for not in (None, self._preparation(options)):
+        if options is not None and self._prepared_for not in (None, _preparation(options, self._loops)):
             self.recompile()  # loops and recurrent modules are decided upon before the joint graph is traced
         output = self.compiled(*self.args)
         found = torch.autograd.grad(self.loss(output), list(self.leaves.values()), allow_unused=True)
@@ -171,10 +172,6 @@ class Capture:
             for (key, leaf), gradient in zip(self.leaves.items(), found, strict=True)
         }
         return output, gradients, [*self._loops, *self._records]
-
-    def _preparation(self, options: Any) -> Any:
-        """What of ``options`` decides what the joint graph is traced from."""
-        return options if self._loops else (options.rewrite, options.iterations == "exact")
 
     def backward(self, joint: JointGraph, tangents: list[Any]) -> list[Any]:
         module, records = joint.rewritten(self._options)
@@ -185,6 +182,11 @@ class Capture:
             # Without io processing: the flat inputs and outputs of the graph itself.
             outputs = fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
         return list(outputs)[joint.forward_outputs :]
+
+
+def _preparation(options: Any, loops: Sequence[Record]) -> Any:
+    """What of ``options`` decides what a joint graph with these loops, or with recurrent modules, is traced from."""
+    return options if loops else (options.rewrite, options.iterations == "exact")
 
 
 def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor]:
@@ -204,9 +206,9 @@ def capture(
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
         here: list[JointGraph] = []
         asked = result._options or options()
-        result._loops += prepare(graph, asked).records
-        if result._loops or graph.graph.find_nodes(op="call_function", target=recurrent_module):
-            result._prepared_for = result._preparation(asked)
+        loops = prepare(graph, asked).records
+        if loops or graph.graph.find_nodes(op="call_function", target=recurrent_module):
+            result._prepared_for = _preparation(asked, loops)
 
         def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
             here.append(JointGraph(copy.deepcopy(joint), num_fwd_outputs))
@@ -227,12 +229,14 @@ def capture(
             tangents = len([n for n in module.graph.find_nodes(op="placeholder") if "tangents" in n.name])
             return make_boxed_func(lambda *args: result.backward(here[0], list(args[-tangents:])))
 
-        return aot_autograd(
+        compiled = aot_autograd(
             fw_compiler=forward_compiler,
             bw_compiler=backward_compiler,
             partition_fn=partition_fn,
             decompositions=decompositions(),
         )(graph, inputs)
+        result._loops += loops  # once it is compiled: Dynamo may start over and come again
+        return compiled
 
     def recompile() -> None:
         torch._dynamo.reset()
