@@ -18,10 +18,24 @@ REWRITES = ("profitable", "always", "never")
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """How a chain's gradient is cut short: k, gamma and S of :class:`Options`, k being short of ordinary backprop."""
+
+    iterations: int
+    damping: float = 0.0
+    segment: int = 1
+
+    def segments(self, length: Any) -> Any:
+        """C of a chain of ``length`` links, a number or a symbol; the segment next to the input takes the remainder."""
+        return (length + self.segment - 1) // self.segment
+
+
+@dataclass(frozen=True)
 class Options:
     """The highway's own options; a bad value raises :class:`OptionError`.
 
     iterations   k of PAPER.md, section 1: an integer >= 0, or "exact" for ordinary backprop
+    segment      S, links per segment: exact inside a segment, highway across. An integer >= 1; 1 is the paper
     damping      gamma of PAPER.md, section 2: a number in [0, 1]
     rewrite      "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
     min_length   the shortest chain, in links, worth rewriting: an integer >= 1
@@ -29,6 +43,7 @@ class Options:
     """
 
     iterations: int | Literal["exact"] = 4
+    segment: int = 1
     damping: float = 0.0
     rewrite: Literal["profitable", "always", "never"] = "profitable"
     min_length: int = 4
@@ -38,6 +53,7 @@ class Options:
         set_ = object.__setattr__
         if not (isinstance(self.iterations, str) and self.iterations == "exact"):
             set_(self, "iterations", self._integer("iterations", 0, ' or "exact" (ordinary backprop)'))
+        set_(self, "segment", self._integer("segment", 1))
         set_(self, "min_length", self._integer("min_length", 1))
         set_(self, "damping", self._fraction("damping"))
         if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
@@ -45,9 +61,18 @@ class Options:
         if not isinstance(self.strict, bool):
             _refuse("strict", self.strict, "True or False", False)
 
-    def rounds(self, length: int) -> int | None:
-        """How many iterations to write out for a chain of ``length`` links; None where that is ordinary backprop."""
-        return None if self.iterations == "exact" or self.iterations >= length else self.iterations
+    def truncation(self, length: int) -> Truncation | None:
+        """What to write out for a chain of ``length`` links; None where that is ordinary backprop."""
+        if self.iterations == "exact" or self.iterations >= self.needed(length):
+            return None
+        return Truncation(self.iterations, self.damping, self.segment)
+
+    def needed(self, length: int) -> int:
+        """The least iterations that are ordinary backprop of a chain of ``length`` links: L, or C - 1 with segments.
+
+        The first state of all is what a segment ends at, so with segments its gradient takes no iteration more.
+        """
+        return length if self.segment == 1 else -(-length // self.segment) - 1
 
     # numpy's numbers register as Integral and Real; a bool is an int to Python, but never a count to a user.
     def _integer(self, key: str, least: int, also: str = "") -> int:

@@ -34,6 +34,11 @@ class Reason(enum.Enum):
         "iterations={iterations} reaches the chain's length {length}: that is ordinary backprop",
         "{advice}",
     )
+    ITERATIONS_REACH_SEGMENTS = (
+        "iterations={iterations} are ordinary backprop of a chain of {length} links in {segments} segments "
+        "(segment={segment})",
+        "{advice}",
+    )
     REWRITE_NEVER = (
         'rewrite="never" asks for ordinary backprop',
         'rewrite="profitable", the default, or "always".',

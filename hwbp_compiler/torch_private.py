@@ -262,6 +262,31 @@ def compile_step(
         return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
 
 
+@contextlib.contextmanager
+def examples_of_any_number(description: tuple[Any, Any], lanes: int) -> Iterator[list[Any]]:
+    """Fake tensors for (shape without the first dimension, stride, dtype, device) and (shape, stride, dtype, device),
+    under their fake mode. The first dimension is one symbol in the first ``lanes``, and 1 in what is left of them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    with_lanes, without = description
+    examples: list[Any] = []
+    for shape, stride, dtype, device in with_lanes:
+        number = 4 if len(examples) < lanes else 1
+        value = torch.empty_strided((number, *shape), stride, dtype=dtype, device=device)
+        static = [DimDynamic.STATIC] * len(shape)
+        first = DimDynamic.DYNAMIC if number > 1 else DimDynamic.STATIC
+        context = StatelessSymbolicContext(dynamic_sizes=[first, *static])
+        examples.append(mode.from_tensor(value, static_shapes=False, symbolic_context=context))
+    for shape, stride, dtype, device in without:
+        value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * len(shape))
+        examples.append(mode.from_tensor(value, static_shapes=False, symbolic_context=context))
+    with mode:
+        yield examples
+
+
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 _compiled_here = threading.local()
 

@@ -93,23 +93,16 @@ def _treat(
     record = described(candidate, found)
     if watcher is not None:
         watcher.found(record, candidate, found)
-    decision = decide(candidate.chain.length, options, lambda k: estimate(candidate.chain, candidate.groups, k))
+    decision = decide(candidate.chain.length, options, lambda how: estimate(candidate.chain, candidate.groups, how))
     record.estimate = decision.estimate
     record.because(decision.why)
     if not decision.rewrites:
         return record, False
     before = len(graph.nodes)
-    iterations = options.rounds(candidate.chain.length)
-    assert iterations is not None  # or it was declined
+    truncation = options.truncation(candidate.chain.length)
+    assert truncation is not None  # or it was declined
     try:
-        rewriting = rewrite_chain(
-            graph,
-            candidate.chain,
-            candidate.groups,
-            candidate.split,
-            iterations,
-            float(options.damping),
-        )
+        rewriting = rewrite_chain(graph, candidate.chain, candidate.groups, candidate.split, truncation)
     except Exception as error:
         discard(graph, list(graph.nodes)[before - 1 : -1])
         record.failed = not isinstance(error, Declined)

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.cost.modules import estimate_recurrent
-from hwbp_compiler.options import Options
+from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.recurrence import dropout
 from hwbp_compiler.recurrence.arguments import KINDS, Arguments
 from hwbp_compiler.recurrence.operator import operator
@@ -90,7 +90,8 @@ class _Call:
         output = self.origin.meta["example_value"][0]
         if call.batch_first:
             seen, output = seen.transpose(0, 1), output.transpose(0, 1)
-        return estimate_recurrent(call.kind, seen, output, int(options.iterations), call.layers, call.directions).pays
+        how = Truncation(int(options.iterations), options.damping, options.segment)
+        return estimate_recurrent(call.kind, seen, output, how, call.layers, call.directions).pays
 
     def _by_layers(self, call: Arguments) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""

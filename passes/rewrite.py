@@ -12,20 +12,24 @@ into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from hwbp_compiler.engine.batching import Emitter, Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.engine.segments import Cut, solve_segments
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_graph import GraphSeries
 from hwbp_compiler.engine.stacking import Stacker, StackPlan
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, External, references, sum_terms
+from hwbp_compiler.graph.program import INPUT, External, has_block, references, sum_terms
+from hwbp_compiler.options import Truncation
 
 from .group_links import inner_sums
+from .lanes import assemble, rows_at
+from .run_segments import SegmentRuns
 from .split_links import Split
 
 aten = torch.ops.aten
@@ -47,22 +51,21 @@ class Rewriting:
     sections: list[tuple[str, int | None, int]] = field(default_factory=list)
 
 
-def rewrite_chain(
-    graph: Graph, chain: Chain, groups: list[Group], split: Split, iterations: int, damping: float
-) -> Rewriting:
-    """Emit ``iterations`` rounds for ``chain``; the old nodes stay until the replacements are applied."""
-    return _ChainRewriter(graph, chain, groups, split, iterations, damping).run()
+def rewrite_chain(graph: Graph, chain: Chain, groups: list[Group], split: Split, truncation: Truncation) -> Rewriting:
+    """Emit what ``truncation`` asks for; the old nodes stay until the replacements are applied."""
+    return _ChainRewriter(graph, chain, groups, split, truncation).run()
 
 
 class _ChainRewriter:
-    def __init__(self, graph, chain, groups, split, iterations, damping) -> None:
+    def __init__(self, graph: Graph, chain: Chain, groups: list[Group], split: Split, truncation: Truncation) -> None:
         self.graph, self.chain, self.groups, self.split = graph, chain, groups, split
-        self.iterations, self.damping = iterations, damping
+        self.truncation = truncation
         output = next(n for n in reversed(graph.nodes) if n.op == "output")
         like = next(n for n in chain.states[0] if n is not None)
         self.e = Emitter(graph, output, like.meta["val"].fake_mode, len(chain.links))
         self.stackers: list[Stacker] = []
         self.sections: list[tuple[str, int | None, int]] = []
+        self.stacked: dict[tuple[int, int], Value | None] = {}
         self.like: list[torch.Tensor] = []
         for component in range(chain.width):
             self.like.append(next(s[component] for s in reversed(chain.states) if s[component] is not None).meta["val"])
@@ -75,14 +78,7 @@ class _ChainRewriter:
         self._section("K of all links")
         diagonals = self._diagonals()
         injected = self._assemble_all(Mode.INJECT, None)
-        rows = solve(
-            GraphSeries(e, self.links, self.like),
-            Highway(self.split.order, diagonals, heads, injected),
-            blocks=lambda t, rows: self._assemble_all(Mode.REST, rows, f"iteration {t}"),
-            iterations=self.iterations,
-            damping=self.damping,
-            before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
-        )
+        rows = self._solve(Highway(self.split.order, diagonals, heads, injected))
         replaced = Rewriting(created=e.created, sections=self.sections)
         self._section("the states that something else uses")
         self._replace_states(rows, replaced)
@@ -91,6 +87,29 @@ class _ChainRewriter:
             self._replace_sides(group, stacker, rows, replaced)
         replaced.copied_bytes = sum(s.copied_bytes for s in self.stackers)
         return replaced
+
+    def _solve(self, highway: Highway[Node]) -> list[Node]:
+        series, how = GraphSeries(self.e, self.links, self.like), self.truncation
+        if how.segment == 1 or not (how.damping or any(has_block(group.template) for group in self.groups)):
+            return solve(
+                series,
+                highway,
+                blocks=lambda t, rows: self._assemble_all(Mode.REST, rows, f"iteration {t}"),
+                iterations=how.iterations,
+                damping=how.damping,
+                before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
+            )
+        # The tail counts as a link of its segment, though no row of W is before it.
+        whole = Cut.of(self.chain.length, how)
+        cut = replace(whole, first=whole.first - (self.chain.length - self.links))
+        runs = SegmentRuns(
+            self.e, self.groups, self.stackers, self.like, self.links, cut, how.iterations, self._injected,
+            self._section,
+        )  # fmt: skip
+        return solve_segments(
+            series, highway, cut, runs, how.iterations, how.damping,
+            before_scan=lambda t: self._section(f"e^{t}: one scan along the highway{' across segments' if t else ''}"),
+        )  # fmt: skip
 
     def _section(self, title: str, group: int | None = None) -> None:
         self.sections.append((title, group, len(self.e.created)))
@@ -117,7 +136,7 @@ class _ChainRewriter:
         group, stacker = self.groups[g], self.stackers[g]
         states: list[Value | None] = [None] * self.chain.width
         if rows is not None:
-            states = [Value(self._rows(row, [self._row(p) for p in group.lanes]), True) for row in rows]
+            states = [Value(rows_at(self.e, row, [self._row(p) for p in group.lanes]), True) for row in rows]
         return Evaluator(
             stacker.e,
             group,
@@ -128,6 +147,12 @@ class _ChainRewriter:
 
     def _injected(self, group: Group, stacker: Stacker, statement: int) -> Value | None:
         """Injections into one sum, stacked; lanes that have none get zeros."""
+        key = id(group), statement
+        if key not in self.stacked:
+            self.stacked[key] = self._stack_injections(group, stacker, statement)
+        return self.stacked[key]
+
+    def _stack_injections(self, group: Group, stacker: Stacker, statement: int) -> Value | None:
         per_lane = [p.injections.get(statement, []) for p in group.programs]
         depth = max(len(terms) for terms in per_lane)
         total: Value | None = None
@@ -160,19 +185,6 @@ class _ChainRewriter:
             return None
         value = Stacker(self.e)([p.injections[output][0] for p in programs])
         return self.e.batch(value)
-
-    def _rows(self, row: Node, lanes: list[int]) -> Node:
-        """Rows ``lanes`` (ascending) of a [links + 1, ...] stack: a slice where they are evenly spaced."""
-        count = row.meta["val"].shape[0]
-        if len(lanes) == 1:
-            return self.e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[0] + 1)
-        step = lanes[1] - lanes[0]
-        if all(b - a == step for a, b in zip(lanes, lanes[1:], strict=False)):
-            if (lanes[0], lanes[-1] + 1, step) == (0, count, 1):
-                return row
-            return self.e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[-1] + 1, step)
-        pieces = [self.e.call(aten.slice.Tensor, row, 0, a, b + 1) for a, b in _runs(lanes)]
-        return self.e.call(aten.cat.default, pieces)
 
     def _diagonals(self) -> dict[tuple[int, int], Node | float]:
         """K per (to, from): a number, or [links, ...] broadcastable against the state."""
@@ -209,59 +221,9 @@ class _ChainRewriter:
 
     def _assemble(self, parts: list, like: torch.Tensor, full: bool = False) -> Node:
         """One part per group -> [links, ...] in chain order."""
-        e = self.e
-        rank = like.dim()
-        nodes: list[Node] = []
-        for part, stacker in zip(parts, self.stackers, strict=True):
-            ge = stacker.e
-            if part is None or isinstance(part, float):
-                part = Value(ge.full([1] * rank, part or 0.0, like), False)
-            part = ge.convert(part, like.dtype)
-            if part.rank < rank:
-                sizes = [1] * (rank - part.rank) + list(part.shape)
-                node = ge.aligned(part, rank) if part.batched else ge.reshape(part.node, sizes)
-                part = Value(node, part.batched)
-            nodes.append(ge.batch(part))
-        shapes = [tuple(n.meta["val"].shape[1:]) for n in nodes]
-        if full or any(s != shapes[0] for s in shapes):
-            target = tuple(like.shape)
-            nodes = [
-                n if tuple(n.meta["val"].shape[1:]) == target
-                else e.call(aten.expand.default, n, [n.meta["val"].shape[0], *(e.size(s) for s in target)])
-                for n in nodes
-            ]  # fmt: skip
+        emitters = [stacker.e for stacker in self.stackers]
         lanes = [[self._row(p) - 1 for p in g.lanes if p < self.links] for g in self.groups]
-        trimmed = []
-        for node, group, mine in zip(nodes, self.groups, lanes, strict=True):
-            if len(mine) < len(group.lanes):  # the tail, in front, sends nothing on
-                node = e.call(aten.slice.Tensor, node, 0, 1, len(group.lanes))
-            trimmed.append(node)
-        return self._interleave(trimmed, lanes)
-
-    def _interleave(self, nodes: list[Node], lanes: list[list[int]]) -> Node:
-        """Rows of all groups -> [links, ...]; ``lanes[g]`` (ascending) says where group g's rows belong."""
-        if len(nodes) == 1:
-            return nodes[0]
-        e = self.e
-        period = len(nodes)
-        first = sorted(range(period), key=lambda g: lanes[g][0])
-        if all(lanes[g] == list(range(i, self.links, period)) for i, g in enumerate(first)) and (
-            self.links % period == 0
-        ):
-            columns = [e.call(aten.unsqueeze.default, nodes[g], 1) for g in first]
-            joined = e.call(aten.cat.default, columns, 1)
-            return e.reshape(joined, [self.links, *nodes[0].meta["val"].shape[1:]])
-        position = {p: (g, i) for g, mine in enumerate(lanes) for i, p in enumerate(mine)}
-        pieces: list[Node] = []
-        p = 0
-        while p < self.links:
-            g, i = position[p]
-            q = p + 1
-            while q < self.links and position[q] == (g, i + q - p):
-                q += 1
-            pieces.append(e.call(aten.slice.Tensor, nodes[g], 0, i, i + q - p))
-            p = q
-        return e.call(aten.cat.default, pieces) if len(pieces) > 1 else pieces[0]
+        return assemble(self.e, emitters, parts, lanes, self.links, like, full)
 
     # -- what the rest of the graph takes from the chain --------------------------------------------------------
 
@@ -348,13 +310,3 @@ def _root_of(node: Node) -> Node:
 
 def _has_additive(args) -> bool:
     return any(_has_additive(a) if isinstance(a, tuple) else isinstance(a, External) and a.additive for a in args)
-
-
-def _runs(lanes: list[int]) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for lane in lanes:
-        if runs and runs[-1][1] == lane - 1:
-            runs[-1] = (runs[-1][0], lane)
-        else:
-            runs.append((lane, lane))
-    return runs

@@ -27,7 +27,7 @@ from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
-from hwbp_compiler.options import Options
+from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.reasons import Reason
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
@@ -76,9 +76,9 @@ def rewrite_recurrent_modules(
             record.because(decision.why)
         if not decision.rewrites and not call.goes_through_time:
             continue
-        iterations = options.rounds(call.length) if decision.rewrites else None
+        truncation = options.truncation(call.length) if decision.rewrites else None
         try:
-            emitted = _rewrite(graph, call, iterations, options.damping)
+            emitted = _rewrite(graph, call, truncation)
         except Exception as error:
             if options.strict:
                 raise
@@ -249,18 +249,17 @@ def _decide(call: _Backward, options: Options) -> Decision:
     """What becomes of a layer that can be rewritten."""
     input, output = call.input.meta["val"], call.output.meta["val"]
 
-    def estimate(iterations: int) -> Estimate:
-        return estimate_recurrent(call.kind, input, output, iterations, call.layers, 1 + call.bidirectional)
+    def estimate(how: Truncation) -> Estimate:
+        return estimate_recurrent(call.kind, input, output, how, call.layers, 1 + call.bidirectional)
 
     # Several layers or directions come in one call only where taking them apart would not pay.
     return decide(call.length, options, estimate, may_pay=call.chains == 1)
 
 
-def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: float) -> list[Node]:
-    """In Highway-BP form; exact, through time, if ``iterations`` is None. The nodes emitted."""
+def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None) -> list[Node]:
+    """In Highway-BP form; exact, through time, if ``truncation`` is None. The nodes emitted."""
     steps = call.input.meta["val"].shape[0]
-    # Symbolic: the guard makes a shorter sequence compile anew.
-    if iterations is not None and iterations != call.length and not steps > iterations:
+    if truncation is not None and not _is_short_of(truncation, call.length, steps):
         raise AssertionError("iterations reach the length")
     given = [n for n in call.incoming if n is not None]
     operands = [*given, call.output, call.input, *call.state, *call.weights]
@@ -271,7 +270,7 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: flo
         output, input = rest.pop(0), rest.pop(0)
         state = tuple(rest.pop(0) for _ in call.state)
         layer = Layer(input, output, state, *rest)
-        return _gradients(call.kind, layer, incoming, iterations, damping).flat(call.has_biases)
+        return _gradients(call.kind, layer, incoming, truncation).flat(call.has_biases)
 
     values = [n.meta["val"] for n in operands]
     with values[-1].fake_mode:
@@ -297,13 +296,18 @@ def _rewrite(graph: Graph, call: _Backward, iterations: int | None, damping: flo
     return [node for node in created if not node._erased]
 
 
-def _gradients(
-    kind: str, layer: Layer, incoming: Sequence[Tensor | None], iterations: int | None, damping: float
-) -> Gradients:
+def _is_short_of(how: Truncation, length: int, steps: Any) -> bool:
+    """Whether ``how`` is no ordinary backprop. Where the number of steps is symbolic, the guard makes a shorter
+    sequence compile anew. (Testing writes out as many iterations as are ordinary backprop of ``length`` steps.)"""
+    needed = (how.iterations + 1) * how.segment if how.segment > 1 else how.iterations
+    return bool(steps > needed) or length <= needed
+
+
+def _gradients(kind: str, layer: Layer, incoming: Sequence[Tensor | None], truncation: Truncation | None) -> Gradients:
     grad_output, grad_h_n, grad_c_n = incoming
     if kind == "lstm":
-        assert iterations is not None
-        return lstm.gradients(layer, grad_output, grad_h_n, grad_c_n, iterations, damping)
+        assert truncation is not None
+        return lstm.gradients(layer, grad_output, grad_h_n, grad_c_n, truncation)
     if kind == "gru":
-        return gru.gradients(layer, grad_output, grad_h_n, iterations, damping)
+        return gru.gradients(layer, grad_output, grad_h_n, truncation)
     return rnn.gradients(kind, layer, grad_output, grad_h_n)

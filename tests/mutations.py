@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+SEGMENTED = "tests/test_segments.py::test_gradients_are_those_of_the_segmented_w"
 PROPERTIES = "tests/test_properties.py"
 SCAN = "tests/test_scan.py"
 MODULES = "tests/test_recurrent_modules.py"
@@ -48,6 +49,41 @@ MUTATIONS = [
         "if damping and rows is not None:",
         "if False and rows is not None:",
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
+    ),
+    Mutation(
+        "a remainder of links is left out of the segment next to the input",
+        "hwbp_compiler/engine/segments.py",
+        "return cls(truncation.segment, count, links - (count - 1) * truncation.segment)",
+        "return cls(truncation.segment, count, truncation.segment)",
+        (SEGMENTED,),
+    ),
+    Mutation(
+        "segments are counted from the wrong end",
+        "passes/run_segments.py",
+        "positions = [segment * self.cut.size + step for segment in segments]",
+        "positions = [self.links - 1 - segment * self.cut.size - step for segment in segments]",
+        (SEGMENTED,),
+    ),
+    Mutation(
+        "what the highway carries across a segment is counted twice",
+        "hwbp_compiler/engine/segments.py",
+        "outer.scaled(before[source], product, -1.0)",
+        "outer.scaled(before[source], product, 1.0)",
+        (SEGMENTED,),
+    ),
+    Mutation(
+        "damping does not reach the product of a segment's highway",
+        "hwbp_compiler/engine/segments.py",
+        "series.product(highway.k[source, source], 1.0 - damping, cut)",
+        "series.product(highway.k[source, source], 1.0, cut)",
+        (SEGMENTED,),
+    ),
+    Mutation(
+        "in a recurrent layer, the gradient of the first state is that of the first iteration",
+        "hwbp_compiler/recurrence/runs.py",
+        "self.of_first = found[len(ends) :]",
+        "self.of_first = [0 * f for f in found[len(ends) :]]",
+        ("tests/test_recurrent_modules.py::test_gradients_are_exact_inside_a_segment_and_truncated_across",),
     ),
     Mutation(
         "damping does not reach the highway",

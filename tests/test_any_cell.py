@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, recurrent
-from hwbp_compiler.options import parse
+from hwbp_compiler.options import Truncation, parse
 from hwbp_compiler.rolled import capture, function, loop
 from hwbp_compiler.rolled.chain import How
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
@@ -23,6 +23,8 @@ from hwbp_compiler.testing.reference import reference_gradients
 from hwbp_compiler.torch_private import SERVES
 
 LENGTH = 7
+SEGMENTED = [(2, 0, 0.0), (2, 1, 0.3), (2, 2, 0.0), (2, 3, 0.3), (3, 1, 0.0), (3, 2, 0.0), (5, 0, 0.3), (5, 1, 0.0),
+             (7, 0, 0.0), (9, 0, 0.0)]  # fmt: skip
 
 
 def every_step(result):
@@ -74,10 +76,10 @@ def rolled(case: CellCase, length: int):
     return cell, x, state, run, recurrence
 
 
-def assert_matches_oracle(case, cell, x, state, run, iterations, damping, loss, tolerance=1e-8):
+def assert_matches_oracle(case, cell, x, state, run, iterations, damping, loss, tolerance=1e-8, segment=1):
     output, found = gradients(run, cell, x, state, loss)
     args = (x, *pytree.tree_leaves(state))
-    expected, reference = reference_gradients(case.program(cell), args, loss, iterations, damping)
+    expected, reference = reference_gradients(case.program(cell), args, loss, iterations, damping, segment=segment)
     assert_outputs_close(pytree.tree_leaves(output), pytree.tree_leaves(expected), 1e-12)
     assert_gradients_close(found, reference, tolerance)
 
@@ -93,8 +95,19 @@ def test_gradients_are_those_of_the_paper(case):
             if case.multiplier == "0" or case.linear:  # nothing is approximated
                 k, gamma = "exact", 0.0
             else:
-                plan.how = How(iterations, damping)
+                plan.how = How(Truncation(iterations, damping))
             assert_matches_oracle(case, cell, x, state, run, k, gamma, every_step)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.multiplier != "0" and not c.linear], ids=lambda case: case.name)
+def test_gradients_are_exact_inside_a_segment_and_truncated_across(case):
+    """LENGTH = 7: segments of 2 leave a remainder of 1, those of 3 too, 5 leave 2, 7 and 9 are one segment."""
+    cell, x, state, run, recurrence = rolled(case, LENGTH)
+    (plan,) = recurrence.plans
+    for segment, iterations, damping in SEGMENTED:
+        plan.how = How(Truncation(iterations, damping, segment))
+        loss = last_step if iterations == 1 else every_step
+        assert_matches_oracle(case, cell, x, state, run, iterations, damping, loss, segment=segment)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -115,7 +128,7 @@ def test_the_shortest_loops(case, length):
     cell, x, state, run, recurrence = rolled(case, length)
     for plan in recurrence.plans:
         iterations = 0 if plan.loop is not None and plan.loop.backward.split is not None else None
-        plan.how = How(iterations)
+        plan.how = How(None if iterations is None else Truncation(iterations))
         k = "exact" if iterations is None else 0
         assert_matches_oracle(case, cell, x, state, run, k, 0.0, last_step)
 

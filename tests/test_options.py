@@ -18,6 +18,7 @@ def test_no_options_mean_the_documented_defaults():
     assert parse(None) == parse({}) == (Options(), {})
     assert dataclasses.asdict(Options()) == {
         "iterations": 4,
+        "segment": 1,
         "damping": 0.0,
         "rewrite": "profitable",
         "min_length": 4,
@@ -40,6 +41,7 @@ def test_damping_takes_any_number_from_zero_to_one(gamma):
     [
         ("iterations", "exact", "exact"),
         ("iterations", np.int32(3), 3),
+        ("segment", np.int64(16), 16),
         ("min_length", np.int64(1), 1),
         ("damping", 1, 1.0),
         ("damping", np.float32(0.25), 0.25),
@@ -56,6 +58,7 @@ REFUSED = [
     *(("iterations", v) for v in (True, False, 1.5, 2.0, None, -1, "x", "4", np.float64(2), np.True_, [4])),
     *(("damping", v) for v in (True, False, float("nan"), float("inf"), -0.1, 1.01, "0.2", None, np.True_)),
     *(("rewrite", v) for v in ("allways", True, None, ["always"])),
+    *(("segment", v) for v in (0, -1, True, 1.5, 2.0, None, "x", "exact", np.float64(2), [4])),
     *(("min_length", v) for v in (0, -3, True, 2.0, "4", None)),
     *(("strict", v) for v in (1, 0, "yes", None, np.True_)),
 ]
@@ -63,6 +66,7 @@ ALLOWED = {
     "iterations": 'an integer >= 0 or "exact"',
     "damping": "a number from 0 to 1",
     "rewrite": "one of 'profitable', 'always', 'never'",
+    "segment": "an integer >= 1",
     "min_length": "an integer >= 1",
     "strict": "True or False",
 }
@@ -89,7 +93,7 @@ def test_options_cannot_be_made_with_a_refused_value_either(key, value):
 def test_unknown_key_names_the_nearest_valid_names(key, nearest):
     with pytest.raises(OptionError) as refusal:
         parse({key: 17})
-    for part in (repr(key), "17", f"Did you mean {nearest!r}", "'iterations', 'damping'", "list_options()"):
+    for part in (repr(key), "17", f"Did you mean {nearest!r}", "'iterations', 'segment', 'damping'", "list_options()"):
         assert part in str(refusal.value)
 
 

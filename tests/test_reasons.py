@@ -101,6 +101,7 @@ def reported(model, **options):
         (DenseNet, {}, Reason.FEATURES_CONCATENATED),
         (Residual, {"iterations": "exact"}, Reason.EXACT_ASKED_FOR),
         (Residual, {"iterations": 5}, Reason.ITERATIONS_REACH_LENGTH),
+        (Residual, {"iterations": 2, "segment": 2}, Reason.ITERATIONS_REACH_SEGMENTS),
         (Residual, {"min_length": 6}, Reason.TOO_SHORT),
         (Residual, {"iterations": 1, "rewrite": "always"}, Reason.REWRITTEN_ALWAYS),
     ],

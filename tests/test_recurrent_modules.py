@@ -29,9 +29,11 @@ import hwbp_compiler
 from hwbp_compiler import testing
 from hwbp_compiler.cost import devices
 from hwbp_compiler.cost.modules import estimate_recurrent
+from hwbp_compiler.options import Truncation
 from hwbp_compiler.passes.replace_recurrent_modules import replace_recurrent_modules
 from hwbp_compiler.recurrence import operator, packed, tracing
 from hwbp_compiler.testing import Link, Program, assert_gradients_close
+from hwbp_compiler.testing.assertions import AtFullLength
 from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.compare import assert_outputs_close
 from hwbp_compiler.torch_private import SERVES
@@ -145,6 +147,28 @@ def test_gradients_are_those_of_w_k(kind, case):
         assert [r.decision for r in records] == ["rewritten"] * chains
         assert_outputs_close(output, expected_output, 1e-12)
         assert_gradients_close(found, expected, 1e-9, what=f"iterations={iterations}, damping={damping}")
+
+
+# STEPS is 7: remainders of 1, 1, 3 and 2 links, and one segment alone.
+SEGMENTED = [(2, 0, 0.3), (2, 1, 0.0), (2, 2, 0.3), (3, 0, 0.0), (3, 1, 0.0), (4, 0, 0.3), (4, 1, 0.0), (5, 0, 0.3),
+             (STEPS, 0, 0.0), (STEPS + 3, 0, 0.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_gradients_are_exact_inside_a_segment_and_truncated_across(kind, case):
+    model, args = case.build(kind)
+    captured = capture(model, args, testing.probe_loss)
+    for segment, iterations, damping in SEGMENTED:
+        torch.manual_seed(3)
+        _, expected = testing.reference_gradients(
+            retold(model), args, testing.probe_loss, iterations, damping, segment=segment
+        )
+        torch.manual_seed(3)
+        chosen = vars(options(iterations=iterations, damping=damping, segment=segment))
+        _, found, records = captured.gradients(AtFullLength(**chosen))
+        assert {r.decision for r in records} == {"rewritten"}
+        assert_gradients_close(found, expected, 1e-10, what=f"S={segment}, k={iterations}, damping={damping}")
 
 
 def eager_gradients(model, args, seed=3):
@@ -594,14 +618,14 @@ def test_without_gradients_nothing_is_recorded():
 def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
     x = torch.empty(512, 16, 128)
-    assert estimate_recurrent("gru", x, x, 2).pays
-    assert not estimate_recurrent("lstm", x, x, 2).pays
+    assert estimate_recurrent("gru", x, x, Truncation(2)).pays
+    assert not estimate_recurrent("lstm", x, x, Truncation(2)).pays
 
 
 def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(monkeypatch):
     monkeypatch.setattr(devices, "cores", lambda: 2)
     x = torch.empty(256, 32, 256)
-    assert not estimate_recurrent("gru", x, x, 2).pays
+    assert not estimate_recurrent("gru", x, x, Truncation(2)).pays
 
 
 @pytest.mark.parametrize("batch, hidden, records", [(16, 128, False), (32, 256, True)])
@@ -637,7 +661,7 @@ def test_the_cost_model_decides_as_a_gpu_measured(case, runs):
         with FakeTensorMode():
             x = torch.empty(steps, 128, hidden, device="cuda", dtype=getattr(torch, dtype))
             for k in (0, 2, 10):
-                estimate = estimate_recurrent(kind.lower(), x, x, k, layers)
+                estimate = estimate_recurrent(kind.lower(), x, x, Truncation(k), layers)
                 for expected, run in ((estimate.rewritten, f"k={k}"), (estimate.substitution, "eager")):
                     assert 1 / 2.2 < 1e3 * expected / runs[run]["backward_ms"] < 2.2
                 if k == 2:

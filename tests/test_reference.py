@@ -11,7 +11,10 @@ from hwbp_compiler.testing.compare import (
     assert_outputs_close,
     relative_error,
 )
+from hwbp_compiler.testing.judge import plainly
 from hwbp_compiler.testing.reference import (
+    Link,
+    Program,
     _matrix,
     fixed_point,
     highway_bp,
@@ -62,9 +65,9 @@ def test_program_computes_what_the_model_computes(case):
 @cases(WITH_PROGRAM)
 def test_iterations_equal_to_length_is_autograd_at_every_damping(case):
     _, exact = autograd(*case.build())
-    for damping in (0.0, 0.3, 1.0):
-        _, found = oracle(case, "exact", damping)
-        assert_gradients_close(found, exact, **tolerances(case, 1e-10), what=f"gamma={damping}")
+    for damping, segment in ((0.0, 1), (0.3, 1), (1.0, 1), (0.3, 3)):
+        _, found = oracle(case, "exact", damping, segment=segment)
+        assert_gradients_close(found, exact, **tolerances(case, 1e-10), what=f"gamma={damping}, S={segment}")
 
 
 @pytest.mark.parametrize(
@@ -75,10 +78,11 @@ def test_iterations_equal_to_length_is_autograd_at_every_damping(case):
     ],
 )
 def test_w_sums_the_paths_that_cross_at_most_k_blocks(case):
-    for iterations, damping in ((0, 0.3), (1, 0.0), (2, 0.2)):
-        _, found = oracle(case, iterations, damping, solver=highway_bp)
-        _, paths = oracle(case, iterations, damping, solver=sum_over_paths)
-        assert_gradients_close(found, paths, **tolerances(case, 1e-9), what=f"k={iterations}, gamma={damping}")
+    for iterations, damping, segment in ((0, 0.3, 1), (1, 0.0, 1), (2, 0.2, 1), (1, 0.2, 2)):
+        _, found = oracle(case, iterations, damping, segment=segment, solver=highway_bp)
+        _, paths = oracle(case, iterations, damping, segment=segment, solver=sum_over_paths)
+        what = f"k={iterations}, gamma={damping}, S={segment}"
+        assert_gradients_close(found, paths, **tolerances(case, 1e-9), what=what)
 
 
 @cases(WITH_CHAINS)
@@ -132,9 +136,9 @@ def is_kind(kind, diagonal):
 def test_highways_are_elementwise_and_of_the_stated_kind(case):
     seen = []
 
-    def record(links, contributions, iterations, damping):
+    def record(links, contributions, *settings):
         seen.append((links, contributions))
-        return highway_bp(links, contributions, iterations, damping)
+        return highway_bp(links, contributions, *settings)
 
     oracle(case, 0, solver=record)
     # Autograd runs the chain nearest the loss first; the cases list theirs in any order.
@@ -154,8 +158,6 @@ def test_highways_are_elementwise_and_of_the_stated_kind(case):
 
 def test_the_loss_of_a_side_output_is_felt_before_its_block():
     """One link h1 = h0 + W h0 with a side output s = V h0: at k = 0 the first state gets g + s' V, not g W."""
-    from hwbp_compiler.testing.reference import Link, Program
-
     torch.manual_seed(0)
     w, v = (torch.randn(3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
     x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
@@ -178,8 +180,6 @@ def test_the_loss_of_a_side_output_is_felt_before_its_block():
 
 def test_two_links_by_hand():
     """h1 = a h0 + W h0, h2 = a h1 + W h1: w_0 at k = 0, 1, 2 written out."""
-    from hwbp_compiler.testing.reference import Link, Program
-
     torch.manual_seed(0)
     w = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     x = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
@@ -197,3 +197,120 @@ def test_two_links_by_hand():
     for iterations, by_hand in enumerate(expected):
         _, found = reference_gradients(program, (x,), lambda out: (g * out).sum(), iterations, damping)
         torch.testing.assert_close(found[0], by_hand)
+
+
+# ------------------------------------------------------------------------------------------------ segments
+
+
+def random_chain(length, components):
+    """A chain of ``length`` links between states of ``components`` vectors, each on every other's highway, as a program
+    that returns all states but the first."""
+    torch.manual_seed(length)
+    size = 2 * components
+    weights = [torch.randn(size, size, dtype=torch.float64, requires_grad=True) for _ in range(length)]
+    gates = [torch.rand(components, components, 2, dtype=torch.float64) for _ in range(length)]
+
+    def link(weight, gate):
+        def step(state, side, hold):
+            mixed = hold(torch.tanh(torch.cat(state) @ weight)).chunk(components)
+            along = [sum(k * torch.sin(h) for k, h in zip(row, state, strict=True)) for row in gate]
+            return tuple(a + m for a, m in zip(along, mixed, strict=True)), ()
+
+        return Link(step)
+
+    def forward(run, *state):
+        return run([link(w, g) for w, g in zip(weights, gates, strict=True)], state).states[1:]
+
+    start = tuple(torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(components))
+    return Program({f"w{i}": w for i, w in enumerate(weights)}, forward), start
+
+
+def links_of(program, start):
+    """The links the oracle sees, each at its state."""
+    found = []
+
+    def record(links, contributions, *settings):
+        found.extend(links)
+        return contributions
+
+    reference_gradients(program, start, lambda states: sum(t.sum() for t in states[-1]), 0, solver=record)
+    return found
+
+
+def distance(found, expected):
+    """Of two lists of states, relative to the largest entry of all."""
+    pairs = [(a, b) for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True)]
+    return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
+
+
+LENGTHS = (1, 5, 6)
+
+
+def sizes(length):
+    return sorted({1, 2, 3, 5, length, length + 3})
+
+
+@pytest.mark.parametrize("every", [True, False], ids=["losses at every state", "loss at the last"])
+@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_w_sums_the_paths_that_leave_the_highway_in_at_most_k_segments(length, components, every):
+    links = links_of(*random_chain(length, components))
+    contributions = [
+        tuple((every or i == length) * torch.randn(2, dtype=torch.float64) for _ in range(components))
+        for i in range(length + 1)
+    ]
+    for segment in sizes(length):
+        for k in sorted({0, 1, 2, -(-length // segment) - 1}):
+            for damping in (0.0, 0.3):
+                w = highway_bp(links, contributions, k, damping, segment)
+                paths = sum_over_paths(links, contributions, k, damping, segment)
+                assert distance(w, paths) < 1e-12, f"S={segment}, k={k}, gamma={damping}"
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_iterations_one_fewer_than_segments_are_backprop_and_fewer_are_not(length, components, damping):
+    program, start = random_chain(length, components)
+
+    def loss(states):
+        return sum((i + 1) * torch.cos(t).sum() for i, state in enumerate(states) for t in state)
+
+    leaves = {**program.parameters, **dict(enumerate(start))}
+    exact = dict(zip(leaves, torch.autograd.grad(loss(program.forward(plainly, *start)), leaves.values()), strict=True))
+    for segment in sizes(length):
+        if segment == 1:
+            continue
+        enough = -(-length // segment) - 1  # 0 where one segment holds the chain
+        for k in (enough, enough + 3, "exact"):
+            _, found = reference_gradients(program, start, loss, k, damping, segment=segment)
+            assert_gradients_close(found, exact, 1e-12, what=f"S={segment}, k={k}")
+        if enough:
+            _, found = reference_gradients(program, start, loss, enough - 1, damping, segment=segment)
+            assert relative_error(found, exact) > 1e-3, f"S={segment}"
+
+
+def test_three_links_in_segments_of_two_by_hand():
+    """Segments {1} and {2, 3}, loss at h_3: exact down to h_1, the highway to it, exact from it to h_0."""
+    program, start = random_chain(3, 1)
+    links = links_of(program, start)
+    m1, m2, m3 = (_matrix(link.whole, start) for link in links)
+    _, k2, k3 = (0.75 * _matrix(link.highway, start) for link in links)
+    g = torch.randn(2, dtype=torch.float64)
+    nothing = torch.zeros_like(g)
+    expected = [
+        [g @ k3 @ k2 @ m1, g @ k3 @ k2, g @ m3, g],
+        [g @ m3 @ m2 @ m1, g @ m3 @ m2, g @ m3, g],
+    ]
+    for iterations, by_hand in enumerate(expected):
+        w = highway_bp(links, [(nothing,)] * 3 + [(g,)], iterations, 0.25, 2)
+        for (found,), wanted in zip(w, by_hand, strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+def test_what_has_no_segments_says_so():
+    program, start = random_chain(3, 1)
+    with pytest.raises(ValueError, match="segment is 2, it must be 1"):
+        reference_gradients(program, start, lambda states: states[-1][0].sum(), 1, segment=2, solver=fixed_point)
+    with pytest.raises(ValueError, match="segment is 0; it must be at least 1"):
+        reference_gradients(program, start, lambda states: states[-1][0].sum(), 1, segment=0)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +13,7 @@ from zoo import CASES
 
 import hwbp_compiler
 from hwbp_compiler import testing
-from hwbp_compiler.testing import assertions, capture
+from hwbp_compiler.testing import assertions, capture, judge, models
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -98,23 +102,29 @@ def test_a_wrong_gradient_is_noticed(small, compile_with):
         testing.assert_exact_at_full_length(model, args)
 
 
+@pytest.mark.parametrize("segment", [1, 2])
 @pytest.mark.parametrize("kind", ["blocks", "module", "loop"])
-def test_full_length_is_checked_in_the_rewritten_form(kind, monkeypatch):
+def test_full_length_is_checked_in_the_rewritten_form(kind, segment, monkeypatch):
     """Outside of the assertion a chain is left alone where k reaches its length, which would prove nothing."""
     torch.manual_seed(0)
     if kind == "blocks":
-        model, x = nn.Sequential(*(_Block() for _ in range(4))), torch.randn(3, 4)
+        model, x = nn.Sequential(*(_Block() for _ in range(6))), torch.randn(3, 4)
     else:
         model, x = _OverTime(kind == "module"), torch.randn(6, 2, 4)
+    options = {"damping": 0.3, "segment": segment}
     hwbp_compiler.reset_counters()
-    testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
+    testing.assert_exact_at_full_length(model, (x,), options=options)
     assert hwbp_compiler.counters()["chains_rewritten"] == 1
 
-    whole = assertions.AtFullLength.rounds
-    fewer = lambda options, length: whole(options, length) and whole(options, length) - 2  # noqa: E731
-    monkeypatch.setattr(assertions.AtFullLength, "rounds", fewer)
+    whole = assertions.AtFullLength.truncation
+
+    def fewer(options, length):
+        found = whole(options, length)
+        return found and dataclasses.replace(found, iterations=found.iterations - 2)
+
+    monkeypatch.setattr(assertions.AtFullLength, "truncation", fewer)
     with pytest.raises(AssertionError, match="iterations=1000000: .* is off by"):
-        testing.assert_exact_at_full_length(model, (x,), options={"damping": 0.3})
+        testing.assert_exact_at_full_length(model, (x,), options=options)
 
 
 def test_check_says_where_nothing_was_rewritten(capsys):
@@ -189,7 +199,97 @@ def test_check_counts_the_claims_that_hold(small, compile_with, capsys):
     model, args, program = small
     compile_with(exact_backend)
     assert not testing.check(model, args, program=program, iterations=(1, 4), damping=(0.0,))
-    assert "4 of 5 claims hold" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 of 6 claims hold" in said  # in two segments, one iteration is backprop
+    assert "iterations=1, damping=0.0, segment=2 as the oracle" in said
+
+
+def test_check_asks_for_each_segment_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(assertions, "assert_matches_truncation", lambda *_, **chosen: asked.append(chosen))
+    for name in ("assert_forward_unchanged", "assert_linear", "assert_exact_at_full_length"):
+        monkeypatch.setattr(assertions, name, lambda *_, **__: None)
+    testing.check(nn.Linear(2, 2), (), program=lambda model: None, damping=(0.0, 0.2), segment=(1, 2, 4))
+    settings = [(given["segment"], given["iterations"], given["damping"]) for given in asked]
+    assert settings == [(1, k, gamma) for k in (0, 1, 2) for gamma in (0.0, 0.2)] + [(2, 1, 0.0), (4, 1, 0.0)]
+
+
+def test_a_wrong_segment_is_noticed(small, compile_with):
+    model, args, program = small
+    compile_with(exact_backend)
+    testing.assert_matches_truncation(model, args, testing.probe_loss, program, 1, segment=2)
+    with pytest.raises(AssertionError, match="iterations=0, damping=0.0, segment=2: "):
+        testing.assert_matches_truncation(model, args, testing.probe_loss, program, 0, segment=2)
+
+
+def test_check_passes_with_segments(capsys):
+    """Six blocks: three segments of two links, so that one iteration is short of backprop."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block() for _ in range(6)))
+
+    def program(model):
+        return testing.Program(
+            dict(model.named_parameters()),
+            lambda run, x: run([_link(block) for block in model], (x,)).states[-1][0],
+        )
+
+    x = torch.randn(3, 4, requires_grad=True)
+    assert testing.check(model, (x,), program=program, iterations=(1,), damping=(0.0,), segment=(1, 2))
+    said = capsys.readouterr().out
+    assert "holds  iterations=1, damping=0.0, segment=2 as the oracle" in said
+    assert "No chain was rewritten" not in said
+
+
+@pytest.mark.parametrize(
+    ("outside", "length", "tails"),
+    [(2, 4, False), (1, 5, False), (0, 7, True)],
+    ids=["begins at the first state that wants a gradient", "begins a link before it", "takes the link in front"],
+)
+def test_with_segments_the_judge_knows_where_a_chain_begins(outside, length, tails):
+    """Six blocks in segments of two, k = 0. What is truncated next to the input depends on where the chain begins."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(_Block() for _ in range(6))).double()
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=tails)
+    if not tails:  # the first two states want no gradient
+        model[0].requires_grad_(False)
+
+    def program(outside, in_front=False):
+        def forward(run, x):
+            for block in model[:outside]:
+                x = block(x)
+            links = [_link(block) for block in model[outside:]]
+            if in_front:
+                links.insert(0, testing.Link(lambda state, side, hold: ((state[0] * 1.0,), ())))
+            return run(links, (x,)).states[-1][0]
+
+        return testing.Program(dict(model.named_parameters()), forward)
+
+    def judged(length):
+        record = SimpleNamespace(length=length, decision="rewritten", reason="")
+        return judge.judge(
+            [program(0)], (x,), testing.probe_loss, output, found, [record], iterations=0, damping=0.2, segment=2,
+            tails=tails,
+        )  # fmt: skip
+
+    output, found = testing.reference_gradients(
+        program(outside, in_front=tails), (x,), testing.probe_loss, 0, 0.2, segment=2
+    )
+    assert judged(length).rewritten == (True,)
+    with pytest.raises(AssertionError, match="S=2: .* is off by"):
+        judged(6 if tails else 9 - length)
+
+
+def test_the_judge_takes_no_other_segment():
+    torch.manual_seed(0)
+    spec = models.Model(stacks=(models.Stack(depth=6),))
+    model, args, loss = models.build(spec)
+    output, found = testing.reference_gradients(models.program(model), args, loss, 1, segment=2)
+    record = SimpleNamespace(length=6, decision="rewritten", reason="")
+    judged = partial(judge.judge, [models.program(model)], args, loss, output, found, [record])
+    assert judged(iterations=1, damping=0.0, segment=2).rewritten == (True,)
+    for segment in (1, 3):
+        with pytest.raises(AssertionError, match=f"S={segment}: .* is off by"):
+            judged(iterations=1, damping=0.0, segment=segment)
 
 
 def test_assertions_leave_the_users_model_alone(small, compile_with):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hwbp_compiler.options import Options
+from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.reasons import Reason, Why
 
 from .estimate import Estimate
@@ -20,11 +20,11 @@ class Decision:
     estimate: Estimate | None = None
 
 
-def decide(length: int, options: Options, estimate: Callable[[int], Estimate], may_pay: bool = True) -> Decision:
+def decide(length: int, options: Options, estimate: Callable[[Truncation], Estimate], may_pay: bool = True) -> Decision:
     """What becomes of a sound chain of ``length`` links.
 
-    ``estimate`` takes the iterations, and is asked only where its answer is reported. ``may_pay``: whether expected
-    speed is enough to rewrite the chain, or only ``rewrite="always"``.
+    ``estimate`` takes what would be written out, and is asked only where its answer is reported. ``may_pay``: whether
+    expected speed is enough to rewrite the chain, or only ``rewrite="always"``.
     """
     if options.rewrite == "never":
         return Decision(Reason.REWRITE_NEVER.of())
@@ -32,7 +32,9 @@ def decide(length: int, options: Options, estimate: Callable[[int], Estimate], m
         return Decision(shorter(length, options))
     if (exact := ordinary(length, options)) is not None:
         return Decision(exact)
-    expected = estimate(int(options.iterations))
+    how = options.truncation(length)
+    assert how is not None  # or it is ordinary backprop
+    expected = estimate(how)
     if options.rewrite == "always":
         return Decision(Reason.REWRITTEN_ALWAYS.of(estimate=expected), True, expected)
     if expected.pays and may_pay:
@@ -46,19 +48,29 @@ _ALONE = "Nothing: one link alone has none to be computed at once with, and its 
 
 def shorter(length: int, options: Options) -> Why:
     """Why a chain below ``min_length`` is left alone, and what to change."""
-    exact = options.iterations == "exact" or options.iterations >= length
-    fewer = f" with iterations={length - 1} or fewer" if exact else ""
-    advice = f"min_length={length}{fewer} lets it be considered." if length > 1 else _ALONE
+    needed = options.needed(length)
+    exact = options.iterations == "exact" or options.iterations >= needed
+    fewer = f" with iterations={needed - 1} or fewer" if exact else ""
+    advice = f"min_length={length}{fewer} lets it be considered." if needed > 0 and length > 1 else _ALONE
     return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
 
 
 def ordinary(length: int, options: Options) -> Why | None:
     """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
     ask for something else."""
+    needed = options.needed(length)
     if options.iterations == "exact":
-        advice = f"Any iterations below {length}." if length > 1 else _ALONE
-        return Reason.EXACT_ASKED_FOR.of(advice=advice)
-    if options.rounds(length) is None:
+        return Reason.EXACT_ASKED_FOR.of(advice=f"Any iterations below {needed}." if needed else _ALONE)
+    if options.truncation(length) is not None:
+        return None
+    if options.segment == 1:
         advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
         return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
-    return None
+    if length == 1:
+        advice = _ALONE
+    else:
+        fewer = f"iterations below {needed}, or " if needed else ""
+        advice = f"{fewer}a segment below {options.segment}; or leave it: these gradients are exact."
+    return Reason.ITERATIONS_REACH_SEGMENTS.of(
+        iterations=options.iterations, segments=needed + 1, segment=options.segment, length=length, advice=advice
+    )

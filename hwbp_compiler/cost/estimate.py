@@ -7,11 +7,13 @@ that have their own).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from hwbp_compiler.engine.stacking import StackPlan, is_shared
@@ -19,6 +21,7 @@ from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure, references
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
+from hwbp_compiler.options import Truncation
 
 from .devices import Device, device_figures
 
@@ -51,8 +54,8 @@ class Estimate:
         )
 
 
-def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
-    """Cost of ``chain``'s backward as it stands and with ``iterations`` rounds."""
+def estimate(chain: Chain, groups: list[Group], how: Truncation) -> Estimate:
+    """Cost of ``chain``'s backward as it stands and rewritten."""
     like = next(n for n in chain.states[0] if n is not None).meta["val"]
     figures = device_figures(like.device)
     substitution = rewritten = 0.0
@@ -67,18 +70,37 @@ def estimate(chain: Chain, groups: list[Group], iterations: int) -> Estimate:
         lanes = len(group.lanes)
         summed = _summed(group)
         substitution += lanes * (seconds_of(group, block | sides, figures, 1) + _accumulating(group, figures))
-        rounds = iterations if heavy else 0
-        rewritten += rounds * seconds_of(group, block, figures, lanes) + seconds_of(
-            group, sides, figures, lanes, summed
-        )
+        if heavy:
+            rewritten += of_blocks(group, block, figures, how, group.lanes)
+        rewritten += seconds_of(group, sides, figures, lanes, summed)
         bytes_copied, pieces = _copied(group)
         copied += bytes_copied
         rewritten += (pieces + _handed_out(group)) * figures.piece
-    rows = len(chain.links) + 1
-    scan = 2 * figures.launch + figures.seconds(3 * rows * bytes_of(like) / figures.cache_bytes)
-    rewritten += ((iterations if blocks else 0) + 1) * scan * chain.width
+    rewritten += chain.width * of_scans(like, len(chain.links), figures, how, blocks)
     rewritten += 2 * copied / figures.bytes
     return Estimate(substitution, rewritten, copied)
+
+
+def of_blocks(group: Group, block: set[int], figures: Device, how: Truncation, positions: Sequence[int]) -> float:
+    """Seconds for the blocks of links ``positions``, counted from the loss, in all iterations, or runs, together."""
+    if how.segment == 1:
+        return how.iterations * seconds_of(group, block, figures, len(positions))
+    at_step = Counter(position % how.segment for position in positions)
+    return (how.iterations + 1) * sum(seconds_of(group, block, figures, lanes) for lanes in at_step.values())
+
+
+def of_scans(like: Tensor, links: int, figures: Device, how: Truncation, blocks: bool) -> float:
+    """Seconds for all scans of one component."""
+
+    def scan(rows: int) -> float:
+        return 2 * figures.launch + figures.seconds(3 * rows * bytes_of(like) / figures.cache_bytes)
+
+    if not blocks:
+        return scan(links + 1)
+    if how.segment == 1:
+        return (how.iterations + 1) * scan(links + 1)
+    products = scan(links) if how.iterations else 0.0
+    return scan(links + 1) + products + how.iterations * scan(how.segments(links))
 
 
 def _kind(program: Program, i: int) -> Kind | None:

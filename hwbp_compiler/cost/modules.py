@@ -13,6 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hwbp_compiler.graph.sizes import hint
+from hwbp_compiler.options import Truncation
 
 from .devices import Kernels, kernel_figures
 from .estimate import Estimate
@@ -22,13 +23,16 @@ _GATES = {"gru": 3, "lstm": 4}
 # Of [T, B, H], read or written: before the first iteration and after the last, and in every iteration.
 _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 
+# Kernels or calls in a step of a run: a product, and what is elementwise before it and after.
+_LAUNCHES = 3
+
 # Seconds a step: what recording a GRU and replaying the record costs a CPU beyond the products, beside the flops below
 # (twice what two cores were seen to reach; 90 to 120 us were seen).
 _RECORD = 50e-6
 
 
 def estimate_recurrent(
-    kind: str, input: Tensor, output: Tensor, iterations: int, layers: int = 1, directions: int = 1
+    kind: str, input: Tensor, output: Tensor, how: Truncation, layers: int = 1, directions: int = 1
 ) -> Estimate:
     """Seconds for input [T, B, I] and output [T, B, H] ([T, B, 2 H] of both directions); symbolic sizes count as what
     they were seen to be."""
@@ -39,21 +43,24 @@ def estimate_recurrent(
     for layer in range(layers):
         for direction in range(directions):
             columns = hidden * directions if layer else width
-            one = _of_a_layer(kind, figures, (steps, batch, columns, hidden), output, iterations)
+            one = _of_a_layer(kind, figures, (steps, batch, columns, hidden), output, how)
             exact += one.substitution * (figures.more if layer or direction else 1.0)
             rewritten += one.rewritten
     return Estimate(exact, rewritten, 0)
 
 
 def _of_a_layer(
-    kind: str, figures: Kernels, sizes: tuple[int, int, int, int], like: Tensor, iterations: int
+    kind: str, figures: Kernels, sizes: tuple[int, int, int, int], like: Tensor, how: Truncation
 ) -> Estimate:
     steps, batch, width, hidden = sizes
     of_input, of_state = _products(kind, figures, sizes)
     once, each = (series * steps * batch * hidden * like.element_size() / figures.bytes for series in _SERIES[kind])
     on_a_cpu = like.device.type == "cpu"
     before_and_after = 3 * of_input + 2 * of_state + once + (12 if on_a_cpu else 40) * figures.launch
-    rewritten = before_and_after + iterations * (of_state + each + 4 * figures.launch)
+    if how.segment > 1:
+        rewritten = before_and_after + _of_runs(figures, how, sizes, of_state, each)
+    else:
+        rewritten = before_and_after + how.iterations * (of_state + each + 4 * figures.launch)
     by_step = steps * (figures.step + figures.element * batch * hidden)
     # The products of one step run at half speed.
     if kind == "gru" and on_a_cpu:
@@ -63,6 +70,15 @@ def _of_a_layer(
         slower = figures.flops / (figures.kernel_flops or figures.flops)
         exact = (2 * of_input + 2 * 2 * of_state) * slower + by_step
     return Estimate(exact, rewritten, 0)
+
+
+def _of_runs(
+    figures: Kernels, how: Truncation, sizes: tuple[int, int, int, int], of_state: float, each: float
+) -> float:
+    """k + 1 runs of S steps, each a product over C times the batch and what is elementwise around it."""
+    steps = min(how.segment, sizes[0])
+    of_one = of_state + each + steps * _LAUNCHES * figures.launch
+    return (how.iterations + 1) * of_one + how.iterations * 4 * figures.launch
 
 
 def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> tuple[float, float]:

@@ -81,20 +81,27 @@ def solve(
     """
     nothing: list[T | None] = [None] * len(highway.order)
     before_scan(0)
-    rows = _scan(series, highway, nothing, None, damping)
+    rows = scan_along(series, highway, nothing, damping)
     for t in range(1, iterations + 1):
         found = blocks(t, rows)
         if all(block is None for block in found) and not damping:
             break  # no block at all: exact without iterating (a diagonal recurrence)
         before_scan(t)
-        rows = _scan(series, highway, found, rows, damping)
+        rows = scan_along(series, highway, found, damping, rows)
     return rows
 
 
-def _scan(
-    series: Series[T], highway: Highway[T], blocks: Sequence[T | None], rows: list[T] | None, damping: float
+def scan_along(
+    series: Series[T],
+    highway: Highway[T],
+    blocks: Sequence[T | None],
+    damping: float = 0.0,
+    rows: Sequence[T] | None = None,
 ) -> list[T]:
-    """One scan along the highway, component after component. Damping hands gamma K of the rows before to the block."""
+    """One scan along the highway, component after component: rows 0..L of each, by number.
+
+    Damping hands gamma K of the ``rows`` before to the block.
+    """
     keep = 1.0 - damping
     done: dict[int, T] = {}
     for to in highway.order:
@@ -118,4 +125,4 @@ def _scan(
             done[to] = series.with_head(values, head)
         else:
             done[to] = series.scan(values, own, keep, head)
-    return [done[to] for to in range(len(highway.order))]
+    return [done[to] for to in sorted(done)]

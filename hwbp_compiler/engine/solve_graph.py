@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .batching import Emitter
+from .segments import Cut
 
 aten = torch.ops.aten
 
@@ -44,6 +45,43 @@ class GraphSeries:
 
     def scan(self, values: Node, k: Node | float, keep: float, head: Node) -> Node:
         return self.e.call(torch.ops.highway.linear_scan.default, values, self._multiplier(values, k, keep), True, head)
+
+    # -- cut into segments --------------------------------------------------------------------------------------
+
+    def ends(self, rows: Node, cut: Cut) -> Node:
+        return self.e.call(aten.slice.Tensor, rows, 0, cut.first, self.links + 1, cut.size)
+
+    def product(self, k: Node | float, keep: float, cut: Cut) -> Node | float:
+        if isinstance(k, float):
+            return float((keep * k) ** cut.size)
+        product = self.e.call(aten.prod.dim_int, self._by_segment(k, cut), 1)
+        return product if keep == 1.0 else self.e.call(aten.mul.Tensor, product, keep**cut.size)
+
+    def folded(self, k: Node | float, cut: Cut) -> Node | float:
+        if isinstance(k, float):
+            return k
+        apart = self._by_segment(k, cut)
+        rank = apart.meta["val"].dim()
+        return self.e.call(aten.clone.default, self.e.permute(apart, [1, 0, *range(2, rank)]))
+
+    def _by_segment(self, k: Node, cut: Cut) -> Node:
+        """[C - 1, S, ...]"""
+        inside = self.e.call(aten.slice.Tensor, k, 0, cut.first, self.links) if cut.first else k
+        return self.e.reshape(inside, [cut.count - 1, cut.size, *k.meta["val"].shape[1:]])
+
+    def of_segments(self, cut: Cut) -> GraphSeries:
+        return GraphSeries(self.e, cut.count - 1, self.like)
+
+    def inside(self, cut: Cut) -> GraphSeries:
+        return GraphSeries(
+            self.e, cut.size, [like.unsqueeze(0).expand(cut.count - 1, *like.shape) for like in self.like]
+        )
+
+    def all(self, component: int, value: float) -> Node:
+        return self.e.full(list(self.like[component].shape), value, self.like[component])
+
+    def first_row(self, rows: Node) -> Node:
+        return self.e.call(aten.select.int, rows, 0, 0)
 
     def _multiplier(self, values: Node, k: Node | float, keep: float) -> Node | None:
         """``keep * k``, made once for all rounds; None stands for one."""

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .segments import Cut
+
 linear_scan = torch.ops.highway.linear_scan
 
 
@@ -37,6 +39,38 @@ class TensorSeries:
 
     def scan(self, values: Tensor, k: Tensor | float, keep: float, head: Tensor) -> Tensor:
         return linear_scan(values, multiplier(k if keep == 1.0 else k * keep, head), True, head)
+
+    # -- cut into segments --------------------------------------------------------------------------------------
+
+    def ends(self, rows: Tensor, cut: Cut) -> Tensor:
+        return rows[cut.first :: cut.size]
+
+    def product(self, k: Tensor | float, keep: float, cut: Cut) -> Tensor | float:
+        if isinstance(k, float):
+            return float((keep * k) ** cut.size)
+        if k.shape[0] == 1:  # the same for all links
+            return (keep * k).pow(cut.size)
+        return self._by_segment(k, cut).prod(1) * keep**cut.size
+
+    def folded(self, k: Tensor | float, cut: Cut) -> Tensor | float:
+        return k if isinstance(k, float) or k.shape[0] == 1 else self._by_segment(k, cut).transpose(0, 1).contiguous()
+
+    def _by_segment(self, k: Tensor, cut: Cut) -> Tensor:
+        """[C - 1, S, ...]"""
+        return k[cut.first :].reshape(cut.count - 1, cut.size, *k.shape[1:])
+
+    def of_segments(self, cut: Cut) -> TensorSeries:
+        return TensorSeries(cut.count - 1, self.like)
+
+    def inside(self, cut: Cut) -> TensorSeries:
+        return TensorSeries(cut.size, [like.unsqueeze(0).expand(cut.count - 1, *like.shape) for like in self.like])
+
+    def all(self, component: int, value: float) -> Tensor:
+        like = self.like[component]
+        return like.new_full(like.shape, value)
+
+    def first_row(self, rows: Tensor) -> Tensor:
+        return rows[0]
 
 
 def multiplier(k: Tensor | float, like: Tensor) -> Tensor | None:

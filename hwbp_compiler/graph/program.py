@@ -340,6 +340,12 @@ def closure(program: Program, end: int) -> set[int]:
     return needed
 
 
+def has_block(program: Program) -> bool:
+    """False where no statement on the way from state to state takes the state other than elementwise: J = 0."""
+    inside = set().union(*(closure(program, i) for i in program.outputs))
+    return not all(elementwise_argument(program, i, r) for i in inside for r in references(program.statements[i].args))
+
+
 def is_heavy(program: Program, i: int) -> bool:
     """Whether statement ``i`` is what a block is made of."""
     node = program.raw[i]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hwbp_compiler.engine.segments import solve_segments
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_tensors import TensorSeries
+from hwbp_compiler.options import Truncation
 
 from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows
+from .runs import LayerRuns, Links, layer_cut
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
@@ -18,14 +21,13 @@ def gradients(
     layer: Layer,
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
-    iterations: int | None,
-    damping: float,
+    truncation: Truncation | None,
 ) -> Gradients:
     """With the gates r and z and the candidate n of every step at once,
 
         h' = (1 - z) n + z h        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
 
-    Iterations None: exact backprop, one step after the other (``through_time``).
+    Truncation None: exact backprop, one step after the other (``through_time``).
     """
     first, later = layer.state[0][0].to(layer.output.dtype), layer.output[:-1]  # the states before each step
     size = first.shape[-1]
@@ -40,12 +42,12 @@ def gradients(
     # (h - n) z is h' - n.
     of_z = (layer.output - n) * (1 - z)
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
-    if iterations is None:
+    if truncation is None:
         w, of_first = through_time(contributions(layer, grad_output, grad_h_n), z, into[:, :, 1:], layer.w_hh)
     else:
         c = contributions(layer, grad_output, None)
         last = at_the_last_state(c, grad_h_n)
-        w, of_first = _truncated(c[:-1], last, z, into[:, :, 1:], layer.w_hh, iterations, damping)
+        w, of_first = _truncated(Links(c, z, None, into[:, :, 1:], layer.w_hh), last, truncation)
 
     flat = rows(into * w.unsqueeze(2))
     of_ih, of_hh = flat[:, : 3 * size], flat[:, size:]
@@ -86,22 +88,28 @@ def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor
     return both if layer.b_ih is None or layer.b_hh is None else both + (layer.b_ih + layer.b_hh)[gates]
 
 
-def _truncated(
-    c: Tensor, last: Tensor, z: Tensor, into: Tensor, w_hh: Tensor, iterations: int, damping: float
-) -> tuple[Tensor, Tensor]:
-    """w^k [T, B, H], and what it makes of the state before the first step [B, H]; from the losses' contributions at
-    all states but the last, c [T - 1, B, H], and at the last."""
+def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Tensor]:
+    """w [T, B, H], and what it makes of the state before the first step [B, H]; ``last`` is the gradient at the last
+    state [B, H]."""
+    z, into, damping = links.multipliers, links.into, how.damping
+    assert z is not None
+    highway = Highway(order=(0,), k={(0, 0): z[1:]}, heads=[last], injected=[links.values[:-1]])
+    series = TensorSeries(z.shape[0] - 1, [last])
+    if how.segment > 1:
+        cut = layer_cut(z.shape[0], how.segment)
+        runs = LayerRuns(links, cut)
+        (w,) = solve_segments(series, highway, cut, runs, how.iterations, damping)
+        return w, runs.of_first[0]
     into_first = torch.zeros_like(last)
 
     def blocks(_: int, rows: list[Tensor]) -> list[Tensor]:
         nonlocal into_first
         (w,) = rows
-        moved = _through_blocks(into, w, w_hh)
+        moved = _through_blocks(into, w, links.weight)
         into_first = moved[0] + damping * z[0] * w[0] if damping else moved[0]
         return [moved[1:]]
 
-    highway = Highway(order=(0,), k={(0, 0): z[1:]}, heads=[last], injected=[c])
-    (w,) = solve(TensorSeries(c.shape[0], [last]), highway, blocks, iterations, damping)
+    (w,) = solve(series, highway, blocks, how.iterations, damping)
     return w, into_first + (1 - damping) * z[0] * w[0]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hwbp_compiler.engine.segments import solve_segments
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_tensors import TensorSeries
+from hwbp_compiler.options import Truncation
 
 from .layer import (
     Gradients,
@@ -17,6 +19,7 @@ from .layer import (
     rows,
     states_before,
 )
+from .runs import LayerRuns, Links, layer_cut
 
 MULTIPLIER = "c->c: sigmoid(...); c->h: sigmoid(...)*sigmoid(...)*(1 - tanh(...)**2)"
 
@@ -26,8 +29,7 @@ def gradients(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    iterations: int,
-    damping: float,
+    truncation: Truncation,
 ) -> Gradients:
     """With the gates i, f, o and the candidate g of every step at once,
 
@@ -55,41 +57,51 @@ def gradients(
 
     c_h = contributions(layer, grad_output, grad_h_n)
     c_e = through_h * c_h
-    h_before_last, e_before_last = torch.zeros_like(c_h[0]), torch.zeros_like(c_h[0])  # w^{k-1}, at the first step
-
-    def blocks(_: int, rows_of: list[Tensor]) -> list[Tensor]:
-        nonlocal h_before_last, e_before_last
-        w_h, w_e = rows_of
-        h_before_last, e_before_last = w_h[0], w_e[0]
-        moved = torch.mm(rows(_into_gates(into[1:], w_h[1:], w_e[1:])), layer.w_hh).view(w_h[1:].shape)
-        return [moved, through_h[:-1] * moved]
-
-    highway = Highway(
-        order=(0, 1),
-        k={(1, 1): f[1:]},
-        heads=[c_h[-1], at_the_last_state(c_e, grad_c_n)],
-        injected=[c_h[:-1], c_e[:-1]],
-    )
-    series = TensorSeries(f.shape[0] - 1, highway.heads)
-    w_h, w_e = solve(series, highway, blocks, iterations, damping)
+    heads = [c_h[-1], at_the_last_state(c_e, grad_c_n)]
+    highway = Highway(order=(0, 1), k={(1, 1): f[1:]}, heads=heads, injected=[c_h[:-1], c_e[:-1]])
+    links = Links(c_h, f, through_h, into, layer.w_hh)
+    w_h, w_e, first_h, first_c = _truncated(links, highway, truncation)
 
     into_gates = _into_gates(into, w_h, w_e)
     flat = rows(into_gates)
     weights = torch.mm(flat.t(), rows(both))
     sums = column_sums(flat)
     inputs = layer.input.shape[-1]
-    crossed = torch.mm(_into_gates(into[:1], h_before_last[None], e_before_last[None])[0].flatten(1), layer.w_hh)
-    first_c = f[0] * w_e[0]
-    if damping:
-        first_c = (1 - damping) * first_c + damping * f[0] * e_before_last
     return Gradients(
         input=torch.mm(flat, layer.w_ih).view(layer.input.shape),
-        state=(crossed.unsqueeze(0), first_c.unsqueeze(0)),
+        state=(first_h.unsqueeze(0), first_c.unsqueeze(0)),
         w_ih=weights[:, :inputs],
         w_hh=weights[:, inputs:],
         b_ih=sums,
         b_hh=sums.clone(),  # both are added to and clipped in place
     )
+
+
+def _truncated(links: Links, highway: Highway[Tensor], how: Truncation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w_h and w_e [T, B, H], and what they make of h_0 and c_0 [B, H]."""
+    f, q, into, damping = links.multipliers, links.through, links.into, how.damping
+    assert f is not None and q is not None
+    series = TensorSeries(f.shape[0] - 1, highway.heads)
+    if how.segment > 1:
+        cut = layer_cut(f.shape[0], how.segment)
+        runs = LayerRuns(links, cut)
+        w_h, w_e = solve_segments(series, highway, cut, runs, how.iterations, damping)
+        return w_h, w_e, *runs.of_first  # type: ignore[return-value]
+    h_before_last, e_before_last = (torch.zeros_like(head) for head in highway.heads)  # w^{k-1}, at the first step
+
+    def blocks(_: int, rows_of: list[Tensor]) -> list[Tensor]:
+        nonlocal h_before_last, e_before_last
+        w_h, w_e = rows_of
+        h_before_last, e_before_last = w_h[0], w_e[0]
+        moved = torch.mm(rows(_into_gates(into[1:], w_h[1:], w_e[1:])), links.weight).view(w_h[1:].shape)
+        return [moved, q[:-1] * moved]
+
+    w_h, w_e = solve(series, highway, blocks, how.iterations, damping)
+    first_h = torch.mm(_into_gates(into[:1], h_before_last[None], e_before_last[None])[0].flatten(1), links.weight)
+    first_c = f[0] * w_e[0]
+    if damping:
+        first_c = (1 - damping) * first_c + damping * f[0] * e_before_last
+    return w_h, w_e, first_h, first_c
 
 
 def _into_gates(into: Tensor, of_h: Tensor, of_c: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def of_loop(plan: Plan, length: int, joint: Graph, names: Mapping[str, str]) -> 
     program = plan.loop.backward.program
     before = "" if program is None else _before(program, (), names)
     emitted = [node for node in joint.nodes if node.meta.get(MARK) == plan.loop.name]
-    after = "\n".join(map(_line, emitted)) if plan.how.iterations is not None else ""
+    after = "\n".join(map(_line, emitted)) if plan.how.truncation is not None else ""
     return [BlockPrograms(forward, before, after, length)]
 
 

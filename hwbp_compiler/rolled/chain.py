@@ -22,11 +22,14 @@ from torch.fx import Node
 
 from hwbp_compiler.engine.batching import Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
+from hwbp_compiler.engine.segments import Cut, solve_segments
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_tensors import TensorSeries, multiplier
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import Program
+from hwbp_compiler.options import Truncation
 
+from .lanes import operator as loop_segments
 from .link import Affine, Backward
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of
@@ -39,11 +42,10 @@ linear_scan = torch.ops.highway.linear_scan
 
 @dataclass(frozen=True)
 class How:
-    """How a chain's gradient is computed: ``iterations`` None is ordinary backprop, step after step; so is any chain
+    """How a chain's gradient is computed: ``truncation`` None is ordinary backprop, step after step; so is any chain
     of less than ``shortest`` links, and of any other number than ``only``."""
 
-    iterations: int | None
-    damping: float = 0.0
+    truncation: Truncation | None
     shortest: int = 0
     only: int | None = None
 
@@ -150,7 +152,7 @@ class _Backprop:
         self.direct = [c if c is not None else torch.zeros_like(z) for c, z in zip(contributions, states, strict=True)]
 
     def run(self, how: How) -> list[Tensor | None]:
-        rows = self._step_by_step() if how.iterations is None else self._highway(how.iterations, how.damping)
+        rows = self._step_by_step() if how.truncation is None else self._highway(how.truncation)
         gradients: list[Tensor | None] = [r[0] for r in rows]
         for tangent, row in zip(self.link.backward.tangents, rows, strict=True):
             self.values.known[tangent] = constant(row[1:], True)
@@ -173,7 +175,7 @@ class _Backprop:
 
     # -- all steps at once --------------------------------------------------------------------------------------
 
-    def _highway(self, iterations: int, damping: float) -> list[Tensor]:
+    def _highway(self, how: Truncation) -> list[Tensor]:
         assert self.split is not None and self.program is not None
         evaluator = self._evaluator([None] * self.link.width)
         outputs = self.program.outputs
@@ -181,14 +183,18 @@ class _Backprop:
             (to, source): _factor(self.emitter, evaluator.value(Coefficient(source), outputs[to]), self.start[to])
             for to, source in self.split.support
         }
-        direct = [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
+        series = TensorSeries(self.length, self.start)
+        highway = Highway(self.split.order, factors, [d[-1] for d in self.direct], self._before())
+        if how.segment > 1 and (how.damping or self.link.backward.has_block):
+            cut = Cut.of(self.length, how)
+            return solve_segments(series, highway, cut, _Runs(self._step(), cut), how.iterations, how.damping)
         return solve(
-            TensorSeries(self.length, self.start),
-            Highway(self.split.order, factors, [d[-1] for d in self.direct], direct),
-            blocks=lambda _, rows: self._blocks(rows),
-            iterations=iterations,
-            damping=damping,
+            series, highway, blocks=lambda _, rows: self._blocks(rows), iterations=how.iterations, damping=how.damping
         )
+
+    def _before(self) -> list[Tensor]:
+        """What the losses contribute at the state before each link: nothing at the first."""
+        return [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
 
     def _blocks(self, rows: list[Tensor]) -> list[Tensor | None]:
         """J at all links at once."""
@@ -200,7 +206,13 @@ class _Backprop:
     # -- step by step -------------------------------------------------------------------------------------------
 
     def _step_by_step(self) -> list[Tensor]:
-        """The same rows by substitution. All that does not depend on the gradient is computed for all steps before."""
+        """The same rows by substitution."""
+        step, head = self._step(), [d[-1] for d in self.direct]
+        found = torch.ops.highway.loop(step.code, step.inputs, head, step.shared, self.length, True, step.sizes)
+        return [torch.cat([f, h.unsqueeze(0)]) for f, h in zip(found, head, strict=True)]
+
+    def _step(self) -> _Step:
+        """One link of the substitution. All that does not depend on the gradient is computed for all steps before."""
         backward = self.link.backward
         graph = backward.module.graph
         moving = depends_on(backward.tangents, graph)
@@ -212,12 +224,33 @@ class _Backprop:
             if isinstance(value, Value):
                 (per_step if value.batched else shared).append((node, value.tensor))
         code = code_of(graph, backward.tangents, [n for n, _ in per_step], [n for n, _ in shared], results, True)
-        direct = [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
-        inputs = [*direct, *(v for _, v in per_step)]
-        head = [d[-1] for d in self.direct]
-        tensors, sizes = apart([v for _, v in shared])
-        found = torch.ops.highway.loop(code, inputs, head, tensors, self.length, True, sizes)
-        return [torch.cat([f, h.unsqueeze(0)]) for f, h in zip(found, head, strict=True)]
+        return _Step(code, [*self._before(), *(v for _, v in per_step)], *apart([v for _, v in shared]))
+
+
+@dataclass
+class _Step:
+    """A link of the substitution as text, and what it takes: a row for each link, or the same for all."""
+
+    code: str
+    inputs: list[Tensor]
+    shared: list[Tensor]
+    sizes: list[Any]
+
+
+@dataclass
+class _Runs:
+    step: _Step
+    cut: Cut
+
+    def across(self, iteration: int, ends: list[Tensor]) -> list[Tensor]:
+        return self._run(ends, False)
+
+    def through(self, ends: list[Tensor]) -> list[Tensor]:
+        return self._run(ends, True)
+
+    def _run(self, ends: list[Tensor], whole: bool) -> list[Tensor]:
+        s = self.step
+        return loop_segments(s.code, s.inputs, ends, s.shared, self.cut.size, whole, s.sizes)  # type: ignore[no-any-return]
 
 
 # -- shared -------------------------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from hwbp_compiler.cost.decide import decide
 from hwbp_compiler.cost.devices import device_figures
-from hwbp_compiler.cost.estimate import Estimate, seconds_of
+from hwbp_compiler.cost.estimate import Estimate, of_blocks, of_scans, seconds_of
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
-from hwbp_compiler.graph.sizes import bytes_of
-from hwbp_compiler.options import Options
+from hwbp_compiler.options import Options, Truncation
 
 from .chain import How
 from .link import Backward
@@ -26,31 +25,35 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         record.because(link.why.after("left exact: "))
         return How(None), record
     record.groups = [link.group(length)]
-    decision = decide(length, options, lambda k: estimate(link, k, length))
+    decision = decide(length, options, lambda how: estimate(link, how, length))
     record.estimate = decision.estimate
     record.because(decision.why)
     if options.rewrite == "never" or options.iterations == "exact":
         return How(None), record
-    k = int(options.iterations)
-    shortest = max(k + 1, options.min_length)
+    chosen = Truncation(int(options.iterations), options.damping, options.segment)
+    shortest = max(chosen.iterations + 1, options.min_length)
+    if chosen.segment > 1:  # as many as need more segments than iterations make exact
+        shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)
     if not decision.rewrites:
-        return How(None, 0.0, shortest), record
+        return How(None, shortest), record
     record.decision = "rewritten"
-    rounds = options.rounds(length)
-    if rounds != k:
-        return How(rounds, options.damping, only=length), record
-    return How(k, options.damping, shortest), record
+    truncation = options.truncation(length)
+    if truncation != chosen:
+        return How(truncation, only=length), record
+    return How(chosen, shortest), record
 
 
-def estimate(link: Backward, iterations: int, length: int) -> Estimate:
+def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
     """Seconds for the gradients at all states; parameter and input gradients cost the same either way."""
     assert link.program is not None and link.split is not None
     like = link.tangents[0].meta["val"]
     figures = device_figures(like.device)
     group = Group([0], [link.program])
     block = set().union(*(closure(link.program, i) for i in link.program.outputs))
-    rounds = iterations if link.has_block else 0
     substitution = length * (_CALL + seconds_of(group, block, figures, 1))
-    scan = 2 * figures.launch + figures.seconds(3 * (length + 1) * bytes_of(like) / figures.cache_bytes)
-    rewritten = rounds * seconds_of(group, block, figures, length) + (rounds + 1) * scan * len(link.tangents)
+    rewritten = len(link.tangents) * of_scans(like, length, figures, how, link.has_block)
+    if link.has_block:
+        rewritten += of_blocks(group, block, figures, how, range(length))
+        if how.segment > 1:
+            rewritten += (how.iterations + 1) * how.segment * _CALL
     return Estimate(substitution, rewritten, 0)

@@ -16,10 +16,8 @@ from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import (
     Program,
     _Builder,
-    closure,
-    elementwise_argument,
+    has_block,
     is_heavy,
-    references,
 )
 from hwbp_compiler.graph.record import GroupRecord
 from hwbp_compiler.graph.rules import linear_arguments, operands, operator_name
@@ -50,7 +48,7 @@ class Backward:
 
     @property
     def has_block(self) -> bool:
-        return self.program is None or not _is_diagonal(self.program)
+        return self.program is None or has_block(self.program)
 
     @property
     def multiplier(self) -> str:
@@ -112,7 +110,7 @@ def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
         split = _split(program)
     except Declined:
         return None
-    return Affine(module, arguments, program, split) if _is_diagonal(program) else None
+    return Affine(module, arguments, program, split) if not has_block(program) else None
 
 
 def _is_scanned(state: torch.Tensor) -> bool:
@@ -160,12 +158,6 @@ def _split(program: Program) -> Split:
     if not split.support:
         raise Declined(Reason.NO_ELEMENTWISE_PATH)
     return split
-
-
-def _is_diagonal(program: Program) -> bool:
-    """True where no statement on the way from state to state takes the state other than elementwise: J = 0."""
-    inside = set().union(*(closure(program, i) for i in program.outputs))
-    return all(elementwise_argument(program, i, ref) for i in inside for ref in references(program.statements[i].args))
 
 
 def _group(program: Program | None, multiplier: str, length: int) -> GroupRecord:

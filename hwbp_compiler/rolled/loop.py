@@ -107,7 +107,7 @@ def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...])
     except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)
-        _warn_once(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
+        warn_once(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
     step = _function_of(code)
 
     def one_by_one(arguments: list[Tensor]) -> None:
@@ -118,7 +118,7 @@ def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...])
 
 
 @functools.cache
-def _warn_once(reason: str) -> None:
+def warn_once(reason: str) -> None:
     log.warning("the step of a loop over time could not be compiled (%s); it runs operator by operator", reason)
 
 

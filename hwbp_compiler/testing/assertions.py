@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler.counting import counters
-from hwbp_compiler.options import Options, made_by
+from hwbp_compiler.options import Options, Truncation, made_by
 from hwbp_compiler.rolled.function import exactly
 
 from .compare import Gradients, assert_gradients_close, assert_outputs_close
@@ -39,9 +39,11 @@ class AtFullLength(Options):
     eager mode.
     """
 
-    def rounds(self, length: int) -> int | None:
-        rounds = super().rounds(length)
-        return length if rounds is None and self.iterations != "exact" and length <= _MOST_ROUNDS else rounds
+    def truncation(self, length: int) -> Truncation | None:
+        found = super().truncation(length)
+        if found is None and self.iterations != "exact" and length <= _MOST_ROUNDS:
+            return Truncation(self.needed(length), self.damping, self.segment)
+        return found
 
 
 @contextlib.contextmanager
@@ -86,8 +88,9 @@ def assert_exact_at_full_length(
 ) -> None:
     """With ``iterations`` as many as a chain has links, and ``"exact"``, the gradients are backprop's.
 
-    Chains of up to 32 links are rewritten for it with that many iterations, which no compilation outside of this
-    assertion does: it leaves them alone. Holds for every ``damping``; the one in ``options`` is used.
+    With segments of S > 1 links they are with one iteration fewer than it has segments. Chains of up to 32 links are
+    rewritten for it with that many iterations, which no compilation outside of this assertion does: it leaves them
+    alone. Holds for every ``damping`` and ``segment``; those in ``options`` are used.
     """
     eager, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
@@ -131,19 +134,24 @@ def assert_matches_truncation(
     iterations: int | Literal["exact"],
     damping: float = 0.0,
     *,
+    segment: int = 1,
     options: Mapping[str, Any] | None = None,
     tolerance: float = 1e-6,
     seed: int = SEED,
 ) -> None:
-    """The gradients are those of w^k: of ``program(model)``, the model retold for :func:`reference_gradients`."""
+    """The gradients are those of w^k: of ``program(model)``, the model retold for :func:`reference_gradients`.
+
+    ``iterations``, ``damping`` and ``segment`` are compiled with, whatever ``options`` says.
+    """
     _, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
     torch.manual_seed(seed)
-    _, expected = reference_gradients(program(compiled), inputs, loss, iterations, damping)
+    _, expected = reference_gradients(program(compiled), inputs, loss, iterations, damping, segment=segment)
     _put_back(compiled, before)
-    step = _compile(compiled, {**(options or {}), "iterations": iterations, "damping": damping})
+    chosen = {"iterations": iterations, "damping": damping, "segment": segment}
+    step = _compile(compiled, {**(options or {}), **chosen})
     got = _gradients(step, compiled, inputs, loss, seed)
-    assert_gradients_close(got, expected, tolerance, what=f"iterations={iterations!r}, damping={damping}")
+    assert_gradients_close(got, expected, tolerance, what=_listed(chosen))
 
 
 def assert_closer(
@@ -188,11 +196,14 @@ def check(
     options: Mapping[str, Any] | None = None,
     iterations: Sequence[int] = (0, 1, 2),
     damping: Sequence[float] = (0.0, 0.2),
+    segment: Sequence[int] = (1, 2),
 ) -> bool:
     """Run every assertion on ``model``, print one line each and a verdict; True if all hold.
 
-    Without ``program`` there is no oracle for truncated gradients, and only the exact ones are checked. Says so too
-    where no chain of the model was rewritten, and the claims tell nothing about Highway-BP.
+    The oracle is asked for all pairs of ``iterations`` and ``damping`` with segments of one link, and for each other
+    ``segment`` once: with one iteration and no damping. Without ``program`` there is no oracle for truncated
+    gradients, and only the exact ones are checked. Says so too where no chain of the model was rewritten, and the
+    claims tell nothing about Highway-BP.
     """
     claims: list[tuple[str, Callable[[], None]]] = [
         ("forward unchanged", partial(assert_forward_unchanged, model, args, options=options))
@@ -203,9 +214,11 @@ def check(
         exact = partial(assert_exact_at_full_length, model, args, loss, options=damped)
         claims.append((f"exact at full length, damping={gamma}", exact))
     if program is not None:
-        for k, gamma in product(iterations, damping):
-            matches = partial(assert_matches_truncation, model, args, loss, program, k, gamma, options=options)
-            claims.append((f"iterations={k}, damping={gamma} as the oracle", matches))
+        for size in segment:
+            for k, gamma in product(iterations, damping) if size == 1 else ((1, 0.0),):
+                chosen: dict[str, Any] = {"iterations": k, "damping": gamma, "segment": size}
+                matches = partial(assert_matches_truncation, model, args, loss, program, **chosen, options=options)
+                claims.append((f"{_listed(chosen)} as the oracle", matches))
     failures, before = 0, counters()["chains_rewritten"]
     for name, claim in claims:
         try:
@@ -222,6 +235,10 @@ def check(
 
 
 # ---------------------------------------------------------------------------------------------------------
+
+
+def _listed(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in chosen.items())
 
 
 def _scaled(factor: float, loss: Loss, output: Any) -> Tensor:

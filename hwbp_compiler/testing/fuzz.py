@@ -2,7 +2,7 @@
 
     python -m hwbp_compiler.testing.fuzz --seconds 60 --seed 0
 
-Draws models from :mod:`.strategies` and settings (k, gamma, ``min_length``), rewrites the joint graph without
+Draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
 generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd, and a smaller
 one through the whole of torch.compile, half of these after another backend has seen them. ``--generated 1`` runs
 Inductor's code of every program, also in memory that is never used twice. A failure is minimised by hypothesis and
@@ -53,6 +53,7 @@ class Setting:
     damping: float
     min_length: int = 2
     rewrite: str = "always"
+    segment: int = 1
 
 
 @st.composite
@@ -73,6 +74,7 @@ def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
         strategies.dampings(),
         st.sampled_from((2, 2, 2, 1, 3, 4)),
         st.sampled_from(("always",) * 15 + ("profitable",)),
+        strategies.segments(),
     )
     return tuple(draw(st.lists(one, min_size=1, max_size=2)))
 
@@ -123,8 +125,8 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
             tolerance = max(5e-3, 50 * loose)
         verdict = judge(
             models.programs(reference), wide_args, loss, _widened(output), gradients, records,
-            iterations=setting.iterations, damping=setting.damping, least=max(setting.min_length, 3),
-            tails=not spec.pinned,
+            iterations=setting.iterations, damping=setting.damping, segment=setting.segment,
+            least=max(setting.min_length, 3), tails=not spec.pinned,
             tolerance=tolerance, noise=1e-4 if low else 1e-12, forward_tolerance=1e-3 if low else 1e-11,
         )  # fmt: skip
         found.append((verdict, records))
@@ -141,8 +143,9 @@ def _rounding(
     model: Any, args: tuple[Any, ...], reference: Any, wide_args: tuple[Any, ...], loss: Any, setting: Setting
 ) -> float:
     """How far the oracle itself is off in float32, relative to the worst of the gradients that are not noise."""
+    k, gamma, segment = setting.iterations, setting.damping, setting.segment
     pair = [
-        reference_gradients(next(models.programs(m)), a, loss, setting.iterations, setting.damping)[1]
+        reference_gradients(next(models.programs(m)), a, loss, k, gamma, segment=segment)[1]
         for m, a in ((model, args), (_other_rounding(reference), wide_args))
     ]
     whole = total_norm(pair[1])
@@ -171,9 +174,7 @@ def _widened(output: Any) -> Any:
 
 
 def _options(setting: Setting) -> Any:
-    return options(
-        iterations=setting.iterations, damping=setting.damping, min_length=setting.min_length, rewrite=setting.rewrite
-    )
+    return options(**vars(setting))
 
 
 def _traced(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ compiler's records. The two meet here: the gradients must be those of some choic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .compare import Gradients, assert_gradients_close, assert_outputs_close, relative_error
-from .reference import ChainRun, Link, Program, Tensors, keep, reference_gradients
+from .reference import ChainRun, Hold, Link, Program, RunChain, Tensors, keep, reference_gradients
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def judge(
     *,
     iterations: int,
     damping: float,
+    segment: int = 1,
     least: int = 2,
     tails: bool = False,
     tolerance: float = 1e-6,
@@ -82,6 +83,7 @@ def judge(
     tails      a chain may count the link in front of it, which is exact: its outputs are computed with the chain's
     least      the shortest chain that has to be found (``min_length``, or longer)
     records    ``.length``, ``.decision``, ``.reason`` of every chain the compiler has found
+    segment    S, links per segment. For S > 1 it matters where a chain begins: see :func:`_beginning`
     """
     rewritten = sorted(record.length for record in records if record.decision == "rewritten")
     closest: tuple[float, str] = (float("inf"), f"no choice of chains has the lengths {rewritten} that were rewritten")
@@ -89,13 +91,16 @@ def judge(
         lengths = chain_lengths(program, args)
         if tails:
             lengths = [n | {max(n) + 1} for n in lengths]
-        for chosen in _choices(lengths, rewritten):
+        for chosen in _choices(lengths, rewritten, each_length=segment > 1):
             exact = [i for i in range(len(lengths)) if i not in chosen]
+            begun = program if segment == 1 else _beginning(program, chosen)
             torch.manual_seed(0)
-            expected_output, expected = reference_gradients(program, args, loss, iterations, damping, exact=exact)
+            expected_output, expected = reference_gradients(
+                begun, args, loss, iterations, damping, segment=segment, exact=exact
+            )
             assert_outputs_close(output, expected_output, forward_tolerance)
             try:
-                what = f"k={iterations}, gamma={damping}"
+                what = f"k={iterations}, gamma={damping}, S={segment}"
                 # Losses here send gradients of the order of one; where normalisation cancels them, rounding stays.
                 assert_gradients_close(gradients, expected, tolerance, noise, what, least=0.01)
             except AssertionError as error:
@@ -110,9 +115,40 @@ def judge(
     raise AssertionError(closest[1])
 
 
-def _choices(lengths: Sequence[frozenset[int]], rewritten: list[int]) -> Iterator[frozenset[int]]:
-    """Sets of chains whose lengths are, in some order, those of ``rewritten``."""
+def _choices(
+    lengths: Sequence[frozenset[int]], rewritten: list[int], each_length: bool = False
+) -> Iterator[dict[int, int]]:
+    """Sets of chains whose lengths are, in some order, those of ``rewritten``: each set with one such order, or all."""
     for chosen in itertools.combinations(range(len(lengths)), len(rewritten)):
-        options = itertools.product(*(lengths[i] for i in chosen))
-        if any(sorted(option) == rewritten for option in options):
-            yield frozenset(chosen)
+        options = itertools.product(*(sorted(lengths[i]) for i in chosen))
+        orders = (dict(zip(chosen, option, strict=True)) for option in options if sorted(option) == rewritten)
+        yield from orders if each_length else itertools.islice(orders, 1)
+
+
+def _beginning(program: Program, lengths: Mapping[int, int]) -> Program:
+    """``program`` with the chains numbered in ``lengths`` so long, by links next to the input.
+
+    A chain's first state is inside a segment, one that a link leads to may be the last of its own, and so truncated.
+    Links too many are those whose states want no gradient: they are run outside of the chain. A link too few is the
+    one in front, which is exact: an identity takes its place.
+    """
+
+    def forward(run: RunChain, *args: Any) -> Any:
+        numbers = itertools.count()
+
+        def begun(links: Sequence[Link], state: Tensors) -> ChainRun:
+            more = lengths.get(next(numbers), len(links)) - len(links)
+            if more > 0:
+                done = run([*[Link(_identity)] * more, *links], state)
+                return ChainRun(done.states[more:], done.outputs[more:])
+            first = plainly(links[:-more], state)  # none where there are as many as there should be
+            rest = run(links[-more:], first.states[-1])
+            return ChainRun([*first.states[:-1], *rest.states], first.outputs + rest.outputs)
+
+        return program.forward(begun, *args)
+
+    return Program(program.parameters, forward)
+
+
+def _identity(state: Tensors, side: Tensors, hold: Hold, /) -> tuple[Tensors, Tensors]:
+    return state, ()

@@ -1,7 +1,7 @@
 """Highway-BP written out with ``torch.autograd``: the oracle the compiler is measured against.
 
-Follows PAPER.md, section 1, link by link, and shares no code with the passes. Slow and plain on purpose; meant
-for float64.
+Follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. Slow and
+plain on purpose; meant for float64.
 
 A model is retold as a :class:`Program`: an ordinary forward function that hands each of its chains to
 ``run_chain``. Everything outside the chains is differentiated by autograd as it stands. A chain is one
@@ -75,6 +75,7 @@ def reference_gradients(
     iterations: int | Literal["exact"],
     damping: float = 0.0,
     *,
+    segment: int = 1,
     solver: Solver | None = None,
     exact: Collection[int] = (),
 ) -> tuple[Any, dict[str | int, Tensor]]:
@@ -82,12 +83,16 @@ def reference_gradients(
 
     iterations  k: gradient paths that cross at most k blocks of a chain; ``"exact"`` or k >= L is backprop
     damping     gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``
+    segment     S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
+                those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop
     solver      how a chain's w is found: :func:`highway_bp` unless told otherwise
     exact       chains, numbered in the order in which ``program`` runs them, that are left to backprop
 
     The gradients are keyed by parameter name, and by position for those of ``args`` that require a gradient;
-    zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``.
+    zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``. ValueError for S < 1.
     """
+    if segment < 1:
+        raise ValueError(f"segment is {segment}; it must be at least 1")
     leaves: dict[str | int, Tensor] = {name: p for name, p in program.parameters.items() if p.requires_grad}
     for position, value in enumerate(args):
         if isinstance(value, Tensor) and value.requires_grad:
@@ -98,7 +103,7 @@ def reference_gradients(
 
     def run_chain(links: Sequence[Link], state: Tensors) -> ChainRun:
         rounds = "exact" if next(numbers) in exact else iterations
-        chain = _Chain(tuple(links), weights, rounds, damping, solver or highway_bp)
+        chain = _Chain(tuple(links), weights, rounds, damping, segment, solver or highway_bp)
         return chain.run(tuple(state))
 
     output = program.forward(run_chain, *args)
@@ -147,17 +152,29 @@ class LinkAt:
 
 
 class Solver(Protocol):
-    """``(links 1..L, contributions c_0..c_L, iterations, damping) -> w_0..w_L``."""
+    """``(links 1..L, contributions c_0..c_L, iterations, damping, segment) -> w_0..w_L``."""
 
     def __call__(
-        self, links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, /
+        self,
+        links: Sequence[LinkAt],
+        contributions: Sequence[Tensors],
+        iterations: int,
+        damping: float,
+        segment: int,
+        /,
     ) -> list[Tensors]: ...
 
 
 def highway_bp(
-    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float
+    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """PAPER.md, section 1: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times."""
+    """PAPER.md, section 1: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times.
+
+    With segments of S > 1 links, SEGMENTS.md, section 1. All are tuples of tensors of the state's shapes: ``links``
+    1..L, ``contributions`` and the result 0..L.
+    """
+    if segment != 1:
+        return _segmented(links, contributions, iterations, damping, segment)
     length = len(links)
 
     def damped_highway(link: LinkAt, w: Tensors) -> Tensors:
@@ -181,15 +198,74 @@ def highway_bp(
     return w
 
 
-def sum_over_paths(
-    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float
+def _segmented(
+    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int
 ) -> list[Tensors]:
-    """The meaning of w (Theorems 1 and 2), by brute force.
+    """SEGMENTS.md, section 1, for S > 1: k times a run in every segment and a scan over segments, then the last run.
 
-    For every pair of states i <= j and every way to cross each link between them by its highway or its block,
-    with at most k blocks: push c_j along that path. Exponential in L, with dense Jacobians.
+    ``e_s`` estimates the gradient at ``h_{b_s}``, the last state of segment s = 1..C, which ends at ``b_s`` and begins
+    behind ``a_s = b_{s-1}``:
+
+        run_s(e)  w_{b_s} = e,  w_{i-1} = c_{i-1} + w_i (K_i + J_i);  out_s = w_{a_s}     undamped
+        e^0       e_{s-1} = (c_{a_s}, c_{a_s+1}, .. c_{b_s-1} along the highway) + P_s e_s
+        v_s       out_s(e^t_s) - P_s e^t_s
+        e^{t+1}   e_{s-1} = v_s + P_s e_s
+        w         run_s(e^k_s)
     """
     length = len(links)
+    b = [0, *range((length - 1) % segment + 1, length + 1, segment)]  # b[s]; b[0] is where segment 1 begins
+    segments = range(1, len(b))
+
+    def along_highway(s: int, e: Tensors) -> Tensors:  # P_s e
+        for i in reversed(range(b[s - 1], b[s])):
+            e = _scale(1.0 - damping, links[i].highway(e))  # links[i] is link i + 1
+        return e
+
+    def gathered(s: int) -> Tensors:  # the segment's c's along the highway; that of its last state is in e_s
+        row = _scale(0.0, contributions[length])
+        for i in reversed(range(b[s - 1], b[s])):
+            row = _add(contributions[i], _scale(1.0 - damping, links[i].highway(row)))
+        return row
+
+    def run(s: int, e: Tensors) -> list[Tensors]:  # w_{a_s} .. w_{b_s}
+        w = [e]
+        for i in reversed(range(b[s - 1], b[s])):
+            w.insert(0, _add(contributions[i], links[i].whole(w[0])))
+        return w
+
+    def scan(values: Mapping[int, Tensors]) -> dict[int, Tensors]:  # e_0 .. e_C, of which e_0 is not used
+        e = {segments[-1]: contributions[length]}
+        for s in reversed(segments):
+            e[s - 1] = _add(values[s], along_highway(s, e[s]))
+        return e
+
+    e = scan({s: gathered(s) for s in segments})
+    for _ in range(iterations):
+        e = scan({s: _subtract(run(s, e[s])[0], along_highway(s, e[s])) for s in segments})
+    w = [run(1, e[1])[0]]
+    for s in segments:
+        w += run(s, e[s])[1:]
+    return w
+
+
+def sum_over_paths(
+    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
+) -> list[Tensors]:
+    """The meaning of w (Theorems 1 and 2; SEGMENTS.md, section 1), by brute force.
+
+    For every pair of states i <= j and every way to cross each link between them by its highway ``(1 - gamma) K`` or
+    its block ``J + gamma K``: push c_j along that path, if it crosses blocks in at most k segments. The segment of
+    state i is that of link i, which no path to i crosses; so at S = 1 blocks are counted. For S > 1 the first state
+    belongs to the segment of link 1. Blocks in the segment of state i do not count.
+
+    All paths through a segment but the one along the highway sum to ``(whole segment) - P_s``; so do, from a c_j in
+    its interior, those through the part of it they cross. Exponential in L, with dense Jacobians.
+    """
+    length = len(links)
+
+    def segment_of(state: int) -> int | None:  # and of the link before it, counted from the loss
+        return None if state == 0 and segment == 1 else (length - max(state, 1)) // segment
+
     highways = [(1.0 - damping) * _matrix(link.highway, contributions[0]) for link in links]
     blocks = [_matrix(link.whole, contributions[0]) - k for link, k in zip(links, highways, strict=True)]
     rows = [_flatten(c) for c in contributions]
@@ -198,7 +274,9 @@ def sum_over_paths(
         total = rows[i].clone()
         for j in range(i + 1, length + 1):
             for path in itertools.product((False, True), repeat=j - i):
-                if sum(path) > iterations:
+                crossed = zip(reversed(range(i + 1, j + 1)), path, strict=True)
+                left = {segment_of(link) for link, crosses_block in crossed if crosses_block}
+                if len(left - {segment_of(i)}) > iterations:
                     continue
                 row = rows[j]
                 for position, crosses_block in zip(reversed(range(i, j)), path, strict=True):
@@ -209,9 +287,14 @@ def sum_over_paths(
 
 
 def fixed_point(
-    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float
+    links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """Fixed-point iteration: ``w_i <- c_i + w_{i+1} (J + K)`` k times from ``w = c``. Has no damping."""
+    """Fixed-point iteration: ``w_i <- c_i + w_{i+1} (J + K)`` k times from ``w = c``. Has no damping.
+
+    It has no segments either: ValueError for S > 1.
+    """
+    if segment != 1:
+        raise ValueError(f"fixed-point iteration has no segments; segment is {segment}, it must be 1")
     w = list(contributions)
     for _ in range(iterations):
         moved = [link.whole(w[i + 1]) for i, link in enumerate(links)]
@@ -229,6 +312,7 @@ class _Chain:
     weights: Tensors
     iterations: int | Literal["exact"]
     damping: float
+    segment: int
     solver: Solver
 
     def run(self, start: Tensors) -> ChainRun:
@@ -287,8 +371,9 @@ class _HighwayChain(torch.autograd.Function):
             contributions[i] = _add(contributions[i], link.sideways(sideways[i]))
 
         length = len(links)
-        iterations = length if chain.iterations == "exact" else min(chain.iterations, length)
-        w = chain.solver(links, contributions, iterations, chain.damping)
+        enough = length if chain.segment == 1 else -(-length // chain.segment) - 1
+        iterations = enough if chain.iterations == "exact" else min(chain.iterations, enough)
+        w = chain.solver(links, contributions, iterations, chain.damping, chain.segment)
 
         side_gradients: list[Tensor] = []
         weight_gradients = tuple(torch.zeros_like(p) for p in chain.weights)

@@ -129,3 +129,8 @@ def iterations() -> st.SearchStrategy[int]:
 def dampings() -> st.SearchStrategy[float]:
     """gamma: both ends and what lies between."""
     return st.sampled_from((0.0, 1.0, 0.2, 0.5, 0.8))
+
+
+def segments() -> st.SearchStrategy[int]:
+    """S: mostly the paper's 1; many a chain drawn here is shorter than the longest."""
+    return st.sampled_from((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 5, 8))

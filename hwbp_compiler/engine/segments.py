@@ -1,0 +1,167 @@
+"""W by Highway-BP with segments: exact inside a segment of S links, highway across (docs/design.md, "Segments").
+
+L links are cut into C segments, counted from the loss; the one next to the input takes the remainder. e_s is the
+estimate of the gradient at the last state of segment s, run_s the substitution inside the segment (K + J, undamped),
+out_s its result at the segment's first state, and P_s the product of its (1 - gamma) K:
+
+    e^0       what the highway alone gives: one scan over the links
+    e^{t+1}   scan(out(e^t) - P e^t, P), the last row being the head: S steps for all segments at once, then one scan
+    W         run(e^k), whose inner states are the rows of W
+
+The segment next to the input takes part in the last run only: nothing is before it that its result could reach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from hwbp_compiler.options import Truncation
+
+from .solve import Highway, Series, scan_along, solve
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a series of L + 1 states is cut. Sizes are numbers or symbols.
+
+    size    S, links per segment
+    count   C
+    first   the row of e_1: as many links are before it as the segment next to the input has in the series
+    """
+
+    size: int
+    count: Any
+    first: Any
+
+    @classmethod
+    def of(cls, links: Any, truncation: Truncation) -> Cut:
+        count = truncation.segments(links)
+        return cls(truncation.segment, count, links - (count - 1) * truncation.segment)
+
+
+@dataclass(frozen=True)
+class LastRun:
+    """The steps of the last run: which links of a series of ``links`` take part in each, as a slice of their rows.
+
+    The segment next to the input ends after ``first`` steps. The others need no last step: where it would lead to is
+    the end of the segment before.
+    """
+
+    links: Any
+    size: int
+
+    @property
+    def count(self) -> Any:
+        return (self.links + self.size - 1) // self.size
+
+    @property
+    def first(self) -> Any:
+        return self.links - (self.count - 1) * self.size
+
+    def __iter__(self) -> Iterator[tuple[slice, bool, bool]]:
+        """Rows, whether those of the segment next to the input are among them, and whether those of any other are."""
+        for step in range(max(self.first, self.size - 1) if self.count > 1 else self.first):
+            with_first, with_rest = step < self.first, step < self.size - 1 and self.count > 1
+            start = self.first - 1 - step + (0 if with_first else self.size)
+            yield slice(start, None if with_rest else start + 1, self.size), with_first, with_rest
+
+
+class SegmentSeries(Series[T], Protocol[T]):
+    """A :class:`Series` that can be cut."""
+
+    def ends(self, rows: T, cut: Cut, /) -> T:
+        """e_1 ... e_C: [C, ...] of rows 0..L."""
+        ...
+
+    def product(self, k: T | float, keep: float, cut: Cut, /) -> T | float:
+        """Of ``keep`` k over the links of each segment: a row for each of segments 2..C."""
+        ...
+
+    def folded(self, k: T | float, cut: Cut, /) -> T | float:
+        """k [L, ...] as [S, C - 1, ...]: row j has a link of each of segments 2..C, those next to the loss last."""
+        ...
+
+    def of_segments(self, cut: Cut, /) -> SegmentSeries[T]:
+        """Series with a row for each of segments 2..C."""
+        ...
+
+    def inside(self, cut: Cut, /) -> SegmentSeries[T]:
+        """Series with S rows, each of segments 2..C side by side."""
+        ...
+
+    def all(self, component: int, value: float, /) -> T:
+        """A head of this number everywhere."""
+        ...
+
+    def first_row(self, rows: T, /) -> T: ...
+
+
+class Runs(Protocol[T]):
+    """Substitution inside the segments: w_{i-1} = b_{i-1} + (K_i + J_i) w_i, step by step, all segments at once."""
+
+    def across(self, iteration: int, ends: list[T], /) -> list[T]:
+        """out_2 ... out_C of e_2 ... e_C: [C - 1, ...] per component."""
+        ...
+
+    def through(self, ends: list[T], /) -> list[T]:
+        """Rows 0..L of e_1 ... e_C, which are among them."""
+        ...
+
+
+def solve_segments(
+    series: SegmentSeries[T],
+    highway: Highway[T],
+    cut: Cut,
+    runs: Runs[T],
+    iterations: int,
+    damping: float,
+    before_scan: Callable[[int], Any] = lambda iteration: None,
+) -> list[T]:
+    """Rows 0..L of w per component. ``before_scan(t)`` is called before the scan that gives e^t."""
+    width = len(highway.order)
+    rows = solve(series, highway, lambda _, rows: [None] * width, 0, damping, before_scan)
+    ends = [series.ends(r, cut) for r in rows]
+    if iterations:
+        outer = series.of_segments(cut)
+        across = Highway(highway.order, _products(series, highway, damping, cut), highway.heads, [None] * width)
+    for t in range(1, iterations + 1):
+        before = [outer.before(e) for e in ends]
+        values = list(runs.across(t, before))
+        for (to, source), product in across.k.items():
+            values[to] = outer.add(values[to], outer.scaled(before[source], product, -1.0))
+        before_scan(t)
+        ends = scan_along(outer, across, values)
+    return runs.through(ends)
+
+
+def _products(series: SegmentSeries[T], highway: Highway[T], damping: float, cut: Cut) -> dict[tuple[int, int], Any]:
+    """P per (to, from), for segments 2..C."""
+    width = len(highway.order)
+    nothing: list[T | None] = [None] * width
+    found: dict[tuple[int, int], Any] = {}
+    for source in highway.order:
+        reached = _reached(highway, source)
+        if reached == [source]:
+            if (source, source) in highway.k:
+                found[source, source] = series.product(highway.k[source, source], 1.0 - damping, cut)
+            continue
+        # Components feed one another: the highway's answer to a gradient of ones at ``source`` alone.
+        inside = series.inside(cut)
+        k = {pair: series.folded(value, cut) for pair, value in highway.k.items() if set(pair) <= set(reached)}
+        heads = [inside.all(c, 1.0 if c == source else 0.0) for c in range(width)]
+        rows = scan_along(inside, Highway(reached, k, heads, nothing), nothing, damping)
+        found.update({(to, source): inside.first_row(row) for to, row in zip(sorted(reached), rows, strict=True)})
+    return found
+
+
+def _reached(highway: Highway[T], source: int) -> list[int]:
+    """``source`` and the components that K leads to from it, in the order in which they are scanned."""
+    reached = {source}
+    for to in highway.order:
+        if any((to, by) in highway.k for by in reached):
+            reached.add(to)
+    return [to for to in highway.order if to in reached]

@@ -1,0 +1,198 @@
+"""``highway::run_segments``: substitution inside the segments of a recurrent layer, all of them at once.
+
+Row t of a series belongs to link t, which leads from the state after step t to the state before it. Segments are
+counted from the last row; the first takes the remainder. A run is S steps, each one product over C times the batch:
+
+    GRU, RNN    w' = c + m w + (p w) W
+    LSTM        h' = c + (p_i e, p_f e, p_g e, p_o h) W        e' = m e + q h'        (recurrence/lstm.py: h and e)
+
+with c (and q) of the state that is led to. On a CPU it is one call; for other devices the steps are written out, and
+compiled with what surrounds them (:func:`written_out`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hwbp_compiler.engine.segments import Cut, LastRun
+from hwbp_compiler.torch_private import below_autograd
+
+library = torch.library.Library("highway", "FRAGMENT")
+library.define(
+    "run_segments(Tensor values, Tensor? multipliers, Tensor? through, Tensor into, Tensor weight, Tensor[] ends, "
+    "SymInt segment, bool whole) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+operator = torch.ops.highway.run_segments.default
+
+
+@dataclass(frozen=True)
+class Links:
+    """All links of a layer.
+
+    values       c [T, B, H]: what the losses contribute at h_1 ... h_T
+    multipliers  m [T, B, H]; None for zeros
+    through      q [T, B, H] of an LSTM, else None
+    into         p [T, B, G, H]: what a gradient of the state is multiplied with on its way to each gate
+    weight       W [G H, H]
+    """
+
+    values: Tensor
+    multipliers: Tensor | None
+    through: Tensor | None
+    into: Tensor
+    weight: Tensor
+
+    def moved(self, states: Sequence[Tensor], rows: slice) -> Tensor:
+        """What goes through the weights: [lanes, B, H] for links ``rows``."""
+        into = self.into[rows]
+        if self.through is None:
+            gates = into * states[0].unsqueeze(2)
+        else:
+            h, e = (s.unsqueeze(2) for s in states)
+            gates = torch.cat([into[:, :, :3] * e, into[:, :, 3:] * h], dim=2)
+        return torch.mm(gates.flatten(0, 1).flatten(1), self.weight).view(states[0].shape)
+
+    def kept(self, states: Sequence[Tensor], rows: slice) -> Tensor | None:
+        return None if self.multipliers is None else self.multipliers[rows] * states[-1]
+
+    def step(self, states: Sequence[Tensor], rows: slice) -> list[Tensor]:
+        """The states before links ``rows``, of those after: [lanes, B, H] per component. No loss contributes at the
+        state before link 0."""
+        moved, kept = self.moved(states, rows), self.kept(states, rows)
+        if rows.start > 0:
+            return self._joined(
+                moved, kept, slice(rows.start - 1, -1 if rows.stop is None else rows.stop - 1, rows.step)
+            )
+        first = [part[:1] for part in (moved, kept) if part is not None]
+        of_first = first if self.through is not None else [sum(first[1:], first[0])]
+        if rows.stop is not None:  # link 0 alone
+            return of_first
+        rest = self._joined(moved[1:], None if kept is None else kept[1:], slice(rows.step - 1, -1, rows.step))
+        return [torch.cat([a, b]) for a, b in zip(of_first, rest, strict=True)]
+
+    def _joined(self, moved: Tensor, kept: Tensor | None, before: slice) -> list[Tensor]:
+        h = self.values[before] + moved
+        if self.through is None:
+            return [h if kept is None else h + kept]
+        assert kept is not None
+        return [h, kept + self.through[before] * h]
+
+
+class LayerRuns:
+    """:class:`~hwbp_compiler.engine.segments.Runs` of a layer: rows h_1 ... h_T. ``of_first``, after the last run:
+    what the first link makes of it, [B, H] per component."""
+
+    def __init__(self, links: Links, cut: Cut) -> None:
+        self.links, self.cut = links, cut
+        self.of_first: list[Tensor] = []
+
+    def across(self, iteration: int, ends: list[Tensor]) -> list[Tensor]:
+        return self._run(ends, False)
+
+    def through(self, ends: list[Tensor]) -> list[Tensor]:
+        found = self._run(ends, True)
+        self.of_first = found[len(ends) :]
+        return found[: len(ends)]
+
+    def _run(self, ends: list[Tensor], whole: bool) -> list[Tensor]:
+        of = self.links
+        if of.values.device.type != "cpu":
+            return written_out(of, ends, self.cut, whole)
+        given = of.values, of.multipliers, of.through, of.into, of.weight
+        return operator(*given, ends, self.cut.size, whole)  # type: ignore[no-any-return]
+
+
+def layer_cut(steps: Any, segment: int) -> Cut:
+    """Of h_1 ... h_T: the link to h_1 is not among them, but counts as one of its segment."""
+    count = (steps + segment - 1) // segment
+    return Cut(segment, count, steps - (count - 1) * segment - 1)
+
+
+def written_out(links: Links, ends: list[Tensor], cut: Cut, whole: bool) -> list[Tensor]:
+    """A run step by step, without an operator of its own. Results as :func:`_run_segments`'."""
+    if not whole:
+        for step in range(cut.size):  # rows of the segment next to the input are passed over
+            ends = links.step(ends, slice(cut.first + cut.size - step, None, cut.size))
+        return ends
+    of_first, of_rest = [[e[:1] for e in ends]], [[e[1:] for e in ends]]
+    for rows, with_first, with_rest in LastRun(links.values.shape[0], cut.size):
+        if with_first and with_rest:
+            ends = links.step(ends, rows)
+            of_first.append([e[:1] for e in ends])
+            of_rest.append([e[1:] for e in ends])
+        else:
+            mine = of_first if with_first else of_rest
+            mine.append(links.step(mine[-1], rows))
+    found = []
+    for c in range(len(ends)):
+        pieces = [states[c] for states in reversed(of_first[:-1])]
+        if cut.count > 1:
+            pieces.append(torch.stack([states[c] for states in reversed(of_rest)], 1).flatten(0, 1))
+        found.append(torch.cat(pieces))
+    return [*found, *(e[0] for e in of_first[-1])]
+
+
+def _run_segments(
+    values: Tensor,
+    multipliers: Tensor | None,
+    through: Tensor | None,
+    into: Tensor,
+    weight: Tensor,
+    ends: list[Tensor],
+    segment: int,
+    whole: bool,
+) -> list[Tensor]:
+    """Arguments as in :class:`Links`. ``ends`` are e_s [C, B, H] per component if ``whole``, else of segments 2..C.
+
+    Returns, per component, what segments 2..C make of them at the states before them, [C - 1, B, H]; or, if ``whole``,
+    the rows h_1 ... h_T [T, B, H], then what the first link makes of them [B, H].
+    """
+    links = Links(values, multipliers, through, into, weight)
+    cut = layer_cut(values.shape[0], segment)
+    with below_autograd():
+        if not whole:
+            return [e.contiguous() for e in written_out(links, list(ends), cut, False)]
+        # In place: each step writes the rows that the next one reads.
+        rows = [values.new_empty(values.shape) for _ in ends]
+        of_first = [values.new_empty(values.shape[1:]) for _ in ends]
+        for series, end in zip(rows, ends, strict=True):
+            series[cut.first :: segment] = end
+        for taken, _, with_rest in LastRun(values.shape[0], segment):
+            states = links.step([series[taken] for series in rows], taken)
+            start = taken.start - 1
+            if start < 0:
+                for result, state in zip(of_first, states, strict=True):
+                    result.copy_(state[0])
+                states, start = [state[1:] for state in states], segment - 1
+            if with_rest:
+                for series, state in zip(rows, states, strict=True):
+                    series[start:-1:segment] = state
+            elif taken.start:
+                for series, state in zip(rows, states, strict=True):
+                    series[start] = state[0]
+        return [*rows, *of_first]
+
+
+def _fake(
+    values: Tensor,
+    multipliers: Any,
+    through: Any,
+    into: Any,
+    weight: Any,
+    ends: list[Tensor],
+    segment: Any,
+    whole: bool,
+) -> list[Tensor]:
+    if not whole:
+        return [e.new_empty(e.shape) for e in ends]
+    return [*(values.new_empty(values.shape) for _ in ends), *(values.new_empty(values.shape[1:]) for _ in ends)]
+
+
+library.impl("run_segments", _run_segments, "CompositeExplicitAutograd")
+torch.library.register_fake("highway::run_segments", _fake, lib=library)
