@@ -262,29 +262,40 @@ def compile_step(
         return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
 
 
-@contextlib.contextmanager
-def examples_of_any_number(description: tuple[Any, Any], lanes: int) -> Iterator[list[Any]]:
-    """Fake tensors for (shape without the first dimension, stride, dtype, device) and (shape, stride, dtype, device),
-    under their fake mode. The first dimension is one symbol in the first ``lanes``, and 1 in what is left of them."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+class AnyNumber:
+    """Fake tensors whose first dimension is any number from two on, or the one given: for descriptions (shape without
+    that dimension, stride, dtype, device); and others, for (shape, stride, dtype, device).
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    with_lanes, without = description
-    examples: list[Any] = []
-    for shape, stride, dtype, device in with_lanes:
-        number = 4 if len(examples) < lanes else 1
-        value = torch.empty_strided((number, *shape), stride, dtype=dtype, device=device)
-        static = [DimDynamic.STATIC] * len(shape)
-        first = DimDynamic.DYNAMIC if number > 1 else DimDynamic.STATIC
-        context = StatelessSymbolicContext(dynamic_sizes=[first, *static])
-        examples.append(mode.from_tensor(value, static_shapes=False, symbolic_context=context))
-    for shape, stride, dtype, device in without:
-        value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC] * len(shape))
-        examples.append(mode.from_tensor(value, static_shapes=False, symbolic_context=context))
-    with mode:
-        yield examples
+    What is compiled for them may have compared that number with another; :meth:`allows` tells whether it still serves.
+    """
+
+    def __init__(self, description: tuple[Any, Any], number: int | None) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+        self._env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self._env)
+        self.examples: list[Any] = []
+        self._numbers: set[Any] = set()
+        self._strides: dict[Any, int] = {}
+        with_number, without = description
+        first, size = (DimDynamic.DYNAMIC, 4) if number is None else (DimDynamic.STATIC, number)
+        given = [((size, *shape), [first], *rest) for shape, *rest in with_number]
+        given += [(shape, [], *rest) for shape, *rest in without]
+        for shape, dynamic, stride, dtype, device in given:
+            sizes = [*dynamic, *[DimDynamic.STATIC] * (len(shape) - len(dynamic))]
+            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            context = StatelessSymbolicContext(dynamic_sizes=sizes)
+            example = self.mode.from_tensor(value, static_shapes=False, symbolic_context=context)
+            self._numbers |= {s.node.expr for s in example.shape if isinstance(s, torch.SymInt)}
+            symbols = zip(example.stride(), stride, strict=True)
+            self._strides |= {s.node.expr: known for s, known in symbols if isinstance(s, torch.SymInt)}
+            self.examples.append(example)
+
+    def allows(self, number: int) -> bool:
+        """Whether every comparison made so far comes out for ``number`` as it did."""
+        values = {**self._strides, **dict.fromkeys(self._numbers, number)}
+        return all(bool(guard.expr.xreplace(values)) for guard in self._env.guards)
 
 
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters

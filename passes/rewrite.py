@@ -12,7 +12,7 @@ into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
@@ -100,10 +100,9 @@ class _ChainRewriter:
                 before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
             )
         # The tail counts as a link of its segment, though no row of W is before it.
-        whole = Cut.of(self.chain.length, how)
-        cut = replace(whole, first=whole.first - (self.chain.length - self.links))
+        cut = Cut.of(self.chain.length, how.segment, outside=self.chain.length - self.links)
         runs = SegmentRuns(
-            self.e, self.groups, self.stackers, self.like, self.links, cut, how.iterations, self._injected,
+            self.e, self.groups, self.stackers, self.like, cut, how.iterations, self._injected,
             self._section,
         )  # fmt: skip
         return solve_segments(

@@ -36,7 +36,6 @@ class SegmentRuns:
     groups: Sequence[Group]
     stackers: Sequence[Stacker]
     like: Sequence[torch.Tensor]
-    links: int
     cut: Cut
     iterations: int
     injected: Injected

@@ -53,15 +53,15 @@ MUTATIONS = [
     Mutation(
         "a remainder of links is left out of the segment next to the input",
         "hwbp_compiler/engine/segments.py",
-        "return cls(truncation.segment, count, links - (count - 1) * truncation.segment)",
-        "return cls(truncation.segment, count, truncation.segment)",
+        "return cls(size, count, links - (count - 1) * size - outside)",
+        "return cls(size, count, size - outside)",
         (SEGMENTED,),
     ),
     Mutation(
         "segments are counted from the wrong end",
         "passes/run_segments.py",
         "positions = [segment * self.cut.size + step for segment in segments]",
-        "positions = [self.links - 1 - segment * self.cut.size - step for segment in segments]",
+        "positions = [(self.cut.count - 1 - segment) * self.cut.size + step for segment in segments]",
         (SEGMENTED,),
     ),
     Mutation(
@@ -79,7 +79,7 @@ MUTATIONS = [
         (SEGMENTED,),
     ),
     Mutation(
-        "in a recurrent layer, the gradient of the first state is that of the first iteration",
+        "the first state of a recurrent layer in segments gets no gradient",
         "hwbp_compiler/recurrence/runs.py",
         "self.of_first = found[len(ends) :]",
         "self.of_first = [0 * f for f in found[len(ends) :]]",

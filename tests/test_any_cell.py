@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, recurrent
 from hwbp_compiler.options import Truncation, parse
-from hwbp_compiler.rolled import capture, function, loop
+from hwbp_compiler.rolled import capture, function, lanes, loop
 from hwbp_compiler.rolled.chain import How
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.losses import probe_loss
 from hwbp_compiler.testing.reference import reference_gradients
-from hwbp_compiler.torch_private import SERVES
+from hwbp_compiler.torch_private import SERVES, AnyNumber
 
 LENGTH = 7
 SEGMENTED = [(2, 0, 0.0), (2, 1, 0.3), (2, 2, 0.0), (2, 3, 0.3), (3, 1, 0.0), (3, 2, 0.0), (5, 0, 0.3), (5, 1, 0.0),
@@ -184,6 +184,29 @@ def test_a_new_length_compiles_nothing_new():
         assert_matches_oracle(CellCase(GRU, ""), cell, x, state, run, 1, 0.0, every_step)
         assert hwbp_compiler.counters()["graphs_seen"] == 1
     assert hwbp_compiler.counters()["failures"] == 0
+
+
+def test_a_new_length_compiles_nothing_new_with_segments():
+    """Of 9, 15 and 23 steps, segments of 2 leave a remainder of 1: no lane is ever alone."""
+    cell, x, state = CellCase(GRU, "").build(9)
+    options = {"iterations": 1, "segment": 2, "rewrite": "always"}
+    run = lambda *args: recurrent(*args, options=options)  # noqa: E731
+    lanes._compiled.cache_clear()
+    for length in (9, 15, 23):
+        x = torch.randn(length, *x.shape[1:], dtype=x.dtype, requires_grad=True)
+        assert_matches_oracle(CellCase(GRU, ""), cell, x, state, run, 1, 0.0, every_step, segment=2)
+        assert hwbp_compiler.counters()["graphs_seen"] == 1
+        assert lanes._compiled.cache_info().currsize == 2  # a run across, and the last
+    assert hwbp_compiler.counters()["failures"] == 0
+
+
+def test_a_step_over_lanes_serves_the_numbers_it_was_compiled_for():
+    """Four is also the number that is traced with: where it is compared with another size, it is not any number."""
+    given = AnyNumber(((((3,), (3, 1), torch.float64, torch.device("cpu")),), ()), None)
+    assert all(given.allows(number) for number in (2, 4, 5))
+    with given.mode:
+        assert given.examples[0].shape[0] == 4
+    assert [given.allows(number) for number in (2, 4, 5)] == [False, True, False]
 
 
 def test_inside_a_function_compiled_for_us_it_is_one_graph_with_the_functions_options():

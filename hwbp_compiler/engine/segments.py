@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from hwbp_compiler.options import Truncation
-
 from .solve import Highway, Series, scan_along, solve
 
 T = TypeVar("T")
@@ -38,32 +36,18 @@ class Cut:
     first: Any
 
     @classmethod
-    def of(cls, links: Any, truncation: Truncation) -> Cut:
-        count = truncation.segments(links)
-        return cls(truncation.segment, count, links - (count - 1) * truncation.segment)
+    def of(cls, links: Any, size: int, outside: int = 0) -> Cut:
+        """Of ``links`` links, of which those ``outside`` belong to the segment next to the input, not to the series."""
+        count = (links + size - 1) // size
+        return cls(size, count, links - (count - 1) * size - outside)
 
+    def last_run(self) -> Iterator[tuple[slice, bool, bool]]:
+        """The steps of the last run: the rows of the links that take part (no link being outside), whether those of the
+        segment next to the input are among them, and whether those of any other are.
 
-@dataclass(frozen=True)
-class LastRun:
-    """The steps of the last run: which links of a series of ``links`` take part in each, as a slice of their rows.
-
-    The segment next to the input ends after ``first`` steps. The others need no last step: where it would lead to is
-    the end of the segment before.
-    """
-
-    links: Any
-    size: int
-
-    @property
-    def count(self) -> Any:
-        return (self.links + self.size - 1) // self.size
-
-    @property
-    def first(self) -> Any:
-        return self.links - (self.count - 1) * self.size
-
-    def __iter__(self) -> Iterator[tuple[slice, bool, bool]]:
-        """Rows, whether those of the segment next to the input are among them, and whether those of any other are."""
+        The former ends after ``first`` steps. The others need no last step: where it would lead to is the end of the
+        segment before.
+        """
         for step in range(max(self.first, self.size - 1) if self.count > 1 else self.first):
             with_first, with_rest = step < self.first, step < self.size - 1 and self.count > 1
             start = self.first - 1 - step + (0 if with_first else self.size)

@@ -11,7 +11,7 @@ from hwbp_compiler.engine.solve_tensors import TensorSeries
 from hwbp_compiler.options import Truncation
 
 from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows
-from .runs import LayerRuns, Links, layer_cut
+from .runs import LayerRuns, Links
 from .through_time import operator as through_time
 
 MULTIPLIER = "sigmoid(...)"
@@ -96,9 +96,8 @@ def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Ten
     highway = Highway(order=(0,), k={(0, 0): z[1:]}, heads=[last], injected=[links.values[:-1]])
     series = TensorSeries(z.shape[0] - 1, [last])
     if how.segment > 1:
-        cut = layer_cut(z.shape[0], how.segment)
-        runs = LayerRuns(links, cut)
-        (w,) = solve_segments(series, highway, cut, runs, how.iterations, damping)
+        runs = LayerRuns(links, how.segment)
+        (w,) = solve_segments(series, highway, runs.cut, runs, how.iterations, damping)
         return w, runs.of_first[0]
     into_first = torch.zeros_like(last)
 

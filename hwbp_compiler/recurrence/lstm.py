@@ -19,7 +19,7 @@ from .layer import (
     rows,
     states_before,
 )
-from .runs import LayerRuns, Links, layer_cut
+from .runs import LayerRuns, Links
 
 MULTIPLIER = "c->c: sigmoid(...); c->h: sigmoid(...)*sigmoid(...)*(1 - tanh(...)**2)"
 
@@ -83,9 +83,8 @@ def _truncated(links: Links, highway: Highway[Tensor], how: Truncation) -> tuple
     assert f is not None and q is not None
     series = TensorSeries(f.shape[0] - 1, highway.heads)
     if how.segment > 1:
-        cut = layer_cut(f.shape[0], how.segment)
-        runs = LayerRuns(links, cut)
-        w_h, w_e = solve_segments(series, highway, cut, runs, how.iterations, damping)
+        runs = LayerRuns(links, how.segment)
+        w_h, w_e = solve_segments(series, highway, runs.cut, runs, how.iterations, damping)
         return w_h, w_e, *runs.of_first  # type: ignore[return-value]
     h_before_last, e_before_last = (torch.zeros_like(head) for head in highway.heads)  # w^{k-1}, at the first step
 

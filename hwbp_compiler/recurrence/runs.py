@@ -6,8 +6,8 @@ counted from the last row; the first takes the remainder. A run is S steps, each
     GRU, RNN    w' = c + m w + (p w) W
     LSTM        h' = c + (p_i e, p_f e, p_g e, p_o h) W        e' = m e + q h'        (recurrence/lstm.py: h and e)
 
-with c (and q) of the state that is led to. On a CPU it is one call; for other devices the steps are written out, and
-compiled with what surrounds them (:func:`written_out`).
+with c (and q) of the state that is led to. On a CPU it is one call; for other devices the steps are written out where T
+is a number, and compiled with what surrounds them (:func:`written_out`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hwbp_compiler.engine.segments import Cut, LastRun
+from hwbp_compiler.engine.segments import Cut
 from hwbp_compiler.torch_private import below_autograd
 
 library = torch.library.Library("highway", "FRAGMENT")
@@ -88,9 +88,14 @@ class LayerRuns:
     """:class:`~hwbp_compiler.engine.segments.Runs` of a layer: rows h_1 ... h_T. ``of_first``, after the last run:
     what the first link makes of it, [B, H] per component."""
 
-    def __init__(self, links: Links, cut: Cut) -> None:
-        self.links, self.cut = links, cut
+    def __init__(self, links: Links, segment: int) -> None:
+        self.links, self.segment = links, segment
         self.of_first: list[Tensor] = []
+
+    @property
+    def cut(self) -> Cut:
+        """Of h_1 ... h_T: the link to h_1 is outside."""
+        return Cut.of(self.links.values.shape[0], self.segment, outside=1)
 
     def across(self, iteration: int, ends: list[Tensor]) -> list[Tensor]:
         return self._run(ends, False)
@@ -102,26 +107,22 @@ class LayerRuns:
 
     def _run(self, ends: list[Tensor], whole: bool) -> list[Tensor]:
         of = self.links
-        if of.values.device.type != "cpu":
-            return written_out(of, ends, self.cut, whole)
+        # Written out for a symbolic number of steps, every remainder would be compiled apart.
+        if of.values.device.type != "cpu" and isinstance(of.values.shape[0], int):
+            return written_out(of, ends, self.segment, whole)
         given = of.values, of.multipliers, of.through, of.into, of.weight
-        return operator(*given, ends, self.cut.size, whole)  # type: ignore[no-any-return]
+        return operator(*given, ends, self.segment, whole)  # type: ignore[no-any-return]
 
 
-def layer_cut(steps: Any, segment: int) -> Cut:
-    """Of h_1 ... h_T: the link to h_1 is not among them, but counts as one of its segment."""
-    count = (steps + segment - 1) // segment
-    return Cut(segment, count, steps - (count - 1) * segment - 1)
-
-
-def written_out(links: Links, ends: list[Tensor], cut: Cut, whole: bool) -> list[Tensor]:
+def written_out(links: Links, ends: list[Tensor], segment: int, whole: bool) -> list[Tensor]:
     """A run step by step, without an operator of its own. Results as :func:`_run_segments`'."""
+    cut = Cut.of(links.values.shape[0], segment)
     if not whole:
-        for step in range(cut.size):  # rows of the segment next to the input are passed over
-            ends = links.step(ends, slice(cut.first + cut.size - step, None, cut.size))
+        for step in range(segment):  # rows of the segment next to the input are passed over
+            ends = links.step(ends, slice(cut.first + segment - 1 - step, None, segment))
         return ends
     of_first, of_rest = [[e[:1] for e in ends]], [[e[1:] for e in ends]]
-    for rows, with_first, with_rest in LastRun(links.values.shape[0], cut.size):
+    for rows, with_first, with_rest in cut.last_run():
         if with_first and with_rest:
             ends = links.step(ends, rows)
             of_first.append([e[:1] for e in ends])
@@ -154,16 +155,16 @@ def _run_segments(
     the rows h_1 ... h_T [T, B, H], then what the first link makes of them [B, H].
     """
     links = Links(values, multipliers, through, into, weight)
-    cut = layer_cut(values.shape[0], segment)
+    cut = Cut.of(values.shape[0], segment)
     with below_autograd():
         if not whole:
-            return [e.contiguous() for e in written_out(links, list(ends), cut, False)]
+            return [e.contiguous() for e in written_out(links, list(ends), segment, False)]
         # In place: each step writes the rows that the next one reads.
         rows = [values.new_empty(values.shape) for _ in ends]
         of_first = [values.new_empty(values.shape[1:]) for _ in ends]
         for series, end in zip(rows, ends, strict=True):
-            series[cut.first :: segment] = end
-        for taken, _, with_rest in LastRun(values.shape[0], segment):
+            series[cut.first - 1 :: segment] = end
+        for taken, _, with_rest in cut.last_run():
             states = links.step([series[taken] for series in rows], taken)
             start = taken.start - 1
             if start < 0:

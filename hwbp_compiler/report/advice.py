@@ -37,13 +37,13 @@ def _was_weighed(record: ChainRecord, options: Options) -> bool:
     """Declined for its cost or its iterations: other values of these options are what it is said to take."""
     if record.decision == "rewritten" or record.failed or not record.members or record.length < options.min_length:
         return False
-    if record.length < 2:
-        return False  # nothing is advised
+    if record.length < 2 or options.needed(record.length) == 0:
+        return False  # no iterations are advised
     return options.rewrite != "always" or _fewer(record, options) != options.iterations
 
 
 def _fewer(record: ChainRecord, options: Options) -> int:
-    most = record.length - 1
+    most = options.needed(record.length) - 1
     return most if options.iterations == "exact" else min(options.iterations, most)
 
 

@@ -186,7 +186,7 @@ class _Backprop:
         series = TensorSeries(self.length, self.start)
         highway = Highway(self.split.order, factors, [d[-1] for d in self.direct], self._before())
         if how.segment > 1 and (how.damping or self.link.backward.has_block):
-            cut = Cut.of(self.length, how)
+            cut = Cut.of(self.length, how.segment)
             return solve_segments(series, highway, cut, _Runs(self._step(), cut), how.iterations, how.damping)
         return solve(
             series, highway, blocks=lambda _, rows: self._blocks(rows), iterations=how.iterations, damping=how.damping

@@ -1,7 +1,8 @@
 """``torch.ops.highway.loop_segments``: one compiled step, called for all segments of a series at once.
 
-The step is that of :mod:`.loop`, as text, for one link. Here every link of a batch takes it: the batching rules make of
-it a step over lanes, whose number is a symbol. So another length of the series compiles nothing.
+The step is that of :mod:`.loop`, as text, for one link. Here every link of a batch takes it: the batching rules make
+of it a step over lanes, whose number is a symbol. So another length of the series compiles nothing. One lane alone is a
+step of its own; so is every number where compiling compared it with another size.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.counting import count
 from hwbp_compiler.engine.batching import decompositions
-from hwbp_compiler.engine.segments import Cut, LastRun
+from hwbp_compiler.engine.segments import Cut
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.torch_private import compile_step, examples_of_any_number
+from hwbp_compiler.torch_private import AnyNumber, compile_step
 
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import step_of, warn_once
@@ -51,27 +52,34 @@ def _over_lanes(code: str, batched: int, sizes: Sequence[int]) -> Callable[..., 
     return run
 
 
+Compiled = Callable[[list[Tensor]], Any]
+
+
 @functools.lru_cache(maxsize=1024)
 def _compiled(
-    code: str, slots: int, batched: int, description: tuple[Any, ...], sizes: tuple[int, ...], alone: bool
-) -> Callable[[list[Tensor]], Any]:
-    """Takes [*results to write, *state, *inputs, *shared]; the first ``slots + batched`` have lanes, any number of them
-    or, if ``alone``, one."""
+    code: str, slots: int, batched: int, description: tuple[Any, Any], sizes: tuple[int, ...], lanes: int | None
+) -> tuple[Compiled, Callable[[int], bool]]:
+    """What takes [*results to write, *state, *inputs, *shared], all but the last with so many lanes, or any number from
+    two on; and for which numbers it is right."""
     step = _over_lanes(code, batched, sizes)
 
     def write(*given: Tensor) -> list[Tensor]:
         results = step(*given[slots:])
         return [row.copy_(result) for row, result in zip(given[:slots], results, strict=True)]
 
+    def operator_by_operator(arguments: list[Tensor]) -> None:
+        write(*arguments)
+
     try:
-        with examples_of_any_number(description, 0 if alone else slots + batched) as examples, torch.no_grad():
-            traced = make_fx(write, decompositions())(*examples)
-        return compile_step(traced, examples, keeping_pieces({}))
+        given = AnyNumber(description, lanes)
+        with given.mode, torch.no_grad():
+            traced = make_fx(write, decompositions())(*given.examples)
+            return compile_step(traced, given.examples, keeping_pieces({})), given.allows
     except Exception as error:
         count("failures")
         log.debug("where it failed", exc_info=error)
         warn_once(first_line(error))
-    return lambda arguments: write(*arguments)
+    return operator_by_operator, lambda number: True
 
 
 def _loop_segments(
@@ -89,41 +97,45 @@ def _loop_segments(
     Returns, per component, the states 0..T [T + 1, ...] if ``whole``, else those before segments 2..C [C - 1, ...].
     """
     links = inputs[0].shape[0]
+    run = _Step(code, shared, tuple(sizes))
     if not whole:
-        cut = Cut(segment, ends[0].shape[0] + 1, links - ends[0].shape[0] * segment)
-        states, spare = [e.contiguous() for e in ends], [torch.empty_like(e) for e in ends]
+        first = links - ends[0].shape[0] * segment
+        states, spare = [e.contiguous() for e in ends], [e.new_empty(e.shape) for e in ends]
         for step in range(segment):
-            rows = slice(cut.first + segment - 1 - step, None, segment)
-            _call(code, spare, states, [x[rows] for x in inputs], shared, sizes)
+            run(spare, states, [x[first + segment - 1 - step :: segment] for x in inputs])
             # What was given may be somebody else's.
-            states, spare = spare, [torch.empty_like(e) for e in ends] if step == 0 else states
+            states, spare = spare, [e.new_empty(e.shape) for e in ends] if step == 0 else states
         return states
     found = [e.new_empty((links + 1, *e.shape[1:])) for e in ends]
-    last = LastRun(links, segment)
+    cut = Cut.of(links, segment)
     for series, end in zip(found, ends, strict=True):
-        series[last.first :: segment] = end
-    for rows, _, with_rest in last:
+        series[cut.first :: segment] = end
+    for rows, _, with_rest in cut.last_run():
         # Link t leads from state t + 1 to state t.
         after = slice(rows.start + 1, None if with_rest else rows.start + 2, segment)
         before = slice(rows.start, -1 if with_rest else rows.start + 1, segment)
-        _call(code, [s[before] for s in found], [s[after] for s in found], [x[rows] for x in inputs], shared, sizes)
+        run([s[before] for s in found], [s[after] for s in found], [x[rows] for x in inputs])
     return found
 
 
-def _call(
-    code: str,
-    into: list[Tensor],
-    states: list[Tensor],
-    inputs: list[Tensor],
-    shared: list[Tensor],
-    sizes: Sequence[int],
-) -> None:
-    lanes = states[0].shape[0]
-    with_lanes = [*into, *states, *inputs]
-    of_any = tuple((tuple(t.shape[1:]), t.stride(), t.dtype, t.device) for t in with_lanes)
-    of_all = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in shared)
-    step = _compiled(code, len(into), len(states) + len(inputs), (of_any, of_all), tuple(sizes), lanes == 1)
-    step([*with_lanes, *shared])
+class _Step:
+    """The compiled step. Strides are the same at every step of a run: what is compiled is looked up once per number of
+    lanes."""
+
+    def __init__(self, code: str, shared: list[Tensor], sizes: tuple[int, ...]) -> None:
+        self.code, self.shared, self.sizes = code, list(shared), sizes
+        self.for_lanes: dict[int, Compiled] = {}
+
+    def __call__(self, into: list[Tensor], states: list[Tensor], inputs: list[Tensor]) -> None:
+        lanes = states[0].shape[0]
+        with_lanes = [*into, *states, *inputs]
+        if lanes not in self.for_lanes:
+            batch = tuple((tuple(t.shape[1:]), t.stride(), t.dtype, t.device) for t in with_lanes)
+            same = tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in self.shared)
+            key = self.code, len(into), len(states) + len(inputs), (batch, same), self.sizes
+            compiled, allows = _compiled(*key, 1 if lanes == 1 else None)
+            self.for_lanes[lanes] = compiled if allows(lanes) else _compiled(*key, lanes)[0]
+        self.for_lanes[lanes]([*with_lanes, *self.shared])
 
 
 def _fake(code: Any, inputs: Any, ends: Any, shared: Any, segment: Any, whole: bool, sizes: Any = ()) -> list[Tensor]:

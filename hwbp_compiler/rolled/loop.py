@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hwbp_compiler.counting import count
 from hwbp_compiler.engine.batching import decompositions
 from hwbp_compiler.engine.inline import needed
+from hwbp_compiler.errors import first_line
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import compile_step
 
@@ -107,7 +108,7 @@ def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...])
     except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)
-        warn_once(f"{type(error).__name__}: {error}".strip().partition("\n")[0])
+        warn_once(first_line(error))
     step = _function_of(code)
 
     def one_by_one(arguments: list[Tensor]) -> None:

@@ -132,5 +132,5 @@ def dampings() -> st.SearchStrategy[float]:
 
 
 def segments() -> st.SearchStrategy[int]:
-    """S: mostly the paper's 1; many a chain drawn here is shorter than the longest."""
+    """S: mostly 1, the paper."""
     return st.sampled_from((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 5, 8))
