@@ -171,6 +171,20 @@ def test_gradients_are_exact_inside_a_segment_and_truncated_across(kind, case):
         assert_gradients_close(found, expected, 1e-10, what=f"S={segment}, k={iterations}, damping={damping}")
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_a_new_length_compiles_nothing_new_with_segments(kind):
+    """Whatever remainder it leaves."""
+    model, _ = Case("plain").build(kind)
+    run = compiled(model, iterations=1, segment=3, dynamic=True)
+    for length in (11, 12, 13, 16):
+        x = torch.randn(length, BATCH, INPUT, dtype=torch.float64, requires_grad=True)
+        leaves = leaves_of(model, (x,))
+        found = torch.autograd.grad(testing.probe_loss(run(x)), list(leaves.values()))
+        _, expected = testing.reference_gradients(retold(model), (x,), testing.probe_loss, 1, segment=3)
+        assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-10)
+        assert hwbp_compiler.counters()["graphs_seen"] == 1
+
+
 def eager_gradients(model, args, seed=3):
     leaves = leaves_of(model, args)
     torch.manual_seed(seed)
@@ -196,9 +210,9 @@ def test_iterations_up_to_the_length_are_backprop(kind, case):
 # ------------------------------------------------------------------------------------- through the whole of Inductor
 
 
-def compiled(model, **kwargs):
+def compiled(model, dynamic=None, **kwargs):
     settings = {"rewrite": "always", "min_length": 2, "strict": True, **kwargs}
-    return torch.compile(model, backend="highway", fullgraph=True, options=settings)
+    return torch.compile(model, backend="highway", fullgraph=True, dynamic=dynamic, options=settings)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
