@@ -19,7 +19,7 @@ from torch._inductor import codecache
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend, joint_pass, prepare
 from hwbp_compiler.passes import candidates, pipeline, replace_recurrent_modules
-from hwbp_compiler.rolled import loop, recurrence
+from hwbp_compiler.rolled import lanes, loop, recurrence
 from hwbp_compiler.scan import cpu
 from hwbp_compiler.testing import assert_gradients_close
 
@@ -29,7 +29,7 @@ RELAXED = {**OPTIONS, "strict": False}
 
 @pytest.fixture(autouse=True)
 def warned(caplog):
-    for remembered in (joint_pass.warn_once, backend._warn_of_cuts, loop._warn_once):
+    for remembered in (joint_pass.warn_once, backend._warn_of_cuts, loop.warn_once):
         remembered.cache_clear()
     return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "hwbp" in r.name]
 
@@ -163,10 +163,10 @@ def test_the_scan_kernel_cannot_be_built(monkeypatch, warned):
 class OverTime(nn.Module):
     """A recurrent module, or a cell of one's own over time; ``written`` is a plain loop over the same cell."""
 
-    def __init__(self, kind: str, iterations: int | str = 1) -> None:
+    def __init__(self, kind: str, iterations: int | str = 1, segment: int = 1) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.options = {**RELAXED, "iterations": iterations}
+        self.options = {**RELAXED, "iterations": iterations, "segment": segment}
         self.kind, self.gru, self.cell = kind, nn.GRU(4, 5), nn.GRUCell(4, 5)
 
     def step(self, x, h):
@@ -232,6 +232,21 @@ def test_the_step_of_a_loop_cannot_be_compiled(iterations, name, monkeypatch, wa
     loop._compiled.cache_clear()
     found = model.gradients()
     loop._compiled.cache_clear()
+    assert_gradients_close(found, wanted, 1e-5, 1e-6)
+    (message,) = warned()
+    assert "planted" in message and "operator by operator" in message
+    assert hwbp_compiler.counters()["failures"] >= 1
+
+
+@pytest.mark.parametrize("name", ["make_fx", "compile_step"])
+def test_the_step_over_segments_cannot_be_compiled(name, monkeypatch, warned):
+    model = OverTime("loop", 1, segment=2)
+    lanes._compiled.cache_clear()
+    wanted = model.gradients()
+    monkeypatch.setattr(lanes, name, raising(AssertionError("planted")))
+    lanes._compiled.cache_clear()
+    found = model.gradients()
+    lanes._compiled.cache_clear()
     assert_gradients_close(found, wanted, 1e-5, 1e-6)
     (message,) = warned()
     assert "planted" in message and "operator by operator" in message

@@ -5,11 +5,14 @@ Recurrent modules and cells of one's own have their claims in test_recurrent_mod
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hwbp_compiler.cost.decide import ordinary, shorter
 from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.testing import models, reference_gradients, strategies
 from hwbp_compiler.testing.assertions import AtFullLength
@@ -64,6 +67,24 @@ def test_enough_iterations_for_all_segments_are_left_to_backprop(segment):
     if needed:
         just_short = Options(segment=segment, iterations=needed - 1)
         assert just_short.truncation(DEPTH) == Truncation(needed - 1, 0.0, segment)
+
+
+@given(length=st.integers(1, 12), segment=st.integers(1, 14), iterations=st.integers(0, 14) | st.just("exact"))
+def test_what_is_advised_is_no_ordinary_backprop(length, segment, iterations):
+    chosen = Options(segment=segment, iterations=iterations)
+    why = ordinary(length, chosen)
+    assert (why is None) == (chosen.truncation(length) is not None)
+    if why is None or length == 1:
+        assert why is None or why.advice.startswith("Nothing: one link alone")
+        return
+    for advice in (why.advice, shorter(length, chosen).advice):
+        if "egment below" in advice:
+            advised = Options(segment=int(re.search(r"egment below (\d+)", advice)[1]) - 1, iterations=0)
+        else:
+            number = re.search(r"terations below (\d+)", advice)
+            least = int(number[1]) - 1 if number else int(re.search(r"iterations=(\d+) or fewer", advice)[1])
+            advised = Options(segment=segment, iterations=least)
+        assert advised.truncation(length) is not None, advice
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

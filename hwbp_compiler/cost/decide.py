@@ -48,29 +48,36 @@ _ALONE = "Nothing: one link alone has none to be computed at once with, and its 
 
 def shorter(length: int, options: Options) -> Why:
     """Why a chain below ``min_length`` is left alone, and what to change."""
-    needed = options.needed(length)
-    exact = options.iterations == "exact" or options.iterations >= needed
-    fewer = f" with iterations={needed - 1} or fewer" if exact else ""
-    advice = f"min_length={length}{fewer} lets it be considered." if needed > 0 and length > 1 else _ALONE
+    exact = options.iterations == "exact" or options.iterations >= options.needed(length)
+    advice = _ALONE
+    if length > 1:
+        also = f" with {_short_of_backprop(length, options)}" if exact else ""
+        advice = f"min_length={length}{also} lets it be considered."
     return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
 
 
 def ordinary(length: int, options: Options) -> Why | None:
     """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
     ask for something else."""
-    needed = options.needed(length)
-    if options.iterations == "exact":
-        return Reason.EXACT_ASKED_FOR.of(advice=f"Any iterations below {needed}." if needed else _ALONE)
     if options.truncation(length) is not None:
         return None
+    needed = options.needed(length)
+    if options.iterations == "exact":
+        any_of = f"Any iterations below {needed}." if needed else f"A segment below {length}, and iterations=0."
+        return Reason.EXACT_ASKED_FOR.of(advice=any_of if length > 1 else _ALONE)
+    fewer = f"iterations below {needed}" if needed else f"a segment below {length} and iterations=0"
+    advice = f"{fewer}, or leave it: these gradients are exact." if length > 1 else _ALONE
     if options.segment == 1:
-        advice = f"iterations below {length}, or leave it: these gradients are exact." if length > 1 else _ALONE
         return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
-    if length == 1:
-        advice = _ALONE
-    else:
-        fewer = f"iterations below {needed}, or " if needed else ""
-        advice = f"{fewer}a segment below {options.segment}; or leave it: these gradients are exact."
     return Reason.ITERATIONS_REACH_SEGMENTS.of(
-        iterations=options.iterations, segments=needed + 1, segment=options.segment, length=length, advice=advice
+        iterations=options.iterations,
+        segments=needed + 1,
+        segment=options.segment,
+        length=length,
+        advice=advice,
     )
+
+
+def _short_of_backprop(length: int, options: Options) -> str:
+    needed = options.needed(length)
+    return f"iterations={needed - 1} or fewer" if needed else f"a segment below {length} and iterations=0"
