@@ -1,7 +1,8 @@
 """In the joint graph: ``highway::recurrent_backward`` becomes Highway-BP in plain operators, or stays exact.
 
 Exact is PyTorch's own backward kernel where it has one (cuDNN, oneDNN). On a CPU it has none for a GRU or an RNN, and
-replays every operator of every step; there all but the step from state to state is done at once (``through_time``).
+replays every operator of every step; there all but the step from state to state is done at once
+(``recurrence.runs.exact``).
 """
 
 from __future__ import annotations

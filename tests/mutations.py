@@ -362,9 +362,9 @@ MUTATIONS = [
     ),
     Mutation(
         "back through time a step takes the gate of the next",
-        "hwbp_compiler/recurrence/through_time.py",
-        "before.addcmul_(kept[i], states[i])",
-        "before.addcmul_(kept[min(i + 1, steps - 1)], states[i])",
+        "hwbp_compiler/recurrence/runs.cpp",
+        "link.multiplier = l.multipliers ? l.multipliers + here",
+        "link.multiplier = l.multipliers ? l.multipliers + (t + 1 < l.steps ? here + size : here)",
         (f"{MODULES}::test_iterations_up_to_the_length_are_backprop",),
     ),
     Mutation(

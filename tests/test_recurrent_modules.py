@@ -649,7 +649,7 @@ def test_an_exact_gru_computes_its_gates_again_only_where_that_is_faster(monkeyp
     x = torch.randn(6, batch, hidden)
     graph = hwbp_compiler.explain(nn.GRU(hidden, hidden), x, options={"iterations": "exact"}).graph_after.graph
     recorded = graph.find_nodes(op="call_function", target=operator.backward_operator)
-    through_time = graph.find_nodes(op="call_function", target=torch.ops.highway.through_time.default)
+    through_time = graph.find_nodes(op="call_function", target=torch.ops.highway.run_segments.default)
     assert (bool(recorded), bool(through_time)) == (records, not records)
 
 

@@ -3,7 +3,7 @@
 Weighed is what differs: on one side the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down, on the
 other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
 products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
-it is ``recurrence.through_time``, which pays so for the step from state to state alone but computes the gates again, or
+it is ``recurrence.runs.exact``, which pays so for the step from state to state alone but computes the gates again, or
 where that costs more, PyTorch's kernel after all. The figures are of the size
 seen on two cores of a server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
 """
@@ -89,7 +89,7 @@ def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> 
 
 def recording_pays(kind: str, input: Tensor, output: Tensor) -> bool:
     """Whether PyTorch's kernel, recorded and replayed, is expected to be a faster exact backward pass on a CPU than
-    ``through_time``: where the two products that give a GRU's gates again take longer than the record."""
+    ``runs.exact``: where the two products that give a GRU's gates again take longer than the record."""
     if kind != "gru":
         return False  # the derivatives of an RNN are known from its outputs
     steps, batch, width = (hint(size) for size in input.shape)

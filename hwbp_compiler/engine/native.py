@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class NativeKernel:
     """One source file, which calls the dtype ``HIGHWAY_TYPE``.
 
     source   the file
+    before   files whose text goes before its own
     types    what it calls each dtype that it serves; one is built at a time: a second or two instead of ten
     taken    takes the function out of the library that was built
     without  what is logged, once for each reason and at ``level``, where it cannot be built
@@ -37,8 +38,9 @@ class NativeKernel:
         taken: Callable[[Any], Kernel],
         without: str,
         level: int = logging.WARNING,
+        before: Sequence[Path] = (),
     ) -> None:
-        self.source, self.types, self.taken = source, types, taken
+        self.source, self.before, self.types, self.taken = source, before, types, taken
         self.without, self.level = without, level
         self.forget()
 
@@ -72,5 +74,5 @@ class NativeKernel:
         # Inductor switches fused multiply-add off to match eager mode; ours have nothing to match. Their loops are
         # written out in vectors, and -O3 finds nothing more in them for half as much compile time again.
         flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
-        text = f"#define HIGHWAY_TYPE {self.types[dtype]}\n{self.source.read_text()}"
-        return self.taken(CppCodeCache.load(text, extra_flags=flags))
+        parts = [f"#define HIGHWAY_TYPE {self.types[dtype]}", *(f.read_text() for f in (*self.before, self.source))]
+        return self.taken(CppCodeCache.load("\n".join(parts), extra_flags=flags))

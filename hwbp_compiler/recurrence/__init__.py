@@ -9,7 +9,9 @@
 | ``kept`` | a forward pass's recording, tied to the life of a tensor |
 | ``dropout`` | the random factors between layers |
 | ``layer``, ``gru``, ``lstm`` | Highway-BP of one layer in plain operators |
-| ``through_time``, ``rnn`` | exact backprop on a CPU: only the step from state to state is sequential |
+| ``runs``, ``cpu_runs`` | steps inside segments, all segments at once; with one segment it is exact backprop |
+| ``rnn`` | exact backprop of an RNN, which has no highway |
+| ``cpu`` | the forward pass of a GRU on a CPU |
 
 The passes that put them to use are ``replace_recurrent_modules`` and ``rewrite_recurrent_modules``.
 """

@@ -33,6 +33,7 @@ native = NativeKernel(
     _taken,
     without="nn.GRU: no kernel of our own for this CPU, PyTorch's runs instead",
     level=logging.INFO,
+    before=[Path(__file__).with_name("product.h")],
 )
 
 

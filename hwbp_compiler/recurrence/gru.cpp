@@ -4,31 +4,20 @@
 //     r = sigmoid(x_r + W_hr h)    z = sigmoid(x_z + W_hz h)    n = tanh(x_n + r (W_hn h + b_hn))    h' = n + z (h - n)
 //
 // with x_* = W_i* x + b_i* (+ b_hr, b_hz) of all steps given. A step is far too little work for a call of a matrix
-// library and one call each for what follows it; here the products of a few rows and columns stay in registers until
-// the gates are made of them.
+// library and one call each for what follows it; here the products of a few rows and columns stay in registers (product.h)
+// until the gates are made of them.
 //
 // Note [Who computes what]
 // Rows of the batch are recurrences of their own: threads that share them out never wait for one another. Only where
 // there are fewer rows than threads, and a step is long, do they share out the columns and meet after every step.
 
-#include <ATen/cpu/vec/vec.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace {
 
-using T = HIGHWAY_TYPE;
-using V = at::vec::Vectorized<T>;
-constexpr int64_t N = V::size();
-
-// Vectors that hold sums at a time: what the registers allow, with three of the weights and one of the state.
-constexpr int kTall = sizeof(V) == 64 ? 8 : 4;
+constexpr int kTall = kRegisters == 32 ? 8 : 4;  // rows of a tile: with three vectors each, what registers hold
 
 struct Layer {
   const T* gates;    // [steps, batch, 3 hidden]
@@ -57,46 +46,19 @@ void pack(const T* weight, int64_t hidden, T* packed) {
 
 inline V sigmoid(V x) { return V(T(1)) / (V(T(1)) + x.neg().exp()); }
 
-// Rows of the state times N columns of all three gates, then the gates. With few rows the sum over k is taken apart
-// into so many that one addition need not wait for the last.
+// Rows of the state times N columns of all three gates, then the gates.
 template <int rows, int sums>
 inline void tile(const Layer& l, const T* gates, const T* before, T* after, int64_t column) {
-  const int64_t hidden = l.hidden;
-  const T* w = l.weight + column * hidden * 3;
-  V total[sums][rows][3];
-  for (int s = 0; s < sums; ++s)
-    for (int i = 0; i < rows; ++i)
-      for (int g = 0; g < 3; ++g) total[s][i][g] = V(T(0));
-  int64_t k = 0;
-  for (; k + sums <= hidden; k += sums) {
-    for (int s = 0; s < sums; ++s, w += 3 * N) {
-      const V reset = V::loadu(w), update = V::loadu(w + N), candidate = V::loadu(w + 2 * N);
-      for (int i = 0; i < rows; ++i) {
-        const V h(before[i * hidden + k + s]);
-        total[s][i][0] = at::vec::fmadd(h, reset, total[s][i][0]);
-        total[s][i][1] = at::vec::fmadd(h, update, total[s][i][1]);
-        total[s][i][2] = at::vec::fmadd(h, candidate, total[s][i][2]);
-      }
-    }
-  }
-  for (; k < hidden; ++k, w += 3 * N)
-    for (int i = 0; i < rows; ++i)
-      for (int g = 0; g < 3; ++g)
-        total[0][i][g] = at::vec::fmadd(V(before[i * hidden + k]), V::loadu(w + g * N), total[0][i][g]);
-  for (int s = 1; s < sums; ++s)
-    for (int i = 0; i < rows; ++i)
-      for (int g = 0; g < 3; ++g) total[0][i][g] = total[0][i][g] + total[s][i][g];
-
-  const int64_t count = std::min(N, hidden - column);
+  const int64_t hidden = l.hidden, count = std::min(N, hidden - column);
   const V bias = l.bias ? V::loadu(l.bias + column, count) : V(T(0));
-  for (int i = 0; i < rows; ++i) {
-    const T* x = gates + i * 3 * hidden + column;
-    const V r = sigmoid(V::loadu(x, count) + total[0][i][0]);
-    const V z = sigmoid(V::loadu(x + hidden, count) + total[0][i][1]);
-    const V n = (V::loadu(x + 2 * hidden, count) + r * (total[0][i][2] + bias)).tanh();
-    const V h = V::loadu(before + i * hidden + column, count);
-    (n + z * (h - n)).store(after + i * hidden + column, count);
-  }
+  product<rows, 3, sums>(before, l.weight + column * hidden * 3, hidden, [&](int row, const V* sum) {
+    const T* x = gates + row * 3 * hidden + column;
+    const V r = sigmoid(V::loadu(x, count) + sum[0]);
+    const V z = sigmoid(V::loadu(x + hidden, count) + sum[1]);
+    const V n = (V::loadu(x + 2 * hidden, count) + r * (sum[2] + bias)).tanh();
+    const V h = V::loadu(before + row * hidden + column, count);
+    (n + z * (h - n)).store(after + row * hidden + column, count);
+  });
 }
 
 // One step for the rows and columns [begin, end).
@@ -114,10 +76,10 @@ void step(const Layer& l, int64_t t, int64_t row, int64_t last_row, int64_t colu
       i += height;
     };
     while (rest(kTall)) at(tile<kTall, 1>, kTall);
-    if constexpr (kTall == 8)
+    if constexpr (kTall > 4)
       if (rest(4)) at(tile<4, 2>, 4);
-    if (rest(2)) at(tile<2, kTall / 2>, 2);
-    if (rest(1)) at(tile<1, kTall>, 1);
+    if (rest(2)) at(tile<2, 2>, 2);
+    if (rest(1)) at(tile<1, 4>, 1);
   }
 }
 
@@ -152,12 +114,6 @@ void run(const Layer& l, int threads) {
 }
 
 }  // namespace
-
-#if defined(_WIN32)
-#define HIGHWAY_EXPORT extern "C" __declspec(dllexport)
-#else
-#define HIGHWAY_EXPORT extern "C"
-#endif
 
 // All tensors contiguous; bias may be null.
 HIGHWAY_EXPORT void highway_gru(const T* gates, const T* weight, const T* bias, const T* first, T* out, int64_t steps,

@@ -11,8 +11,7 @@ from hwbp_compiler.engine.solve_tensors import TensorSeries
 from hwbp_compiler.options import Truncation
 
 from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows
-from .runs import LayerRuns, Links
-from .through_time import operator as through_time
+from .runs import LayerRuns, Links, exact
 
 MULTIPLIER = "sigmoid(...)"
 
@@ -27,7 +26,7 @@ def gradients(
 
         h' = (1 - z) n + z h        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
 
-    Truncation None: exact backprop, one step after the other (``through_time``).
+    Truncation None: exact backprop, one step after the other (``runs.exact``).
     """
     first, later = layer.state[0][0].to(layer.output.dtype), layer.output[:-1]  # the states before each step
     size = first.shape[-1]
@@ -42,12 +41,10 @@ def gradients(
     # (h - n) z is h' - n.
     of_z = (layer.output - n) * (1 - z)
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
-    if truncation is None:
-        w, of_first = through_time(contributions(layer, grad_output, grad_h_n), z, into[:, :, 1:], layer.w_hh)
-    else:
-        c = contributions(layer, grad_output, None)
-        last = at_the_last_state(c, grad_h_n)
-        w, of_first = _truncated(Links(c, z, None, into[:, :, 1:], layer.w_hh), last, truncation)
+    c = contributions(layer, grad_output, None)
+    last = at_the_last_state(c, grad_h_n)
+    links = Links(c, z, None, into[:, :, 1:], layer.w_hh)
+    w, of_first = exact(links, last) if truncation is None else _truncated(links, last, truncation)
 
     flat = rows(into * w.unsqueeze(2))
     of_ih, of_hh = flat[:, : 3 * size], flat[:, size:]

@@ -1,12 +1,12 @@
-"""The backward pass of a tanh or ReLU RNN layer. K = 0: no highway, exact backprop (``through_time``) only."""
+"""The backward pass of a tanh or ReLU RNN layer. K = 0: no highway, exact backprop (``runs.exact``) only."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .layer import Gradients, Layer, column_sums, contributions, rows
-from .through_time import operator as through_time
+from .layer import Gradients, Layer, at_the_last_state, column_sums, contributions, rows
+from .runs import Links, exact
 
 
 def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Gradients:
@@ -14,7 +14,8 @@ def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Ten
     after = layer.output
     # NaN passes through max(a, 0), and so does its gradient.
     into = 1 - after * after if kind == "rnn_tanh" else torch.where(after <= 0, torch.zeros_like(after), 1)
-    w, of_first = through_time(contributions(layer, grad_output, grad_h_n), None, into.unsqueeze(2), layer.w_hh)
+    c = contributions(layer, grad_output, None)
+    w, of_first = exact(Links(c, None, None, into.unsqueeze(2), layer.w_hh), at_the_last_state(c, grad_h_n))
     flat = rows(into * w)
     sums = column_sums(flat)
     first, later = layer.state[0][0].to(after.dtype), after[:-1]  # the states before each step

@@ -6,8 +6,9 @@ counted from the last row; the first takes the remainder. A run is S steps, each
     GRU, RNN    w' = c + m w + (p w) W
     LSTM        h' = c + (p_i e, p_f e, p_g e, p_o h) W        e' = m e + q h'        (recurrence/lstm.py: h and e)
 
-with c (and q) of the state that is led to. On a CPU it is one call; for other devices the steps are written out where T
-is a number, and compiled with what surrounds them (:func:`written_out`).
+with c (and q) of the state that is led to. On a CPU a run is one call (:mod:`.cpu_runs`), and so is exact backprop, a
+run over one segment of all steps (:func:`exact`). For other devices the steps are written out where T is a number, and
+compiled with what surrounds them (:func:`written_out`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from hwbp_compiler.engine.segments import Cut
 from hwbp_compiler.torch_private import below_autograd
+
+from . import cpu_runs
 
 library = torch.library.Library("highway", "FRAGMENT")
 library.define(
@@ -82,6 +85,17 @@ class Links:
             return [h if kept is None else h + kept]
         assert kept is not None
         return [h, kept + self.through[before] * h]
+
+
+def exact(links: Links, last: Tensor) -> list[Tensor]:
+    """Ordinary backprop along the states, from the gradient at the last one, [B, H]; an LSTM's is PyTorch's own. On a
+    CPU, PyTorch has no backward kernel for a GRU or an RNN: autograd replays every small operator of every step, with
+    products for the weights among them. Of all this only the gradient of the state has to wait for the next step's.
+
+    Returns w [T, B, H], and what the first link makes of it [B, H]."""
+    values = links.values
+    given = values, links.multipliers, links.through, links.into, links.weight
+    return operator(*given, [last.unsqueeze(0)], values.shape[0], True)  # type: ignore[no-any-return]
 
 
 class LayerRuns:
@@ -157,6 +171,9 @@ def _run_segments(
     links = Links(values, multipliers, through, into, weight)
     cut = Cut.of(values.shape[0], segment)
     with below_autograd():
+        ours = cpu_runs.run(values, multipliers, through, into, weight, ends, segment, whole)
+        if ours is not None:
+            return ours
         if not whole:
             return [e.contiguous() for e in written_out(links, list(ends), segment, False)]
         # In place: each step writes the rows that the next one reads.
