@@ -33,6 +33,7 @@ SUITES = {
     "scaling": "scaling",
     "scan": "scan",
     "cells": "cells",
+    "segments": "segments",
 }
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from . import accuracy_report, paper
+from . import accuracy_report, paper, segments_report
 from .harness import ROOT, say
 from .rows import PAGE, Row, by, markdown, places
 
@@ -312,6 +312,10 @@ def accuracy() -> str | None:
     return accuracy_report.section(rows("accuracy"))
 
 
+def segments() -> str | None:
+    return segments_report.section(rows("segments"), PAGE.parent)
+
+
 def papers_own() -> str:
     lines: list[tuple[object, ...]] = []
     for case, (exact, highway, fixed_point) in paper.STEP_MS.items():
@@ -349,7 +353,7 @@ def expected() -> str:
 
 
 SECTIONS: list[Callable[[], str | None]] = [
-    recurrent, cells, deep, compile_time, scaling, accuracy, scan, papers_own,
+    recurrent, cells, deep, compile_time, scaling, accuracy, segments, scan, papers_own,
 ]  # fmt: skip
 
 
