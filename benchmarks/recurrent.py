@@ -1,15 +1,23 @@
 """Recurrent modules against eager mode: ``python -m benchmarks run --suite recurrent``
 
 Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, which is therefore the baseline:
-oneDNN's kernel for an LSTM in float32, ATen's for the rest. ``exact`` and every k are compiled first, ``auto``
-is rewrite="profitable" at k = 2, ``fpi`` fixed-point iteration (gamma = 1); then all take turns. What every k gains
-over ``exact`` is Highway-BP's; what ``exact`` gains over eager mode (GRU and RNN on a CPU) comes from computing gates
-and weights' gradients for all steps at once. Reported: the backward and the whole step, seconds of a cold and a warm
-compile, peak memory of a step, and the cosine of the weights' gradient with eager mode's. ``loop`` is the same GRU as a
-loop over its cell, compiled by stock Inductor, which
-unrolls it: at 128 steps alone, for at 512 it compiles for many minutes. On a GPU the baseline is cuDNN, the cases are
-the paper's, of one and three layers, and products of float32 matrices may be rounded to TF32 (``matmul`` "high"), as
-cuDNN's are by default, or not ("highest", PyTorch's default for products).
+oneDNN's kernel for an LSTM in float32, ATen's for the rest. All are compiled first, then take turns:
+
+    exact           ordinary backprop. What it gains over eager mode (GRU and RNN on a CPU) comes from kernels of our
+                    own, and from computing gates and weights' gradients for all steps at once; what any k gains over
+                    it is Highway-BP's
+    k=2             that many iterations; ``k=1, S=16`` one iteration over segments of 16 links
+    auto            rewrite="profitable" at k = 2
+    fpi             fixed-point iteration (gamma = 1)
+    jax             the same GRU on JAX, where it is installed (``jax_gru``); ``jax, unrolled`` with 8 steps in a turn
+                    of its loop
+    loop            the same GRU as a loop over its cell, compiled by stock Inductor, which unrolls it: at 128 steps
+                    alone, for at 512 it compiles for many minutes
+
+Reported: the backward and the whole step, seconds of a cold and a warm compile, peak memory of a step, and the cosine
+of the weights' gradient with eager mode's. The weights are not trained: cosines of trained ones are in ``segments``. On
+a GPU the baseline is cuDNN, the cases are the paper's, of one and three layers, and products of float32 matrices may be
+rounded to TF32 (``matmul`` "high"), as cuDNN's are by default, or not ("highest", PyTorch's default for products).
 """
 
 from __future__ import annotations
@@ -22,11 +30,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import jax_gru
 from .harness import in_turns, most_held, say, start_anew, summary, synchronize
 
 RESUMES = True  # a run measures the cases that the results lack
 ITERATIONS = {"cpu": (0, 1, 2, 4, 8), "cuda": (0, 1, 2, 5, 10)}
 SHAPES = ((1, 128, 512), (4, 128, 512), (16, 128, 512), (32, 64, 1024), (32, 256, 256))
+SEGMENTS = ((1, 16), (1, 32), (1, "L/4"))  # k, S
 UNROLLED = ((1, 128, 128), (16, 128, 128))  # beside a compiled loop
 LONG = ((1, 64, 1_000), (1, 64, 10_000))  # the time a step must not grow with the length
 PAPER = ((128, 512, 256), (128, 64, 1024))
@@ -127,7 +137,16 @@ class Contender:
         return most_held(self.device, lambda: self.function(self.x).backward(self.target))
 
 
-def contenders(case: Case, device: str) -> list[Contender]:
+def segmented(case: Case) -> dict[str, dict[str, Any]]:
+    found = {}
+    for k, size in SEGMENTS:
+        s = max(1, case.steps // 4) if size == "L/4" else size
+        if (k + 1) * s < case.steps:
+            found[f"k={k}, S={s}"] = {"iterations": k, "segment": s, "rewrite": "always"}
+    return found
+
+
+def contenders(case: Case, device: str) -> list[Contender | jax_gru.JaxGRU]:
     start_anew()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(case.matmul)
@@ -141,15 +160,21 @@ def contenders(case: Case, device: str) -> list[Contender]:
         name = k if k == "exact" else f"k={k}"
         ways[name] = {"backend": "highway", "options": {"iterations": k, "rewrite": "always"}}
     if case.kind != "RNN":
+        ways |= {name: {"backend": "highway", "options": options} for name, options in segmented(case).items()}
         ways["fpi k=2"] = {"backend": "highway", "options": {"iterations": 2, "damping": 1.0, "rewrite": "always"}}
     ways["auto"] = {"backend": "highway", "options": {"iterations": 2}}
-    made = [Contender(name, model, x, target, how, device) for name, how in ways.items()]
+    made: list[Contender | jax_gru.JaxGRU] = [
+        Contender(name, model, x, target, how, device) for name, how in ways.items()
+    ]
+    if device == "cpu" and case.kind == "GRU" and jax_gru.available():
+        for name, unroll in (("jax", 1), ("jax, unrolled", 8)):
+            made.append(jax_gru.JaxGRU(name, model.layer, x, target, unroll))
     if device == "cpu" and case.kind == "GRU" and (case.batch, case.hidden, case.steps) in UNROLLED:
         made.append(Contender("loop", Loop(model.layer).to(device), x, target, {"backend": "inductor"}, device))
     return made
 
 
-def measured(case: Case, made: list[Contender], repeats: int) -> Iterator[dict[str, Any]]:
+def measured(case: Case, made: list[Contender | jax_gru.JaxGRU], repeats: int) -> Iterator[dict[str, Any]]:
     samples = in_turns({c.name: c.step for c in made}, repeats, budget=6.0)
     base = {what: summary(what, seconds)[f"{what}_ms"] for what, seconds in samples["eager"].items()}
     rows = []
@@ -199,7 +224,8 @@ def run(
         for r in rows:
             say(
                 f"{case} {r['run']:>6}: {r['step_ms']:8.2f} ({r['step_iqr_ms']:.2f}) {r['step_ratio']:.2f}x,"
-                f" forward {r['forward_ms']:.2f}, backward {r['backward_ms']:.2f} {r['backward_ratio']:.2f}x,"
+                f" forward {r.get('forward_ms', 0):.2f}, backward {r.get('backward_ms', 0):.2f}"
+                f" {r.get('backward_ratio', 0):.2f}x,"
                 f" cosine {r['cosine']:.6f}, {r['peak_memory_mb'] or 0:.0f} MB, compile {r['compile_s'] or 0:.1f} s"
             )
         yield from rows

@@ -57,8 +57,15 @@ row are no more than a hint."""
 
 
 def time(row: Row, what: str) -> str:
-    """Median and, in brackets, interquartile range; marked where the one says little beside the other."""
+    """Median and, in brackets, interquartile range; marked where the one says little beside the other. Nothing where
+    it was not measured."""
+    if f"{what}_ms" not in row:
+        return ""
     return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"
+
+
+def ratio(row: Row, what: str) -> str:
+    return f"{row[f'{what}_ratio']:.2f}x" if f"{what}_ratio" in row else ""
 
 
 def doubtful(row: Row, what: str) -> str:
@@ -161,8 +168,8 @@ def recurrent() -> str | None:
     for _, group in by(found, *RECURRENT).items():
         lines = [
             (
-                r["run"], time(r, "forward"), time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
-                f"{r['step_ratio']:.2f}x", f"{r['cosine']:.5f}",
+                r["run"], time(r, "forward"), time(r, "backward"), ratio(r, "backward"), time(r, "step"),
+                ratio(r, "step"), f"{r['cosine']:.5f}",
                 compiling(r),
                 "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.0f}",
             )
