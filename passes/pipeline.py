@@ -121,7 +121,7 @@ def _treat(
         return record, False
     graph.lint()
     settled.update(rewriting.created)
-    record.decision = "rewritten"
+    record.rewritten(truncation)
     # The stacks, and the last W beside the block results it is made from.
     state = sum(bytes_of(n.meta["val"]) for n in candidate.chain.states[-1] if n is not None)
     record.added_bytes = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * state

@@ -37,6 +37,7 @@ from hwbp_compiler.recurrence.operator import operator as forward_operator
 
 log = logging.getLogger(__name__)
 
+# Kinds without a backward kernel of PyTorch's on a CPU.
 THROUGH_TIME = ("gru", "rnn_tanh", "rnn_relu")
 
 _CELLS = {"gru": gru, "lstm": lstm}
@@ -89,9 +90,10 @@ def rewrite_recurrent_modules(
             log.debug("rewriting a recurrent layer failed", exc_info=error)
             continue
         created.update(emitted)
-        if decision.rewrites:
+        if truncation is not None:
             for record in mine:
-                record.decision, record.added_bytes = "rewritten", _held_at_once(emitted)
+                record.rewritten(truncation)
+                record.added_bytes = _held_at_once(emitted)
             if watcher is not None:
                 watcher.rewrote_module(mine, emitted)
     return _told_once(records), created
@@ -211,6 +213,11 @@ class _Backward:
         return self.layers * (1 + self.bidirectional)
 
     @property
+    def projects(self) -> bool:
+        """Whether an LSTM has a ``proj_size``."""
+        return len(self.weights) != self.chains * (4 if self.has_biases else 2)
+
+    @property
     def length(self) -> int:
         return hint((self.input if self.batch_sizes is None else self.batch_sizes).meta["val"].shape[0])
 
@@ -239,7 +246,7 @@ class _Backward:
             return Decision(Reason.MODULE_WITHOUT_PATH.of(module=_NAMES[self.kind]))
         if self.batch_sizes is not None:
             return Decision(Reason.PACKED_SEQUENCE.of())
-        if len(self.weights) != self.chains * (4 if self.has_biases else 2):
+        if self.projects:
             return Decision(Reason.PROJECTIONS.of())
         if self.autocast is not None:
             return Decision(Reason.MODULE_UNDER_AUTOCAST.of())

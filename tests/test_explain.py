@@ -550,7 +550,7 @@ def test_drawings_say_what_is_missing(mlp_report, tmp_path, monkeypatch):
         nothing.save_repro(tmp_path / "a.py")
 
 
-def truncated_error(model, given, k):
+def truncated_error(model, given, k, segment=1):
     """The relative error of w^k over all parameters, from the oracle: ``x + hold(branch(x))`` link by link."""
 
     def link(block):
@@ -561,7 +561,7 @@ def truncated_error(model, given, k):
         return Link(step)
 
     program = Program(dict(model.named_parameters()), lambda run, h: run([link(b) for b in model], (h,)).states[-1][0])
-    gradients = (reference_gradients(program, (given,), torch.sum, n)[1] for n in ("exact", k))
+    gradients = (reference_gradients(program, (given,), torch.sum, n, segment=segment)[1] for n in ("exact", k))
     exact, found = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in gradients)
     return float((found - exact).norm() / exact.norm())
 
@@ -576,6 +576,34 @@ def test_the_error_of_w_k_is_the_oracles():
     assert errors[DEPTH - 1] < 1e-12
     assert "k = 2   cosine" in str(report) and report.to_dict()["graphs"][0]["errors"][0]["iterations"] == 0
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_with_segments_the_error_is_told_for_k_and_s():
+    model, given = mlp().double(), x().double()
+    report = explain(model, given, options={**ALWAYS, "iterations": 0}, errors=[1, (0, 2), (1, 2), (DEPTH - 1, 1)])
+    errors = {(error.iterations, error.segment): error.relative_error for error in report.graphs[0].errors}
+    assert set(errors) == {(1, 1), (0, 2), (1, 2), (DEPTH - 1, 1)}
+    for k, size in errors:
+        expected = truncated_error(model, given, k, size)
+        assert errors[k, size] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+    assert "S = 2    k = 0   cosine" in str(report)
+
+
+def test_segments_and_the_depth_are_told():
+    report = explain(mlp(), x(), options={**ALWAYS, "iterations": 0, "segment": DEPTH - 1})
+    (chain,) = report.chains
+    size, rest = DEPTH - 1, 1
+    assert (chain.segments, chain.depth) == (2, (DEPTH, size))
+    told = " ".join(str(report).split())
+    assert f"segments C = 2, S = {size} links; the one next to the input has {rest} depth" in told
+    assert f"depth {DEPTH} blocks one after the other before, {size} now (1 run of {size} steps), and 1 scan" in told
+    (data,) = report.to_dict()["chains"]
+    assert (data["segment"], data["segments"], data["depth"]) == (size, 2, [DEPTH, size])
+
+
+def test_what_is_not_rewritten_has_the_depth_of_ordinary_backprop():
+    report = explain(mlp(), x(), options={"iterations": "exact"})
+    assert report.chains[0].depth == (DEPTH, DEPTH) and "depth" not in str(report)
 
 
 def test_without_being_asked_nothing_is_measured(mlp_report):

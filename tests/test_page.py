@@ -11,9 +11,9 @@ from torch import fx, nn
 
 from hwbp_compiler import explain
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
-from hwbp_compiler.options import Options
+from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.report.data import BlockPrograms, ErrorAt, ExplainedGraph
-from hwbp_compiler.report.picture import Fold, chain_svg, folded
+from hwbp_compiler.report.picture import Fold, chain_svg, errors_svg, folded
 from hwbp_compiler.report.report import Report
 
 ALWAYS = {"iterations": 1, "rewrite": "always"}
@@ -66,6 +66,24 @@ def test_a_picture_is_small_whatever_the_length(length):
     picture = chain_svg(record(length), 1)
     assert len(picture) < 6_000
     assert f">h{length}</text>" in picture and f'data-link="{length}"' in picture
+
+
+def test_a_picture_shows_where_segments_end():
+    chain = record(10)
+    chain.rewritten(Truncation(0, segment=9))
+    picture = chain_svg(chain, 1)
+    assert picture.count("segment 1 ends") == 1 and "over" not in picture  # after the first link
+    chain.rewritten(Truncation(0, segment=4))
+    assert "the same 8 times more, over 3 segments" in chain_svg(chain, 1)
+    assert "segment" not in chain_svg(record(10), 1)
+
+
+def test_curves_of_several_s_are_told_apart():
+    picture = errors_svg(
+        [ErrorAt(0, 0.9, 0.4), ErrorAt(1, 0.99, 0.1), ErrorAt(0, 0.95, 0.3, 4), ErrorAt(1, 1.0, 0.0, 4)]
+    )
+    assert picture.count("<polyline") == 4 and ">S=1<" in picture and ">S=4<" in picture
+    assert "k = 1, S = 4: relative error 0, cosine 1.000000" in picture
 
 
 def test_names_are_escaped():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hwbp_compiler.options import Truncation
 from hwbp_compiler.reasons import Reason, Why
 
 
@@ -50,6 +51,7 @@ class ChainRecord:
     modules       module of each link, in forward order
     side_losses   links, in forward order, at whose state something besides the chain adds a gradient
     added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
+    iterations, segment   k and S it was rewritten with; None where it was not, or has no block
     """
 
     length: int
@@ -69,11 +71,34 @@ class ChainRecord:
     side_losses: list[int] = field(default_factory=list)
     added_bytes: int = 0
     reason_code: Reason | None = None
+    iterations: int | None = None
+    segment: int | None = None
+
+    def rewritten(self, how: Truncation) -> None:
+        """The chain takes the form that ``how`` says."""
+        self.decision, self.iterations, self.segment = "rewritten", how.iterations, how.segment
+
+    @property
+    def segments(self) -> int | None:
+        """C, where it was rewritten in segments of more than one link."""
+        return -(-self.length // self.segment) if self.segment is not None and self.segment > 1 else None
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Blocks that wait for one another, in ordinary backprop and as it is now: L, and k, or (k + 1) S in runs over
+        segments."""
+        if self.iterations is None or self.segment is None:
+            return self.length, self.length
+        return self.length, self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
 
     def because(self, why: Why) -> None:
         """Take reason and advice from ``why``."""
         self.reason, self.advice, self.reason_code = why.text, why.advice, why.code
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: the reason's code by its name."""
-        return asdict(self) | {"reason_code": self.reason_code.name if self.reason_code is not None else None}
+        """Plain data, ready for JSON: the reason's code by its name, and what follows from k and S."""
+        return asdict(self) | {
+            "reason_code": self.reason_code.name if self.reason_code is not None else None,
+            "segments": self.segments,
+            "depth": list(self.depth),
+        }

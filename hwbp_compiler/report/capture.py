@@ -42,7 +42,7 @@ def explain(
     options: Mapping[str, Any] | None = None,
     loss: Callable[[Any], Tensor] | None = None,
     measure: bool = False,
-    errors: bool | Iterable[int] = False,
+    errors: bool | Iterable[int | tuple[int, int]] = False,
     **kwargs: Any,
 ) -> Report:
     """Say what ``torch.compile(model, backend="highway", options=options)`` would do on these inputs.
@@ -60,7 +60,8 @@ def explain(
         measure: also compile the model with ``backend="inductor"`` and with ``backend="highway"`` and time a training
             step of both (``report.measured``). Takes as long as two compilations.
         errors: also compare the parameter gradient of w^k with the exact one on these inputs, for the given values
-            of k, or for a ladder of them if True (``report.graphs[i].errors``). One eager run of the joint graph each.
+            of k or pairs (k, S), or for a few of them if True (``report.graphs[i].errors``). One eager run of the joint
+            graph each.
 
     Raises:
         OptionError: a key or a value in ``options`` that is not allowed.
@@ -103,26 +104,24 @@ def _name_of(model: Any) -> str:
     return type(inner).__name__ if isinstance(inner, nn.Module) else getattr(inner, "__qualname__", "model")
 
 
-def _measure_errors(looking: _Looking, wanted: Any, retraced: Callable[[int | str], list[fx.GraphModule]]) -> None:
+def _measure_errors(looking: _Looking, wanted: Any, retraced: Callable[[Options], list[fx.GraphModule]]) -> None:
     for number, (graph, run) in enumerate(zip(looking.graphs, looking.runs, strict=True)):
         longest = max((c.length for c in graph.chains if c.members), default=0)
         if run.primals and run.tangents and longest:
 
-            def joint(k: int | str, number: int = number, graph: ExplainedGraph = graph) -> fx.GraphModule:
-                return retraced(k)[number] if graph.loops else graph.before
+            def joint(how: Options, number: int = number, graph: ExplainedGraph = graph) -> fx.GraphModule:
+                return retraced(how)[number] if graph.loops else graph.before
 
             graph.errors = measuring.errors(joint, run, looking.options, wanted, longest)
 
 
-def _retracing(
-    traced: Callable[[_Looking, bool], Any], options: Options
-) -> Callable[[int | str], list[fx.GraphModule]]:
-    """The joint graphs once more, with another k for the loops that are rewritten before these are traced."""
+def _retracing(traced: Callable[[_Looking, bool], Any], options: Options) -> Callable[[Options], list[fx.GraphModule]]:
+    """The joint graphs once more, with other options for the loops that are rewritten before these are traced."""
 
     @functools.cache
-    def graphs(iterations: Any) -> list[fx.GraphModule]:
+    def graphs(how: Options) -> list[fx.GraphModule]:
         again = _Looking(dataclasses.replace(options, rewrite="never", strict=False))
-        again.of_loops = dataclasses.replace(options, iterations=iterations, rewrite="always", strict=False)
+        again.of_loops = dataclasses.replace(how, rewrite="always", strict=False)
         traced(again, False)
         return [graph.before for graph in again.graphs]
 

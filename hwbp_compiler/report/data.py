@@ -44,12 +44,13 @@ class BlockPrograms:
 
 @dataclass
 class ErrorAt:
-    """The parameter gradient at ``iterations`` against the exact one: cosine, and norm of the difference relative to
-    the norm of the exact one. Both over all parameters of the chain's graph together."""
+    """The parameter gradient at ``iterations`` and ``segment`` against the exact one: cosine, and norm of the
+    difference relative to the norm of the exact one. Both over all parameters of the chain's graph together."""
 
     iterations: int
     cosine: float
     relative_error: float
+    segment: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """None for what overflowed: JSON has no word for it."""
@@ -65,7 +66,7 @@ class ExplainedGraph:
     failure         the exception that ended the passes; the graph is then compiled as it is. None if there was none
     programs        per chain, one entry per group
     rest            per chain, what of its rewritten form belongs to no group: multipliers, scans, states
-    errors          error of w^k against k; empty where it was not asked for
+    errors          error of w^k against k and S; empty where it was not asked for
     loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``: those are
                     rewritten before the joint graph is traced, which holds them as they are in ``before`` too
     """

@@ -1,4 +1,4 @@
-"""What can be measured on the inputs at hand: a training step's time, and the error of w^k against k."""
+"""What can be measured on the inputs at hand: a training step's time, and the error of w^k against k and S."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from hwbp_compiler.options import Options
 from .data import ErrorAt, StepTimes, copy_of
 
 _REPEATS, _WARM_UP = 5, 2
-# Iterations tried where none are named: dense where the error falls, few altogether.
+# Iterations tried where none are named: dense where the error falls, few altogether; and with segments, of which few
+# sizes are tried beside the one in force.
 _LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_FEW = (0, 1, 2)
+_SIZES = (4, 16)
 
 
 # -- the error of w^k -------------------------------------------------------------------------------------------
@@ -44,28 +47,45 @@ class Run:
 
 
 def errors(
-    joint: Callable[[int | str], fx.GraphModule], run: Run, options: Options, wanted: Iterable[int] | bool, length: int
+    joint: Callable[[Options], fx.GraphModule],
+    run: Run,
+    options: Options,
+    wanted: Iterable[int | tuple[int, int]] | bool,
+    length: int,
 ) -> list[ErrorAt]:
-    """The parameter gradient of w^k for every k in ``wanted`` (True: a ladder up to ``length``) against the exact one.
+    """The parameter gradient of w^k for every k, or (k, S), in ``wanted`` against the exact one.
 
-    Runs the joint graph in eager mode once per k, all chains rewritten whether it pays or not, with one seed for all.
-    ``joint(k)`` is that graph before the passes, with k (or ``"exact"``) for whatever is rewritten before they run.
+    A k alone means S as it is in ``options``; True a few of both that are no ordinary backprop of ``length`` links.
+    Runs the joint graph in eager mode once each, all chains rewritten whether it pays or not, with one seed for all.
+    ``joint(options)`` is that graph before the passes, with k and S (or ``"exact"``) for whatever is rewritten before
+    they run.
     """
-    ks = [k for k in _LADDER if k < length] if wanted is True else sorted({int(k) for k in wanted or ()})
-    if wanted is True and isinstance(options.iterations, int) and options.iterations < length:
-        ks = sorted({*ks, options.iterations})
-    exact = _gradient(joint("exact"), run)
+    exact = _gradient(joint(dataclasses.replace(options, iterations="exact")), run)
     found: list[ErrorAt] = []
-    for k in ks:
-        rewritten = copy_of(joint(k).graph)
-        chosen = dataclasses.replace(options, iterations=k, rewrite="always", strict=False)
+    for k, size in _ladder(options, length) if wanted is True else _named(options, wanted or ()):
+        chosen = dataclasses.replace(options, iterations=k, segment=size, rewrite="always", strict=False)
+        rewritten = copy_of(joint(chosen).graph)
         passes.run(rewritten.graph, chosen)
         rewritten.recompile()
         approximate = _gradient(rewritten, run)
         norm = exact.norm()
         cosine = torch.dot(approximate, exact) / (approximate.norm() * norm)
-        found.append(ErrorAt(k, float(cosine), float((approximate - exact).norm() / norm)))
+        found.append(ErrorAt(k, float(cosine), float((approximate - exact).norm() / norm), size))
     return found
+
+
+def _ladder(options: Options, length: int) -> list[tuple[int, int]]:
+    sizes = sorted({1, options.segment, *(s for s in _SIZES if 2 * s < length)})
+    found = [(k, s) for s in sizes for k in (_LADDER if s == 1 else _FEW)]
+    if isinstance(options.iterations, int):
+        found.append((options.iterations, options.segment))
+    short = {(s, k) for k, s in found if k < dataclasses.replace(options, segment=s).needed(length)}
+    return [(k, s) for s, k in sorted(short)]
+
+
+def _named(options: Options, wanted: Iterable[int | tuple[int, int]]) -> list[tuple[int, int]]:
+    pairs = {(int(w[1]), int(w[0])) if isinstance(w, tuple) else (options.segment, int(w)) for w in wanted}
+    return [(k, s) for s, k in sorted(pairs)]
 
 
 def _gradient(joint: fx.GraphModule, run: Run) -> Tensor:

@@ -64,6 +64,7 @@ def _graphs(report: ReportData) -> Iterator[dict[str, Any]]:
             "chains": chains,
             "no_chain": text.NO_CHAIN if not chains and report.options.rewrite != "never" else "",
             "errors": graph.errors,
+            "in_segments": any(error.segment > 1 for error in graph.errors),
             "plot": picture.errors_svg(graph.errors) if _worth_a_plot(graph) else "",
             "programs": [("before", _readable(graph.before)), ("after", _readable(graph.after))],
         }

@@ -1,4 +1,4 @@
-"""Pictures as SVG text: a chain with its track and blocks, and the error of w^k against k.
+"""Pictures as SVG text: a chain with its track, blocks and segments, and the error of w^k against k.
 
 Colours are variables that the page defines for light and for dark; nothing here names one.
 """
@@ -78,6 +78,7 @@ def chain_svg(chain: ChainRecord, number: int) -> str:
     """
     losses = set(chain.side_losses)
     kinds = [(member, i in losses) for i, member in enumerate(chain.members)]
+    ends = list(range(chain.length, 0, -chain.segment))[:0:-1] if chain.segments and chain.segment else []
     y = _TOP
     tracks: list[str] = []  # under everything else
     lines = [f'<circle class="state" cx="{_TRACK}" cy="{y}" r="5"/>', _label(_TRACK - 14, y, "h0", "state-name")]
@@ -85,16 +86,20 @@ def chain_svg(chain: ChainRecord, number: int) -> str:
     for item in folded(kinds):
         if isinstance(item, Fold):
             tracks.append(_track(y, y + _FOLD, "track folded"))
-            lines.append(_fold(item, y))
+            lines.append(_fold(item, y, [s for s in ends if item.start < s < item.start + item.links]))
             y += _FOLD
-            lines.append(_join(y, item.start + item.links))
+            state = item.start + item.links
+            lines.append(_join(y, state))
         else:
             tracks.append(_track(y, y + _LINK, "track"))
             lines.append(_link(chain, number, item, y))
             y += _LINK
-            lines.append(_join(y, item + 1))
+            state = item + 1
+            lines.append(_join(y, state))
             if item in losses and item < len(kinds) - 1:
                 lines.append(_side_loss(y))
+        if state in ends:
+            lines.append(_segment_end(y, ends.index(state) + 1))
     lines.append(_label(_TRACK, y + 28, "to the loss", "end", "middle"))
     label = escape(f"chain of {chain.length} links: track, blocks beside it, K on its edges")
     return (
@@ -133,11 +138,14 @@ def _link(chain: ChainRecord, number: int, i: int, y: int) -> str:
     return edge + box
 
 
-def _fold(fold: Fold, y: int) -> str:
+def _fold(fold: Fold, y: int, ends: Sequence[int]) -> str:
+    """``ends``: the states inside it that end a segment."""
     times = fold.links // fold.period if fold.period else 0
     text = f"{fold.links} more links" if not times else f"the same {times} times more"
     if fold.period > 1:
         text = f"the {fold.period} above, {times} times more"
+    if ends:
+        text += f", over {len(ends) + 1} segments"
     return f'<g class="fold" data-links="{fold.links}">{_label(_BOX, y + _FOLD // 2, text, "fold-text", "start")}</g>'
 
 
@@ -152,6 +160,14 @@ def _side_loss(y: int) -> str:
     return (
         f'<g class="side-loss"><title>a gradient of its own arrives here</title>'
         f'<line class="side" x1="46" y1="{y}" x2="{_TRACK - 53}" y2="{y}"/>{_label(40, y, "loss", "side-name")}</g>'
+    )
+
+
+def _segment_end(y: int, number: int) -> str:
+    return (
+        f'<g class="segment"><title>what leaves segment {number} here towards the input goes along the highway</title>'
+        f'<line class="cut" x1="8" y1="{y + 12}" x2="{_WIDTH - 8}" y2="{y + 12}"/>'
+        f"{_label(_WIDTH - 8, y + 2, f'segment {number} ends', 'segment-name')}</g>"
     )
 
 
@@ -173,17 +189,14 @@ _PLOT_WIDTH, _PLOT_HEIGHT, _LEFT, _BOTTOM = 360, 220, 56, 36
 
 
 def errors_svg(errors: Sequence[ErrorAt]) -> str:
-    """Relative error and 1 - cosine of the parameter gradient against k, on a logarithmic axis."""
-    curves = {
-        "error": [max(e.relative_error, 1e-12) for e in errors],
-        "cosine": [max(1 - e.cosine, 1e-12) for e in errors],
-    }
-    values = [v for curve in curves.values() for v in curve if math.isfinite(v)]
+    """Relative error and 1 - cosine of the parameter gradient against k, on a logarithmic axis; curves for each S."""
+    ks, sizes = sorted({e.iterations for e in errors}), sorted({e.segment for e in errors})
+    values = [v for e in errors for v in _drawn(e).values() if math.isfinite(v)]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)
 
-    def x(i: int) -> float:
-        return _LEFT + 12 + i * (_PLOT_WIDTH - _LEFT - 32) / max(1, len(errors) - 1)
+    def x(k: int) -> float:
+        return _LEFT + 12 + ks.index(k) * (_PLOT_WIDTH - _LEFT - 44) / max(1, len(ks) - 1)
 
     def y(value: float) -> float:
         share = (math.log10(value) - low) / (high - low) if math.isfinite(value) else 1.0
@@ -194,18 +207,29 @@ def errors_svg(errors: Sequence[ErrorAt]) -> str:
         at = y(10.0**decade)
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{at:.1f}" x2="{_PLOT_WIDTH - 12}" y2="{at:.1f}"/>')
         parts.append(_label(_LEFT - 8, at, f"1e{decade}", "axis"))
-    for i, error in enumerate(errors):
-        parts.append(_label(x(i), _PLOT_HEIGHT - _BOTTOM + 16, str(error.iterations), "axis", "middle"))
+    parts += [_label(x(k), _PLOT_HEIGHT - _BOTTOM + 16, str(k), "axis", "middle") for k in ks]
     parts.append(_label((_LEFT + _PLOT_WIDTH) / 2, _PLOT_HEIGHT - 6, "k", "axis", "middle"))
-    for name, curve in curves.items():
-        points = " ".join(f"{x(i):.1f},{y(v):.1f}" for i, v in enumerate(curve))
-        parts.append(f'<polyline class="curve {name}" points="{points}"/>')
-        for i, (v, e) in enumerate(zip(curve, errors, strict=True)):
-            shown = f"k = {e.iterations}: relative error {e.relative_error:.3g}, cosine {e.cosine:.6f}"
-            parts.append(
-                f'<circle class="point {name}" cx="{x(i):.1f}" cy="{y(v):.1f}" r="3.5"><title>{shown}</title></circle>'
-            )
+    for size in sizes:
+        mine = [e for e in errors if e.segment == size]
+        for name in ("error", "cosine"):
+            points = " ".join(f"{x(e.iterations):.1f},{y(_drawn(e)[name]):.1f}" for e in mine)
+            parts.append(f'<polyline class="curve {name}" points="{points}"/>')
+            for e in mine:
+                shown = f"relative error {e.relative_error:.3g}, cosine {e.cosine:.6f}"
+                which = f"k = {e.iterations}" + (f", S = {e.segment}" if len(sizes) > 1 else "")
+                parts.append(
+                    f'<circle class="point {name}" cx="{x(e.iterations):.1f}" cy="{y(_drawn(e)[name]):.1f}" r="3.5">'
+                    f"<title>{which}: {shown}</title></circle>"
+                )
+        if len(sizes) > 1:
+            last = mine[-1]
+            parts.append(_label(x(last.iterations) + 6, y(_drawn(last)["error"]), f"S={size}", "axis", "start"))
     return (
         f'<svg class="errors" viewBox="0 0 {_PLOT_WIDTH} {_PLOT_HEIGHT}" role="img" '
         f'aria-label="error of the parameter gradient against k">' + "".join(parts) + "</svg>"
     )
+
+
+def _drawn(error: ErrorAt) -> dict[str, float]:
+    """What an axis of powers of ten can show."""
+    return {"error": max(error.relative_error, 1e-12), "cosine": max(1 - error.cosine, 1e-12)}

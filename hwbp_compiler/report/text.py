@@ -89,9 +89,11 @@ def _lines(report: ReportData) -> Iterator[_Line]:
         number += len(graph.chains)
         if graph.errors:
             yield "  error of w^k: parameter gradient against the exact one"
+            in_segments = any(error.segment > 1 for error in graph.errors)
             for error in graph.errors:
                 figures = f"cosine {error.cosine:.6f}   relative error {error.relative_error:.2e}"
-                yield f"    k = {error.iterations:<3} {figures}"
+                size = f"S = {error.segment:<4} " if in_segments else ""
+                yield f"    {size}k = {error.iterations:<3} {figures}"
 
 
 def graph_text(records: list[ChainRecord], before: int, after: int) -> str:
@@ -149,6 +151,10 @@ def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
         yield "group", f"{text} ({place})" if place else text
     if chain.side_losses:
         yield "side losses", side_text(chain)
+    if chain.segments is not None:
+        yield "segments", segments_text(chain)
+    if chain.iterations is not None:
+        yield "depth", depth_text(chain)
     yield "why", chain.reason
     if chain.estimate is not None and str(chain.estimate) not in chain.reason:
         yield "estimate", str(chain.estimate)
@@ -182,6 +188,20 @@ def side_text(chain: ChainRecord) -> str:
         return "a gradient of its own arrives at every state"
     places = ", ".join(str(i + 1) for i in found[:6]) + (", ..." if len(found) > 6 else "")
     return f"a gradient of its own arrives after {count(len(found), 'link')} of {len(chain.members)}: {places}"
+
+
+def segments_text(chain: ChainRecord) -> str:
+    size, number = chain.segment, chain.segments
+    assert size is not None and number is not None
+    rest = chain.length % size
+    return f"C = {number}, S = {size} links" + (f"; the one next to the input has {rest}" if rest else "")
+
+
+def depth_text(chain: ChainRecord) -> str:
+    before, after = chain.depth
+    scans = count((chain.iterations or 0) + 1, "scan")
+    runs = f" ({count((chain.iterations or 0) + 1, 'run')} of {chain.segment} steps)" if chain.segments else ""
+    return f"{count(before, 'block')} one after the other before, {after} now{runs}, and {scans}"
 
 
 def short(operator: str) -> str:

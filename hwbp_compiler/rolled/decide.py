@@ -36,7 +36,7 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)
     if not decision.rewrites:
         return How(None, shortest), record
-    record.decision = "rewritten"
+    record.rewritten(chosen)
     truncation = options.truncation(length)
     if truncation != chosen:
         return How(truncation, only=length), record
