@@ -385,3 +385,23 @@ def test_the_code_of_a_cell_over_time_is_python(case):
     leaves, spec = pytree.tree_flatten(state)
     code = generate_code(run, x, *leaves, options={"iterations": 1, "rewrite": "always"}, target=TARGET)
     ast.parse(code)
+
+
+# ---- a run over segments --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def in_segments(kind: str, iterations: int) -> GeneratedCode:
+    model, x = getattr(nn, kind.upper())(16, 16), torch.randn(17, 3, 16)
+    options = {"iterations": iterations, "segment": 3, "rewrite": "always", "strict": True}
+    code = generate_code(model, x, options=options, target=TARGET)
+    assert [(chain.decision, chain.segments) for chain in code.chains] == [("rewritten", 6)]
+    return code
+
+
+@pytest.mark.usefixtures("needs_triton")
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_run_over_segments_is_two_launches_a_step_and_one_scan(kind):
+    """The product with the weights, and all that is elementwise between two of them."""
+    one, two = (launches(in_segments(kind, k)) for k in (1, 2))
+    assert two - one == {"pointwise": 3, "mm": 3, "scan": 1}

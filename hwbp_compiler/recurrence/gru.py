@@ -41,7 +41,7 @@ def gradients(
     # (h - n) z is h' - n.
     of_z = (layer.output - n) * (1 - z)
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
-    c = contributions(layer, grad_output, None)
+    c = contributions(layer, grad_output)
     last = at_the_last_state(c, grad_h_n)
     links = Links(c, z, None, into[:, :, 1:], layer.w_hh)
     w, of_first = exact(links, last) if truncation is None else _truncated(links, last, truncation)

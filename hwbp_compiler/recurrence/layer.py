@@ -67,7 +67,6 @@ def at_the_last_state(c: Tensor, grad_h_n: Tensor | None) -> Tensor:
     return c[-1] if grad_h_n is None else c[-1] + grad_h_n[0]
 
 
-def contributions(layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Tensor:
-    """What the losses contribute at h_1 ... h_T."""
-    c = torch.zeros_like(layer.output) if grad_output is None else grad_output
-    return c if grad_h_n is None else torch.cat([c[:-1], c[-1:] + grad_h_n])
+def contributions(layer: Layer, grad_output: Tensor | None) -> Tensor:
+    """What the losses contribute at h_1 ... h_T through the output; ``at_the_last_state`` adds the rest."""
+    return torch.zeros_like(layer.output) if grad_output is None else grad_output

@@ -55,9 +55,11 @@ def gradients(
     into = torch.stack([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
     through_h = o * (1 - tanh_c * tanh_c)
 
-    c_h = contributions(layer, grad_output, grad_h_n)
+    c_h = contributions(layer, grad_output)
     c_e = through_h * c_h
-    heads = [c_h[-1], at_the_last_state(c_e, grad_c_n)]
+    last = at_the_last_state(c_h, grad_h_n)
+    last_e = through_h[-1] * last
+    heads = [last, last_e if grad_c_n is None else last_e + grad_c_n[0]]
     highway = Highway(order=(0, 1), k={(1, 1): f[1:]}, heads=heads, injected=[c_h[:-1], c_e[:-1]])
     links = Links(c_h, f, through_h, into, layer.w_hh)
     w_h, w_e, first_h, first_c = _truncated(links, highway, truncation)

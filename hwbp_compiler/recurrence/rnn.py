@@ -14,7 +14,7 @@ def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Ten
     after = layer.output
     # NaN passes through max(a, 0), and so does its gradient.
     into = 1 - after * after if kind == "rnn_tanh" else torch.where(after <= 0, torch.zeros_like(after), 1)
-    c = contributions(layer, grad_output, None)
+    c = contributions(layer, grad_output)
     w, of_first = exact(Links(c, None, None, into.unsqueeze(2), layer.w_hh), at_the_last_state(c, grad_h_n))
     flat = rows(into * w)
     sums = column_sums(flat)

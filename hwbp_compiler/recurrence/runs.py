@@ -13,6 +13,7 @@ compiled with what surrounds them (:func:`written_out`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,23 +52,31 @@ class Links:
     into: Tensor
     weight: Tensor
 
-    def moved(self, states: Sequence[Tensor], rows: slice) -> Tensor:
-        """What goes through the weights: [lanes, B, H] for links ``rows``."""
-        into = self.into[rows]
+    @functools.cached_property
+    def factors(self) -> Tensor:
+        """p, m and q in one tensor [T, B, G + 2, H], of a GRU without q. The states meet p and m in one multiplication.
+        Written out, a step is then one kernel and one product; with m apart, kernels of the state's size and of the
+        gates' would be two. q is here so that it is computed once and not anew in every step."""
+        apart = [part.unsqueeze(2) for part in (self.multipliers, self.through) if part is not None]
+        return torch.cat([self.into, *apart], 2) if apart else self.into
+
+    def onward(self, states: Sequence[Tensor], rows: slice) -> tuple[Tensor, Tensor | None]:
+        """What comes through the weights of links ``rows``, and past them: [lanes, B, H] each."""
+        gates = self.into.shape[2]
+        factors = self.factors[rows][:, :, : gates + 1]
         if self.through is None:
-            gates = into * states[0].unsqueeze(2)
+            met = factors * states[0].unsqueeze(2)
         else:
             h, e = (s.unsqueeze(2) for s in states)
-            gates = torch.cat([into[:, :, :3] * e, into[:, :, 3:] * h], dim=2)
-        return torch.mm(gates.flatten(0, 1).flatten(1), self.weight).view(states[0].shape)
-
-    def kept(self, states: Sequence[Tensor], rows: slice) -> Tensor | None:
-        return None if self.multipliers is None else self.multipliers[rows] * states[-1]
+            of_output = torch.arange(gates + 1, device=h.device).view(-1, 1) == 3
+            met = factors * torch.where(of_output, h, e)
+        moved = torch.mm(met.flatten(0, 1)[:, :gates].flatten(1), self.weight).view(states[0].shape)
+        return moved, None if self.multipliers is None else met[:, :, gates]
 
     def step(self, states: Sequence[Tensor], rows: slice) -> list[Tensor]:
         """The states before links ``rows``, of those after: [lanes, B, H] per component. No loss contributes at the
         state before link 0."""
-        moved, kept = self.moved(states, rows), self.kept(states, rows)
+        moved, kept = self.onward(states, rows)
         if rows.start > 0:
             return self._joined(
                 moved, kept, slice(rows.start - 1, -1 if rows.stop is None else rows.stop - 1, rows.step)
@@ -84,12 +93,12 @@ class Links:
         if self.through is None:
             return [h if kept is None else h + kept]
         assert kept is not None
-        return [h, kept + self.through[before] * h]
+        return [h, kept + self.factors[before][:, :, -1] * h]
 
 
 def exact(links: Links, last: Tensor) -> list[Tensor]:
-    """Ordinary backprop along the states, from the gradient at the last one, [B, H]; an LSTM's is PyTorch's own. On a
-    CPU, PyTorch has no backward kernel for a GRU or an RNN: autograd replays every small operator of every step, with
+    """Ordinary backprop along the states, from the gradient at the last one, [B, H]; an LSTM's is PyTorch's own.
+    For a GRU or an RNN on a CPU it has no backward kernel: autograd replays every small operator of every step, with
     products for the weights among them. Of all this only the gradient of the state has to wait for the next step's.
 
     Returns w [T, B, H], and what the first link makes of it [B, H]."""
