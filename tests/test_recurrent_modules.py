@@ -629,11 +629,14 @@ def test_without_gradients_nothing_is_recorded():
     assert len(operator.kept._alive) == 0
 
 
-def test_the_cost_model_leaves_onednns_lstm_alone_and_takes_the_gru(monkeypatch):
+def test_the_cost_model_takes_a_gru_of_one_sequence_and_leaves_a_batch_and_onednns_lstm_alone(monkeypatch):
+    """Exact backprop is one call of our own on a CPU, and of one sequence it waits for the weights in every step."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
-    x = torch.empty(512, 16, 128)
-    assert estimate_recurrent("gru", x, x, Truncation(2)).pays
-    assert not estimate_recurrent("lstm", x, x, Truncation(2)).pays
+    one, many = torch.empty(512, 1, 128), torch.empty(512, 16, 128)
+    assert estimate_recurrent("gru", one, one, Truncation(2)).pays
+    assert estimate_recurrent("gru", one, one, Truncation(1, segment=16)).pays
+    assert not estimate_recurrent("gru", many, many, Truncation(2)).pays
+    assert not estimate_recurrent("lstm", many, many, Truncation(2)).pays
 
 
 def test_the_cost_model_prefers_exact_where_the_products_of_one_step_are_large(monkeypatch):

@@ -61,7 +61,7 @@ class Kernels:
     """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
     (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
     what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
-    ``kernel_flops``: those of PyTorch's own kernel."""
+    ``kernel_flops``: those of PyTorch's own kernel. ``run_flops``: those of a run over segments on one of ``cores``."""
 
     flops: float
     bytes: float
@@ -70,17 +70,20 @@ class Kernels:
     element: float
     more: float = 1.0
     kernel_flops: float = 0.0
+    run_flops: float = 0.0
+    cores: int = 1
 
 
 def kernel_figures(kind: str, like: Tensor) -> Kernels:
     if like.device.type != "cpu":
         return _kernels_of_a_gpu(kind, like)
     flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
+    run = {"run_flops": 60e9 / max(1.0, width), "cores": cores()}
     if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
-        return Kernels(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9)  # oneDNN's, one call a layer
+        return Kernels(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9, **run)  # oneDNN's
     if kind == "gru":
-        return Kernels(flops, bytes=20e9, launch=6e-6, step=10e-6, element=8e-9 * width)
-    return Kernels(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width)
+        return Kernels(flops, bytes=20e9, launch=6e-6, step=0.0, element=0.0, **run)
+    return Kernels(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width, **run)
 
 
 def _kernels_of_a_gpu(kind: str, like: Tensor) -> Kernels:

@@ -23,8 +23,11 @@ _GATES = {"gru": 3, "lstm": 4}
 # Of [T, B, H], read or written: before the first iteration and after the last, and in every iteration.
 _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 
-# Kernels or calls in a step of a run: a product, and what is elementwise before it and after.
-_LAUNCHES = 3
+# Kernels in a step of a run on a GPU: a product, and what is elementwise before the next.
+_LAUNCHES = 2
+
+# Seconds of a step of a run on a CPU beside its products.
+_STEP = 0.3e-6
 
 # Seconds a step: what recording a GRU and replaying the record costs a CPU beyond the products, beside the flops below
 # (twice what two cores were seen to reach; 90 to 120 us were seen).
@@ -58,27 +61,31 @@ def _of_a_layer(
     on_a_cpu = like.device.type == "cpu"
     before_and_after = 3 * of_input + 2 * of_state + once + (12 if on_a_cpu else 40) * figures.launch
     if how.segment > 1:
-        rewritten = before_and_after + _of_runs(figures, how, sizes, of_state, each)
+        if on_a_cpu:
+            of_one = _of_a_run(kind, figures, sizes, how.segments(steps))
+        else:
+            of_one = of_state + each + min(how.segment, steps) * _LAUNCHES * figures.launch
+        rewritten = before_and_after + (how.iterations + 1) * of_one + how.iterations * 4 * figures.launch
     else:
         rewritten = before_and_after + how.iterations * (of_state + each + 4 * figures.launch)
-    by_step = steps * (figures.step + figures.element * batch * hidden)
-    # The products of one step run at half speed.
     if kind == "gru" and on_a_cpu:
-        exact = before_and_after + 2 * of_state + by_step
+        exact = before_and_after + _of_a_run(kind, figures, sizes, 1)
         exact -= max(0.0, of_input + of_state - steps * _RECORD)
-    else:  # two of them: into the state before and into the weights
+    else:  # two products of one step, at half speed: into the state before and into the weights
+        by_step = steps * (figures.step + figures.element * batch * hidden)
         slower = figures.flops / (figures.kernel_flops or figures.flops)
         exact = (2 * of_input + 2 * 2 * of_state) * slower + by_step
     return Estimate(exact, rewritten, 0)
 
 
-def _of_runs(
-    figures: Kernels, how: Truncation, sizes: tuple[int, int, int, int], of_state: float, each: float
-) -> float:
-    """k + 1 runs of S steps, each a product over C times the batch and what is elementwise around it."""
-    steps = min(how.segment, sizes[0])
-    of_one = of_state + each + steps * _LAUNCHES * figures.launch
-    return (how.iterations + 1) * of_one + how.iterations * 4 * figures.launch
+def _of_a_run(kind: str, figures: Kernels, sizes: tuple[int, int, int, int], lanes: int) -> float:
+    """Seconds of ``recurrence/runs.cpp`` for all steps, over as many segments at once. Few rows wait for the weights to
+    come out of the cache, and fewer than there are cores are shared out only where a step is long."""
+    steps, batch, _, hidden = sizes
+    rows = lanes * batch
+    flops = 2.0 * steps * batch * _GATES[kind] * hidden * hidden
+    shared = min(figures.cores, rows) if rows > 1 else 1
+    return steps / lanes * _STEP + flops / (figures.run_flops * shared * min(1.0, (rows / shared + 4) / 10))
 
 
 def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
