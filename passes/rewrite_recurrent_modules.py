@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.cost.decide import Decision, decide
 from hwbp_compiler.cost.estimate import Estimate
-from hwbp_compiler.cost.modules import estimate_recurrent, recording_pays
+from hwbp_compiler.cost.modules import estimate_recurrent
 from hwbp_compiler.engine.batching import decompositions
 from hwbp_compiler.engine.inline import inline
 from hwbp_compiler.graph.origin import module_of, source_line
@@ -227,12 +227,9 @@ class _Backward:
 
     @property
     def goes_through_time(self) -> bool:
-        """Whether its exact backward pass can be all but the step from state to state at once, and is faster so."""
-        input, output = self.input.meta["val"], self.output.meta["val"]
+        """Whether its exact backward pass is all but the step from state to state at once."""
         alone = self.chains == 1 and self.batch_sizes is None and self.autocast is None
-        if self.kind not in THROUGH_TIME or output.device.type != "cpu" or not alone:
-            return False
-        return not recording_pays(self.kind, input, output)
+        return self.kind in THROUGH_TIME and self.output.meta["val"].device.type == "cpu" and alone
 
     def record(self, needed: list[bool]) -> None:
         """Let the forward pass record what leads to these tensors."""

@@ -3,9 +3,8 @@
 Weighed is what differs: on one side the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down, on the
 other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
 products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
-it is ``recurrence.runs.exact``, which pays so for the step from state to state alone but computes the gates again, or
-where that costs more, PyTorch's kernel after all. The figures are of the size
-seen on two cores of a server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
+it is ``recurrence.runs.exact``, one run over a single segment. The figures are of the size seen on two cores of a
+server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
 """
 
 from __future__ import annotations
@@ -28,10 +27,6 @@ _LAUNCHES = 2
 
 # Seconds of a step of a run on a CPU beside its products.
 _STEP = 0.3e-6
-
-# Seconds a step: what recording a GRU and replaying the record costs a CPU beyond the products, beside the flops below
-# (twice what two cores were seen to reach; 90 to 120 us were seen).
-_RECORD = 50e-6
 
 
 def estimate_recurrent(
@@ -70,7 +65,6 @@ def _of_a_layer(
         rewritten = before_and_after + how.iterations * (of_state + each + 4 * figures.launch)
     if kind == "gru" and on_a_cpu:
         exact = before_and_after + _of_a_run(kind, figures, sizes, 1)
-        exact -= max(0.0, of_input + of_state - steps * _RECORD)
     else:  # two products of one step, at half speed: into the state before and into the weights
         by_step = steps * (figures.step + figures.element * batch * hidden)
         slower = figures.flops / (figures.kernel_flops or figures.flops)
@@ -92,13 +86,3 @@ def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> 
     """Seconds of one product of all steps with the weights of the input, and with those of the state."""
     steps, batch, width, hidden = sizes
     return tuple(2.0 * steps * batch * _GATES[kind] * hidden * n / figures.flops for n in (width, hidden))  # type: ignore
-
-
-def recording_pays(kind: str, input: Tensor, output: Tensor) -> bool:
-    """Whether PyTorch's kernel, recorded and replayed, is expected to be a faster exact backward pass on a CPU than
-    ``runs.exact``: where the two products that give a GRU's gates again take longer than the record."""
-    if kind != "gru":
-        return False  # the derivatives of an RNN are known from its outputs
-    steps, batch, width = (hint(size) for size in input.shape)
-    sizes = (steps, batch, width, hint(output.shape[2]))
-    return sum(_products(kind, kernel_figures(kind, output), sizes)) > steps * _RECORD
