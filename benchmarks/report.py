@@ -365,8 +365,9 @@ SECTIONS: list[Callable[[], str | None]] = [
 
 
 def in_short() -> str:
-    """README's tables: k = 2 of every recurrent module and unrolled chain, with what the cost model decided."""
-    tables = [recurrent_in_short(), deep_in_short()]
+    """README's tables: the time of a step with every recurrent module, quality and time of trained models, and k = 2 of
+    every unrolled chain, with what the cost model decided."""
+    tables = [recurrent_in_short(), segments_report.in_short(rows("segments"), README.parent / "docs"), deep_in_short()]
     return "\n\n".join(filter(None, tables)) + "\n\nAll tables: [docs/benchmarks.md](docs/benchmarks.md)."
 
 
@@ -375,20 +376,31 @@ def recurrent_in_short() -> str:
     return "\n\n".join(map(recurrent_on, by(recurrent_rows(), "device").values()))
 
 
+IN_SHORT = {"eager": "eager mode", "jax": "JAX", "exact": "exact", "k=2": "k = 2", "k=1, S=16": "k = 1, S = 16"}
+
+
 def recurrent_on(found: list[Row]) -> str:
+    on_a_cpu = found[0]["device"] == "cpu"
+    measured = {r["run"] for r in found}
+    runs = [run for run in IN_SHORT if run in measured]
     lines = []
     for _, group in by(found, *RECURRENT).items():
         chosen = {r["run"]: r for r in group}
-        auto, two = chosen["auto"], chosen.get("k=2")
-        figures = ("", "no highway", "")
-        if two is not None:
-            figures = (f"{two['backward_ratio']:.2f}x", f"{two['step_ratio']:.2f}x", f"{two['cosine']:.5f}")
-        decided = "rewritten" if auto["cosine"] < 1 - 1e-7 else "exact"
-        ratio = f"{auto['step_ratio']:.2f}x{doubtful(auto, 'step')}"
-        lines.append((case_of(auto, "`").replace("`", "`nn.", 1), *figures, f"{decided}, {ratio}"))
-    against = "eager mode" if found[0]["device"] == "cpu" else "cuDNN"
-    head = (f"recurrent, k = 2, against {against}", "backward", "whole step", "cosine", "by default, whole step")
-    return f"{markdown(head, lines)}\n\n{places(found)}."
+        fastest = min(chosen[run]["step_ms"] for run in runs if run in chosen)
+        cells = [in_bold_if(chosen.get(run), fastest) for run in runs]
+        decided = "rewritten" if chosen["auto"]["cosine"] < 1 - 1e-7 else "exact"
+        lines.append((case_of(chosen["auto"], "`").replace("`", "`nn.", 1), *cells, decided))
+    names = IN_SHORT if on_a_cpu else IN_SHORT | {"eager": "cuDNN"}
+    head = ("recurrent, milliseconds of a step", *(names[run] for run in runs), "k = 2 by default")
+    told = "`exact` is ordinary backprop compiled with this backend. An `nn.RNN` has no highway."
+    return f"{markdown(head, lines)}\n\n{told} {places(found)}."
+
+
+def in_bold_if(row: Row | None, fastest: float) -> str:
+    if row is None:
+        return ""
+    words = f"{row['step_ms']:.1f}{doubtful(row, 'step')}"
+    return f"**{words}**" if row["step_ms"] == fastest else words
 
 
 def deep_in_short() -> str:

@@ -57,6 +57,35 @@ def section(found: list[Row], folder: Path) -> str | None:
     return "\n\n".join(parts)
 
 
+def in_short(found: list[Row], folder: Path) -> str:
+    """README's table: cosines of trained models at few (k, S), the figure of their times above it."""
+    results = Results(found)
+    lines = []
+    for case in CASES:
+        if case.name in results.cosines:
+            quarter = ((1, case.quarter),)
+            cells = [short_cell(results.cosines[case.name].get(key)) for key in (*SHORT, *quarter)]
+            lines.append((f"{case.name}, {case.length} links", *cells))
+    if not lines:
+        return ""
+    head = (
+        "trained models, cosine",
+        *(f"k = {k}" + (f", S = {s}" if s > 1 else "") for k, s in SHORT),
+        "k = 1, S = L/4",
+    )
+    drawn = any(row["kind"] == "time" for row in found) and (folder / FIGURE).exists()
+    picture = f"![Cosine with the exact gradient against the time of a step](docs/{FIGURE})\n\n" if drawn else ""
+    measured = [row for row in found if row["kind"] == "cosine"]
+    return f"{picture}{markdown(head, lines)}\n\n{places(measured)}."
+
+
+SHORT = ((2, 1), (8, 1), (1, 16), (2, 16))
+
+
+def short_cell(row: Row | None) -> str:
+    return "" if row is None else "exact" if row["exact"] else f"{row['cosine']:.3f}"
+
+
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -221,12 +250,12 @@ def figure(results: Results, folder: Path) -> bool:
             half = [s / 2 for s in spread]
             axis.errorbar(ms, cosines, xerr=half, fmt="o", color=color, markersize=5, capsize=2, label=label)
             for way, x, y in zip(ways, ms, cosines, strict=True):
-                below = y > 0.97  # the axis ends above
+                below = 0.97 < y < 1  # `exact` is labelled above
                 place = {"xytext": (0, -12 if below else 6), "textcoords": "offset points", "ha": "center"}
                 axis.annotate(way.label, (x, y), fontsize="x-small", **place)
         middle = statistics.median(ms for _, ms, _, _ in found)
         axis.set(title=f"{case}, trained", xlabel="milliseconds of a step", ylabel="cosine with the exact gradient")
-        axis.set(xlim=(0, max(1.2 * max(ms for _, ms, _, _ in found), 1.5 * middle)), ylim=(0, 1.05))
+        axis.set(xlim=(0, max(1.2 * max(ms for _, ms, _, _ in found), 1.5 * middle)), ylim=(0, 1.12))
     axes[0, 0].legend(fontsize="small", loc="lower right")
     drawn.savefig(folder / FIGURE, metadata={"Date": None})
     pyplot.close(drawn)

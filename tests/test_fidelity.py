@@ -6,6 +6,7 @@ Most of it runs the rewritten joint graph as it stands (``testing.capture``); a 
 from __future__ import annotations
 
 import operator
+from itertools import product
 
 import pytest
 import torch
@@ -63,13 +64,13 @@ def eager(case):
     }
 
 
-def oracle(case, iterations, damping):
+def oracle(case, iterations, damping, segment=1):
     """What the gradients should be; eager mode's where the contract leaves the chains open."""
     if case.program is None:
         return eager(case)
     model, args, loss = case.build()
     torch.manual_seed(SEED)
-    return reference_gradients(case.program(model), args, loss, iterations, damping)
+    return reference_gradients(case.program(model), args, loss, iterations, damping, segment=segment)
 
 
 def iterations_of(case, k):
@@ -100,6 +101,33 @@ def test_gradients_match_the_oracle(case, captured):
 @pytest.mark.slow
 def test_gradients_match_the_oracle_at_every_k_and_gamma(case, captured):
     compare(case, captured, [setting for setting in ALL if setting not in SOME])
+
+
+def compare_segments(case, captured, sizes, ks, dampings):
+    """At 1e-10, but where a model computes in float32 inside."""
+    if case.program is None:
+        pytest.skip("the contract leaves its chains open")
+    length = max((chain.length for chain in case.chains or ()), default=4)
+    for size in sizes:
+        segment = length if size == "L" else size
+        count = -(-length // segment)
+        for k, damping in product(ks, dampings):
+            iterations = max(0, count - 1) if k == "C-1" else k
+            torch.manual_seed(SEED)
+            _, found, _ = captured.gradients(options(iterations=iterations, damping=damping, segment=segment))
+            _, expected = oracle(case, iterations, damping, segment)
+            tolerance = 1e-10 if case.tolerance <= 1e-6 else case.tolerance
+            what = f"S={segment} ({size}), k={iterations} ({k}), gamma={damping}"
+            assert_gradients_close(found, expected, tolerance, case.noise, what=what)
+
+
+def test_gradients_are_those_of_segments(case, captured):
+    compare_segments(case, captured, (2, 3), (0, 1), (0.3,))
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_segments_at_every_size_k_and_gamma(case, captured):
+    compare_segments(case, captured, (2, 3, 5, 8, "L"), (0, 1, 2, "C-1"), (0.0, 0.3))
 
 
 def test_a_final_norm_is_no_link_even_where_one_link_is_enough():

@@ -68,6 +68,7 @@ _WIDTH = 360
 _TRACK = 112
 _BOX, _BOX_WIDTH, _BOX_HEIGHT = 164, 188, 46
 _LINK, _FOLD, _TOP = 84, 60, 40
+_TICKS = 8  # of segments that end where links are left out, at most
 COLOURS = 6
 
 
@@ -144,9 +145,13 @@ def _fold(fold: Fold, y: int, ends: Sequence[int]) -> str:
     text = f"{fold.links} more links" if not times else f"the same {times} times more"
     if fold.period > 1:
         text = f"the {fold.period} above, {times} times more"
+    middle = y + _FOLD // 2
+    parts = [_label(_BOX, middle - (8 if ends else 0), text, "fold-text", "start")]
     if ends:
-        text += f", over {len(ends) + 1} segments"
-    return f'<g class="fold" data-links="{fold.links}">{_label(_BOX, y + _FOLD // 2, text, "fold-text", "start")}</g>'
+        parts.append(_label(_BOX, middle + 8, f"over {len(ends) + 1} segments", "fold-text", "start"))
+        shown = min(len(ends), _TICKS)
+        parts += [_cut_line(y + _FOLD * (i + 1) / (shown + 1), _TRACK - 14, _TRACK + 14) for i in range(shown)]
+    return f'<g class="fold" data-links="{fold.links}">{"".join(parts)}</g>'
 
 
 def _join(y: int, state: int) -> str:
@@ -166,9 +171,13 @@ def _side_loss(y: int) -> str:
 def _segment_end(y: int, number: int) -> str:
     return (
         f'<g class="segment"><title>what leaves segment {number} here towards the input goes along the highway</title>'
-        f'<line class="cut" x1="8" y1="{y + 12}" x2="{_WIDTH - 8}" y2="{y + 12}"/>'
+        f"{_cut_line(y + 12, 8, _WIDTH - 8)}"
         f"{_label(_WIDTH - 8, y + 2, f'segment {number} ends', 'segment-name')}</g>"
     )
+
+
+def _cut_line(y: float, start: int, end: int) -> str:
+    return f'<line class="cut" x1="{start}" y1="{y:.1f}" x2="{end}" y2="{y:.1f}"/>'
 
 
 def _label(x: float, y: float, text: str, kind: str, anchor: str = "end") -> str:
