@@ -19,6 +19,8 @@ from torch._inductor import codecache
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend, joint_pass, prepare
 from hwbp_compiler.passes import candidates, pipeline, replace_recurrent_modules
+from hwbp_compiler.recurrence import cpu as gru_on_a_cpu
+from hwbp_compiler.recurrence import cpu_runs
 from hwbp_compiler.rolled import lanes, loop, recurrence
 from hwbp_compiler.scan import cpu
 from hwbp_compiler.testing import assert_gradients_close
@@ -188,6 +190,22 @@ class OverTime(nn.Module):
         self.zero_grad()
         loss_of((self if step is None else step)(inputs(6, 2, 4))).backward()
         return {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+
+
+@fault(
+    "the C++ kernels of recurrent modules cannot be built",
+    "PyTorch's operators run step by step; gradients stay the same",
+)
+@pytest.mark.parametrize("options", [{"iterations": "exact"}, {"iterations": 0, "segment": 2}], ids=["exact", "runs"])
+def test_the_kernels_of_recurrent_modules_cannot_be_built(options, monkeypatch):
+    model = OverTime("module")
+    wanted = model.gradients(torch.compile(model, backend="highway", options={**RELAXED, **options}))
+    for kernel in (cpu_runs.native, gru_on_a_cpu.native):
+        monkeypatch.setattr(kernel, "load", lambda dtype: None)
+    found = model.gradients(torch.compile(model, backend="highway", options={**RELAXED, **options}))
+    assert_gradients_close(found, wanted, 1e-5, 1e-6)
+    if options["iterations"] == "exact":
+        assert_gradients_close(found, model.gradients(), 1e-5, 1e-6)
 
 
 @fault(
