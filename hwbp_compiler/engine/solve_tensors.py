@@ -53,7 +53,11 @@ class TensorSeries:
         return self._by_segment(k, cut).prod(1) * keep**cut.size
 
     def folded(self, k: Tensor | float, cut: Cut) -> Tensor | float:
-        return k if isinstance(k, float) or k.shape[0] == 1 else self._by_segment(k, cut).transpose(0, 1).contiguous()
+        if isinstance(k, float):
+            return k
+        if k.shape[0] == 1:  # the same for all links
+            return k.unsqueeze(1)
+        return self._by_segment(k, cut).transpose(0, 1).contiguous()
 
     def _by_segment(self, k: Tensor, cut: Cut) -> Tensor:
         """[C - 1, S, ...]"""
