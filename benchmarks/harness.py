@@ -38,7 +38,7 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "triton", "hwbp_compiler")},
+        **{package: version(package) for package in ("torch", "triton", "jax", "hwbp_compiler")},
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }

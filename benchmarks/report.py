@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import accuracy_report, paper, segments_report
 from .harness import ROOT, say
-from .rows import PAGE, Row, by, markdown, places
+from .rows import PAGE, Row, by, doubtful, markdown, places, time
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -56,20 +56,8 @@ interquartile range is more than half its median, the machine was disturbed, and
 row are no more than a hint."""
 
 
-def time(row: Row, what: str) -> str:
-    """Median and, in brackets, interquartile range; marked where the one says little beside the other. Nothing where
-    it was not measured."""
-    if f"{what}_ms" not in row:
-        return ""
-    return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"
-
-
 def ratio(row: Row, what: str) -> str:
     return f"{row[f'{what}_ratio']:.2f}x" if f"{what}_ratio" in row else ""
-
-
-def doubtful(row: Row, what: str) -> str:
-    return " ?" if row[f"{what}_iqr_ms"] > row[f"{what}_ms"] / 2 else ""
 
 
 def memory(row: Row, group: list[Row]) -> str:

@@ -36,3 +36,15 @@ def where(row: Row) -> str:
 def places(found: list[Row]) -> str:
     """Where and on what the rows were measured, each once."""
     return "; ".join(dict.fromkeys(where(row) for row in found))
+
+
+def time(row: Row, what: str) -> str:
+    """Median and, in brackets, interquartile range; marked where the one says little beside the other. Nothing where
+    it was not measured."""
+    if f"{what}_ms" not in row:
+        return ""
+    return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"
+
+
+def doubtful(row: Row, what: str) -> str:
+    return " ?" if row[f"{what}_iqr_ms"] > row[f"{what}_ms"] / 2 else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .accuracy_report import SEEN, WORDS, Quality
-from .rows import Row, markdown, places
+from .rows import Row, markdown, places, time
 from .segments import CASES, CLIP, Case, Way
 
 DRAWN = ("GRU, 64 steps", "GRU, 256 steps")
@@ -154,8 +154,6 @@ def cell(row: Row | None) -> str:
 
 
 def times(results: Results) -> str:
-    from .report import time  # which imports this module
-
     lines = []
     for case in CASES:
         for (name, batch), group in results.times.items():

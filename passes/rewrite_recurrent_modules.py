@@ -213,11 +213,6 @@ class _Backward:
         return self.layers * (1 + self.bidirectional)
 
     @property
-    def projects(self) -> bool:
-        """Whether an LSTM has a ``proj_size``."""
-        return len(self.weights) != self.chains * (4 if self.has_biases else 2)
-
-    @property
     def length(self) -> int:
         return hint((self.input if self.batch_sizes is None else self.batch_sizes).meta["val"].shape[0])
 
@@ -243,7 +238,7 @@ class _Backward:
             return Decision(Reason.MODULE_WITHOUT_PATH.of(module=_NAMES[self.kind]))
         if self.batch_sizes is not None:
             return Decision(Reason.PACKED_SEQUENCE.of())
-        if self.projects:
+        if len(self.weights) != self.chains * (4 if self.has_biases else 2):
             return Decision(Reason.PROJECTIONS.of())
         if self.autocast is not None:
             return Decision(Reason.MODULE_UNDER_AUTOCAST.of())

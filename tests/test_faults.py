@@ -240,31 +240,22 @@ def test_an_exception_while_a_loop_is_built(monkeypatch):
 @fault(
     "the step of a loop over time cannot be compiled", "the step runs operator by operator; gradients stay as they were"
 )
-@pytest.mark.parametrize("name", ["step_of", "make_fx", "compile_step"])
-@pytest.mark.parametrize("iterations", [1, "exact"])
-def test_the_step_of_a_loop_cannot_be_compiled(iterations, name, monkeypatch, warned):
-    model = OverTime("loop", iterations)
-    loop._compiled.cache_clear()
+@pytest.mark.parametrize(
+    ("place", "name", "how"),
+    [
+        *((loop, name, {"iterations": k}) for name in ("step_of", "make_fx", "compile_step") for k in (1, "exact")),
+        *((lanes, name, {"segment": 2}) for name in ("make_fx", "compile_step")),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
+)
+def test_the_step_of_a_loop_cannot_be_compiled(place, name, how, monkeypatch, warned):
+    model = OverTime("loop", **how)
+    place._compiled.cache_clear()
     wanted = model.gradients()
-    monkeypatch.setattr(loop, name, raising(AssertionError("planted")))
-    loop._compiled.cache_clear()
+    monkeypatch.setattr(place, name, raising(AssertionError("planted")))
+    place._compiled.cache_clear()
     found = model.gradients()
-    loop._compiled.cache_clear()
-    assert_gradients_close(found, wanted, 1e-5, 1e-6)
-    (message,) = warned()
-    assert "planted" in message and "operator by operator" in message
-    assert hwbp_compiler.counters()["failures"] >= 1
-
-
-@pytest.mark.parametrize("name", ["make_fx", "compile_step"])
-def test_the_step_over_segments_cannot_be_compiled(name, monkeypatch, warned):
-    model = OverTime("loop", 1, segment=2)
-    lanes._compiled.cache_clear()
-    wanted = model.gradients()
-    monkeypatch.setattr(lanes, name, raising(AssertionError("planted")))
-    lanes._compiled.cache_clear()
-    found = model.gradients()
-    lanes._compiled.cache_clear()
+    place._compiled.cache_clear()
     assert_gradients_close(found, wanted, 1e-5, 1e-6)
     (message,) = warned()
     assert "planted" in message and "operator by operator" in message

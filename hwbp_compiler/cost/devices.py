@@ -66,8 +66,8 @@ class Kernels:
     flops: float
     bytes: float
     launch: float
-    step: float
-    element: float
+    step: float = 0.0
+    element: float = 0.0
     more: float = 1.0
     kernel_flops: float = 0.0
     run_flops: float = 0.0
@@ -82,7 +82,7 @@ def kernel_figures(kind: str, like: Tensor) -> Kernels:
     if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         return Kernels(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9, **run)  # oneDNN's
     if kind == "gru":
-        return Kernels(flops, bytes=20e9, launch=6e-6, step=0.0, element=0.0, **run)
+        return Kernels(flops, bytes=20e9, launch=6e-6, **run)
     return Kernels(flops, bytes=12e9, launch=6e-6, step=60e-6, element=10e-9 * width, **run)
 
 

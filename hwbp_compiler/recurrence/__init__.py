@@ -11,7 +11,7 @@
 | ``layer``, ``gru``, ``lstm`` | Highway-BP of one layer in plain operators |
 | ``runs``, ``cpu_runs`` | steps inside segments, all segments at once; with one segment it is exact backprop |
 | ``rnn`` | exact backprop of an RNN, which has no highway |
-| ``cpu`` | the forward pass of a GRU on a CPU |
+| ``cpu``, ``kernels`` | the forward pass of a GRU on a CPU; how the C++ is built |
 
 The passes that put them to use are ``replace_recurrent_modules`` and ``rewrite_recurrent_modules``.
 """

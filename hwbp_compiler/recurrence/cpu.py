@@ -6,34 +6,20 @@ this one cannot be built, or does not serve a call, PyTorch's own runs as ever.
 
 from __future__ import annotations
 
-import ctypes
-import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hwbp_compiler.engine.native import NativeKernel
-
 from .call import Call
+from .kernels import ADDRESS, FLAG, NUMBER, native_kernel
 
-
-def _taken(library: Any) -> Callable[..., Any]:
-    kernel: Callable[..., Any] = library.highway_gru
-    kernel.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int] * 2  # type: ignore[attr-defined]
-    kernel.restype = None  # type: ignore[attr-defined]
-    return kernel
-
-
-native = NativeKernel(
-    Path(__file__).with_name("gru.cpp"),
-    {torch.float32: "float", torch.float64: "double"},
-    _taken,
+native = native_kernel(
+    "gru.cpp",
+    "highway_gru",
+    [ADDRESS] * 5 + [NUMBER] * 3 + [FLAG] * 2,
     without="nn.GRU: no kernel of our own for this CPU, PyTorch's runs instead",
-    level=logging.INFO,
-    before=[Path(__file__).with_name("product.h")],
 )
 
 

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import logging
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hwbp_compiler.engine.native import NativeKernel
+from .kernels import ADDRESS, FLAG, NUMBER, native_kernel
 
-
-def _taken(library: Any) -> Callable[..., Any]:
-    kernel: Callable[..., Any] = library.highway_run
-    kernel.argtypes = [ctypes.c_void_p] * 11 + [ctypes.c_int64] * 6 + [ctypes.c_int]  # type: ignore[attr-defined]
-    kernel.restype = None  # type: ignore[attr-defined]
-    return kernel
-
-
-native = NativeKernel(
-    Path(__file__).with_name("runs.cpp"),
-    {torch.float32: "float", torch.float64: "double"},
-    _taken,
+native = native_kernel(
+    "runs.cpp",
+    "highway_run",
+    [ADDRESS] * 11 + [NUMBER] * 6 + [FLAG],
     without="nn.GRU, nn.LSTM, nn.RNN: no backward kernel of our own for this CPU, PyTorch's operators run step by step",
-    level=logging.INFO,
-    before=[Path(__file__).with_name("product.h")],
 )
 
 HALF = (torch.bfloat16, torch.float16)

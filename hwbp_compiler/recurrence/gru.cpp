@@ -92,15 +92,10 @@ void run(const Layer& l, int threads) {
   auto from = [&](int64_t whole, int64_t part) { return whole * part / threads; };
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    const int64_t me = omp_get_thread_num(), present = omp_get_num_threads();
-#else
-    const int64_t me = 0, present = 1;
-#endif
-    // Fewer threads may come than were asked for: parts are dealt out, not owned.
+    const Team team;
     for (int64_t i = 0; i < l.steps; ++i) {
       const int64_t t = l.reverse ? l.steps - 1 - i : i;
-      for (int64_t part = me; part < threads; part += present) {
+      for (int64_t part = team.me; part < threads; part += team.present) {
         if (by_rows)
           step(l, t, from(l.batch, part), from(l.batch, part + 1), 0, l.hidden);
         else

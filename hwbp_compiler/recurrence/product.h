@@ -24,6 +24,17 @@ using V = at::vec::Vectorized<T>;
 constexpr int64_t N = V::size();
 constexpr int kRegisters = sizeof(V) == 64 ? 32 : 16;
 
+// Of a parallel region: which thread this is, and how many there are. Fewer may come than were asked for, so parts are
+// dealt out, not owned.
+struct Team {
+  int64_t me = 0, present = 1;
+  Team() {
+#ifdef _OPENMP
+    me = omp_get_thread_num(), present = omp_get_num_threads();
+#endif
+  }
+};
+
 // `left` [rows, depth] times `packed` [depth][columns][N]; then finish(row, sums [columns]) for every row. With few rows
 // the sum is taken apart into `sums`, so that one addition need not wait for the last.
 //

@@ -154,16 +154,11 @@ void run(const Layer& l, int threads) {
   std::vector<T> scratch(held * (by_rows ? threads : 1));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-#ifdef _OPENMP
-    const int64_t me = omp_get_thread_num(), present = omp_get_num_threads();
-#else
-    const int64_t me = 0, present = 1;
-#endif
+    const Team team;
     std::vector<T> gates(most * l.width());
     std::vector<Link> links(most);
-    // Fewer threads may come than were asked for: parts are dealt out, not owned.
     if (by_rows) {
-      for (int64_t part = me; part < threads; part += present)
+      for (int64_t part = team.me; part < threads; part += team.present)
         for (int64_t row = from(rows, part), last = from(rows, part + 1); row < last; row += kBlock)
           for (int64_t number = 0; number < l.segment; ++number) {
             T* mine = scratch.data() + part * held;
@@ -173,7 +168,7 @@ void run(const Layer& l, int threads) {
     } else {
       for (int64_t number = 0; number < l.segment; ++number) {
         const int64_t count = links_of(l, number, 0, rows, scratch.data(), links.data());
-        for (int64_t part = me; part < threads; part += present)
+        for (int64_t part = team.me; part < threads; part += team.present)
           step(l, links.data(), count, gates.data(), from(panels, part) * kWide,
                std::min(from(panels, part + 1) * kWide, l.hidden));
 #pragma omp barrier
