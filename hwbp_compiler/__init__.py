@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import testing as testing
+    from .auto.calibrate import calibrate as calibrate
+    from .auto.control import Schedule as Schedule
+    from .auto.control import set_iterations as set_iterations
+    from .auto.control import set_options as set_options
+    from .auto.meter import GradientMeter as GradientMeter
     from .counting import counters as counters
     from .counting import reset_counters as reset_counters
     from .errors import HighwayError as HighwayError
@@ -24,15 +29,20 @@ if TYPE_CHECKING:
 # A public function must not be called like the module it stands in: importing a submodule binds its name
 # on the package, and the module would hide the function.
 _HOME = {
+    "GradientMeter": "auto.meter",
     "HighwayError": "errors",
     "OptionError": "errors",
     "Options": "options",
+    "Schedule": "auto.control",
+    "calibrate": "auto.calibrate",
     "counters": "counting",
     "explain": "report",
     "generate_code": "generate",
     "linear_scan": "scan",
     "recurrent": "rolled",
     "reset_counters": "counting",
+    "set_iterations": "auto.control",
+    "set_options": "auto.control",
 }
 _SUBPACKAGES = ("testing",)
 

@@ -12,13 +12,15 @@ import torch
 
 # Loaded with the backend, not with the first pass: they bring the operators that rewritten graphs call, and a
 # graph found in torch.compile's caches runs no pass.
+from .auto.source import Source
+from .auto.variants import Variants
 from .counting import count
 from .errors import HighwayError, first_line
 from .joint_pass import UNCHANGED, HighwayPass, as_highway_error, report_all, take_back, warn_once
 from .options import Options, parse
 from .pass_sequence import in_sequence
 from .pieces import keeping_pieces
-from .prepare import PreparationFailed, prepare
+from .prepare import PreparationFailed, Prepared, prepare
 from .recurrence import packed
 from .recurrence.tracing import traced_whole
 from .scan import register_lowerings
@@ -37,6 +39,7 @@ from .torch_private import (
 )
 
 if TYPE_CHECKING:
+    from .auto.forms import Checks
     from .rolled.recurrence import Recurrence
 
 log = logging.getLogger(__name__)
@@ -58,6 +61,24 @@ def highway(
     :class:`hwbp_compiler.OptionError` for anything else.
     """
     ours, given = parse(options, mode)
+    if ours.rewrite == "never" or not torch.is_grad_enabled():
+        return compiled_in_one_form(gm, example_inputs, ours, given)
+    source = Source.of(gm, example_inputs)
+
+    def compile(gm: torch.fx.GraphModule, inputs: list[Any], options: Options, **looking: Any) -> Callable[..., Any]:
+        return compiled_in_one_form(gm, inputs, options, given, **looking)
+
+    return Variants(source, gm, example_inputs, ours, compile)
+
+
+def compiled_in_one_form(
+    gm: torch.fx.GraphModule,
+    example_inputs: list[Any],
+    ours: Options,
+    given: Mapping[str, Any],
+    checks: Callable[[Options, Prepared], Checks] | None = None,
+) -> Callable[..., Any]:
+    """One form of ``gm``, which this changes; ``checks`` makes it the one that compares."""
     patches = keeping_pieces(given)
     loops: Sequence[Recurrence] = ()
     try:
@@ -75,7 +96,8 @@ def highway(
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
         _warn_of_cuts()
-    rewrite = HighwayPass(ours, prepared.records)
+    checking = None if checks is None else checks(ours, prepared)
+    rewrite = HighwayPass(ours, prepared.records) if checking is None else checking.highway
     rewriting = {**patches, "joint_custom_pre_pass": in_sequence(*user_joint_passes(patches), rewrite)}
     how: dict[str, Any] = {}
     if any(isinstance(value, torch.SymInt) for value in example_inputs) and "layout_optimization" not in given:
@@ -84,6 +106,8 @@ def highway(
         how["inner_compile"] = without_layout_optimization(
             lambda: any(r.decision == "rewritten" for r in rewrite.records)
         )
+    if checking is not None:
+        how["inner_compile"] = checking.inner_compile(how.get("inner_compile"))
     try:
         return compile_fx(gm, example_inputs, rewriting, **how)
     except (HighwayError, *CONTROL_FLOW):
@@ -93,6 +117,8 @@ def highway(
         if ours.strict:
             raise as_highway_error("compiling the rewritten graph failed", error, f"{UNCHANGED} if it can") from error
         take_back(rewrite.records)
+        if checking is not None:
+            checking.give_up()
         return _less_compiled(prepared.plain, example_inputs, patches, loops, error)
 
 
@@ -146,7 +172,7 @@ def _context(
     mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[[], AbstractContextManager[Any]]:
     """What a callable that is being compiled with these runs in. Raises OptionError."""
-    return functools.partial(traced_whole, Compiled(strict=parse(options, mode)[0].strict))
+    return functools.partial(traced_whole, Compiled(parse(options, mode)[0].strict, given=(options, mode)))
 
 
 # torch.compile gives the options to this at once, and to the backend only with the first graph.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .auto.ladder import ladder
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .graph.record import ChainRecord
@@ -59,7 +60,7 @@ def generate_code(
     Args:
         model: a module or function on a CPU or on the meta device, compiled already or not.
         options: those of ``torch.compile``, checked in the same way. With ``rewrite="profitable"`` the cost model
-            decides for the target.
+            decides for the target. With "auto", the first form is generated that it would choose from.
         target: ``"cpu"`` for C++ of this machine; ``"cuda:sm_80"``, ``"cuda:sm_90"`` and so on for Triton.
 
     Returns:
@@ -85,6 +86,9 @@ def generate_code(
     generating = _Generating(ours, patches, where)
     with left_as_it_was(model) as keep:
         generating.trace(model, keep)(*args, **kwargs)
+        if rungs := ladder(generating.chains) if ours.auto else []:  # all that differs is in the backward pass
+            generating = _Generating(ours.at(rungs[0].how), patches, where)
+            generating.trace(model, keep)(*args, **kwargs)
     if not any(graph.name.startswith("backward") for graph in generating.graphs):
         raise HighwayError(_why_no_backward(generating))
     return GeneratedCode(target, tuple(generating.graphs), tuple(generating.chains))

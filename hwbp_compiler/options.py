@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn
 
@@ -29,50 +29,128 @@ class Truncation:
         """C of a chain of ``length`` links, a number or a symbol; the segment next to the input takes the remainder."""
         return (length + self.segment - 1) // self.segment
 
-
-@dataclass(frozen=True)
-class Options:
-    """The highway's own options; a bad value raises :class:`OptionError`.
-
-    iterations   k of PAPER.md, section 1: an integer >= 0, or "exact" for ordinary backprop
-    segment      S, links per segment: exact inside a segment, highway across. An integer >= 1; 1 is the paper
-    damping      gamma of PAPER.md, section 2: a number in [0, 1]
-    rewrite      "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
-    min_length   the shortest chain, in links, worth rewriting: an integer >= 1
-    strict       raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
-    """
-
-    iterations: int | Literal["exact"] = 4
-    segment: int = 1
-    damping: float = 0.0
-    rewrite: Literal["profitable", "always", "never"] = "profitable"
-    min_length: int = 4
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        set_ = object.__setattr__
-        if not (isinstance(self.iterations, str) and self.iterations == "exact"):
-            set_(self, "iterations", self._integer("iterations", 0, ' or "exact" (ordinary backprop)'))
-        set_(self, "segment", self._integer("segment", 1))
-        set_(self, "min_length", self._integer("min_length", 1))
-        set_(self, "damping", self._fraction("damping"))
-        if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
-            _refuse("rewrite", self.rewrite, f"one of {', '.join(map(repr, REWRITES))}", "profitable")
-        if not isinstance(self.strict, bool):
-            _refuse("strict", self.strict, "True or False", False)
-
-    def truncation(self, length: int) -> Truncation | None:
-        """What to write out for a chain of ``length`` links; None where that is ordinary backprop."""
-        if self.iterations == "exact" or self.iterations >= self.needed(length):
-            return None
-        return Truncation(self.iterations, self.damping, self.segment)
-
     def needed(self, length: int) -> int:
         """The least iterations that are ordinary backprop of a chain of ``length`` links: L, or C - 1 with segments.
 
         The first state of all is what a segment ends at, so with segments its gradient takes no iteration more.
         """
         return length if self.segment == 1 else -(-length // self.segment) - 1
+
+    @property
+    def reach(self) -> int:
+        """Links over which no path is lost, at least."""
+        return self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
+
+
+# Stands for "auto" where ``iterations`` is that, and for the paper's value elsewhere.
+UNSAID: Any = object()
+
+
+@dataclass(frozen=True)
+class Options:
+    """The highway's own options; a bad value raises :class:`OptionError`.
+
+    iterations     k of PAPER.md, section 1: an integer >= 0, or "exact" for ordinary backprop
+    segment        S, links per segment: exact inside a segment, highway across. An integer >= 1; 1 is the paper
+    damping        gamma of PAPER.md, section 2: a number in [0, 1]
+    target_cosine  what "auto" keeps the cosine of the gradient with the exact one above: a number between 0 and 1
+    check_every    training steps between two checks of "auto": an integer >= 1
+    rewrite        "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
+    min_length     the shortest chain, in links, worth rewriting: an integer >= 1
+    strict         raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
+
+    ``iterations``, ``segment`` and ``damping`` may be "auto": chosen while the model trains, by comparing with the
+    exact gradient (:mod:`hwbp_compiler.auto`). All three are, unless something is said; a number for ``iterations``
+    alone means the paper, ``segment=1`` and ``damping=0.0``.
+    """
+
+    iterations: int | Literal["exact", "auto"] = "auto"
+    segment: int | Literal["auto"] = UNSAID
+    damping: float | Literal["auto"] = UNSAID
+    target_cosine: float = 0.99
+    check_every: int = 200
+    rewrite: Literal["profitable", "always", "never"] = "profitable"
+    min_length: int = 4
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        searching = _is(self.iterations, "auto")
+        for key, paper in (("segment", 1), ("damping", 0.0)):
+            if getattr(self, key) is UNSAID:
+                set_(self, key, "auto" if searching else paper)
+        if not (_is(self.iterations, "exact") or _is(self.iterations, "auto")):
+            set_(self, "iterations", self._integer("iterations", 0, ', "exact" (ordinary backprop) or "auto"'))
+        if not _is(self.segment, "auto"):
+            set_(self, "segment", self._integer("segment", 1, ' or "auto"'))
+        set_(self, "min_length", self._integer("min_length", 1))
+        set_(self, "check_every", self._integer("check_every", 1))
+        if not _is(self.damping, "auto"):
+            set_(self, "damping", self._fraction("damping", ' or "auto"'))
+        set_(self, "target_cosine", self._cosine("target_cosine"))
+        if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
+            _refuse("rewrite", self.rewrite, f"one of {', '.join(map(repr, REWRITES))}", "profitable")
+        if not isinstance(self.strict, bool):
+            _refuse("strict", self.strict, "True or False", False)
+
+    def shown(self) -> dict[str, Any]:
+        """By name, without what only "auto" reads where nothing is to be chosen."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return found if self.auto else {k: v for k, v in found.items() if k not in ("target_cosine", "check_every")}
+
+    @property
+    def auto(self) -> bool:
+        """Whether something is to be chosen while the model trains."""
+        return self.iterations != "exact" and "auto" in (self.iterations, self.segment, self.damping)
+
+    def tried(self, length: int) -> list[Truncation]:
+        """What may be written out for a chain of ``length`` links; more than one only with "auto". None of them is
+        ordinary backprop."""
+        if not self.auto:
+            found = self.truncation(length)
+            return [] if found is None else [found]
+        powers = [2**i for i in range(1, 20) if 2 * 2**i < length]
+        sizes = [1, *powers] if self.segment == "auto" else [self.segment]
+        counts = _ITERATIONS if self.iterations == "auto" else [int(self.iterations)]
+        damping = 0.0 if self.damping == "auto" else self.damping
+        tried = [Truncation(k, damping, s) for s in sizes for k in counts]
+        return [how for how in tried if how.iterations < how.needed(length)]
+
+    @property
+    def numbers(self) -> Truncation:
+        """k, gamma and S, none of which is to be chosen. ("exact" is as good as no iterations here.)"""
+        assert not self.auto
+        iterations = self.iterations if isinstance(self.iterations, int) else 0
+        return Truncation(iterations, self.damping, self.segment)  # type: ignore[arg-type]
+
+    def at(self, how: Truncation) -> Options:
+        """These options with numbers in the place of what is to be chosen."""
+        return replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping)
+
+    def in_numbers(self) -> Options:
+        """These options with k = 4 and the paper's other values in the place of "auto", where one form has to do."""
+        return replace(
+            self,
+            iterations=4 if self.iterations == "auto" else self.iterations,
+            segment=1 if self.segment == "auto" else self.segment,
+            damping=0.0 if self.damping == "auto" else self.damping,
+        )
+
+    def exactly(self) -> Options:
+        """These options with ordinary backprop."""
+        return replace(self, iterations="exact", segment=1, damping=0.0)
+
+    def truncation(self, length: int) -> Truncation | None:
+        """What to write out for a chain of ``length`` links; None where that is ordinary backprop, or still to be
+        chosen."""
+        if self.iterations == "exact" or self.auto:
+            return None
+        how = self.numbers
+        return how if how.iterations < how.needed(length) else None
+
+    def needed(self, length: int) -> int:
+        """As :meth:`Truncation.needed`."""
+        return Truncation(0, segment=1 if self.segment == "auto" else self.segment).needed(length)
 
     # numpy's numbers register as Integral and Real; a bool is an int to Python, but never a count to a user.
     def _integer(self, key: str, least: int, also: str = "") -> int:
@@ -81,18 +159,32 @@ class Options:
             _refuse(key, value, f"an integer >= {least}{also}", _DEFAULTS[key])
         return int(value)
 
-    def _fraction(self, key: str) -> float:
+    def _fraction(self, key: str, also: str = "") -> float:
         value = getattr(self, key)
         # Written so that nan, which compares false with everything, is refused.
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-            _refuse(key, value, "a number from 0 to 1", _DEFAULTS[key])
+            _refuse(key, value, f"a number from 0 to 1{also}", _DEFAULTS[key])
         return float(value)
 
+    def _cosine(self, key: str) -> float:
+        value = getattr(self, key)
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
+            _refuse(key, value, "a number between 0 and 1, both excluded", _DEFAULTS[key])
+        return float(value)
+
+
+def _is(value: Any, word: str) -> bool:
+    """Equal, whatever comparing ``value`` may do."""
+    return isinstance(value, str) and value == word
+
+
+# k that "auto" tries with every segment.
+_ITERATIONS = [0, 1, 2, 4]
 
 # What ``parse`` makes; testing puts a class in its place that writes out more rounds.
 made_by: ContextVar[type[Options]] = ContextVar("made_by", default=Options)
 
-_DEFAULTS = {field.name: field.default for field in fields(Options)}
+_DEFAULTS = {field.name: field.default for field in fields(Options)} | {"segment": "auto", "damping": "auto"}
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:

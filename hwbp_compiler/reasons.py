@@ -28,6 +28,18 @@ class Reason(enum.Enum):
         "not expected to be faster: {estimate}",
         'rewrite="always" rewrites it all the same; fewer iterations or a smaller batch may pay.',
     )
+    TO_BE_CHOSEN = (
+        '"auto" chooses among {count} forms while the model trains, by comparing gradients; until then it is exact. '
+        "The fastest of them, {estimate}"
+    )
+    SHOWN_OF_AUTO = (
+        '"auto" chooses among {forms} while the model trains, by comparing with the exact gradient. Here it is shown '
+        "as the first of them, {estimate}"
+    )
+    NO_CANDIDATE = (
+        '"auto" keeps it exact: no k and S are expected to be faster',
+        'rewrite="always" tries some all the same; a larger model, or a longer one, may pay.',
+    )
     TOO_SHORT = "shorter than min_length={min_length}", "{advice}"
     EXACT_ASKED_FOR = 'iterations="exact" asks for ordinary backprop', "{advice}"
     ITERATIONS_REACH_LENGTH = (

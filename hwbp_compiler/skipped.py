@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
@@ -48,11 +48,23 @@ _TRACE = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 class Compiled:
     """One callable that is compiled with our backend.
 
-    ``strict``: HighwayError where nothing was compiled in its first call, which is otherwise warned of."""
+    strict    HighwayError where nothing was compiled in its first call, which is otherwise warned of
+    given     options and mode, as ``torch.compile`` got them
+    options   what is in force in their place, from the next call on; None for what was given
+    meter     what reads along while it trains
+    """
 
     _numbers = itertools.count()
 
-    def __init__(self, strict: bool = False, told: bool = False) -> None:
+    def __init__(
+        self,
+        strict: bool = False,
+        told: bool = False,
+        given: tuple[Mapping[str, Any] | None, str | None] = (None, None),
+    ) -> None:
+        self.given = given
+        self.options: Any = None
+        self.meter: Any = None
         self.number = next(self._numbers)
         self.strict, self.told = strict, told
         self.converted = False  # whether a frame was compiled while it ran
@@ -73,6 +85,11 @@ class _Mark:
 _marks: dict[int, _Mark] = {}  # by id of the code: code objects compare by what they contain
 _lock = threading.RLock()
 _here = threading.local()
+
+
+def running() -> Compiled | None:
+    """The innermost callable of ours that runs in this thread."""
+    return getattr(_here, "running", None)
 
 
 class lifted:

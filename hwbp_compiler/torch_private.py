@@ -59,7 +59,7 @@ import threading
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from pathlib import Path
@@ -69,6 +69,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch._dynamo.config as dynamo_config
+import torch._guards
 import torch._inductor.config as inductor_config
 import torch._inductor.inductor_prims
 from torch._C._dynamo.eval_frame import set_code_exec_strategy as set_code_exec_strategy
@@ -195,6 +196,13 @@ def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Map
     return compile_fx(gm, example_inputs, config_patches=dict(patches), **how)
 
 
+def compile_fx_inner() -> Callable[..., Any]:
+    """Inductor's compiler of one forward or backward graph."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner
+
+
 def without_layout_optimization(when: Callable[[], bool]) -> Callable[..., Any]:
     """Inductor's ``inner_compile``, which leaves convolutions their layout where ``when()`` says so."""
     from torch._inductor.compile_fx import compile_fx_inner
@@ -205,6 +213,97 @@ def without_layout_optimization(when: Callable[[], bool]) -> Callable[..., Any]:
             return compile_fx_inner(*args, **kwargs)
 
     return inner_compile
+
+
+class LateCompilation:
+    """What a compilation that starts now needs to know when it goes on after Dynamo: the shapes' symbols, and under
+    which number torch files what it logs. Torch keeps the same for a backward graph that it compiles when it is run."""
+
+    def __init__(self, inputs: Sequence[Any]) -> None:
+        # Dynamo's own, and not that of the compilation at hand: it is what the graph's values were made with.
+        self.fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+        self.number = torch._guards.CompileContext.try_get()
+        self.records = torch.is_grad_enabled()
+        devices = ["cpu", *([torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else [])]
+        self.autocast = [
+            (d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), torch.is_autocast_cache_enabled())
+            for d in devices
+        ]
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """A compilation, under the modes that Dynamo traced under."""
+        from torch.utils._python_dispatch import _disable_current_modes as without_modes
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_modes())  # of a compilation that this one is a part of
+            stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self.fake_mode)))
+            stack.enter_context(torch._guards.compile_context(self.number))
+            stack.enter_context(dynamo_timed("highway.late"))
+            stack.enter_context(torch.set_grad_enabled(self.records))
+            for mode in self.autocast:
+                stack.enter_context(torch.autocast(*mode))
+            yield
+
+    def guards(self) -> int:
+        """How many conditions on symbolic sizes are known."""
+        shapes = self.fake_mode and self.fake_mode.shape_env
+        return len(shapes.guards) if shapes else 0
+
+    def expression(self, symbols: list[Any]) -> str | None:
+        """All conditions, as what :meth:`holds` takes; None where there are none."""
+        return self.fake_mode.shape_env.produce_guards_expression(symbols)  # type: ignore[union-attr]
+
+    def holds(self, expression: str, sizes: list[Any]) -> bool:
+        return bool(self.fake_mode.shape_env.evaluate_guards_expression(expression, sizes))  # type: ignore[union-attr]
+
+
+def saves_through_hooks() -> bool:
+    """Whether what autograd saves goes through somebody's hooks: a checkpoint in eager mode, for one."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def random_as_compiled(target: Any, args: Any, kwargs: Any) -> Any:
+    """The numbers that Inductor's code draws, where ``target`` is one of Inductor's operators for that; None for all
+    others. In eager mode they draw other numbers, and others again where a backward pass draws them anew."""
+    prims = torch.ops.prims
+    if target not in {getattr(prims, f"inductor_{name}").default for name in ("seed", "seeds", "random", "randint")}:
+        return None
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    places = tuple(
+        _SEED if isinstance(a, torch.Tensor) else tuple(a) if isinstance(a, (list, tuple)) else a for a in args
+    )
+    device = tensors[0].device if tensors else args[-1]
+    return _drawing(target, places, tuple(sorted(kwargs.items())), device)(tensors)
+
+
+_SEED = "seed"
+
+
+@functools.lru_cache(maxsize=256)
+def _drawing(
+    target: Any, places: tuple[Any, ...], kwargs: tuple[Any, ...], device: torch.device
+) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """The operator alone, compiled; ``places`` are its arguments, with ``_SEED`` where a tensor goes."""
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
+
+    graph = torch.fx.Graph()
+    mode = FakeTensorMode()
+    with mode:
+        seeds = {i: torch.empty((), dtype=torch.int64, device=device) for i, a in enumerate(places) if a == _SEED}
+    inputs = {i: graph.placeholder(f"seed{i}") for i in seeds}
+    given = [inputs.get(i, list(a) if isinstance(a, tuple) else a) for i, a in enumerate(places)]
+    drawn = graph.call_function(target, tuple(given), dict(kwargs))
+    graph.output((drawn,))
+    for i, node in inputs.items():
+        node.meta["val"] = seeds[i]
+    with mode:
+        drawn.meta["val"] = target(*torch.fx.map_arg(given, lambda node: node.meta["val"]), **dict(kwargs))
+    module = torch.fx.GraphModule({}, graph)
+    with torch.no_grad(), torch._guards.tracing(torch._guards.TracingContext(mode)), V.set_fake_mode(mode):
+        compiled = compile_fx_inner()(module, list(seeds.values()), is_inference=True)
+    return lambda tensors: compiled(list(tensors))[0]
 
 
 def select_decomp_table() -> dict[Any, Callable[..., Any]]:
@@ -508,6 +607,14 @@ def registered_by_any_thread(backend: Callable[..., Any]) -> None:
     registry._COMPILER_FNS = _Registry(registry._COMPILER_FNS, backend)
 
 
+def context_of(compiled: Any) -> Any:
+    """The maker of contexts (see :func:`configure_backend`) that calls of ``compiled`` run in: of what
+    ``torch.compile`` returned, or of a module whose ``compile`` was called. None where there is none."""
+    inner = getattr(compiled, "_compiled_call_impl", None)
+    found = getattr(getattr(compiled, "dynamo_ctx", None), "_backend_ctx_ctor", None)
+    return found or getattr(compiled, "highway_context", None) or getattr(inner, "highway_context", None)
+
+
 def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
     """Call ``seen(inner, outer)``, what ``torch.compile`` was given as mode and options, wherever Dynamo inlines one
     thing compiled for ``backend`` into another: it does so as if the inner ``torch.compile`` were not there."""
@@ -517,6 +624,8 @@ def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], di
     @functools.wraps(original)
     def __call__(self: Any, fn: Any) -> Any:
         made = original(self, fn)
+        if not isinstance(made, torch.nn.Module):
+            made.highway_context = getattr(self, "_backend_ctx_ctor", None)
         inlined = getattr(made, "_torchdynamo_inline", None)
         if inlined is not None and _given(self, backend) is not None:
 

@@ -94,7 +94,7 @@ def _treat(
     if watcher is not None:
         watcher.found(record, candidate, found)
     decision = decide(candidate.chain.length, options, lambda how: estimate(candidate.chain, candidate.groups, how))
-    record.estimate = decision.estimate
+    record.estimate, record.candidates = decision.estimate, decision.candidates
     record.because(decision.why)
     if not decision.rewrites:
         return record, False

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.cost.modules import estimate_recurrent
-from hwbp_compiler.options import Options, Truncation
+from hwbp_compiler.graph.sizes import hint
+from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import dropout
 from hwbp_compiler.recurrence.arguments import KINDS, Arguments
 from hwbp_compiler.recurrence.operator import operator
@@ -79,19 +80,21 @@ class _Call:
             return False
         approximates = options.iterations != "exact" and call.kind in ("gru", "lstm")
         if _on_a_cpu(call):
-            return approximates or call.kind in THROUGH_TIME
+            wanted = approximates and (not options.auto or self._is_worth_taking_apart(options))
+            return wanted or call.kind in THROUGH_TIME
         return approximates and self._is_worth_taking_apart(options)
 
     def _is_worth_taking_apart(self, options: Options) -> bool:
         """cuDNN runs layers and directions side by side, which is lost."""
         call, seen = self.arguments, self.arguments.input.meta.get("example_value")
-        if options.rewrite == "always" or call.layers * call.directions == 1 or seen is None or seen.dim() != 3:
+        alone = call.layers * call.directions == 1 and not options.auto
+        if options.rewrite == "always" or alone or seen is None or seen.dim() != 3:
             return True
         output = self.origin.meta["example_value"][0]
         if call.batch_first:
             seen, output = seen.transpose(0, 1), output.transpose(0, 1)
-        how = Truncation(int(options.iterations), options.damping, options.segment)
-        return estimate_recurrent(call.kind, seen, output, how, call.layers, call.directions).pays
+        tried = options.tried(hint(seen.shape[0])) if options.auto else [options.numbers]
+        return any(estimate_recurrent(call.kind, seen, output, how, call.layers, call.directions).pays for how in tried)
 
     def _by_layers(self, call: Arguments) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""

@@ -71,10 +71,10 @@ def rewrite_recurrent_modules(
             watcher.found_module(mine, node)
         call.record(call.wanted)
         decision = call.unsound() or _decide(call, options)
-        if node in stepwise and options.iterations != "exact" and not decision.rewrites:
+        if node in stepwise and options.iterations != "exact" and not (decision.rewrites or decision.candidates):
             decision = Decision(Reason.CALLED_STEP_BY_STEP.of())
         for record in mine:
-            record.estimate = decision.estimate
+            record.estimate, record.candidates = decision.estimate, decision.candidates
             record.because(decision.why)
         if not decision.rewrites and not call.goes_through_time:
             continue

@@ -46,6 +46,7 @@ class Record:
     failed: bool = False
     module: str = ""
     source: str = ""
+    candidates: tuple = ()
 
 
 class NamedPass(CustomGraphPass):

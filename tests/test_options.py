@@ -17,13 +17,38 @@ from hwbp_compiler.options import parse
 def test_no_options_mean_the_documented_defaults():
     assert parse(None) == parse({}) == (Options(), {})
     assert dataclasses.asdict(Options()) == {
-        "iterations": 4,
-        "segment": 1,
-        "damping": 0.0,
+        "iterations": "auto",
+        "segment": "auto",
+        "damping": "auto",
+        "target_cosine": 0.99,
+        "check_every": 200,
         "rewrite": "profitable",
         "min_length": 4,
         "strict": False,
     }
+
+
+@given(st.integers(min_value=0))
+def test_a_number_of_iterations_alone_means_the_paper(k):
+    said = parse({"iterations": k})[0]
+    assert (said.iterations, said.segment, said.damping, said.auto) == (k, 1, 0.0, False)
+
+
+def test_what_is_said_is_kept_and_the_rest_is_chosen():
+    assert parse({"segment": 16})[0] == Options(iterations="auto", segment=16, damping="auto")
+    assert Options(damping=0.2).iterations == "auto"
+    assert Options(iterations=2, segment="auto").damping == 0.0
+    assert {how.segment for how in Options(segment=16).tried(256)} == {16}
+    assert {how.iterations for how in Options(iterations=2, segment="auto").tried(256)} == {2}
+    assert {how.damping for how in Options(damping=0.2).tried(256)} == {0.2}
+    assert not Options(iterations="exact").auto
+
+
+@given(st.integers(1, 600), st.sampled_from(["auto", 0, 1, 3]), st.sampled_from(["auto", 1, 2, 7]))
+def test_nothing_that_is_tried_is_ordinary_backprop(length, iterations, segment):
+    for how in Options(iterations=iterations, segment=segment).tried(length):
+        count = -(-length // how.segment)
+        assert how.iterations < (length if how.segment == 1 else count - 1)
 
 
 @given(st.integers(min_value=0))
@@ -40,6 +65,11 @@ def test_damping_takes_any_number_from_zero_to_one(gamma):
     "key, given, kept",
     [
         ("iterations", "exact", "exact"),
+        ("iterations", "auto", "auto"),
+        ("segment", "auto", "auto"),
+        ("damping", "auto", "auto"),
+        ("target_cosine", np.float32(0.5), 0.5),
+        ("check_every", np.int64(7), 7),
         ("iterations", np.int32(3), 3),
         ("segment", np.int64(16), 16),
         ("min_length", np.int64(1), 1),
@@ -59,14 +89,18 @@ REFUSED = [
     *(("damping", v) for v in (True, False, float("nan"), float("inf"), -0.1, 1.01, "0.2", None, np.True_)),
     *(("rewrite", v) for v in ("allways", True, None, ["always"])),
     *(("segment", v) for v in (0, -1, True, 1.5, 2.0, None, "x", "exact", np.float64(2), [4])),
+    *(("target_cosine", v) for v in (True, 0, 1, 1.0, -0.5, float("nan"), "auto", None)),
+    *(("check_every", v) for v in (0, -3, True, 2.0, "auto", None)),
     *(("min_length", v) for v in (0, -3, True, 2.0, "4", None)),
     *(("strict", v) for v in (1, 0, "yes", None, np.True_)),
 ]
 ALLOWED = {
-    "iterations": 'an integer >= 0 or "exact"',
-    "damping": "a number from 0 to 1",
+    "iterations": 'an integer >= 0, "exact" (ordinary backprop) or "auto"',
+    "damping": 'a number from 0 to 1 or "auto"',
+    "target_cosine": "a number between 0 and 1, both excluded",
+    "check_every": "an integer >= 1",
     "rewrite": "one of 'profitable', 'always', 'never'",
-    "segment": "an integer >= 1",
+    "segment": 'an integer >= 1 or "auto"',
     "min_length": "an integer >= 1",
     "strict": "True or False",
 }

@@ -13,11 +13,14 @@ from .estimate import Estimate
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a chain is rewritten, why, and what that was expected to cost; None where nothing was estimated."""
+    """Whether a chain is rewritten, why, and what that was expected to cost; None where nothing was estimated.
+
+    ``candidates``: what may be chosen while the model trains, with what it was expected to cost."""
 
     why: Why
     rewrites: bool = False
     estimate: Estimate | None = None
+    candidates: tuple[tuple[Truncation, Estimate], ...] = ()
 
 
 def decide(length: int, options: Options, estimate: Callable[[Truncation], Estimate], may_pay: bool = True) -> Decision:
@@ -32,6 +35,8 @@ def decide(length: int, options: Options, estimate: Callable[[Truncation], Estim
         return Decision(shorter(length, options))
     if (exact := ordinary(length, options)) is not None:
         return Decision(exact)
+    if options.auto:
+        return _to_be_chosen(length, options, estimate, may_pay)
     how = options.truncation(length)
     assert how is not None  # or it is ordinary backprop
     expected = estimate(how)
@@ -42,13 +47,22 @@ def decide(length: int, options: Options, estimate: Callable[[Truncation], Estim
     return Decision(Reason.NOT_EXPECTED_FASTER.of(estimate=expected), False, expected)
 
 
+def _to_be_chosen(length: int, options: Options, estimate: Callable[[Truncation], Estimate], may_pay: bool) -> Decision:
+    tried = [(how, estimate(how)) for how in options.tried(length)]
+    tried = [(how, expected) for how, expected in tried if options.rewrite == "always" or (expected.pays and may_pay)]
+    if not tried:
+        return Decision(Reason.NO_CANDIDATE.of())
+    fastest = min((expected for _, expected in tried), key=lambda expected: expected.rewritten)
+    return Decision(Reason.TO_BE_CHOSEN.of(count=len(tried), estimate=fastest), False, fastest, tuple(tried))
+
+
 # No iterations help one link: none at all drop its block, one is ordinary backprop.
 _ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
 
 
 def shorter(length: int, options: Options) -> Why:
     """Why a chain below ``min_length`` is left alone, and what to change."""
-    exact = options.iterations == "exact" or options.iterations >= options.needed(length)
+    exact = not options.tried(length)
     advice = _ALONE
     if length > 1:
         also = f" with {_short_of_backprop(length, options)}" if exact else ""
@@ -59,8 +73,10 @@ def shorter(length: int, options: Options) -> Why:
 def ordinary(length: int, options: Options) -> Why | None:
     """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
     ask for something else."""
-    if options.truncation(length) is not None:
+    if options.tried(length):
         return None
+    if options.auto:
+        return Reason.NO_CANDIDATE.of()
     needed = options.needed(length)
     if options.iterations == "exact":
         any_of = f"Any iterations below {needed}." if needed else f"A segment below {length}, and iterations=0."

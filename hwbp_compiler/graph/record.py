@@ -52,6 +52,7 @@ class ChainRecord:
     side_losses   links, in forward order, at whose state something besides the chain adds a gradient
     added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
     iterations, segment   k and S it was rewritten with; None where it was not, or has no block
+    candidates    with "auto": what may be chosen while the model trains, as (k, gamma, S) and the estimate
     """
 
     length: int
@@ -73,10 +74,16 @@ class ChainRecord:
     reason_code: Reason | None = None
     iterations: int | None = None
     segment: int | None = None
+    candidates: tuple[tuple[Truncation, Any], ...] = ()
 
     def rewritten(self, how: Truncation) -> None:
         """The chain takes the form that ``how`` says."""
         self.decision, self.iterations, self.segment = "rewritten", how.iterations, how.segment
+
+    @property
+    def name(self) -> str:
+        """What a reader knows it by: its modules, or else its line."""
+        return self.module or self.source.partition(": ")[0]
 
     @property
     def segments(self) -> int | None:
@@ -99,6 +106,7 @@ class ChainRecord:
         """Plain data, ready for JSON: the reason's code by its name, and what follows from k and S."""
         return asdict(self) | {
             "reason_code": self.reason_code.name if self.reason_code is not None else None,
+            "candidates": [asdict(how) for how, _ in self.candidates],
             "segments": self.segments,
             "depth": list(self.depth),
         }

@@ -44,7 +44,7 @@ def _was_weighed(record: ChainRecord, options: Options) -> bool:
 
 def _fewer(record: ChainRecord, options: Options) -> int:
     most = options.needed(record.length) - 1
-    return most if options.iterations == "exact" else min(options.iterations, most)
+    return most if options.iterations == "exact" else min(options.numbers.iterations, most)
 
 
 def _key(record: ChainRecord) -> tuple[Any, ...]:

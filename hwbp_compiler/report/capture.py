@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,16 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler import passes
+from hwbp_compiler.auto.ladder import Rung, ladder
+from hwbp_compiler.auto.source import names_of_inputs
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
-from hwbp_compiler.graph.origin import plain_name
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.pass_sequence import PassSequence
 from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
 from hwbp_compiler.prepare import prepare
+from hwbp_compiler.reasons import Reason
 from hwbp_compiler.recurrence import packed
 from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.recurrence import Recurrence
@@ -83,20 +85,36 @@ def explain(
             shown = {**patches, "joint_custom_pre_pass": PassSequence((*users, looking))}
             return _traced(model, shown, keep, looking, recorded)(*args, **kwargs)
 
-        output = traced(looking, bool(wanted))
+        output = traced(looking, bool(wanted) and not ours.auto)
+        rungs = ladder(chain for graph in looking.graphs for chain in graph.chains) if ours.auto else []
+        if ours.auto and (rungs or wanted):
+            looking.options = ours.at(rungs[0].how) if rungs else ours
+            looking.forget()
+            output = traced(looking, bool(wanted))
+            _say_what_is_chosen_from(looking, rungs)
         total = _sum_of_outputs(output) if loss is None else loss(output)
         notes = _notes(looking, total) + [f"Declined: {packed.REASON.text} [{line}]." for line in looking.packed]
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None
             measuring.backward(total)
-            _measure_errors(looking, wanted, _retracing(traced, ours))
+            _measure_errors(looking, wanted, _retracing(traced, looking.options.in_numbers()))
         if measure and can_run:
             register_lowerings()
             times = measuring.step_times(
                 model, args, kwargs, options, inductor_options, loss or _sum_of_outputs, _isolated()
             )
     return Report(ours, looking.graphs, notes, times, _name_of(model))
+
+
+def _say_what_is_chosen_from(looking: _Looking, rungs: Sequence[Rung]) -> None:
+    """The chains are shown in the first of several forms."""
+    forms = ", ".join([f"(k = {rung.how.iterations}, S = {rung.how.segment})" for rung in rungs] + ["exact backprop"])
+    for graph in looking.graphs:
+        for chain in graph.chains:
+            if chain.iterations is not None:
+                chain.because(Reason.SHOWN_OF_AUTO.of(forms=forms, estimate=chain.estimate))
+                chain.candidates = tuple((rung.how, None) for rung in rungs)
 
 
 def _name_of(model: Any) -> str:
@@ -112,7 +130,7 @@ def _measure_errors(looking: _Looking, wanted: Any, retraced: Callable[[Options]
             def joint(how: Options, number: int = number, graph: ExplainedGraph = graph) -> fx.GraphModule:
                 return retraced(how)[number] if graph.loops else graph.before
 
-            graph.errors = measuring.errors(joint, run, looking.options, wanted, longest)
+            graph.errors = measuring.errors(joint, run, looking.options.in_numbers(), wanted, longest)
 
 
 def _retracing(traced: Callable[[_Looking, bool], Any], options: Options) -> Callable[[Options], list[fx.GraphModule]]:
@@ -141,14 +159,19 @@ class _Looking(CustomGraphPass):
     def __init__(self, options: Options) -> None:
         self.options = options
         self.of_loops: Options | None = None  # what holds for all loops of hwbp_compiler.recurrent, if not their own
+        self.names: list[str] = []  # of the inputs of the graph that is being compiled
+        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # of hwbp_compiler.recurrent in it, with names
+        self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
+        self.forget()
+
+    def forget(self) -> None:
+        """Start to look anew."""
         self.graphs: list[ExplainedGraph] = []
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
         self.pieces = 0  # what Dynamo made of the model; a piece may hold graphs of its own, such as a scan's body
         self.lacking: list[str] = []  # what the report has to do without, and why
-        self.names: list[str] = []  # of the inputs of the graph that is being compiled
-        self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
-        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # of hwbp_compiler.recurrent in it, with names
+        self.packed.clear()
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(is_tangent(node) for node in graph.nodes):
@@ -195,7 +218,7 @@ class _Looking(CustomGraphPass):
 
     def _put_to_the_test(self, found: ExplainedGraph) -> None:
         try:
-            put_to_the_test(found.before, found.chains[found.loops :], self.options)
+            put_to_the_test(found.before, found.chains[found.loops :], self.options.in_numbers())
         except Exception as error:
             self.lacking.append(f"What is said to change a decision is not tried: {type(error).__name__}: {error}.")
 
@@ -216,7 +239,7 @@ def _traced(
         prepared = prepare(module, looking.options, looking.of_loops)
         looking.loops = [(loop, _names_in_step(module, loop)) for loop in prepared.loops]
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
-        looking.names = _names(module.graph)
+        looking.names = names_of_inputs(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
         halves = compile_fx(module, inputs, patches, inner_compile=inner)  # which owns the module and may change it
 
@@ -237,20 +260,12 @@ def _traced(
     return run
 
 
-def _names(graph: fx.Graph) -> list[str]:
-    """What the user calls the inputs of a Dynamo graph: ``blocks.0.up.weight``."""
-    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.find_nodes(op="placeholder")]
-    # A method of Dynamo's before torch 2.12, an attribute since.
-    names = [getattr(source, "name", "") for source in sources]
-    return [plain_name(str(name() if callable(name) else name)) for name in names]
-
-
 def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
     """The user's names for what a loop's step takes from outside, by their names in the step."""
     if loop.step is None:
         return {}
     placeholders = module.graph.find_nodes(op="placeholder")
-    given = dict(zip(placeholders, _names(module.graph), strict=True))
+    given = dict(zip(placeholders, names_of_inputs(module.graph), strict=True))
     (call,) = [n for n in module.graph.find_nodes(op="call_module") if module.get_submodule(str(n.target)) is loop]
     outside = call.args[len(loop.step.state) + len(loop.step.inputs) :]
     return {

@@ -75,16 +75,16 @@ def errors(
 
 
 def _ladder(options: Options, length: int) -> list[tuple[int, int]]:
-    sizes = sorted({1, options.segment, *(s for s in _SIZES if 2 * s < length)})
+    sizes = sorted({1, options.numbers.segment, *(s for s in _SIZES if 2 * s < length)})
     found = [(k, s) for s in sizes for k in (_LADDER if s == 1 else _FEW)]
     if isinstance(options.iterations, int):
-        found.append((options.iterations, options.segment))
+        found.append((options.iterations, options.numbers.segment))
     short = {(s, k) for k, s in found if k < dataclasses.replace(options, segment=s).needed(length)}
     return [(k, s) for s, k in sorted(short)]
 
 
 def _named(options: Options, wanted: Iterable[int | tuple[int, int]]) -> list[tuple[int, int]]:
-    pairs = {(int(w[1]), int(w[0])) if isinstance(w, tuple) else (options.segment, int(w)) for w in wanted}
+    pairs = {(int(w[1]), int(w[0])) if isinstance(w, tuple) else (options.numbers.segment, int(w)) for w in wanted}
     return [(k, s) for s, k in sorted(pairs)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def write(report: ReportData, path: str | os.PathLike[str]) -> None:
     page = template.render(
         name=report.name,
         title=text.title(report),
-        options=asdict(report.options),
+        options=report.options.shown(),
         measured=text.measured_text(report) if report.measured is not None else "",
         notes=report.notes,
         graphs=graphs,

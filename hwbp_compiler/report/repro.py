@@ -114,6 +114,7 @@ def write(found: ExplainedGraph | None, options: Options, path: str | os.PathLik
     graph = copied(found.before.graph)
     graph.set_codegen(CodeGen())  # plain arguments, one per input
     longest = max((c.length for c in found.chains if c.members), default=1)
+    options = options.in_numbers()
     given = options.iterations if isinstance(options.iterations, int) else 1
     wanted = sorted({0, min(given, max(longest - 1, 0)), max(longest - 1, 0)})
     chosen = {**dataclasses.asdict(options), "rewrite": "always", "strict": True}

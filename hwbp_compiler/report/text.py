@@ -9,7 +9,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +71,7 @@ def title(report: ReportData) -> str:
 
 def _lines(report: ReportData) -> Iterator[_Line]:
     yield title(report)
-    yield 2, "options", ", ".join(f"{key}={value!r}" for key, value in asdict(report.options).items())
+    yield 2, "options", ", ".join(f"{key}={value!r}" for key, value in report.options.shown().items())
     if report.measured is not None:
         yield 2, "measured", measured_text(report)
     for note in report.notes:

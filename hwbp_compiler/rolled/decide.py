@@ -26,11 +26,11 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         return How(None), record
     record.groups = [link.group(length)]
     decision = decide(length, options, lambda how: estimate(link, how, length))
-    record.estimate = decision.estimate
+    record.estimate, record.candidates = decision.estimate, decision.candidates
     record.because(decision.why)
-    if options.rewrite == "never" or options.iterations == "exact":
+    if options.rewrite == "never" or options.iterations == "exact" or options.auto:
         return How(None), record
-    chosen = Truncation(int(options.iterations), options.damping, options.segment)
+    chosen = options.numbers
     shortest = max(chosen.iterations + 1, options.min_length)
     if chosen.segment > 1:  # as many as need more segments than iterations make exact
         shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)

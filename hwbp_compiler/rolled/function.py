@@ -60,7 +60,7 @@ def recurrent(
 
     Works in eager mode, where it compiles itself (once; a new T compiles nothing), and inside a function compiled with
     ``backend="highway"``, in one graph. Under another backend it is a graph break. So a model that calls it is
-    approximate when it is not compiled, too: k = 4 unless ``options`` say otherwise. ``hwbp_compiler.testing.exactly``
+    approximate when it is not compiled, too, as ``options`` say. ``hwbp_compiler.testing.exactly``
     gives a model in eager mode its exact gradients, to compare with.
 
     Raises:

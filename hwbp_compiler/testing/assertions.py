@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal
@@ -41,8 +42,8 @@ class AtFullLength(Options):
 
     def truncation(self, length: int) -> Truncation | None:
         found = super().truncation(length)
-        if found is None and self.iterations != "exact" and length <= _MOST_ROUNDS:
-            return Truncation(self.needed(length), self.damping, self.segment)
+        if found is None and self.iterations != "exact" and not self.auto and length <= _MOST_ROUNDS:
+            return replace(self.numbers, iterations=self.needed(length))
         return found
 
 
@@ -114,10 +115,11 @@ def assert_linear(
     seed: int = SEED,
 ) -> None:
     """Truncated or not, the gradients are linear in the gradient that comes in: a loss twice as large has gradients
-    twice as large, and one turned round has them turned round. (Factors that no precision inside the model rounds.)"""
+    twice as large, and one turned round has them turned round. (Factors that no precision inside the model rounds.)
+    With k = 4 where ``options`` name no other: "auto" takes another form from one step to the next."""
     _, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
-    step = _compile(compiled, options)
+    step = _compile(compiled, {"iterations": 4, **(options or {})})
     once = _gradients(step, compiled, inputs, loss, seed)
     for factor in (2.0, -1.0):
         _put_back(compiled, before)

@@ -55,7 +55,7 @@ def options(**kwargs: Any) -> Any:
     """Options for tests: rewrite whatever is sound, however short, and let no failure pass in silence."""
     from hwbp_compiler.options import Options
 
-    return Options(**{"rewrite": "always", "min_length": 2, "strict": True, **kwargs})
+    return Options(**{"iterations": 4, "rewrite": "always", "min_length": 2, "strict": True, **kwargs})
 
 
 @functools.cache

@@ -1,0 +1,229 @@
+"""A checked step: the exact gradient, and beside it that of every rung of the ladder, compared.
+
+The joint graph of ordinary backprop gets the backward passes of all rungs added; what they share with it, or with one
+another, is computed once. The graph runs in eager mode (:mod:`.halves`): it runs once in some hundred steps, and
+compiling it would take longer than all its runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from hwbp_compiler import passes
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.joint_pass import HighwayPass
+from hwbp_compiler.options import Options, Truncation
+
+from .ladder import Rung, ladder, saved
+from .measured import Check, Sums
+from .merge import Merging
+
+# A form is worth its compilation if that takes no longer than it saves in so many steps.
+STEPS = 1000
+SECONDS_PER_NODE = 0.012  # of a joint graph: the right size on one core of a server CPU
+
+library = torch.library.Library("highway", "FRAGMENT")
+tags = (torch.Tag.pt2_compliant_tag,)
+library.define("moments(Tensor exact, Tensor other) -> Tensor", tags=tags)
+library.define("observe(Tensor gradient, Tensor[] moments) -> Tensor", tags=tags)
+moments, observe = torch.ops.highway.moments.default, torch.ops.highway.observe.default
+
+
+def _moments(exact: Tensor, other: Tensor) -> Tensor:
+    """[3] float64: <exact, other>, |exact|^2, |other|^2."""
+    a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (exact.detach(), other.detach()))
+    products = [(x * y).sum(dtype=torch.float64) for x, y in ((a.double(), b), (a.double(), a), (b.double(), b))]
+    return torch.stack(products)
+
+
+library.impl("moments", _moments, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "highway::moments", lambda exact, other: exact.new_empty(3, dtype=torch.float64), lib=library
+)
+torch.library.register_fake("highway::observe", lambda gradient, _: torch.empty_like(gradient), lib=library)
+
+
+@dataclass
+class _Approximate:
+    """What one tensor of moments is of: the gradient of input number ``position`` in one form, against the exact one or
+    (``change``) against the same form with fewer iterations; and which chains it comes from."""
+
+    rung: int
+    position: int
+    chains: tuple[str, ...]
+    change: bool = False
+
+
+@dataclass(frozen=True)
+class CheckedPass(HighwayPass):
+    """Ordinary backprop by HighwayPass, to which the gradients of other forms are added.
+
+    given         the forms; the ladder of the graph where there are none
+    hands_out     the form whose gradient the step takes; exact backprop's if None
+    retraced      ``retraced(options)`` gives the joint graph with other numbers for what is decided before it is traced
+                  (loops), and what was decided; None where there is no such thing
+    progress      called after each form
+    names         of the graph's inputs
+    rungs         filled by the pass: what is compared. Empty where nothing is: the graph is exact backprop alone then
+    """
+
+    given: tuple[Truncation, ...] = ()
+    hands_out: Truncation | None = None
+    retraced: Callable[[Options], tuple[Graph, Sequence[ChainRecord]]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    progress: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
+    names: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    rungs: list[Rung] = field(default_factory=list, init=False, compare=False, repr=False)
+    compared: list[_Approximate] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    def __call__(self, graph: Graph) -> None:
+        if not any(is_tangent(node) for node in graph.nodes):
+            super().__call__(graph)
+            return
+        untouched = copied(graph)
+        super().__call__(graph)
+        adding = _Adding(graph, self.compared)
+        for rung in [Rung(how, inf) for how in self.given] or ladder([*self.loops, *self.records]):
+            options = self.options.at(rung.how)
+            other, loops = (copied(untouched), ()) if self.retraced is None else self.retraced(options)
+            origins = _Origins()
+            nodes = len(untouched.nodes)
+            records = [*loops, *passes.run(other, options, origins)]
+            worth = rung.saves * STEPS >= (len(other.nodes) - nodes) * SECONDS_PER_NODE
+            if worth or options.rewrite == "always":
+                adding.add(len(self.rungs), rung.how, other, origins, hand_out=rung.how == self.hands_out)
+                self.rungs.append(rung if rung.how not in self.given else Rung(rung.how, saved(records)))
+            if self.progress is not None:
+                self.progress()
+        adding.finish()
+        if not self.compared:
+            self.rungs.clear()
+
+    def measured(self, values: Sequence[Tensor], parameters: Sequence[bool]) -> Check:
+        """What the moments say; ``parameters``: which inputs are."""
+        wanted = any(parameters[a.position] for a in self.compared if a.position < len(parameters))
+        totals, chains, single, before = ([Sums() for _ in self.rungs] for _ in range(4))
+        named = self.names if len(self.names) == len(parameters) else ()
+        for entry, tensor in zip(self.compared, values, strict=True):
+            if wanted and not parameters[entry.position]:
+                continue
+            three = tensor.tolist()
+            if entry.change:
+                before[entry.rung].add([""], three)
+                continue
+            totals[entry.rung].add([""], three)
+            chains[entry.rung].add(entry.chains, three)
+            name = named[entry.position] if named else ""
+            single[entry.rung].add([name or f"input {entry.position}"], three)
+        return Check(
+            [rung.how for rung in self.rungs],
+            [sums.all for sums in totals],
+            [sums.compared() for sums in chains],
+            [sums.compared() for sums in single],
+            [_change(now, then) for now, then in zip(totals, before, strict=True)],
+            [rung.saves for rung in self.rungs],
+        )
+
+
+def _change(total: Sums, before: Sums) -> float:
+    if "" not in total.sums or "" not in before.sums:
+        return nan
+    (_, exact, _), (dot, less, more) = total.sums[""], before.sums[""]
+    return float((max(less - 2 * dot + more, 0.0) / exact) ** 0.5) if exact else nan
+
+
+class _Adding:
+    """Adds the gradients of other forms to ``graph``, and what compares them."""
+
+    def __init__(self, graph: Graph, compared: list[_Approximate]) -> None:
+        self.graph, self.compared = graph, compared
+        self.merging = Merging(graph)
+        self.output = graph.output_node()
+        self.results: list[Any] = list(self.output.args[0])  # type: ignore[arg-type]
+        self.exact = list(self.results)
+        inputs = [node for node in graph.find_nodes(op="placeholder") if not is_tangent(node)]
+        self.first = len(self.results) - len(inputs)  # of the gradients, one for each input
+        self.moments: list[Node] = []
+        self.before: dict[tuple[int, float], list[Any]] = {}  # by S and gamma: the last that was added
+
+    def add(self, rung: int, how: Truncation, other: Graph, origins: _Origins, hand_out: bool) -> None:
+        theirs: list[Any] = list(other.output_node().args[0])  # type: ignore[arg-type]
+        merged = self.merging.add(other)
+        less = self.before.get((how.segment, how.damping))
+        self.before[how.segment, how.damping] = merged
+        for at in range(self.first, len(self.exact)):
+            exact, mine = self.exact[at], merged[at]
+            if not isinstance(exact, Node) or not isinstance(mine, Node) or exact is mine:
+                continue
+            value = exact.meta["val"]
+            if not (value.is_floating_point() or value.is_complex()):
+                continue
+            chains = origins.chains_of(theirs[at])
+            self._compare(exact, mine, _Approximate(rung, at - self.first, chains))
+            if less is not None:
+                self._compare(less[at], mine, _Approximate(rung, at - self.first, chains, change=True))
+            if hand_out:
+                self.results[at] = mine
+
+    def _compare(self, one: Node, other: Node, what: _Approximate) -> None:
+        with self.graph.inserting_before(self.output):
+            self.moments.append(self.graph.call_function(moments, (one, other)))
+        self.moments[-1].meta["val"] = moments(one.meta["val"], one.meta["val"])
+        self.compared.append(what)
+
+    def finish(self) -> None:
+        """One gradient waits for what is compared, or the partitioner would drop that."""
+        place = next((i for i in range(self.first, len(self.results)) if isinstance(self.results[i], Node)), None)
+        if self.moments and place is not None:
+            gradient = self.results[place]
+            with self.graph.inserting_before(self.output):
+                self.results[place] = self.graph.call_function(observe, (gradient, self.moments))
+            self.results[place].meta["val"] = gradient.meta["val"]
+            self.output.args = (tuple(self.results),)
+        self.graph.lint()
+
+
+class _Origins:
+    """A watcher of the passes: which chain a gradient comes from."""
+
+    def __init__(self) -> None:
+        self.chain_of: dict[Node, str] = {}
+
+    def found(self, record: ChainRecord, candidate: Any, origins: Any) -> None: ...
+
+    def found_module(self, records: list[ChainRecord], backward: Node) -> None: ...
+
+    def rewritten(self, record: ChainRecord, candidate: Any, rewriting: Any) -> None:
+        self.chain_of |= dict.fromkeys(rewriting.created, record.name)
+
+    def rewrote_module(self, records: list[ChainRecord], created: list[Node]) -> None:
+        self.chain_of |= dict.fromkeys(created, records[0].name)
+
+    def chains_of(self, gradient: Node) -> tuple[str, ...]:
+        """Those whose rewritten form ``gradient`` is taken from, not those before it."""
+        found: dict[str, None] = {}
+        seen, todo = {gradient}, [gradient]
+        while todo:
+            node = todo.pop()
+            if node in self.chain_of:
+                found[self.chain_of[node]] = None
+                continue
+            todo += [n for n in node.all_input_nodes if n not in seen]
+            seen.update(node.all_input_nodes)
+        return tuple(found)
+
+
+def copied(graph: Graph) -> Graph:
+    """A copy that belongs to the same module."""
+    made = Graph(graph.owning_module)
+    made.output(made.graph_copy(graph, {})).meta.update(graph.output_node().meta)
+    return made

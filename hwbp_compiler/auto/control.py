@@ -1,0 +1,94 @@
+"""Other options from the next step on: ``set_options``, ``set_iterations``, and a schedule of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hwbp_compiler.errors import OptionError
+from hwbp_compiler.options import parse
+from hwbp_compiler.skipped import Compiled
+from hwbp_compiler.torch_private import context_of
+
+_CHANGEABLE = ("iterations", "segment", "damping", "target_cosine", "check_every")
+
+
+def set_options(compiled: Any, **options: Any) -> None:
+    """Change options of ``compiled``, a model or function compiled with ``backend="highway"``, from its next call on.
+
+    ``options``: any of ``iterations``, ``segment``, ``damping``, ``target_cosine``, ``check_every``, with the values
+    and the meaning they have in ``torch.compile``. What is not named stays as it is. Each distinct choice compiles
+    once, when it is first used, and is kept; Dynamo compiles nothing anew. To be called between steps: a step whose
+    forward pass has run keeps its form in the backward pass.
+
+    Raises:
+        OptionError: a value that is not allowed, or an option that cannot be changed; nothing is changed then.
+        TypeError: ``compiled`` is not compiled with ``backend="highway"``.
+
+    >>> set_options(compiled, iterations=1, segment=16)
+    """
+    mine = compiled_as(compiled)
+    for key in options:
+        if key not in _CHANGEABLE:
+            raise OptionError(
+                f"set_options: option {key!r} (given as {options[key]!r}) cannot be changed after torch.compile; "
+                f"{', '.join(map(repr, _CHANGEABLE))} can. Compile the model anew with it."
+            )
+    given, mode = mine.given
+    changed = {**(given or {}), **options}
+    mine.options = parse(changed, mode)[0]
+    mine.given = changed, mode
+
+
+def set_iterations(compiled: Any, iterations: Any) -> None:
+    """:func:`set_options` with ``iterations`` alone."""
+    set_options(compiled, iterations=iterations)
+
+
+class Schedule:
+    """Options that change at given steps.
+
+    ``milestones`` names options by the number of the step from which on they hold, counted from 0.
+
+    >>> schedule = Schedule(compiled, {0: {"iterations": 1, "segment": 16}, 9000: {"iterations": "exact"}})
+    >>> for batch in batches:
+    ...     schedule.step()
+    ...     train(batch)
+    """
+
+    def __init__(self, compiled: Any, milestones: Mapping[int, Mapping[str, Any]]) -> None:
+        for step, options in milestones.items():
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"Schedule: milestone {step!r} is not allowed; it takes the number of a step, >= 0")
+            parse(options)
+        compiled_as(compiled)
+        self.compiled, self.milestones, self.steps = compiled, dict(milestones), 0
+
+    def step(self) -> None:
+        """To be called before each training step."""
+        if self.steps in self.milestones:
+            set_options(self.compiled, **self.milestones[self.steps])
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, for a checkpoint of the training."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was asked: with the options that hold there."""
+        self.steps = int(state["steps"])
+        for step in sorted(step for step in self.milestones if step < self.steps):
+            set_options(self.compiled, **self.milestones[step])
+
+
+def compiled_as(compiled: Any) -> Compiled:
+    """What is known of ``compiled``. TypeError where it is not one of ours."""
+    context = context_of(compiled)
+    found = next((a for a in getattr(context, "args", ()) if isinstance(a, Compiled)), None)
+    if found is None:
+        raise TypeError(
+            f'{type(compiled).__name__} is not compiled with backend="highway"; give what '
+            'torch.compile(model, backend="highway") returned, or a model on which model.compile(backend="highway") '
+            "was called"
+        )
+    return found

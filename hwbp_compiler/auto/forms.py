@@ -1,0 +1,156 @@
+"""One graph in every form that was asked for, each compiled when it is first needed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from hwbp_compiler.counting import count
+from hwbp_compiler.errors import HighwayError, first_line
+from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.joint_pass import warn_once
+from hwbp_compiler.options import Options, Truncation
+from hwbp_compiler.prepare import Prepared, prepare
+from hwbp_compiler.torch_private import CONTROL_FLOW, CustomGraphPass, compile_fx, compile_fx_inner
+
+from .check import CheckedPass, copied
+from .halves import CheckedHalves
+from .ladder import Rung
+from .measured import Check
+from .source import Guards, Source
+
+log = logging.getLogger(__name__)
+
+Compile = Callable[..., Callable[..., Any]]
+Seen = Callable[[Callable[[], Check] | None], None]
+
+
+class Forms:
+    """``compile(module, inputs, options)`` is how the backend compiles; numbers stand in ``options`` by now."""
+
+    def __init__(self, source: Source, compile: Compile) -> None:
+        self.source, self.compile = source, compile
+        self.made: dict[Options, tuple[Callable[..., Any], Guards] | None] = {}
+
+    def keep(self, options: Options, form: Callable[..., Any]) -> None:
+        """What Dynamo had compiled, whose guards are Dynamo's."""
+        self.made[options] = form, Guards(self.source)
+
+    def has(self, options: Options, values: Sequence[Any]) -> bool:
+        """Whether the form holds for these inputs. It is compiled for that, and given up for good where that fails."""
+        if options not in self.made:
+            self.made[options] = self._compiled(options)
+        found = self.made[options]
+        return found is not None and found[1].hold(values)
+
+    def run(self, options: Options, values: Sequence[Any]) -> Any:
+        """With exact gradients where the form cannot be compiled, or does not hold for these inputs."""
+        if not self.has(options, values):
+            options = options.exactly()
+            if not self.has(options, values):
+                raise HighwayError("this graph cannot be compiled with exact gradients for inputs of these sizes")
+        found = self.made[options]
+        assert found is not None
+        return found[0](*values)
+
+    def _compiled(self, options: Options) -> tuple[Callable[..., Any], Guards] | None:
+        try:
+            with self.source.guarded() as guards:
+                form = self.source.compiled(lambda module, inputs: self.compile(module, inputs, options))
+            return form, guards
+        except (HighwayError, *CONTROL_FLOW):
+            raise
+        except Exception as error:
+            if options.strict or options.iterations == "exact":
+                raise
+            count("failures")
+            how = f"k = {options.iterations}, S = {options.segment}"
+            warn_once(first_line(error), f"compiling the form {how} failed", "the steps have exact gradients")
+            log.debug("where it failed", exc_info=error)
+            return None
+
+
+@dataclass
+class Checks:
+    """A compilation that compares: with ``given`` forms, or with the ladder of the graph.
+
+    ``seen`` gets what each backward pass finds.
+    """
+
+    forms: Forms
+    seen: Seen
+    given: tuple[Truncation, ...] = ()
+    hands_out: Truncation | None = None
+    progress: Callable[[], Any] | None = None
+    rewrite: CheckedPass | None = None
+
+    def of(self, options: Options, prepared: Prepared) -> Checks:
+        """Called when the graph is prepared."""
+        loops = bool(self.given and prepared.loops) or any(record.candidates for record in prepared.records)
+        self.rewrite = CheckedPass(
+            options, prepared.records, given=self.given, hands_out=self.hands_out,
+            retraced=self._retraced if loops else None, progress=self.progress, names=self.forms.source.names,
+        )  # fmt: skip
+        return self
+
+    @property
+    def highway(self) -> CheckedPass:
+        """The pass, once the graph is prepared."""
+        assert self.rewrite is not None
+        return self.rewrite
+
+    @property
+    def rungs(self) -> list[Rung]:
+        """What is compared; empty where the compilation is exact backprop and nothing else."""
+        return self.rewrite.rungs if self.rewrite is not None else []
+
+    def give_up(self) -> None:
+        """The compilation failed."""
+        self.rewrite = None
+
+    def inner_compile(self, otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
+        """In the place of Inductor's compiler of forward and backward graphs."""
+        halves = CheckedHalves(self.highway, lambda found: self.seen(found))
+
+        def compile(module: GraphModule, example_inputs: Any, **how: Any) -> Callable[..., Any]:
+            if self.rungs:
+                return halves.compile(module, example_inputs, **how)
+            return (otherwise or compile_fx_inner())(module, example_inputs, **how)
+
+        return compile
+
+    def _retraced(self, options: Options) -> tuple[Graph, Sequence[ChainRecord]]:
+        """The joint graph with loops as ``options`` have them."""
+        found: list[Graph] = []
+        records: list[ChainRecord] = []
+
+        def trace(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            prepared = prepare(module, options)
+            records.extend(prepared.records)
+            if failed := [record for record in prepared.records if record.failed]:
+                raise HighwayError(failed[0].reason)  # it is unrolled then, which nobody wants to wait for
+            return compile_fx(module, inputs, {"joint_custom_pre_pass": _Keeping(found)}, inner_compile=_no_code)
+
+        self.forms.source.compiled(trace)
+        return found[0], records
+
+
+@dataclass(frozen=True)
+class _Keeping(CustomGraphPass):
+    """Keeps a copy of the joint graph."""
+
+    found: list[Graph]
+
+    def __call__(self, graph: Graph) -> None:
+        self.found.append(copied(graph))
+
+    def uuid(self) -> None:
+        return None
+
+
+def _no_code(module: GraphModule, example_inputs: Any, **how: Any) -> Callable[..., Any]:
+    return module.forward

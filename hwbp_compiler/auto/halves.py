@@ -1,0 +1,132 @@
+"""A checked step's graph, run operator by operator: first what the step is for, then what that is compared with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from hwbp_compiler.errors import first_line
+from hwbp_compiler.torch_private import random_as_compiled
+
+from .check import CheckedPass, observe
+from .measured import Check
+
+log = logging.getLogger(__name__)
+
+
+class CheckedHalves:
+    """Stands where Inductor's compiler of forward and backward graphs stands: runs them as they are.
+
+    ``seen(check)`` is called in the backward pass with what it was given to find, a function that waits for the
+    device; with None where the other gradients could not be computed.
+    """
+
+    def __init__(self, checked: CheckedPass, seen: Callable[[Callable[[], Check] | None], None]) -> None:
+        self.checked, self.seen = checked, seen
+        self.parameters: list[bool] = []
+
+    def compile(self, module: GraphModule, example_inputs: Any, **how: Any) -> Callable[..., Any]:
+        half = _Half(module)
+
+        def run(values: list[Any]) -> Any:
+            given = list(values)
+            values.clear()
+            if not how.get("is_backward"):
+                self.parameters = [isinstance(value, nn.Parameter) for value in given]
+            with torch.no_grad():
+                results, found = half.run(given)
+            if how.get("is_backward"):
+                parameters = self.parameters
+                self.seen(None if found is None else lambda: self.checked.measured(found, parameters))
+            return results
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+
+class _Half:
+    """A graph, run operator by operator: its results first, then what they are compared with."""
+
+    def __init__(self, module: GraphModule) -> None:
+        self.module = module
+        nodes = list(module.graph.nodes)
+        self.results = module.graph.output_node().args[0]
+        self.observed = next((n for n in nodes if n.target is observe), None)
+        needed = _ancestors([self.results, [n for n in nodes if _changes_something(n)]], self.observed)
+        self.first = [n for n in nodes if n in needed and n is not self.observed]
+        self.then = [n for n in nodes if n not in needed and n.op not in ("output", "placeholder")]
+        self.then = [n for n in self.then if n is not self.observed]
+        self.inputs = module.graph.find_nodes(op="placeholder")
+        self.last = self._last_uses()
+
+    def _last_uses(self) -> dict[Node, list[Node]]:
+        """What need not be kept after a node has run."""
+        kept: set[Node] = set()
+        torch.fx.map_arg(self.results, kept.add)
+        if self.observed is not None:
+            kept.update(self.observed.all_input_nodes)
+        dropped: dict[Node, list[Node]] = {}
+        seen = set(kept)
+        for node in reversed([*self.first, *self.then]):
+            for used in (node, *node.all_input_nodes):
+                if used not in seen:
+                    seen.add(used)
+                    dropped.setdefault(node, []).append(used)
+        return dropped
+
+    def run(self, values: Sequence[Any]) -> tuple[Any, list[Tensor] | None]:
+        """The results; and the moments, None where there are none or they failed."""
+        running = _Running(self.module)
+        running.env = dict(zip(self.inputs, values, strict=True))
+        del values
+        self._run(running, self.first)
+        found: list[Tensor] | None = None
+        if self.observed is not None:
+            gradient, parts = self.observed.args
+            try:
+                self._run(running, self.then)
+                found = [running.env[part] for part in parts]  # type: ignore[union-attr, index]
+            except Exception as error:  # whatever it is (no memory): the exact gradient is there
+                log.warning("a check could not be computed (%s); the step has its exact gradient", first_line(error))
+            running.env[self.observed] = running.env[gradient]  # type: ignore[index]
+        return torch.fx.map_arg(self.results, running.env.__getitem__), found
+
+    def _run(self, running: _Running, nodes: Sequence[Node]) -> None:
+        for node in nodes:
+            if node not in running.env:
+                running.env[node] = running.run_node(node)
+            for used in self.last.get(node, ()):
+                running.env.pop(used, None)
+
+
+class _Running(Interpreter):
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        drawn = random_as_compiled(target, args, kwargs)
+        return super().call_function(target, args, kwargs) if drawn is None else drawn
+
+
+def _changes_something(node: Node) -> bool:
+    """A buffer that is written back, a call that is there for its effect."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and (node.is_impure() or bool(schema and schema.is_mutable))
+
+
+def _ancestors(results: Any, observed: Node | None) -> set[Node]:
+    found: set[Node] = set()
+    todo: list[Node] = []
+    torch.fx.map_arg(results, todo.append)
+    while todo:
+        node = todo.pop()
+        if node in found:
+            continue
+        found.add(node)
+        todo += [node.args[0]] if node is observed else node.all_input_nodes  # type: ignore[list-item, union-attr]
+    return found

@@ -1,0 +1,68 @@
+"""What a checked step measures: gradients of several forms against the exact one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hwbp_compiler.options import Truncation
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The gradient of one form against the exact one, over some parameters together: the cosine of the two, and the
+    norm of their difference relative to that of the exact one. nan where the exact one is zero, or one is not finite.
+    """
+
+    cosine: float
+    relative_error: float
+
+    @classmethod
+    def of(cls, dot: float, exact: float, other: float) -> Compared:
+        """From <e, o>, |e|^2 and |o|^2."""
+        if exact == 0 or other == 0:
+            return cls(float("nan"), float("nan"))
+        error = max(exact - 2 * dot + other, 0.0)
+        return cls(dot / (exact**0.5 * other**0.5), (error / exact) ** 0.5)
+
+
+@dataclass
+class Check:
+    """What one checked step has measured.
+
+    forms       k, gamma and S of what was compared
+    total       of each form, over all parameters (all inputs, where none is a parameter) whose gradient it approximates
+    chains      of each form, by chain: over the parameters whose gradient is taken from that chain
+    parameters  of each form, by name (by position, "input 3", where the name is not known)
+    changes     of each form, what its last iterations changed: the norm of the difference to the form before it with
+                the same S and gamma, relative to that of the exact gradient; nan where there is none
+    saves       of each form, seconds a step that the cost model expects it to save
+    used        the form that trains; None for exact backprop
+    """
+
+    forms: Sequence[Truncation]
+    total: list[Compared] = field(default_factory=list)
+    chains: list[dict[str, Compared]] = field(default_factory=list)
+    parameters: list[dict[str, Compared]] = field(default_factory=list)
+    changes: list[float] = field(default_factory=list)
+    saves: list[float] = field(default_factory=list)
+    used: Truncation | None = None
+
+
+class Sums:
+    """Adds up <e, o>, |e|^2 and |o|^2 by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, names: Sequence[str], three: Sequence[float]) -> None:
+        for name in names:
+            self.sums[name] = [a + b for a, b in zip(self.sums.get(name, [0.0] * 3), three, strict=True)]
+
+    def compared(self) -> dict[str, Compared]:
+        return {name: Compared.of(*three) for name, three in self.sums.items()}
+
+    @property
+    def all(self) -> Compared:
+        """Over everything that was added under the name ""; nothing at all is exact."""
+        return Compared.of(*self.sums[""]) if "" in self.sums else Compared(1.0, 0.0)

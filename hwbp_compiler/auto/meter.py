@@ -1,0 +1,127 @@
+"""How good the gradient is while a model trains."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .control import compiled_as
+from .measured import Check, Compared
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One comparison with the exact gradient.
+
+    number      of the reading, from 0
+    iterations, segment, damping   of the form that was compared
+    cosine, relative_error         over all parameters whose gradient it approximates
+    chains      the same by chain
+    """
+
+    number: int
+    iterations: int
+    segment: int
+    damping: float
+    cosine: float
+    relative_error: float
+    chains: dict[str, Compared]
+
+
+class GradientMeter:
+    """Compares the gradient of ``model`` with the exact one at every ``every``-th step, on the way.
+
+    The step itself is not changed: it trains with the gradient it would have had. With "auto" there is one reading for
+    each form that a check compares, whenever it checks. A reading is there at the next step.
+
+    Args:
+        model: compiled with ``backend="highway"``.
+        every: steps from one reading to the next. A reading takes about as long as two or three steps without
+            ``torch.compile``.
+        callback: called with each :class:`Reading`.
+        writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar(tag, value, step)``.
+        csv_path: a file to which readings are appended, one line each.
+        warn_below: a cosine below which a warning is logged, of the form that trains; None for no warning.
+
+    ``readings`` holds all of them, ``last`` the newest. ``close()`` ends it, as leaving a ``with`` block does.
+
+    >>> meter = GradientMeter(compiled, every=100)
+    >>> train(compiled)
+    >>> meter.last.cosine
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        every: int = 200,
+        *,
+        callback: Callable[[Reading], None] | None = None,
+        writer: Any = None,
+        csv_path: str | os.PathLike[str] | None = None,
+        warn_below: float | None = 0.9,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"GradientMeter: every = {every!r} is not allowed; it takes an integer >= 1")
+        self.every, self.callback, self.writer, self.warn_below = every, callback, writer, warn_below
+        self.csv_path = None if csv_path is None else Path(csv_path)
+        self.readings: list[Reading] = []
+        self._compiled = compiled_as(model)
+        self._compiled.meter = self
+
+    @property
+    def last(self) -> Reading | None:
+        return self.readings[-1] if self.readings else None
+
+    def close(self) -> None:
+        if self._compiled.meter is self:
+            self._compiled.meter = None
+
+    def __enter__(self) -> GradientMeter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def take(self, check: Check) -> None:
+        """Called by the model with what a step has measured."""
+        for how, total, chains in zip(check.forms, check.total, check.chains, strict=True):
+            reading = Reading(
+                len(self.readings), how.iterations, how.segment, how.damping, total.cosine, total.relative_error, chains
+            )
+            self.readings.append(reading)
+            self._pass_on(reading, trains=how == check.used)
+
+    def _pass_on(self, reading: Reading, trains: bool) -> None:
+        form = f"k{reading.iterations}_S{reading.segment}"
+        if self.writer is not None:
+            self.writer.add_scalar(f"highway/cosine/{form}", reading.cosine, reading.number)
+            self.writer.add_scalar(f"highway/relative_error/{form}", reading.relative_error, reading.number)
+        if self.csv_path is not None:
+            self._append(self.csv_path, reading)
+        if trains and self.warn_below is not None and reading.cosine < self.warn_below:
+            log.warning(
+                "the gradient with iterations=%d, segment=%d has a cosine of %.3f with the exact one, below %g. More "
+                "iterations, a larger segment, or iterations=\"auto\" make it better.",
+                reading.iterations, reading.segment, reading.cosine, self.warn_below,
+            )  # fmt: skip
+        if self.callback is not None:
+            self.callback(reading)
+
+    @staticmethod
+    def _append(path: Path, reading: Reading) -> None:
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="") as file:
+            lines = csv.writer(file)
+            if new:
+                lines.writerow(["number", "iterations", "segment", "damping", "cosine", "relative_error"])
+            lines.writerow(
+                [reading.number, reading.iterations, reading.segment, reading.damping, reading.cosine,
+                 reading.relative_error]
+            )  # fmt: skip

@@ -1,0 +1,86 @@
+"""Which form the next step takes. It sees cosines and counts steps, and no clock: a seed reproduces a training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+# Where nothing on the ladder is good, checks become rarer, up to this many times.
+_RAREST = 16
+
+
+@dataclass
+class Policy:
+    """Rungs are numbered from 0, the cheapest; number ``rungs`` is exact backprop, where it starts.
+
+    rungs    how many there are beside exact backprop
+    target   the least cosine of a form that is used
+    every    steps from one check to the next
+    """
+
+    rungs: int
+    target: float
+    every: int
+    position: int = field(init=False)
+    until_check: int = field(default=0, init=False)
+    rarer: int = field(default=1, init=False)
+    missed: int = field(default=0, init=False)
+    waiting: bool = field(default=False, init=False)
+    checks: int = field(default=0, init=False)
+    lost: set[int] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self.position = self.rungs
+
+    @property
+    def exact(self) -> int:
+        return self.rungs
+
+    @property
+    def downhill(self) -> float:
+        """The least cosine at which a form cheaper than the one in use is taken: half as far from 1 as the target.
+        Without the difference, a form near the target would come and go."""
+        return 1 - (1 - self.target) / 2
+
+    def checks_now(self) -> bool:
+        """To be asked once at every step: whether this one is a check. Whoever gets True owes a call of ``observe`` or
+        of ``nothing_seen``."""
+        if len(self.lost) == self.rungs:
+            return False
+        if self.waiting:  # the last check has had no backward pass
+            self.nothing_seen()
+        if self.until_check > 0:
+            self.until_check -= 1
+            return False
+        self.waiting = True
+        self.until_check = self.every * self.rarer - 1
+        return True
+
+    def observe(self, cosines: Sequence[float]) -> None:
+        """Take what a check has measured of every rung; nan where nothing was."""
+        self.waiting, self.missed = False, 0
+        self.checks += 1
+        usable = [i for i in range(self.rungs) if i not in self.lost]
+        here = cosines[self.position] if self.position < self.rungs else 1.0
+        if self.position == self.exact or not here >= self.target:  # nan is not good either
+            least = self.target if self.checks == 1 or self.position < self.rungs else self.downhill
+            good = [i for i in usable if cosines[i] >= least]
+        else:
+            cheaper = [i for i in usable if i < self.position and cosines[i] >= self.downhill]
+            good = cheaper or [self.position]
+        self.position = min(good, default=self.exact)
+        self.rarer = min(2 * self.rarer, _RAREST) if self.position == self.exact else 1
+        self.until_check = self.every * self.rarer - 1
+
+    def nothing_seen(self) -> None:
+        """The check has said nothing: no backward pass came, or the gradient was zero or not finite. Another one
+        follows soon, and then ever later."""
+        self.waiting = False
+        self.until_check = min(2**self.missed, self.every) - 1
+        self.missed += 1
+
+    def lose(self, rung: int) -> None:
+        """This form cannot be used after all."""
+        self.lost.add(rung)
+        if self.position == rung:
+            self.position = self.exact

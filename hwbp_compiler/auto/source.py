@@ -1,0 +1,94 @@
+"""A graph of Dynamo's, kept as it came: further forms of it can be compiled when Dynamo is gone.
+
+Torch does the same with a backward graph, which it compiles when it is first run. As there, a form that is compiled
+late can add no guard any more; what its compilation learnt about symbolic sizes is asked at every call instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from hwbp_compiler.graph.origin import plain_name
+from hwbp_compiler.torch_private import LateCompilation
+
+
+@dataclass
+class Source:
+    """``module`` as Dynamo made it, with fake inputs and the user's names of them ("" where there is none)."""
+
+    module: GraphModule
+    inputs: Sequence[Any]
+    late: LateCompilation
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, module: GraphModule, inputs: Sequence[Any]) -> Source:
+        """While ``module`` is compiled, and before anything changes it."""
+        given = [node.meta.get("example_value", value) for node, value in zip(_inputs(module), inputs, strict=True)]
+        return cls(copy_of(module), given, LateCompilation(given), tuple(names_of_inputs(module.graph)))
+
+    def compiled(self, how: Callable[[GraphModule, list[Any]], Callable[..., Any]]) -> Callable[..., Any]:
+        """``how(module, inputs)`` of a copy, after Dynamo is gone."""
+        with self.late.here():
+            return how(copy_of(self.module), list(self.inputs))
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[Guards]:
+        """What is learnt of symbolic sizes while this lasts."""
+        guards = Guards(self)
+        before = self.late.guards()
+        yield guards
+        guards.learn(before)
+
+
+class Guards:
+    """Whether a form that was compiled late holds for the sizes of a call."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.symbols = [i for i, value in enumerate(source.inputs) if isinstance(value, torch.SymInt)]
+        self.expression: str | None = None
+
+    def learn(self, before: int) -> None:
+        late = self.source.late
+        if late.guards() > before:
+            self.expression = late.expression([self.source.inputs[i] for i in self.symbols])
+
+    def hold(self, values: Sequence[Any]) -> bool:
+        return self.expression is None or self.source.late.holds(self.expression, [values[i] for i in self.symbols])
+
+
+def names_of_inputs(graph: Graph) -> list[str]:
+    """What the user calls the inputs of a Dynamo graph: ``blocks.0.up.weight``."""
+    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.find_nodes(op="placeholder")]
+    # A method of Dynamo's before torch 2.12, an attribute since.
+    names = [getattr(source, "name", "") for source in sources]
+    return [plain_name(str(name() if callable(name) else name)) for name in names]
+
+
+def copy_of(module: GraphModule) -> GraphModule:
+    """A graph module of its own over the same tensors, the regions in it copied too."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = made = graph.node_copy(node, copies.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            made._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+    copied = GraphModule(module, graph)
+    for name, region in module.named_children():
+        if isinstance(region, GraphModule):
+            setattr(copied, name, copy_of(region))
+    copied.meta = dict(module.meta)
+    if hasattr(module, "_param_name_to_source"):
+        copied._param_name_to_source = module._param_name_to_source
+    return copied
+
+
+def _inputs(module: GraphModule) -> list[Node]:
+    return list(module.graph.find_nodes(op="placeholder"))

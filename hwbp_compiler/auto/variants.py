@@ -1,0 +1,177 @@
+"""The callable that Dynamo gets for a graph: before each forward pass it takes the form that is in force.
+
+Which options are in force is known only then: ``set_options`` changes them from one step to the next.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch.fx import GraphModule
+
+from hwbp_compiler.counting import count
+from hwbp_compiler.options import Options, Truncation
+from hwbp_compiler.skipped import running
+from hwbp_compiler.torch_private import saves_through_hooks
+
+from .forms import Checks, Compile, Forms
+from .measured import Check
+from .policy import Policy
+from .source import Source
+
+log = logging.getLogger(__name__)
+
+
+class Steps(Protocol):
+    """How a graph's steps run while the same options are in force."""
+
+    def run(self, values: Sequence[Any]) -> Any: ...
+
+
+class Variants:
+    """One graph of Dynamo's; ``options`` are those it was compiled with."""
+
+    def __init__(
+        self, source: Source, module: GraphModule, inputs: list[Any], options: Options, compile: Compile
+    ) -> None:
+        """``module`` and ``inputs`` are compiled here, while Dynamo waits."""
+        self.options = options
+        self.forms = Forms(source, compile)
+        self.steps: dict[tuple[Options, int | None], Steps] = {}
+        if options.auto:
+            checks = Checks(self.forms, lambda found: None)
+            compiled = compile(module, inputs, options, checks=checks.of)
+            if checks.rungs:
+                self.steps[options, None] = Automatic(self.forms, options, checks, compiled)
+                return
+            options = options.exactly()
+        else:
+            compiled = compile(module, inputs, options)
+        self.forms.keep(options, compiled)
+        self.steps[self.options, None] = Fixed(self.forms, options)
+
+    def __call__(self, *values: Any) -> Any:
+        by = running()
+        options, meter = self.options, None
+        if by is not None:
+            options, meter = by.options or options, by.meter
+        # A meter reads along where the form does not change by itself; "auto" is read as it checks.
+        metered = None if meter is None or options.auto else meter.every
+        steps = self.steps.get((options, metered))
+        if steps is None:
+            steps = self.steps[options, metered] = self._started(options, metered)
+        return steps.run(values)
+
+    def _started(self, options: Options, every: int | None) -> Steps:
+        """The first step with these options."""
+        if every is not None and options.iterations != "exact":
+            return Metered(self.forms, options, every)
+        if not options.auto:
+            return Fixed(self.forms, options)
+        checks = Checks(self.forms, lambda found: None)
+        compiled = self.forms.source.compiled(
+            lambda module, inputs: self.forms.compile(module, inputs, options, checks=checks.of)
+        )
+        if checks.rungs:
+            return Automatic(self.forms, options, checks, compiled)
+        self.forms.keep(options.exactly(), compiled)
+        return Fixed(self.forms, options.exactly())
+
+
+class Fixed:
+    """The same form at every step."""
+
+    def __init__(self, forms: Forms, options: Options) -> None:
+        self.forms, self.options = forms, options
+
+    def run(self, values: Sequence[Any]) -> Any:
+        return self.forms.run(self.options, values)
+
+
+class Metered:
+    """The same form at every step; at every so many, its gradient is compared with the exact one on the way."""
+
+    def __init__(self, forms: Forms, options: Options, every: int) -> None:
+        self.forms, self.options = forms, options
+        self.every, self.steps = every, 0
+        how = options.numbers
+        self._arrived: list[Callable[[], Check] | None] = []
+        checks = Checks(forms, self._arrived.append, given=(how,), hands_out=how)
+        self.checked = forms.source.compiled(
+            lambda module, inputs: forms.compile(module, inputs, options.exactly(), checks=checks.of)
+        )
+        self.compares = bool(checks.rungs)
+
+    def run(self, values: Sequence[Any]) -> Any:
+        while self._arrived:
+            if (found := self._arrived.pop(0)) is not None:
+                report(found(), self.options.numbers)
+        due = self.compares and self.steps % self.every == 0 and not saves_through_hooks()
+        self.steps += 1
+        return self.checked(*values) if due else self.forms.run(self.options, values)
+
+
+class Automatic:
+    """The form that the policy chooses; checks are the policy's too."""
+
+    def __init__(self, forms: Forms, options: Options, checks: Checks, checked: Callable[..., Any]) -> None:
+        self.forms, self.options, self.checked = forms, options, checked
+        self.rungs = [rung.how for rung in checks.rungs]
+        self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every)
+        self._arrived: list[Callable[[], Check] | None] = []
+        checks.seen = self._arrived.append
+
+    def run(self, values: Sequence[Any]) -> Any:
+        self._take()
+        # What is saved through hooks (a checkpoint in eager mode) is compared with what running it again saves.
+        if not saves_through_hooks() and self.policy.checks_now():
+            return self.checked(*values)
+        position = self.policy.position
+        if position != self.policy.exact:
+            options = self.options.at(self.rungs[position])
+            if self.forms.has(options, values):
+                return self.forms.run(options, values)
+            if self.forms.made[options] is None:
+                self.policy.lose(position)
+        return self.forms.run(self.options.exactly(), values)
+
+    def _take(self) -> None:
+        """What checks have found since the last step. Here the host waits for the device, once a check."""
+        while self._arrived:
+            found = self._arrived.pop(0)
+            if found is None:
+                for rung in range(len(self.rungs)):
+                    self.policy.lose(rung)
+                continue
+            check = found()
+            report(check, self.rungs[self.policy.position] if self.policy.position < len(self.rungs) else None)
+            cosines = [each.cosine for each in check.total]
+            if all(cosine != cosine for cosine in cosines):
+                self.policy.nothing_seen()
+                continue
+            before = self.policy.position
+            self.policy.observe(cosines)
+            count("checks")
+            self._tell(before, cosines)
+
+    def _tell(self, before: int, cosines: list[float]) -> None:
+        measured = ", ".join(f"{c:.4f} at {named(how)}" for how, c in zip(self.rungs, cosines, strict=True))
+        log.debug("checked: cosine with the exact gradient %s", measured)
+        now = self.policy.position
+        if now != before or self.policy.checks == 1:
+            chosen = named(self.rungs[now]) if now < len(self.rungs) else "exact backprop"
+            log.info("auto chooses %s: cosine with the exact gradient %s", chosen, measured)
+
+
+def named(how: Truncation) -> str:
+    return f"k = {how.iterations}, S = {how.segment}"
+
+
+def report(check: Check, used: Truncation | None) -> None:
+    """To the meter of the callable that runs, if it has one."""
+    by = running()
+    check.used = used
+    if by is not None and by.meter is not None:
+        by.meter.take(check)
