@@ -34,6 +34,7 @@ SUITES = {
     "scan": "scan",
     "cells": "cells",
     "segments": "segments",
+    "auto": "auto",
 }
 
 

@@ -137,14 +137,18 @@ def test_what_two_graphs_share_is_computed_once_and_random_numbers_are_the_same(
     module = torch.fx.GraphModule({}, torch.fx.Graph())
     one = module.graph
     x = one.placeholder("primals_1")
-    one.output((drawn(one, x, 0),))
+    twice = [one.call_function(torch.ops.aten.sin.default, (x,)) for _ in range(2)]
+    cosine = one.call_function(torch.ops.aten.cos.default, (twice[1],))
+    one.output((drawn(one, x, 0), cosine))
     other = torch.fx.Graph(module)
     y = other.placeholder("primals_1")
     product = drawn(other, y, 1)
-    other.output((product, other.call_function(torch.ops.aten.sin.default, (product,))))
+    cosine = other.call_function(torch.ops.aten.cos.default, (other.call_function(torch.ops.aten.sin.default, (y,)),))
+    other.output((product, other.call_function(torch.ops.aten.sin.default, (product,)), cosine))
     merging = Merging(one)
-    first, second = merging.add(other)
-    assert merging.add(copied(other)) == [first, second]
+    first, second, third = merging.add(other)
+    assert third.args == (twice[1],)  # what the graph computes twice itself is still found
+    assert merging.add(copied(other)) == [first, second, third]
     one.lint()
     targets = [node.target for node in one.nodes if node.op == "call_function"]
     assert targets.count(torch.ops.aten.rand.default) == 2 and targets.count(torch.ops.aten.mul.Tensor) == 2

@@ -38,7 +38,8 @@ class Row:
     iterations, segment, damping   k, S and gamma
     cosine          of the parameter gradient with the exact one, over all parameters whose gradient is approximated
     relative_error  norm of the difference, relative to the norm of the exact one, over the same
-    change          norm of what the last iteration changed, relative to the same; nan where k - 1 was not tried
+    change          norm of what changed since the row before with the same S and gamma, relative to the same; nan in
+                    the first such row
     saves           seconds a step that the cost model expects to be saved; below zero where exact backprop is faster
     seconds         median of a measured step, with ``measure=True``; None without
     chains          cosine and relative error by chain
@@ -94,8 +95,12 @@ class Calibration:
     def growing(self) -> list[Row]:
         """Rows whose last iteration changed more than the one before: terms grow there before they fall."""
         found = {(row.segment, row.damping, row.iterations): row for row in self.table}
-        before = [(row, found.get((row.segment, row.damping, row.iterations - 1))) for row in self.table]
-        return [row for row, less in before if less is not None and row.change > less.change]
+        grown = []
+        for (segment, damping, k), row in found.items():
+            less = found.get((segment, damping, k - 1))
+            if less is not None and (segment, damping, k - 2) in found and row.change > less.change:
+                grown.append(row)
+        return grown
 
     def __str__(self) -> str:
         titles = [("k", 4), ("S", 5), ("gamma", 6), ("cosine", 9), ("rel. error", 11), ("change", 9)]
@@ -179,7 +184,8 @@ def calibrate(
         target_cosine: what the recommended options have to meet.
         kwargs: the model's keyword arguments.
         iterations, segments, dampings: the grid. Forms that are ordinary backprop of every chain are left out.
-        measure: also compile every form that meets the target, and exact backprop, and measure a step on these inputs.
+        measure: also compile exact backprop and the forms that meet the target and are expected to be faster (the one
+            that costs least, where none is), and measure a step on these inputs.
         options: further options of ``torch.compile``, such as ``min_length``.
 
     Raises:
@@ -192,9 +198,8 @@ def calibrate(
     """
     args = args if isinstance(args, tuple) else (args,)
     kwargs = dict(kwargs or {})
-    grid = [
-        Truncation(k, g, s) for s in sorted({*segments}) for g in sorted({*dampings}) for k in sorted({*iterations})
-    ]
+    sizes, gammas, counts = (sorted({*values}) for values in (segments, dampings, iterations))
+    grid = [Truncation(k, gamma, size) for size in sizes for gamma in gammas for k in counts]
     for how in grid:
         parse({**(options or {}), "iterations": how.iterations, "segment": how.segment, "damping": how.damping})
     Options(target_cosine=target_cosine)
@@ -280,7 +285,8 @@ def _rows(checks: Sequence[Check]) -> list[Row]:
 
 def _measure(found: Calibration, model: Any, args: Any, kwargs: Any, loss: Any, options: dict[str, Any]) -> None:
     """Steps of the forms that meet the target and of exact backprop, in turn, so that noise hits all of them."""
-    rows = [row for row in found.table if row.cosine >= found.target_cosine]
+    good = sorted((row for row in found.table if row.cosine >= found.target_cosine), key=lambda row: -row.saves)
+    rows = [row for row in good if row.saves > 0] or good[:1]
     exact: dict[str, Any] = {"iterations": "exact"}
     chosen = [{"iterations": row.iterations, "segment": row.segment, "damping": row.damping} for row in rows]
     with left_as_it_was(model) as keep:

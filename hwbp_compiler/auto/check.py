@@ -177,8 +177,14 @@ class _Adding:
     def _compare(self, one: Node, other: Node, what: _Approximate) -> None:
         with self.graph.inserting_before(self.output):
             self.moments.append(self.graph.call_function(moments, (one, other)))
-        self.moments[-1].meta["val"] = moments(one.meta["val"], one.meta["val"])
+        self.moments[-1].meta["val"] = self._three_numbers(one.meta["val"].device)
         self.compared.append(what)
+
+    def _three_numbers(self, device: torch.device) -> Any:
+        """As the graph's own values are; those of a graph that was traced once more belong to another fake mode."""
+        mode = next(node.meta["val"].fake_mode for node in self.exact[self.first :] if isinstance(node, Node))
+        with mode:
+            return torch.empty(3, dtype=torch.float64, device=device)
 
     def finish(self) -> None:
         """One gradient waits for what is compared, or the partitioner would drop that."""

@@ -20,8 +20,10 @@ class Merging:
         self.graph = graph
         self.known: dict[Any, Node] = {}
         drawn: Counter[Any] = Counter()
+        first: dict[Node, Node] = {}  # the graph itself may compute something twice
         for node in graph.nodes:
-            self.known.setdefault(_key(graph, node, node.args, node.kwargs, drawn), node)
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), first.__getitem__)
+            first[node] = self.known.setdefault(_key(graph, node, args, kwargs, drawn), node)
 
     def add(self, other: Graph) -> list[Any]:
         """The results of ``other``, as nodes of ``graph``; new ones stand before its output."""

@@ -24,6 +24,7 @@ class Reading:
     iterations, segment, damping   of the form that was compared
     cosine, relative_error         over all parameters whose gradient it approximates
     chains      the same by chain
+    trains      whether it is the form that the model trained with when it was compared
     """
 
     number: int
@@ -33,6 +34,7 @@ class Reading:
     cosine: float
     relative_error: float
     chains: dict[str, Compared]
+    trains: bool
 
 
 class GradientMeter:
@@ -92,20 +94,19 @@ class GradientMeter:
     def take(self, check: Check) -> None:
         """Called by the model with what a step has measured."""
         for how, total, chains in zip(check.forms, check.total, check.chains, strict=True):
-            reading = Reading(
-                len(self.readings), how.iterations, how.segment, how.damping, total.cosine, total.relative_error, chains
-            )
+            figures = total.cosine, total.relative_error, chains, how == check.used
+            reading = Reading(len(self.readings), how.iterations, how.segment, how.damping, *figures)
             self.readings.append(reading)
-            self._pass_on(reading, trains=how == check.used)
+            self._pass_on(reading)
 
-    def _pass_on(self, reading: Reading, trains: bool) -> None:
+    def _pass_on(self, reading: Reading) -> None:
         form = f"k{reading.iterations}_S{reading.segment}"
         if self.writer is not None:
             self.writer.add_scalar(f"highway/cosine/{form}", reading.cosine, reading.number)
             self.writer.add_scalar(f"highway/relative_error/{form}", reading.relative_error, reading.number)
         if self.csv_path is not None:
             self._append(self.csv_path, reading)
-        if trains and self.warn_below is not None and reading.cosine < self.warn_below:
+        if reading.trains and self.warn_below is not None and reading.cosine < self.warn_below:
             log.warning(
                 "the gradient with iterations=%d, segment=%d has a cosine of %.3f with the exact one, below %g. More "
                 "iterations, a larger segment, or iterations=\"auto\" make it better.",
