@@ -80,11 +80,12 @@ def train(case: Case, task: Any, device: str, function: Any, watched: Watched) -
     return course, seconds
 
 
-def course_rows(case: Case, device: str, quick: bool, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
-    chosen = True
+def course_rows(case: Case, device: str, quick: bool, before: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    done = {(row["run"], row["seed"]) for row in before}
+    chosen = all(row["checks"] for row in before if row["run"] == "auto")
     for run in ("auto", "exact"):
         for seed in SEEDS[:1] if quick or not chosen else SEEDS:
-            if (case.name, run, seed) in done:
+            if (run, seed) in done:
                 continue
             start_anew()
             task, _ = problem(case, seed)
@@ -151,7 +152,7 @@ def run(
     device: str, quick: bool, done: list[dict[str, Any]], wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[dict[str, Any]]:
     """The rows that ``done`` lacks."""
-    courses = {(row["case"], row["run"], row["seed"]) for row in done if row["kind"] == "course"}
+    courses = [row for row in done if row["kind"] == "course"]
     times = {row["case"] for row in done if row["kind"] == "time"}
     for kind in KINDS:
         for case in QUICK if quick else OWN:
@@ -159,7 +160,7 @@ def run(
                 continue
             found: Iterator[dict[str, Any]] = iter(())
             if kind == "course":
-                found = course_rows(case, device, quick, courses)
+                found = course_rows(case, device, quick, [row for row in courses if row["case"] == case.name])
             elif case.name not in times:
                 found = iter(list(time_rows(case, device, quick)))
             for row in found:

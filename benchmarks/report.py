@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from . import accuracy_report, paper, segments_report
+from . import accuracy_report, auto_report, paper, segments_report
 from .harness import ROOT, say
 from .rows import PAGE, Row, by, doubtful, markdown, places, time
 
@@ -311,6 +311,10 @@ def segments() -> str | None:
     return segments_report.section(rows("segments"), PAGE.parent)
 
 
+def auto() -> str | None:
+    return auto_report.section(rows("auto"), PAGE.parent)
+
+
 def papers_own() -> str:
     lines: list[tuple[object, ...]] = []
     for case, (exact, highway, fixed_point) in paper.STEP_MS.items():
@@ -348,7 +352,7 @@ def expected() -> str:
 
 
 SECTIONS: list[Callable[[], str | None]] = [
-    recurrent, cells, deep, compile_time, scaling, accuracy, segments, scan, papers_own,
+    recurrent, cells, deep, compile_time, scaling, accuracy, segments, auto, scan, papers_own,
 ]  # fmt: skip
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
+from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn
 
+import torch
 from torch._inductor import list_mode_options, list_options
 
 from .errors import OptionError
+from .memory import memory_of
 from .torch_private import inductor_option_type, inductor_patches
 
 REWRITES = ("profitable", "always", "never")
@@ -55,6 +59,8 @@ class Options:
     damping        gamma of PAPER.md, section 2: a number in [0, 1]
     target_cosine  what "auto" keeps the cosine of the gradient with the exact one above: a number between 0 and 1
     check_every    training steps between two checks of "auto": an integer >= 1
+    max_extra_memory   what the rewritten form of a chain may hold at a time beyond exact backprop: bytes, or a share of
+                   the device's memory such as "25%"; None for any. A chain that needs more stays exact
     rewrite        "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
     min_length     the shortest chain, in links, worth rewriting: an integer >= 1
     strict         raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
@@ -69,6 +75,7 @@ class Options:
     damping: float | Literal["auto"] = UNSAID
     target_cosine: float = 0.99
     check_every: int = 200
+    max_extra_memory: int | str | None = None
     rewrite: Literal["profitable", "always", "never"] = "profitable"
     min_length: int = 4
     strict: bool = False
@@ -88,15 +95,18 @@ class Options:
         if not _is(self.damping, "auto"):
             set_(self, "damping", self._fraction("damping", ' or "auto"'))
         set_(self, "target_cosine", self._cosine("target_cosine"))
+        set_(self, "max_extra_memory", self._memory("max_extra_memory"))
         if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
             _refuse("rewrite", self.rewrite, f"one of {', '.join(map(repr, REWRITES))}", "profitable")
         if not isinstance(self.strict, bool):
             _refuse("strict", self.strict, "True or False", False)
 
     def shown(self) -> dict[str, Any]:
-        """By name, without what only "auto" reads where nothing is to be chosen."""
+        """By name, without what only "auto" reads where nothing is to be chosen, and without a limit that is none."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return found if self.auto else {k: v for k, v in found.items() if k not in ("target_cosine", "check_every")}
+        unread = set() if self.auto else {"target_cosine", "check_every"}
+        unread |= {"max_extra_memory"} if self.max_extra_memory is None else set()
+        return {key: value for key, value in found.items() if key not in unread}
 
     @property
     def auto(self) -> bool:
@@ -166,6 +176,23 @@ class Options:
             _refuse(key, value, f"a number from 0 to 1{also}", _DEFAULTS[key])
         return float(value)
 
+    def _memory(self, key: str) -> int | str | None:
+        value = getattr(self, key)
+        if isinstance(value, str) and _SHARE.fullmatch(value) and 0 < float(value[:-1]) <= 100:
+            return value
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+            _refuse(key, value, 'bytes, an integer >= 0, a share of the device\'s memory such as "25%", or None', "25%")
+        return int(value)
+
+    def memory_limit(self, device: torch.device) -> float:
+        """``max_extra_memory`` in bytes."""
+        limit = self.max_extra_memory
+        if isinstance(limit, str):
+            return float(limit[:-1]) / 100 * memory_of(device)
+        return inf if limit is None else float(limit)
+
     def _cosine(self, key: str) -> float:
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < 1:
@@ -177,6 +204,8 @@ def _is(value: Any, word: str) -> bool:
     """Equal, whatever comparing ``value`` may do."""
     return isinstance(value, str) and value == word
 
+
+_SHARE = re.compile(r"\d+(\.\d+)?%")
 
 # k that "auto" tries with every segment.
 _ITERATIONS = [0, 1, 2, 4]

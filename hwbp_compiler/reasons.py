@@ -32,6 +32,10 @@ class Reason(enum.Enum):
         '"auto" chooses among {count} forms while the model trains, by comparing gradients; until then it is exact. '
         "The fastest of them, {estimate}"
     )
+    NEEDS_MEMORY = (
+        "needs {needed:.3g} MB more at a time than exact backprop; max_extra_memory={given!r} allows {limit:.3g} MB",
+        "A larger max_extra_memory, a smaller batch, or a shorter model.",
+    )
     SHOWN_OF_AUTO = (
         '"auto" chooses among {forms} while the model trains, by comparing with the exact gradient. Here it is shown '
         "as the first of them, {estimate}"

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch.fx import Graph, Node
 
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
-from hwbp_compiler.cost.decide import decide
+from hwbp_compiler.cost.decide import decide, needs_memory
 from hwbp_compiler.cost.estimate import estimate
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
@@ -114,6 +114,14 @@ def _treat(
             log.debug("rewriting a chain failed", exc_info=error)
         return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
+    state = next(n for n in candidate.chain.states[-1] if n is not None).meta["val"]
+    # The stacks, and the last W beside the block results it is made from.
+    width = sum(bytes_of(n.meta["val"]) for n in candidate.chain.states[-1] if n is not None)
+    added = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * width
+    if added > (limit := options.memory_limit(state.device)):
+        discard(graph, rewriting.created)
+        record.because(needs_memory(added, limit, options))
+        return record, False
     try:
         apply(graph, rewriting, removable, candidate.nodes - set(candidate.chain.states[0]))
     except Declined as declined:
@@ -122,9 +130,7 @@ def _treat(
     graph.lint()
     settled.update(rewriting.created)
     record.rewritten(truncation)
-    # The stacks, and the last W beside the block results it is made from.
-    state = sum(bytes_of(n.meta["val"]) for n in candidate.chain.states[-1] if n is not None)
-    record.added_bytes = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * state
+    record.added_bytes = added
     if watcher is not None:
         watcher.rewritten(record, candidate, rewriting)
     return record, True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator as python
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hwbp_compiler.cost.decide import Decision, decide
+from hwbp_compiler.cost.decide import Decision, decide, needs_memory
 from hwbp_compiler.cost.estimate import Estimate
 from hwbp_compiler.cost.modules import estimate_recurrent
 from hwbp_compiler.engine.batching import decompositions
-from hwbp_compiler.engine.inline import inline
+from hwbp_compiler.engine.inline import inline, needed
 from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 from hwbp_compiler.graph.rules import Kind, rule_of
 from hwbp_compiler.graph.sizes import bytes_of, hint
 from hwbp_compiler.options import Options, Truncation
-from hwbp_compiler.reasons import Reason
+from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.recurrence import gru, lstm, rnn
 from hwbp_compiler.recurrence.layer import Gradients, Layer
 from hwbp_compiler.recurrence.operator import backward_operator
@@ -80,7 +80,16 @@ def rewrite_recurrent_modules(
             continue
         truncation = options.truncation(call.length) if decision.rewrites else None
         try:
-            emitted = _rewrite(graph, call, truncation)
+            emitted = []
+            if truncation is not None:
+                try:
+                    emitted = _rewrite(graph, call, truncation, options)
+                except Declined as declined:
+                    truncation = None
+                    for record in mine:
+                        record.because(declined.why)
+            if truncation is None and call.goes_through_time:
+                emitted = _rewrite(graph, call, None, options)
         except Exception as error:
             if options.strict:
                 raise
@@ -142,8 +151,9 @@ def _described(call: _Backward) -> list[ChainRecord]:
     return [copy.copy(record) for _ in range(call.chains)]
 
 
-def _held_at_once(nodes: Sequence[Node]) -> int:
-    """Most bytes that these nodes hold at a time, in this order and each kept until its last use: fusion needs less."""
+def _held_at_once(nodes: Sequence[Node], kept: Set[Node] = frozenset()) -> int:
+    """Most bytes that these nodes hold at a time, in this order and each kept until its last use, or to the end: fusion
+    needs less."""
     position = {node: i for i, node in enumerate(nodes)}
     owner: dict[Node, Node] = {}  # whose memory a node shows
     last: dict[Node, int] = {}
@@ -151,16 +161,19 @@ def _held_at_once(nodes: Sequence[Node]) -> int:
         rule = rule_of(node)
         source = node.args[0] if rule is not None and rule.kind is Kind.LAYOUT else None
         owner[node] = owner.get(source, node) if isinstance(source, Node) else node
-        last[owner[node]] = max([i, last.get(owner[node], 0), *(position.get(u, len(nodes)) for u in node.users)])
+        ends = [len(nodes)] if node in kept else []
+        last[owner[node]] = max(
+            [i, *ends, last.get(owner[node], 0), *(position.get(u, len(nodes)) for u in node.users)]
+        )
     held = most = 0
-    ends: dict[int, int] = {}
+    freed: dict[int, int] = {}
     for i, node in enumerate(nodes):
         if owner[node] is node:
             size = bytes_of(node.meta.get("val"))
             held += size
-            ends[last[node]] = ends.get(last[node], 0) + size
+            freed[last[node]] = freed.get(last[node], 0) + size
         most = max(most, held)
-        held -= ends.pop(i, 0)
+        held -= freed.pop(i, 0)
     return most
 
 
@@ -256,8 +269,9 @@ def _decide(call: _Backward, options: Options) -> Decision:
     return decide(call.length, options, estimate, may_pay=call.chains == 1)
 
 
-def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None) -> list[Node]:
-    """In Highway-BP form; exact, through time, if ``truncation`` is None. The nodes emitted."""
+def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None, options: Options) -> list[Node]:
+    """In Highway-BP form; exact, through time, if ``truncation`` is None. The nodes emitted. Raises Declined, with the
+    graph as it was, where that takes more memory than there may be."""
     steps = call.input.meta["val"].shape[0]
     if truncation is not None and not _is_short_of(truncation, call.length, steps):
         raise AssertionError("iterations reach the length")
@@ -284,16 +298,24 @@ def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None) -> li
         return created[-1]
 
     results: Any = inline(traced.graph, operands, emit)
+    wanted = {results[user.args[1]] for user in call.node.users}  # type: ignore[index]
+    emitted = needed(operands, wanted & set(created))
+    for node in reversed(created):
+        if node not in emitted:
+            graph.erase_node(node)
+    created = [node for node in created if node in emitted]
+    held = _held_at_once(created, wanted)
+    if truncation is not None and held > (limit := options.memory_limit(values[-1].device)):
+        for node in reversed(created):
+            graph.erase_node(node)
+        raise Declined(needs_memory(held, limit, options))
     for user in list(call.node.users):
         assert user.target is python.getitem
         user.replace_all_uses_with(results[user.args[1]])
         graph.erase_node(user)
     graph.erase_node(call.node)
     call.record([])
-    for node in reversed(created):
-        if not node.users:
-            graph.erase_node(node)
-    return [node for node in created if not node._erased]
+    return created
 
 
 def _is_short_of(how: Truncation, length: int, steps: Any) -> bool:

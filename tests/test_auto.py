@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import hwbp_compiler
 from hwbp_compiler import GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
 from hwbp_compiler.auto import forms as forms_module
-from hwbp_compiler.auto.check import copied
+from hwbp_compiler.auto.check import CheckedPass, copied
 from hwbp_compiler.auto.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.auto.merge import Merging
 from hwbp_compiler.auto.policy import Policy
@@ -420,22 +420,16 @@ def test_a_form_that_cannot_be_compiled_leaves_exact_steps_and_a_warning(monkeyp
     model, x = stack()
     hwbp_compiler.reset_counters()
     compiled = torch.compile(model, backend="highway", options=AUTO)
-    original = forms_module.Source.compiled
 
     def compiled_late(self, how):
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(forms_module.Source, "compiled", compiled_late)
     _, exact = step(model, model, x)
-    torch.testing.assert_close(step(compiled, model, x)[1], exact)
-    with pytest.raises(RuntimeError, match="no space left"):  # exact backprop cannot be compiled either
-        step(compiled, model, x)
-    monkeypatch.setattr(forms_module.Source, "compiled", original)
     with caplog.at_level(logging.WARNING):
-        step(compiled, model, x)
-        for _ in range(3):
-            assert torch.cosine_similarity(flat(step(compiled, model, x)[1]), flat(exact), dim=0) > 0.99
-    assert hwbp_compiler.counters()["failures"] >= 1
+        for _ in range(5):  # exact backprop cannot be compiled either
+            torch.testing.assert_close(step(compiled, model, x)[1], exact)
+    assert "no space left" in caplog.text and hwbp_compiler.counters()["failures"] >= 2
 
 
 def test_a_gradient_that_is_not_finite_or_zero_decides_nothing():
@@ -481,6 +475,12 @@ def test_strict_says_what_failed(monkeypatch):
     monkeypatch.setattr(forms_module.Source, "compiled", lambda self, how: 1 / 0)
     with pytest.raises((HighwayError, ZeroDivisionError)):
         step(compiled, model, x)
+
+
+def test_code_that_compares_nothing_is_never_taken_from_the_cache_for_code_that_does():
+    options = Options(iterations="exact")
+    assert CheckedPass(options, given=(Truncation(1),)).uuid() is None
+    assert CheckedPass(options).uuid() is not None
 
 
 def test_rungs_are_few_and_spread():

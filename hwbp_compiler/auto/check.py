@@ -45,6 +45,8 @@ def _moments(exact: Tensor, other: Tensor) -> Tensor:
 
 
 library.impl("moments", _moments, "CompositeExplicitAutograd")
+# Run by nobody but who takes the graph over (compiled autograd); ``halves`` knows what it stands for.
+library.impl("observe", lambda gradient, _: gradient.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "highway::moments", lambda exact, other: exact.new_empty(3, dtype=torch.float64), lib=library
 )
@@ -107,6 +109,11 @@ class CheckedPass(HighwayPass):
         adding.finish()
         if not self.compared:
             self.rungs.clear()
+
+    def uuid(self) -> str | None:  # type: ignore[override]
+        """None, which keeps the graph out of torch.compile's caches, where forms are given: code of the same options
+        that compares nothing may lie there."""
+        return None if self.given else super().uuid()
 
     def measured(self, values: Sequence[Tensor], parameters: Sequence[bool]) -> Check:
         """What the moments say; ``parameters``: which inputs are."""

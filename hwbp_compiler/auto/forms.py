@@ -47,12 +47,15 @@ class Forms:
         found = self.made[options]
         return found is not None and found[1].hold(values)
 
-    def run(self, options: Options, values: Sequence[Any]) -> Any:
-        """With exact gradients where the form cannot be compiled, or does not hold for these inputs."""
+    def run(self, options: Options, values: Sequence[Any], otherwise: Callable[..., Any] | None = None) -> Any:
+        """With exact gradients where the form cannot be compiled, or does not hold for these inputs; those that
+        ``otherwise`` computes, where that cannot be compiled either. HighwayError if there is no such thing."""
         if not self.has(options, values):
             options = options.exactly()
             if not self.has(options, values):
-                raise HighwayError("this graph cannot be compiled with exact gradients for inputs of these sizes")
+                if otherwise is None:
+                    raise HighwayError("this graph cannot be compiled with exact gradients for these inputs")
+                return otherwise(*values)
         found = self.made[options]
         assert found is not None
         return found[0](*values)
@@ -65,11 +68,12 @@ class Forms:
         except (HighwayError, *CONTROL_FLOW):
             raise
         except Exception as error:
-            if options.strict or options.iterations == "exact":
+            if options.strict:
                 raise
             count("failures")
-            how = f"k = {options.iterations}, S = {options.segment}"
-            warn_once(first_line(error), f"compiling the form {how} failed", "the steps have exact gradients")
+            exact = options.iterations == "exact"
+            what = "exact backprop" if exact else f"the form k = {options.iterations}, S = {options.segment}"
+            warn_once(first_line(error), f"compiling {what} failed", "the steps have exact gradients")
             log.debug("where it failed", exc_info=error)
             return None
 

@@ -135,7 +135,8 @@ class Automatic:
                 return self.forms.run(options, values)
             if self.forms.made[options] is None:
                 self.policy.lose(position)
-        return self.forms.run(self.options.exactly(), values)
+        # A check has the exact gradient too: slow, but right.
+        return self.forms.run(self.options.exactly(), values, otherwise=self.checked)
 
     def _take(self) -> None:
         """What checks have found since the last step. Here the host waits for the device, once a check."""

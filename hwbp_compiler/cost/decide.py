@@ -56,6 +56,11 @@ def _to_be_chosen(length: int, options: Options, estimate: Callable[[Truncation]
     return Decision(Reason.TO_BE_CHOSEN.of(count=len(tried), estimate=fastest), False, fastest, tuple(tried))
 
 
+def needs_memory(needed: float, limit: float, options: Options) -> Why:
+    """Why a chain that holds ``needed`` bytes more than exact backprop stays exact."""
+    return Reason.NEEDS_MEMORY.of(needed=needed / 1e6, limit=limit / 1e6, given=options.max_extra_memory)
+
+
 # No iterations help one link: none at all drop its block, one is ordinary backprop.
 _ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
 

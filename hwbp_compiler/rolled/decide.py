@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from hwbp_compiler.cost.decide import decide
+from hwbp_compiler.cost.decide import decide, needs_memory
 from hwbp_compiler.cost.devices import device_figures
 from hwbp_compiler.cost.estimate import Estimate, of_blocks, of_scans, seconds_of
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import closure
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.rules import Kind, rule_of
+from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.options import Options, Truncation
 
 from .chain import How
@@ -36,11 +38,23 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)
     if not decision.rewrites:
         return How(None, shortest), record
+    needed = length * _held_by_a_link(link)
+    if needed > (limit := options.memory_limit(link.tangents[0].meta["val"].device)):
+        record.because(needs_memory(needed, limit, options))
+        return How(None, shortest), record
     record.rewritten(chosen)
+    record.added_bytes = needed
     truncation = options.truncation(length)
     if truncation != chosen:
         return How(truncation, only=length), record
     return How(chosen, shortest), record
+
+
+def _held_by_a_link(link: Backward) -> int:
+    """Bytes of everything that one link computes: those of all steps are there at once, at most."""
+    nodes = [node for node in link.module.graph.nodes if node.op == "call_function"]
+    kinds = [(node, rule_of(node)) for node in nodes]
+    return sum(bytes_of(n.meta.get("val")) for n, rule in kinds if rule is None or rule.kind is not Kind.LAYOUT)
 
 
 def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
