@@ -7,9 +7,11 @@ all prepare here, so that all see the same graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import Graph, GraphModule
 
@@ -23,6 +25,8 @@ from .torch_private import CONTROL_FLOW
 
 if TYPE_CHECKING:
     from .rolled.recurrence import Recurrence
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,6 +46,27 @@ class Prepared:
         return tuple(record for loop in self.loops for record in loop.records)
 
 
+def _of_a_loop(own: Mapping[str, Any], outer: Options) -> Options:
+    """A loop's ``own`` options inside a function that is compiled with ``outer``: k, S and gamma are the function's
+    where the loop says nothing of them."""
+    said = parse(own)[0]
+    if "iterations" not in own:
+        outers = {key: getattr(outer, key) for key in ("iterations", "segment", "damping") if key not in own}
+        said = replace(said, **outers)
+    if said.auto and not outer.auto:
+        _warn_of_auto()
+    return said
+
+
+@functools.cache
+def _warn_of_auto() -> None:
+    log.warning(
+        'A loop of hwbp_compiler.recurrent has "auto" among its options, and the function it is compiled in has '
+        "numbers. Checks compare whole functions: the loop keeps exact gradients. Give the loop numbers, or the "
+        'function "auto".'
+    )
+
+
 class PreparationFailed(HighwayError):
     """The graph may run in eager mode, with ``loops`` in it, but is not to be compiled: it is half changed."""
 
@@ -58,7 +83,7 @@ def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) 
     """
     loops: list[Recurrence] = []
     try:
-        loops += replace_loops(gm, of_loops or options, lambda own: of_loops or parse(own)[0])
+        loops += replace_loops(gm, of_loops or options, lambda own: of_loops or _of_a_loop(own, options))
         replace_recurrent_modules(gm, options)
         copied = Graph()
         copied.output(copied.graph_copy(gm.graph, {}))

@@ -395,6 +395,29 @@ def test_recurrent_models_of_any_length_choose_too(kind):
     assert hwbp_compiler.counters()["graphs_seen"] == graphs
 
 
+def test_a_loop_takes_from_its_function_what_its_own_options_do_not_say(caplog):
+    cell = nn.GRUCell(2, 3)
+
+    def run(own):
+        def step(x, h):
+            h = cell(x, h)
+            return h, h
+
+        return lambda x: hwbp_compiler.recurrent(step, x, torch.zeros(1, 3), options=own)[0]
+
+    def form(own, **outer):
+        report = hwbp_compiler.explain(run(own), torch.randn(12, 1, 2), options={"rewrite": "always", **outer})
+        return report.chains[0].iterations, report.chains[0].segment
+
+    always = {"rewrite": "always"}
+    assert form({"min_length": 2, **always}, iterations=3) == (3, 1)
+    assert form({"segment": 4, **always}, iterations=1) == (1, 4)
+    assert form({"iterations": 2, **always}, iterations=1, segment=4) == (2, 1)
+    assert "keeps exact gradients" not in caplog.text
+    assert form({"iterations": "auto", **always}, iterations=1) == (None, None)
+    assert "the loop keeps exact gradients" in caplog.text
+
+
 # -- what must not go wrong ---------------------------------------------------------------------------------------
 
 AUTO = {"rewrite": "always", "check_every": 2}

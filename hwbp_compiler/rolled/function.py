@@ -45,7 +45,8 @@ def recurrent(
         state: a tensor, or a (nested) tuple, list or dict of tensors: the state before the first step. ``next_state``
             has its structure and shapes, and is kept in its dtypes and devices.
         options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function that is compiled with
-            ``backend="highway"`` that function's options hold unless there are some here.
+            ``backend="highway"`` that function's options hold unless there are some here; ``iterations``, ``segment``
+            and ``damping`` are the function's where ``iterations`` is not given.
 
     Returns:
         ``(outputs, state)``: every output stacked, ``[T, ...]``, and the state after the last step.
