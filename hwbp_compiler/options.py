@@ -134,8 +134,8 @@ class Options:
         return Truncation(iterations, self.damping, self.segment)  # type: ignore[arg-type]
 
     def at(self, how: Truncation) -> Options:
-        """These options with numbers in the place of what is to be chosen."""
-        return replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping)
+        """These options with numbers in the place of what is to be chosen; how it is chosen is forgotten."""
+        return replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping, **_HOW_TO_CHOOSE)
 
     def in_numbers(self) -> Options:
         """These options with k = 4 and the paper's other values in the place of "auto", where one form has to do."""
@@ -148,7 +148,7 @@ class Options:
 
     def exactly(self) -> Options:
         """These options with ordinary backprop."""
-        return replace(self, iterations="exact", segment=1, damping=0.0)
+        return replace(self, iterations="exact", segment=1, damping=0.0, **_HOW_TO_CHOOSE)
 
     def truncation(self, length: int) -> Truncation | None:
         """What to write out for a chain of ``length`` links; None where that is ordinary backprop, or still to be
@@ -204,6 +204,8 @@ def _is(value: Any, word: str) -> bool:
     """Equal, whatever comparing ``value`` may do."""
     return isinstance(value, str) and value == word
 
+
+_HOW_TO_CHOOSE: dict[str, Any] = {"target_cosine": Options.target_cosine, "check_every": Options.check_every}
 
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 

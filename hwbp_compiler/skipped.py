@@ -70,6 +70,10 @@ class Compiled:
         self.converted = False  # whether a frame was compiled while it ran
         self.given_up: list[str] = []  # frames that Dynamo looked at then, and left to eager mode
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a compiled model is not read by the meter of the first."""
+        return {**self.__dict__, "meter": None}
+
 
 @dataclass(eq=False)
 class _Mark:

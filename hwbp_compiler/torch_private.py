@@ -236,6 +236,7 @@ class LateCompilation:
         from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(convert_frame.compile_lock)
             stack.enter_context(without_modes())  # of a compilation that this one is a part of
             stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self.fake_mode)))
             stack.enter_context(torch._guards.compile_context(self.number))
@@ -256,6 +257,11 @@ class LateCompilation:
 
     def holds(self, expression: str, sizes: list[Any]) -> bool:
         return bool(self.fake_mode.shape_env.evaluate_guards_expression(expression, sizes))  # type: ignore[union-attr]
+
+
+def without_autocast() -> AbstractContextManager[Any]:
+    """While this lasts, operators run in the dtypes that they are given."""
+    return torch._C._DisableAutocast()  # type: ignore[no-any-return]
 
 
 def saves_through_hooks() -> bool:

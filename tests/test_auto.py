@@ -56,6 +56,18 @@ def test_after_a_check_the_form_in_use_is_the_cheapest_good_one_or_exact(rungs, 
             assert not any(cosines[i] >= target for i in range(min(policy.position, rungs)))
 
 
+def test_where_modules_share_a_graph_checks_change_places_and_no_cheaper_form_is_taken():
+    policy = Policy(2, 0.99, every=4)
+    policy.shared = True
+    checked = []
+    for number in range(60):
+        if policy.checks_now():
+            checked.append(number)
+            policy.observe([0.5, 1.0] if len(checked) == 1 else [1.0, 1.0])
+            assert policy.position == 1
+    assert {number % 2 for number in checked} == {0, 1} and {number % 4 for number in checked} == {0, 1, 2, 3}
+
+
 def test_a_form_near_the_target_does_not_come_and_go():
     policy = Policy(2, 0.99, every=1)
     positions = []
@@ -476,6 +488,96 @@ def test_under_a_checkpoint_in_eager_mode_the_steps_are_exact():
         model.zero_grad()
         (checkpoint(compiled, x.requires_grad_(), use_reentrant=False) ** 3).sum().backward()
         torch.testing.assert_close({n: p.grad for n, p in model.named_parameters()}, exact)
+
+
+def test_a_checkpoint_is_run_again_in_the_form_it_had_whatever_other_calls_have_measured():
+    model, x = stack()
+    compiled = torch.compile(model, backend="highway", options=AUTO)
+
+    def twice(run):
+        model.zero_grad()
+        h = checkpoint(run, x.requires_grad_(), use_reentrant=False)
+        (run(h) ** 3).sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    exact = twice(model)
+    for _ in range(3):
+        found = twice(compiled)
+        assert torch.cosine_similarity(flat(found), flat(exact), dim=0) > 0.98
+
+
+class Centred(nn.Module):
+    """A buffer that follows what a recurrent module puts out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(3, 4)
+        self.register_buffer("center", torch.zeros(4))
+
+    def forward(self, x):
+        h = self.inner(x)[0]
+        self.center.lerp_(h.detach().mean((0, 1)), 0.1)
+        return h
+
+
+def test_a_check_runs_the_forward_pass_once():
+    torch.manual_seed(3)
+    model, x = Centred(), torch.randn(8, 2, 3)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="highway", options={**AUTO, "check_every": 1})
+    for _ in range(2):
+        _, exact = step(other, other, x)
+        _, found = step(compiled, model, x)
+        torch.testing.assert_close(found, exact)
+        torch.testing.assert_close(model.center, other.center)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+    def forward(self, x):
+        for one in self.inner:
+            x = x + torch.tanh(one(x))
+        return x
+
+
+def test_modules_that_share_a_graph_are_all_checked():
+    """Blocks of one class are: no form is used that is good for one of them alone."""
+    torch.manual_seed(4)
+    good, bad = Block(), Block()
+    with torch.no_grad():
+        for p in good.parameters():
+            p *= 0.01
+    options = {**AUTO, "check_every": 2}
+    for block in (good, bad):
+        block.compile(backend="highway", options=options)
+    whole, x = nn.Sequential(good, bad), torch.randn(5, 4)
+    eager = copy.deepcopy(whole)
+    for block in eager:
+        block._compiled_call_impl = None
+    _, exact = step(eager, eager, x)
+    for number in range(12):
+        _, found = step(whole, whole, x)
+        if number > 7:
+            ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith("1.")]) for g in (found, exact))
+            assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
+
+
+def test_what_goes_on_to_an_earlier_graph_counts_too():
+    """Its parameters train on a gradient that has crossed every link."""
+    torch.manual_seed(5)
+    stem, blocks = nn.Linear(4, 4), Block()
+
+    def run(x):
+        h = stem(x)
+        torch._dynamo.graph_break()
+        return blocks(h)
+
+    (check,) = checked(run, (torch.randn(5, 4),), lambda y: (y**3).sum(), [Truncation(0), Truncation(2)])
+    for total, upstream, worst in zip(check.total, check.upstream, check.worst, strict=True):
+        assert upstream.cosine < total.cosine and worst == upstream.cosine
 
 
 def test_where_nothing_pays_there_is_one_compilation_and_no_check():

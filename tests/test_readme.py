@@ -47,8 +47,8 @@ def test_the_snippets_run(script, monkeypatch, capsys):
     def no_code(module, example_inputs, **kwargs):
         return make_boxed_func(module.forward)
 
-    def compile_(gm, inputs, patches):
-        return compile_fx(gm, inputs, inner_compile=no_code, config_patches=dict(patches))
+    def compile_(gm, inputs, patches, inner_compile=no_code):
+        return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=dict(patches))
 
     monkeypatch.setattr(backend, "compile_fx", compile_)
     found = runpy.run_path(str(script))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite, isnan
+from math import inf, isfinite, isnan
 from typing import Any
 
 import torch
@@ -264,7 +264,7 @@ def _rows(checks: Sequence[Check]) -> list[Row]:
     rows = []
     for how in dict.fromkeys(how for check in checks for how in check.forms):
         parts = [(check, check.forms.index(how)) for check in checks if how in check.forms]
-        worst, at = min(parts, key=lambda part: part[0].total[part[1]].cosine)
+        worst, at = min(parts, key=lambda part: _or_less(part[0].total[part[1]].cosine))
         if all(not check.parameters[i] for check, i in parts):
             continue  # ordinary backprop of every chain
         rows.append(
@@ -281,6 +281,11 @@ def _rows(checks: Sequence[Check]) -> list[Row]:
             )  # fmt: skip
         )
     return rows
+
+
+def _or_less(cosine: float) -> float:
+    """What is not finite is worse than anything."""
+    return -inf if isnan(cosine) else cosine
 
 
 def _measure(found: Calibration, model: Any, args: Any, kwargs: Any, loss: Any, options: dict[str, Any]) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from hwbp_compiler import passes
+from hwbp_compiler.errors import first_line
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.record import ChainRecord
-from hwbp_compiler.joint_pass import HighwayPass
+from hwbp_compiler.joint_pass import HighwayPass, warn_once
 from hwbp_compiler.options import Options, Truncation
 
 from .ladder import Rung, ladder, saved
@@ -29,6 +30,8 @@ from .merge import Merging
 # A form is worth its compilation if that takes no longer than it saves in so many steps.
 STEPS = 1000
 SECONDS_PER_NODE = 0.012  # of a joint graph: the right size on one core of a server CPU
+
+_CHUNK = 1 << 22  # numbers that are held in float64 at a time
 
 library = torch.library.Library("highway", "FRAGMENT")
 tags = (torch.Tag.pt2_compliant_tag,)
@@ -40,8 +43,11 @@ moments, observe = torch.ops.highway.moments.default, torch.ops.highway.observe.
 def _moments(exact: Tensor, other: Tensor) -> Tensor:
     """[3] float64: <exact, other>, |exact|^2, |other|^2."""
     a, b = (torch.view_as_real(t) if t.is_complex() else t for t in (exact.detach(), other.detach()))
-    products = [(x * y).sum(dtype=torch.float64) for x, y in ((a.double(), b), (a.double(), a), (b.double(), b))]
-    return torch.stack(products)
+    total = a.new_zeros(3, dtype=torch.float64)
+    for x, y in zip(a.flatten().split(_CHUNK), b.flatten().split(_CHUNK), strict=True):
+        x, y = x.double(), y.double()
+        total += torch.stack([x.dot(y), x.dot(x), y.dot(y)])
+    return total
 
 
 library.impl("moments", _moments, "CompositeExplicitAutograd")
@@ -94,36 +100,50 @@ class CheckedPass(HighwayPass):
         untouched = copied(graph)
         super().__call__(graph)
         adding = _Adding(graph, self.compared)
-        for rung in [Rung(how, inf) for how in self.given] or ladder([*self.loops, *self.records]):
-            options = self.options.at(rung.how)
-            other, loops = (copied(untouched), ()) if self.retraced is None else self.retraced(options)
-            origins = _Origins()
-            nodes = len(untouched.nodes)
-            records = [*loops, *passes.run(other, options, origins)]
-            worth = rung.saves * STEPS >= (len(other.nodes) - nodes) * SECONDS_PER_NODE
-            if worth or options.rewrite == "always":
-                adding.add(len(self.rungs), rung.how, other, origins, hand_out=rung.how == self.hands_out)
-                self.rungs.append(rung if rung.how not in self.given else Rung(rung.how, saved(records)))
+        found = [Rung(how, inf) for how in self.given]
+        if not found and not _talks_to_others(graph):
+            found = ladder([*self.loops, *self.records])
+        for rung in found:
+            try:
+                self._add(adding, rung, untouched)
+            except Exception as error:
+                if self.options.strict:
+                    raise
+                warn_once(first_line(error), f"comparing the form {rung.how} failed", "it is not used")
             if self.progress is not None:
                 self.progress()
         adding.finish()
-        if not self.compared:
-            self.rungs.clear()
+
+    def _add(self, adding: _Adding, rung: Rung, untouched: Graph) -> None:
+        options = self.options.at(rung.how)
+        nodes = len(untouched.nodes)
+        other, loops = (copied(untouched), ()) if self.retraced is None else self.retraced(options)
+        origins = _Origins()
+        records = [*loops, *passes.run(other, options, origins)]
+        worth = rung.saves * STEPS >= (len(other.nodes) - nodes) * SECONDS_PER_NODE
+        worth = worth or options.rewrite == "always"
+        if worth and adding.add(len(self.rungs), rung.how, other, origins, rung.how == self.hands_out):
+            self.rungs.append(rung if rung.how not in self.given else Rung(rung.how, saved(records)))
 
     def uuid(self) -> str | None:  # type: ignore[override]
         """None, which keeps the graph out of torch.compile's caches, where forms are given: code of the same options
         that compares nothing may lie there."""
         return None if self.given else super().uuid()
 
-    def measured(self, values: Sequence[Tensor], parameters: Sequence[bool]) -> Check:
-        """What the moments say; ``parameters``: which inputs are."""
+    def measured(self, values: Sequence[Tensor], parameters: Sequence[bool], upstream: Sequence[bool]) -> Check:
+        """What the moments say; ``parameters``: which inputs are, ``upstream``: which come from another graph."""
         wanted = any(parameters[a.position] for a in self.compared if a.position < len(parameters))
-        totals, chains, single, before = ([Sums() for _ in self.rungs] for _ in range(4))
+        totals, chains, single, before, above = ([Sums() for _ in self.rungs] for _ in range(5))
         named = self.names if len(self.names) == len(parameters) else ()
         for entry, tensor in zip(self.compared, values, strict=True):
-            if wanted and not parameters[entry.position]:
+            going_on = upstream[entry.position] and not entry.change
+            if wanted and not parameters[entry.position] and not going_on:
                 continue
             three = tensor.tolist()
+            if going_on:
+                above[entry.rung].add([""], three)
+            if wanted and not parameters[entry.position]:
+                continue
             if entry.change:
                 before[entry.rung].add([""], three)
                 continue
@@ -138,6 +158,7 @@ class CheckedPass(HighwayPass):
             [sums.compared() for sums in single],
             [_change(now, then) for now, then in zip(totals, before, strict=True)],
             [rung.saves for rung in self.rungs],
+            [sums.all for sums in above],
         )
 
 
@@ -146,6 +167,11 @@ def _change(total: Sums, before: Sums) -> float:
         return nan
     (_, exact, _), (dot, less, more) = total.sums[""], before.sums[""]
     return float((max(less - 2 * dot + more, 0.0) / exact) ** 0.5) if exact else nan
+
+
+def _talks_to_others(graph: Graph) -> bool:
+    """Whether other processes take part in the graph: a check, or another form, would have to be theirs too."""
+    return any(getattr(node.target, "namespace", "").endswith("c10d_functional") for node in graph.nodes)
 
 
 class _Adding:
@@ -162,7 +188,9 @@ class _Adding:
         self.moments: list[Node] = []
         self.before: dict[tuple[int, float], list[Any]] = {}  # by S and gamma: the last that was added
 
-    def add(self, rung: int, how: Truncation, other: Graph, origins: _Origins, hand_out: bool) -> None:
+    def add(self, rung: int, how: Truncation, other: Graph, origins: _Origins, hand_out: bool) -> bool:
+        """Whether any gradient of it is not exact."""
+        compared = len(self.compared)
         theirs: list[Any] = list(other.output_node().args[0])  # type: ignore[arg-type]
         merged = self.merging.add(other)
         less = self.before.get((how.segment, how.damping))
@@ -180,6 +208,7 @@ class _Adding:
                 self._compare(less[at], mine, _Approximate(rung, at - self.first, chains, change=True))
             if hand_out:
                 self.results[at] = mine
+        return len(self.compared) > compared
 
     def _compare(self, one: Node, other: Node, what: _Approximate) -> None:
         with self.graph.inserting_before(self.output):

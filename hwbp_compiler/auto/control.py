@@ -28,16 +28,20 @@ def set_options(compiled: Any, **options: Any) -> None:
     >>> set_options(compiled, iterations=1, segment=16)
     """
     mine = compiled_as(compiled)
+    _only_changeable(options)
+    given, mode = mine.given
+    changed = {**(given or {}), **options}
+    mine.options = parse(changed, mode)[0]
+    mine.given = changed, mode
+
+
+def _only_changeable(options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in _CHANGEABLE:
             raise OptionError(
                 f"set_options: option {key!r} (given as {options[key]!r}) cannot be changed after torch.compile; "
                 f"{', '.join(map(repr, _CHANGEABLE))} can. Compile the model anew with it."
             )
-    given, mode = mine.given
-    changed = {**(given or {}), **options}
-    mine.options = parse(changed, mode)[0]
-    mine.given = changed, mode
 
 
 def set_iterations(compiled: Any, iterations: Any) -> None:
@@ -60,8 +64,9 @@ class Schedule:
         for step, options in milestones.items():
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
                 raise ValueError(f"Schedule: milestone {step!r} is not allowed; it takes the number of a step, >= 0")
+            _only_changeable(options)
             parse(options)
-        compiled_as(compiled)
+        self.given = compiled_as(compiled).given
         self.compiled, self.milestones, self.steps = compiled, dict(milestones), 0
 
     def step(self) -> None:
@@ -77,6 +82,8 @@ class Schedule:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was asked: with the options that hold there."""
         self.steps = int(state["steps"])
+        mine = compiled_as(self.compiled)
+        mine.given, mine.options = self.given, parse(*self.given)[0]
         for step in sorted(step for step in self.milestones if step < self.steps):
             set_options(self.compiled, **self.milestones[step])
 

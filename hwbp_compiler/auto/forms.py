@@ -60,11 +60,16 @@ class Forms:
         assert found is not None
         return found[0](*values)
 
+    def late(self, options: Options, checks: Checks | None = None) -> tuple[Callable[..., Any], Guards]:
+        """Compiled after Dynamo is gone, and the sizes it holds for."""
+        how = {} if checks is None else {"checks": checks.of}
+        with self.source.guarded() as guards:
+            form = self.source.compiled(lambda module, inputs: self.compile(module, inputs, options, **how))
+        return form, guards
+
     def _compiled(self, options: Options) -> tuple[Callable[..., Any], Guards] | None:
         try:
-            with self.source.guarded() as guards:
-                form = self.source.compiled(lambda module, inputs: self.compile(module, inputs, options))
-            return form, guards
+            return self.late(options)
         except (HighwayError, *CONTROL_FLOW):
             raise
         except Exception as error:

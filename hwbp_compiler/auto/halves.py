@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from hwbp_compiler.errors import first_line
-from hwbp_compiler.torch_private import random_as_compiled
+from hwbp_compiler.torch_private import random_as_compiled, without_autocast
 
 from .check import CheckedPass, observe
 from .measured import Check
+from .merge import changes_its_argument
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class CheckedHalves:
     def __init__(self, checked: CheckedPass, seen: Callable[[Callable[[], Check] | None], None]) -> None:
         self.checked, self.seen = checked, seen
         self.parameters: list[bool] = []
+        self.upstream: list[bool] = []
 
     def compile(self, module: GraphModule, example_inputs: Any, **how: Any) -> Callable[..., Any]:
         half = _Half(module)
@@ -38,11 +40,13 @@ class CheckedHalves:
             values.clear()
             if not how.get("is_backward"):
                 self.parameters = [isinstance(value, nn.Parameter) for value in given]
-            with torch.no_grad():
+                self.upstream = [isinstance(value, Tensor) and not value.is_leaf for value in given]
+            # Autocast has had its say when the graph was traced.
+            with torch.no_grad(), without_autocast():
                 results, found = half.run(given)
             if how.get("is_backward"):
-                parameters = self.parameters
-                self.seen(None if found is None else lambda: self.checked.measured(found, parameters))
+                flags = self.parameters, self.upstream
+                self.seen(None if found is None else lambda: self.checked.measured(found, *flags))
             return results
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -79,11 +83,11 @@ class _Half:
                     dropped.setdefault(node, []).append(used)
         return dropped
 
-    def run(self, values: Sequence[Any]) -> tuple[Any, list[Tensor] | None]:
-        """The results; and the moments, None where there are none or they failed."""
+    def run(self, values: list[Any]) -> tuple[Any, list[Tensor] | None]:
+        """The results; and the moments, None where there are none or they failed. Empties ``values``."""
         running = _Running(self.module)
         running.env = dict(zip(self.inputs, values, strict=True))
-        del values
+        values.clear()
         self._run(running, self.first)
         found: list[Tensor] | None = None
         if self.observed is not None:
@@ -115,8 +119,7 @@ class _Running(Interpreter):
 
 def _changes_something(node: Node) -> bool:
     """A buffer that is written back, a call that is there for its effect."""
-    schema = getattr(node.target, "_schema", None)
-    return node.op == "call_function" and (node.is_impure() or bool(schema and schema.is_mutable))
+    return node.op == "call_function" and (node.is_impure() or changes_its_argument(node))
 
 
 def _ancestors(results: Any, observed: Node | None) -> set[Node]:

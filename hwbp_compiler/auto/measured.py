@@ -37,6 +37,7 @@ class Check:
     changes     of each form, what its last iterations changed: the norm of the difference to the form before it with
                 the same S and gamma, relative to that of the exact gradient; nan where there is none
     saves       of each form, seconds a step that the cost model expects it to save
+    upstream    of each form, over the gradients that go on to what was computed before this graph
     used        the form that trains; None for exact backprop
     """
 
@@ -46,7 +47,21 @@ class Check:
     parameters: list[dict[str, Compared]] = field(default_factory=list)
     changes: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
+    upstream: list[Compared] = field(default_factory=list)
     used: Truncation | None = None
+
+    @property
+    def worst(self) -> list[float]:
+        """Of each form the lower of the cosines of its parameters and of what goes on upstream."""
+        return [
+            a.cosine if b.cosine != b.cosine else least(a.cosine, b.cosine)
+            for a, b in zip(self.total, self.upstream, strict=True)
+        ]
+
+
+def least(a: float, b: float) -> float:
+    """The lower of two cosines; nan where either is: something was not finite, or nothing was seen."""
+    return min(a, b) if a == a and b == b else float("nan")
 
 
 class Sums:

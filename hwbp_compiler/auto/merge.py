@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from hwbp_compiler.recurrence.operator import operator as recurrent_module
+
 
 class Merging:
     """Adds graphs to ``graph`` that start from the same inputs and have the same forward pass.
@@ -39,6 +41,9 @@ class Merging:
             if node.op == "output":
                 return list(args[0])
             key = _key(other, node, args, kwargs, drawn)
+            if key not in self.known and changes_its_argument(node):
+                place[node] = args[0]  # the first graph does so already, and once is enough
+                continue
             if key not in self.known:
                 with self.graph.inserting_before(output):
                     self.known[key] = self._made(other, node, args, kwargs)
@@ -57,7 +62,14 @@ class Merging:
         return made
 
 
+def changes_its_argument(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and bool(schema is not None and schema.is_mutable)
+
+
 def _key(graph: Graph, node: Node, args: Any, kwargs: Any, drawn: Counter[Any]) -> Any:
+    if node.target is recurrent_module:
+        args = args[:-1]  # what the forward pass records is asked for by the first graph's backward pass alone
     if node.op == "placeholder":
         return node.name
     if node.op == "get_attr":

@@ -16,6 +16,8 @@ class Policy:
     rungs    how many there are beside exact backprop
     target   the least cosine of a form that is used
     every    steps from one check to the next
+    shared   several modules take their steps in turn: checks come at changing places, and no cheaper form is taken,
+             because a check sees one of the modules alone
     """
 
     rungs: int
@@ -28,6 +30,7 @@ class Policy:
     waiting: bool = field(default=False, init=False)
     checks: int = field(default=0, init=False)
     lost: set[int] = field(default_factory=set, init=False)
+    shared: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.position = self.rungs
@@ -53,7 +56,7 @@ class Policy:
             self.until_check -= 1
             return False
         self.waiting = True
-        self.until_check = self.every * self.rarer - 1
+        self.until_check = self._steps_to_come()
         return True
 
     def observe(self, cosines: Sequence[float]) -> None:
@@ -65,12 +68,18 @@ class Policy:
         if self.position == self.exact or not here >= self.target:  # nan is not good either
             least = self.target if self.checks == 1 or self.position < self.rungs else self.downhill
             good = [i for i in usable if cosines[i] >= least]
+        elif self.shared:
+            good = [self.position]
         else:
             cheaper = [i for i in usable if i < self.position and cosines[i] >= self.downhill]
             good = cheaper or [self.position]
         self.position = min(good, default=self.exact)
         self.rarer = min(2 * self.rarer, _RAREST) if self.position == self.exact else 1
-        self.until_check = self.every * self.rarer - 1
+        self.until_check = self._steps_to_come()
+
+    def _steps_to_come(self) -> int:
+        """Without a check, after this one."""
+        return self.every * self.rarer - 1 + (self.checks % 2 if self.shared else 0)
 
     def nothing_seen(self) -> None:
         """The check has said nothing: no backward pass came, or the gradient was zero or not finite. Another one

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.graph.origin import plain_name
@@ -26,12 +27,22 @@ class Source:
     inputs: Sequence[Any]
     late: LateCompilation
     names: tuple[str, ...] = ()
+    known: int = 0  # conditions on sizes that Dynamo knows of, and asks before it calls
 
     @classmethod
     def of(cls, module: GraphModule, inputs: Sequence[Any]) -> Source:
         """While ``module`` is compiled, and before anything changes it."""
         given = [node.meta.get("example_value", value) for node, value in zip(_inputs(module), inputs, strict=True)]
         return cls(copy_of(module), given, LateCompilation(given), tuple(names_of_inputs(module.graph)))
+
+    @property
+    def first_parameter(self) -> int | None:
+        """Its place among the inputs; None where no input is a parameter."""
+        return next((i for i, value in enumerate(self.inputs) if isinstance(value, nn.Parameter)), None)
+
+    def handed_over(self) -> None:
+        """Dynamo's own compilation is done: what is learnt of sizes from now on, Dynamo does not ask."""
+        self.known = self.late.guards()
 
     def compiled(self, how: Callable[[GraphModule, list[Any]], Callable[..., Any]]) -> Callable[..., Any]:
         """``how(module, inputs)`` of a copy, after Dynamo is gone."""
@@ -40,11 +51,11 @@ class Source:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Guards]:
-        """What is learnt of symbolic sizes while this lasts."""
+        """What is learnt of symbolic sizes while this lasts, or was by forms before: nobody learns it again, but it is
+        taken for known."""
         guards = Guards(self)
-        before = self.late.guards()
         yield guards
-        guards.learn(before)
+        guards.learn()
 
 
 class Guards:
@@ -55,9 +66,9 @@ class Guards:
         self.symbols = [i for i, value in enumerate(source.inputs) if isinstance(value, torch.SymInt)]
         self.expression: str | None = None
 
-    def learn(self, before: int) -> None:
+    def learn(self) -> None:
         late = self.source.late
-        if late.guards() > before:
+        if late.guards() > self.source.known:
             self.expression = late.expression([self.source.inputs[i] for i in self.symbols])
 
     def hold(self, values: Sequence[Any]) -> bool:

@@ -9,17 +9,19 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch.fx import GraphModule
 
 from hwbp_compiler.counting import count
+from hwbp_compiler.errors import first_line
 from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.skipped import running
 from hwbp_compiler.torch_private import saves_through_hooks
 
 from .forms import Checks, Compile, Forms
-from .measured import Check
+from .measured import Check, least
 from .policy import Policy
-from .source import Source
+from .source import Guards, Source
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ class Variants:
         self.options = options
         self.forms = Forms(source, compile)
         self.steps: dict[tuple[Options, int | None], Steps] = {}
+        self._compile(module, inputs, options, compile)
+        source.handed_over()
+
+    def _compile(self, module: GraphModule, inputs: list[Any], options: Options, compile: Compile) -> None:
         if options.auto:
             checks = Checks(self.forms, lambda found: None)
             compiled = compile(module, inputs, options, checks=checks.of)
@@ -71,12 +77,10 @@ class Variants:
         if not options.auto:
             return Fixed(self.forms, options)
         checks = Checks(self.forms, lambda found: None)
-        compiled = self.forms.source.compiled(
-            lambda module, inputs: self.forms.compile(module, inputs, options, checks=checks.of)
-        )
+        compiled, guards = self.forms.late(options, checks)
         if checks.rungs:
-            return Automatic(self.forms, options, checks, compiled)
-        self.forms.keep(options.exactly(), compiled)
+            return Automatic(self.forms, options, checks, compiled, guards)
+        self.forms.made[options.exactly()] = compiled, guards
         return Fixed(self.forms, options.exactly())
 
 
@@ -99,9 +103,7 @@ class Metered:
         how = options.numbers
         self._arrived: list[Callable[[], Check] | None] = []
         checks = Checks(forms, self._arrived.append, given=(how,), hands_out=how)
-        self.checked = forms.source.compiled(
-            lambda module, inputs: forms.compile(module, inputs, options.exactly(), checks=checks.of)
-        )
+        self.checked, self.guards = forms.late(options.exactly(), checks)
         self.compares = bool(checks.rungs)
 
     def run(self, values: Sequence[Any]) -> Any:
@@ -110,24 +112,43 @@ class Metered:
                 report(found(), self.options.numbers)
         due = self.compares and self.steps % self.every == 0 and not saves_through_hooks()
         self.steps += 1
+        due = due and self.guards.hold(values)
         return self.checked(*values) if due else self.forms.run(self.options, values)
 
 
 class Automatic:
     """The form that the policy chooses; checks are the policy's too."""
 
-    def __init__(self, forms: Forms, options: Options, checks: Checks, checked: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        forms: Forms,
+        options: Options,
+        checks: Checks,
+        checked: Callable[..., Any],
+        guards: Guards | None = None,
+    ) -> None:
         self.forms, self.options, self.checked = forms, options, checked
+        self.guards = guards or Guards(forms.source)
+        self.parameter = forms.source.first_parameter
+        self.owner: int | None = None
         self.rungs = [rung.how for rung in checks.rungs]
         self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every)
         self._arrived: list[Callable[[], Check] | None] = []
         checks.seen = self._arrived.append
 
     def run(self, values: Sequence[Any]) -> Any:
+        exact, otherwise = self.options.exactly(), self.checked if self.guards.hold(values) else None
+        if saves_through_hooks():
+            # A checkpoint in eager mode runs this again, maybe after other calls, and compares what both save.
+            return self.forms.run(exact, values, otherwise)
+        self._look_for_others(values)
         self._take()
-        # What is saved through hooks (a checkpoint in eager mode) is compared with what running it again saves.
-        if not saves_through_hooks() and self.policy.checks_now():
-            return self.checked(*values)
+        if otherwise is not None and self.policy.checks_now():
+            try:
+                return self.checked(*values)
+            except torch.OutOfMemoryError as error:
+                log.warning("a check does not fit (%s); all steps are exact from now on", first_line(error))
+                self._give_up()
         position = self.policy.position
         if position != self.policy.exact:
             options = self.options.at(self.rungs[position])
@@ -136,26 +157,39 @@ class Automatic:
             if self.forms.made[options] is None:
                 self.policy.lose(position)
         # A check has the exact gradient too: slow, but right.
-        return self.forms.run(self.options.exactly(), values, otherwise=self.checked)
+        return self.forms.run(exact, values, otherwise)
+
+    def _look_for_others(self, values: Sequence[Any]) -> None:
+        """Whether several modules share this graph: blocks of one class, each compiled. Checks visit them in turn."""
+        if self.parameter is not None and not self.policy.shared:
+            owner = id(values[self.parameter])
+            self.policy.shared = self.owner not in (None, owner)
+            self.owner = owner
+
+    def _give_up(self) -> None:
+        for rung in range(len(self.rungs)):
+            self.policy.lose(rung)
 
     def _take(self) -> None:
         """What checks have found since the last step. Here the host waits for the device, once a check."""
+        worst: list[float] = []
         while self._arrived:
             found = self._arrived.pop(0)
             if found is None:
-                for rung in range(len(self.rungs)):
-                    self.policy.lose(rung)
+                self._give_up()
                 continue
             check = found()
             report(check, self.rungs[self.policy.position] if self.policy.position < len(self.rungs) else None)
-            cosines = [each.cosine for each in check.total]
-            if all(cosine != cosine for cosine in cosines):
-                self.policy.nothing_seen()
-                continue
-            before = self.policy.position
-            self.policy.observe(cosines)
             count("checks")
-            self._tell(before, cosines)
+            cosines = check.worst
+            if any(cosine == cosine for cosine in cosines):  # several calls of one step: the worst of them counts
+                worst = list(map(least, worst, cosines)) if worst else cosines
+            elif not worst:
+                self.policy.nothing_seen()
+        if worst:
+            before = self.policy.position
+            self.policy.observe(worst)
+            self._tell(before, worst)
 
     def _tell(self, before: int, cosines: list[float]) -> None:
         measured = ", ".join(f"{c:.4f} at {named(how)}" for how, c in zip(self.rungs, cosines, strict=True))
