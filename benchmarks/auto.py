@@ -31,10 +31,19 @@ RESUMES = True
 KINDS = ("course", "time")
 CHECK_EVERY = 20
 # As in ``segments``, and with batches so small that a recurrence waits for its steps.
+
+
+def one_long_sequence(cell: str) -> Case:
+    words = ("--cell", cell, "--width", "128", "--length", "512")
+    name = f"{cell.upper()}, text, 512 steps, batch 1"
+    return Case(name, "char_lm", words, 512, "rnn.", "held_out_loss", steps=800, lr=3e-3, batch=1)
+
+
 LONG = [case for case in CASES if case.name.endswith("256 steps")]
 OWN = [
     *(case for case in CASES if case.steps <= 600),
     *(replace(case, name=f"{case.name}, batch 4", batch=4, lr=3e-3, steps=800) for case in LONG),
+    *map(one_long_sequence, ("gru", "lstm")),
 ]
 QUICK = [replace(OWN[0], name="quick", steps=6, batch=2, hidden=8)]
 RUNS: dict[str, dict[str, Any]] = {
