@@ -7,8 +7,7 @@ from pathlib import Path
 from .accuracy_report import Quality
 from .auto import CHECK_EVERY, OWN, RUNS
 from .rows import Row, markdown, places, time
-from .segments import unit
-from .segments_report import told
+from .segments_report import told, unit
 
 FIGURE = "auto.svg"
 LEAST = 0.95
