@@ -66,7 +66,7 @@ def test_the_snippets_run_in_a_process_of_their_own(script):
 
 def test_every_option_is_in_the_table_with_its_default():
     for name, default in options._DEFAULTS.items():
-        shown = str(default).replace("profitable", '"profitable"')
+        shown = f'"{default}"' if isinstance(default, str) else str(default)
         row = next(line for line in README.splitlines() if line.startswith(f"| `{name}` |"))
         assert row.split("|")[3].strip(" `") == shown
 
