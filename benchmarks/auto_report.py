@@ -84,7 +84,7 @@ def times(found: list[Row]) -> str:
         runs = {row["run"]: row for row in found if row["case"] == case}
         others = min(row["step_ms"] for run, row in runs.items() if run != "auto")
         ratio = f"{others / runs['auto']['step_ms']:.2f}x"
-        check = f"{runs['auto']['check_ms']:.1f}"
+        check = "" if runs["auto"]["check_ms"] is None else f"{runs['auto']['check_ms']:.1f}"
         batch, length = runs["auto"]["batch"], runs["auto"]["length"]
         cells = (time(row, "step") for row in runs.values())
         lines.append((case, batch, length, *cells, ratio, check))

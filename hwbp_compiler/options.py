@@ -40,6 +40,9 @@ class Truncation:
         """
         return length if self.segment == 1 else -(-length // self.segment) - 1
 
+    def __str__(self) -> str:
+        return f"k = {self.iterations}, S = {self.segment}" + (f", gamma = {self.damping:g}" if self.damping else "")
+
     @property
     def reach(self) -> int:
         """Links over which no path is lost, at least."""

@@ -49,7 +49,7 @@ class Compiled:
     """One callable that is compiled with our backend.
 
     strict    HighwayError where nothing was compiled in its first call, which is otherwise warned of
-    given     options and mode, as ``torch.compile`` got them
+    given     options and mode: those that ``torch.compile`` got, with what was changed since
     options   what is in force in their place, from the next call on; None for what was given
     meter     what reads along while it trains
     """

@@ -546,22 +546,25 @@ class Block(nn.Module):
 def test_modules_that_share_a_graph_are_all_checked():
     """Blocks of one class are: no form is used that is good for one of them alone."""
     torch.manual_seed(4)
-    good, bad = Block(), Block()
+    first, good, bad = Block(), Block(), Block()  # the first has an input without a gradient, and a graph of its own
     with torch.no_grad():
         for p in good.parameters():
             p *= 0.01
     options = {**AUTO, "check_every": 2}
-    for block in (good, bad):
+    for block in (first, good, bad):
         block.compile(backend="highway", options=options)
-    whole, x = nn.Sequential(good, bad), torch.randn(5, 4)
+    whole, x = nn.Sequential(first, good, bad), torch.randn(5, 4)
+    hwbp_compiler.reset_counters()
     eager = copy.deepcopy(whole)
     for block in eager:
         block._compiled_call_impl = None
     _, exact = step(eager, eager, x)
     for number in range(12):
         _, found = step(whole, whole, x)
+        if number == 0:
+            assert hwbp_compiler.counters()["graphs_seen"] == 2
         if number > 7:
-            ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith("1.")]) for g in (found, exact))
+            ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith("2.")]) for g in (found, exact))
             assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
 
 

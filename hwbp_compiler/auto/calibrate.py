@@ -138,7 +138,7 @@ class Calibration:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Relative error against the blocks that wait for one another, a line for each S and gamma; returns
+        """Relative error against k, a line for each S and gamma; returns
         matplotlib's figure, written to ``path`` where that is given. HighwayError without matplotlib."""
         try:
             from matplotlib.figure import Figure

@@ -99,10 +99,12 @@ class CheckedPass(HighwayPass):
             return
         untouched = copied(graph)
         super().__call__(graph)
-        adding = _Adding(graph, self.compared)
         found = [Rung(how, inf) for how in self.given]
         if not found and not _talks_to_others(graph):
             found = ladder([*self.loops, *self.records])
+        if not found:
+            return
+        adding = _Adding(graph, self.compared)
         for rung in found:
             try:
                 self._add(adding, rung, untouched)

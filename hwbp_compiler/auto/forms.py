@@ -77,7 +77,7 @@ class Forms:
                 raise
             count("failures")
             exact = options.iterations == "exact"
-            what = "exact backprop" if exact else f"the form k = {options.iterations}, S = {options.segment}"
+            what = "exact backprop" if exact else f"the form {options.numbers}"
             warn_once(first_line(error), f"compiling {what} failed", "the steps have exact gradients")
             log.debug("where it failed", exc_info=error)
             return None

@@ -45,8 +45,7 @@ class GradientMeter:
 
     Args:
         model: compiled with ``backend="highway"``.
-        every: steps from one reading to the next. A reading takes about as long as two or three steps without
-            ``torch.compile``.
+        every: steps from one reading to the next. A step with a reading runs without generated code.
         callback: called with each :class:`Reading`.
         writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar(tag, value, step)``.
         csv_path: a file to which readings are appended, one line each.

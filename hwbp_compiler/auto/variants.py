@@ -127,17 +127,19 @@ class Automatic:
         checked: Callable[..., Any],
         guards: Guards | None = None,
     ) -> None:
-        self.forms, self.options, self.checked = forms, options, checked
+        self.forms, self.checked = forms, checked
         self.guards = guards or Guards(forms.source)
         self.parameter = forms.source.first_parameter
         self.owner: int | None = None
         self.rungs = [rung.how for rung in checks.rungs]
+        # Made once: options are checked whenever they are made, which takes longer than the rest of a call.
+        self.exact, self.at = options.exactly(), [options.at(how) for how in self.rungs]
         self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every)
         self._arrived: list[Callable[[], Check] | None] = []
         checks.seen = self._arrived.append
 
     def run(self, values: Sequence[Any]) -> Any:
-        exact, otherwise = self.options.exactly(), self.checked if self.guards.hold(values) else None
+        exact, otherwise = self.exact, self.checked if self.guards.hold(values) else None
         if saves_through_hooks():
             # A checkpoint in eager mode runs this again, maybe after other calls, and compares what both save.
             return self.forms.run(exact, values, otherwise)
@@ -151,7 +153,7 @@ class Automatic:
                 self._give_up()
         position = self.policy.position
         if position != self.policy.exact:
-            options = self.options.at(self.rungs[position])
+            options = self.at[position]
             if self.forms.has(options, values):
                 return self.forms.run(options, values)
             if self.forms.made[options] is None:
@@ -179,7 +181,7 @@ class Automatic:
                 self._give_up()
                 continue
             check = found()
-            report(check, self.rungs[self.policy.position] if self.policy.position < len(self.rungs) else None)
+            report(check, self._used)
             count("checks")
             cosines = check.worst
             if any(cosine == cosine for cosine in cosines):  # several calls of one step: the worst of them counts
@@ -192,16 +194,17 @@ class Automatic:
             self._tell(before, worst)
 
     def _tell(self, before: int, cosines: list[float]) -> None:
-        measured = ", ".join(f"{c:.4f} at {named(how)}" for how, c in zip(self.rungs, cosines, strict=True))
+        measured = ", ".join(f"{c:.4f} at {how}" for how, c in zip(self.rungs, cosines, strict=True))
         log.debug("checked: cosine with the exact gradient %s", measured)
-        now = self.policy.position
-        if now != before or self.policy.checks == 1:
-            chosen = named(self.rungs[now]) if now < len(self.rungs) else "exact backprop"
+        if self.policy.position != before or self.policy.checks == 1:
+            chosen = self._used or "exact backprop"
             log.info("auto chooses %s: cosine with the exact gradient %s", chosen, measured)
 
-
-def named(how: Truncation) -> str:
-    return f"k = {how.iterations}, S = {how.segment}"
+    @property
+    def _used(self) -> Truncation | None:
+        """The form in use; None for exact backprop."""
+        position = self.policy.position
+        return None if position == self.policy.exact else self.rungs[position]
 
 
 def report(check: Check, used: Truncation | None) -> None:

@@ -109,7 +109,7 @@ def explain(
 
 def _say_what_is_chosen_from(looking: _Looking, rungs: Sequence[Rung]) -> None:
     """The chains are shown in the first of several forms."""
-    forms = ", ".join([f"(k = {rung.how.iterations}, S = {rung.how.segment})" for rung in rungs] + ["exact backprop"])
+    forms = ", ".join([f"({rung.how})" for rung in rungs] + ["exact backprop"])
     for graph in looking.graphs:
         for chain in graph.chains:
             if chain.iterations is not None:
