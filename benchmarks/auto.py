@@ -149,7 +149,7 @@ def time_rows(case: Case, device: str, quick: bool) -> Iterator[dict[str, Any]]:
     for name, found in samples.items():
         row = {"run": name, "batch": case.batch, "length": case.length, **summary("step", found["step"])}
         say(f"{case.name}, {name}: {row['step_ms']:.2f} ms ({row['step_iqr_ms']:.2f})")
-        yield row | ({"check_ms": check} if name == "auto" else {})
+        yield row | ({"checked_ms": check} if name == "auto" else {})
 
 
 def name_of(kind: str, case: Case) -> str:

@@ -553,7 +553,8 @@ def test_modules_that_share_a_graph_are_all_checked():
     options = {**AUTO, "check_every": 2}
     for block in (first, good, bad):
         block.compile(backend="highway", options=options)
-    whole, x = nn.Sequential(first, good, bad), torch.randn(5, 4)
+    # Every second call of the graph is one of the last block: checks that did not change places would see that alone.
+    whole, x = nn.Sequential(first, bad, good), torch.randn(5, 4)
     hwbp_compiler.reset_counters()
     eager = copy.deepcopy(whole)
     for block in eager:
@@ -564,7 +565,7 @@ def test_modules_that_share_a_graph_are_all_checked():
         if number == 0:
             assert hwbp_compiler.counters()["graphs_seen"] == 2
         if number > 7:
-            ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith("2.")]) for g in (found, exact))
+            ours, theirs = (torch.cat([g[n].flatten() for n in g if n.startswith("1.")]) for g in (found, exact))
             assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
 
 

@@ -18,7 +18,7 @@ def course(run: str, seed: int, value: float, checks: list) -> dict:
 
 def timed(run: str, ms: float) -> dict:
     row = {"kind": "time", "case": CASE.name, "run": run, "batch": 4, "length": 64, "step_ms": ms, "step_iqr_ms": 0.1}
-    return row | ({"check_ms": 30.0} if run == "auto" else {}) | WHERE
+    return row | ({"checked_ms": 30.0} if run == "auto" else {}) | WHERE
 
 
 CHECKS = [[0, 0, 4, 0.99, False], [0, 0, 16, 0.999, False], [20, 0, 4, 0.9, True], [20, 0, 16, 0.99, False],
