@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -19,6 +18,7 @@ from .errors import HighwayError, first_line
 from .graph.info import is_tangent
 from .graph.old_values import keep_old_values
 from .graph.record import ChainRecord
+from .graph.snapshot import Snapshot
 from .options import Options
 from .passes.rewrite_recurrent_modules import record_nothing
 from .reasons import Reason
@@ -51,15 +51,14 @@ class HighwayPass(CustomGraphPass):
             return
         nodes = len(graph.nodes)
         trace_artifact("highway_joint_graph_before", lambda: _readable(graph))
-        untouched = torch.fx.Graph()
-        output = untouched.graph_copy(graph, {})
+        before = Snapshot(graph)
         try:
             records = observed(graph, "highway", lambda graph: passes.run(graph, self.options))
         except Exception as error:
             self._count("failures")
             if self.options.strict:
                 raise as_highway_error("the highway rewrite failed", error) from error
-            _restore(graph, untouched, output)
+            before.restore()
             keep_old_values(graph)
             warn_once(first_line(error))
             log.debug("where it failed", exc_info=error)
@@ -104,16 +103,6 @@ def _whatever_happens(text: Callable[[], str]) -> str:
         return text()
     except Exception as error:
         return f"not shown, {type(error).__name__}: {error}"
-
-
-def _restore(graph: torch.fx.Graph, untouched: torch.fx.Graph, output: Any) -> None:
-    """Put ``untouched``, a copy without its output node, in place of whatever a failed pass has left."""
-    metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
-    for node in reversed(list(graph.nodes)):
-        graph.erase_node(node)
-    moved: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.graph_copy(untouched, moved)
-    graph.output(torch.fx.map_arg(output, moved.__getitem__)).meta.update(metadata)
 
 
 # -- what is counted and logged ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class Candidate:
 
     @property
     def key(self) -> tuple:
-        return self.chain.states[-1]
+        return self.chain.last_known
 
     @property
     def first(self) -> Node:

@@ -153,15 +153,16 @@ def _uncrossed(joins: list[int], crossings: list[tuple[int, int]]) -> list[int]:
 
 
 def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
-    """Maximal ranges of joins that no by-pass both starts and ends in.
+    """Maximal ranges of joins that no by-pass both starts and ends in, but at their last join.
 
     A longer range has more by-passes, so its end is found by doubling and bisection: near-linear in all.
     """
     ranges: list[tuple[int, int]] = []
     start, last = 0, len(joins) - 1
 
-    def sound(end: int) -> bool:
-        return not _crossings(info, joins[start : end + 1])
+    def sound(end: int, into_the_end: bool = False) -> bool:
+        crossings = _crossings(info, joins[start : end + 1])
+        return all(into_the_end and q == end - start for _, q in crossings)
 
     while start < last:
         good, step = start + 1, 2
@@ -175,6 +176,8 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
         while bad is not None and bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if sound(middle) else (good, middle)
+        if good < last and sound(good + 1, into_the_end=True):
+            good += 1  # the first state of a chain may have gradients from all over it
         ranges.append((start, good))
         start = good
     return ranges
@@ -233,13 +236,15 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
     for before, after in zip(states, states[1:], strict=False):
         try:
             _check_shapes(before, after)
-            link = extract(info, before, [n for n in after if n is not None], tainted)
+            link = extract(info, before, [n for n in after if n is not None], tainted, last=after is states[-1])
         except Declined as declined:
             refusals.append(Refusal(_between(info, before, after), 1, declined.why))
             pieces.append((current, links))
             current, links = [after], []
             continue
-        current.append(after)
+        # Of a state with a remainder there is no node of its own.
+        rest = [link.raw[i] is None for i in link.outputs]
+        current.append(tuple(None if gone else n for n, gone in zip(after, rest, strict=True)))
         links.append(link)
     pieces.append((current, links))
     for piece_states, piece_links in pieces:

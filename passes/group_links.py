@@ -62,8 +62,12 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
 
 def _add_tail(info: GraphInfo, chain: Chain, groups: list[Group], states: set[Node], tainted: set[int]) -> bool:
     """Add the link behind the last state to ``chain`` and to its group; True where yet another may follow it."""
+    if None in chain.states[-1]:
+        return False
+    # What links give to the rest of the model is computed from the head too, which is not tainted.
+    own = {info.index[n] for g in groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
     for group in sorted(groups, key=lambda g: -g.lanes[-1])[:4]:
-        tail = _tail(info, group, chain, tainted)
+        tail = _tail(info, group, chain, tainted | own)
         if tail is None:
             continue
         group.lanes.append(len(chain.links))

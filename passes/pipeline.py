@@ -15,6 +15,7 @@ from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.sizes import bytes_of
+from hwbp_compiler.graph.snapshot import Snapshot
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.rolled.settled import is_settled
@@ -22,7 +23,9 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .candidates import Candidate, candidates
+from .forms_of_gradients import ask_no_gradient_for_its_form
 from .keep_pieces import keep_pieces
+from .parts_of_gradients import mask_parts
 from .records import collapsed, described, forward_links, refused, short
 from .rewrite import Rewriting, rewrite_chain
 from .rewrite_recurrent_modules import Watcher as ModuleWatcher
@@ -53,6 +56,8 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     origins = Origins(graph)
     records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}
+    before = Snapshot(graph)
+    in_other_words = ask_no_gradient_for_its_form(graph) | mask_parts(graph)
     decided: set[tuple] = set()
     first_look = True
     while True:
@@ -76,6 +81,8 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
                 break
         if not changed:
             break
+    if in_other_words and not any(record.decision == "rewritten" for record in records):
+        before.restore()  # what nothing came of stays as Inductor would have it
     keep_pieces(graph, settled)
     return records
 
@@ -114,11 +121,11 @@ def _treat(
             log.debug("rewriting a chain failed", exc_info=error)
         return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
-    state = next(n for n in candidate.chain.states[-1] if n is not None).meta["val"]
+    state = [n.meta["val"] for n in candidate.chain.last_known if n is not None]
     # The stacks, and the last W beside the block results it is made from.
-    width = sum(bytes_of(n.meta["val"]) for n in candidate.chain.states[-1] if n is not None)
+    width = sum(map(bytes_of, state))
     added = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * width
-    if added > (limit := options.memory_limit(state.device)):
+    if added > (limit := options.memory_limit(state[0].device)):
         discard(graph, rewriting.created)
         record.because(needs_memory(added, limit, options))
         return record, False

@@ -66,9 +66,7 @@ class _ChainRewriter:
         self.stackers: list[Stacker] = []
         self.sections: list[tuple[str, int | None, int]] = []
         self.stacked: dict[tuple[int, int], Value | None] = {}
-        self.like: list[torch.Tensor] = []
-        for component in range(chain.width):
-            self.like.append(next(s[component] for s in reversed(chain.states) if s[component] is not None).meta["val"])
+        self.like: list[torch.Tensor] = [n.meta["val"] for n in chain.last_known if n is not None]
 
     def run(self) -> Rewriting:
         e = self.e
@@ -153,10 +151,11 @@ class _ChainRewriter:
 
     def _stack_injections(self, group: Group, stacker: Stacker, statement: int) -> Value | None:
         per_lane = [p.injections.get(statement, []) for p in group.programs]
-        depth = max(len(terms) for terms in per_lane)
+        if not any(per_lane):
+            return None
+        like = next(terms[0] for terms in per_lane if terms).meta["val"]
         total: Value | None = None
-        raw = next(n for n in group.raw(statement) if n is not None)
-        for i in range(depth):
+        for i in range(max(map(len, per_lane))):
             zero = None
             column: list[Node] = []
             for terms in per_lane:
@@ -164,7 +163,7 @@ class _ChainRewriter:
                     column.append(terms[i])
                 else:
                     if zero is None:
-                        zero = self.e.full(tuple(raw.meta["val"].shape), 0.0, raw.meta["val"])
+                        zero = self.e.full(tuple(like.shape), 0.0, like)
                     column.append(zero)
             value = stacker(column)
             total = value if total is None else stacker.e.apply(aten.add.Tensor, (total, value), {})  # type: ignore
@@ -272,7 +271,9 @@ class _ChainRewriter:
 
     def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
         """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links (plus what else is in it)."""
-        left = [t for t in self._left.get(root, sum_terms(root, None)) if t not in nodes]  # type: ignore[arg-type]
+        left = list(self._left.get(root, sum_terms(root, None)))  # type: ignore[arg-type]
+        for node in nodes:
+            left.remove(node)  # once: what a link gives to its state it may give to a side too
         self._left[root] = left
         self._sums[root] = [*self._sums.get(root, []), total]
         acc = self._sums[root][0]

@@ -193,12 +193,26 @@ class _Matcher:
         for wanted in missing:
             raw = self.template.raw[wanted]
             assert raw is not None
-            found = next((t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)), None)
-            if found is None:
-                raise _Mismatch
+            found = self._bind_one_of([t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)], wanted)
             terms.remove(found)
-            self._bind(wanted, found)
         self.injections[i] = terms
+
+    def _bind_one_of(self, alike: list[Node], wanted: int) -> Node:
+        """Bind statement ``wanted`` to the first of ``alike`` that what it is computed from lets it be. A sum may have
+        terms of many links: of the first state, which every link reads, say."""
+        alike = list(dict.fromkeys(alike))
+        if not alike:
+            raise _Mismatch
+        if len(alike) == 1:
+            self._bind(wanted, alike[0])
+            return alike[0]
+        needed = sorted(closure(self.template, wanted), reverse=True)
+        undecided, self.undecided = self.undecided, []
+        found = next((t for t in alike if self.try_statement(wanted, t, needed)), None)
+        self.undecided = undecided
+        if found is None:
+            raise _Mismatch
+        return found
 
     def _settle(self, i: int, wanted: int) -> None:
         left = self.injections[i]
@@ -259,7 +273,7 @@ def match_sides(
                 continue
             if i not in outputs:
                 outputs[i] = node
-            elif node not in sum_terms(outputs[i], info):
+            elif not _is_part_of(node, outputs[i]):
                 raise Ambiguous
     matcher = attempt(outputs)
     if matcher is None:
@@ -268,6 +282,13 @@ def match_sides(
     if not outputs:
         found.outputs = []
     return found
+
+
+def _is_part_of(node: Node, root: Node) -> bool:
+    """Whether ``node`` is a term of the sum ``root``, or the sum of some of its terms."""
+    while node is not root and _is_term(node):
+        node = next(iter(node.users))
+    return node is root
 
 
 def _is_term(node: Node) -> bool:

@@ -144,11 +144,12 @@ def _is_plain_add(node: Node) -> bool:
     return all(form_of(a) == form_of(node) for a in node.args)  # type: ignore[arg-type]
 
 
-def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: set[int]) -> Program:
+def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: set[int], last: bool = False) -> Program:
     """The program from state ``inputs`` to state ``outputs``.
 
     ``tainted`` are the indices of everything that depends on the chain; none of it may enter the link except
-    through ``inputs`` (separation: no path by-passes a state). Raises Declined.
+    through ``inputs`` (separation: no path by-passes a state). Where nothing follows (``last``), other gradients of
+    the state may: they are set aside as remainders. Raises Declined.
     """
     index = info.index
     starts = {index[n] for n in inputs if n is not None}
@@ -158,6 +159,7 @@ def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: se
         if node not in dependent and node not in inputs:
             raise Declined(Reason.NOTHING_FROM_STEP_BEFORE)
     builder = _Builder(info, dependent, inputs, tainted)
+    builder.ends = set(outputs) if last else set()
     return builder.build(outputs)
 
 
@@ -166,6 +168,7 @@ class _Builder:
         self.info = info
         self.dependent = dependent
         self.tainted = tainted
+        self.ends: set[Node] = set()
         self.program = Program(arity=len(inputs))
         self.id_of: dict[Node, int] = {}
         self.hash_of: list[int] = []
@@ -206,6 +209,8 @@ class _Builder:
                 i = self._append(Statement(SUM, (Ref(i),), (), shape_of(node), dtype_of(node)), None)
                 self.program.raw[i] = node
             self.program.outputs.append(i)
+        for i in self.program.remainders:
+            self.program.raw[i] = None
         return _numbered_from_outputs(self.program, self.hash_of)
 
     def _is_state(self, node: Node) -> bool:
@@ -240,12 +245,18 @@ class _Builder:
     def _add_sum(self, node: Node, terms: list[Node]) -> None:
         inside = [t for t in terms if self._is_state(t)]
         outside = [t for t in terms if not self._is_state(t)]
-        for term in outside:
+        remainder = node in self.ends and any(self.info.index[t] in self.tainted for t in outside)
+        if remainder:  # what the link gives to its state, and again to what every link reads, it gives to both
+            outside += [t for i, t in enumerate(inside) if t in inside[:i]]
+            inside = list(dict.fromkeys(inside))
+        for term in outside if not remainder else ():
             self._check_outside(term)
         ids = sorted((self.id_of[t] for t in inside), key=lambda i: (self.hash_of[i], i))
         args = tuple(Ref(i) for i in ids)
         i = self._append(Statement(SUM, args, (), shape_of(node), dtype_of(node)), node)
-        if outside:
+        if remainder:
+            self.program.remainders[i] = (node, outside)
+        elif outside:
             self.program.injections[i] = outside
 
     def _add_operation(self, node: Node) -> None:
@@ -316,6 +327,7 @@ def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
         )
     found.outputs = [number[i] for i in program.outputs]
     found.injections = {number[i]: terms for i, terms in program.injections.items()}
+    found.remainders = {number[i]: rest for i, rest in program.remainders.items()}
     return found
 
 

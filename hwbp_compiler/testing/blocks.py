@@ -17,11 +17,11 @@ from .reference import Hold, Tensors, keep
 
 BlockKind = Literal[
     "mlp", "glu", "conv", "attention", "sdpa", "heads", "cross", "mixer", "experts", "squeeze", "cumulative",
-    "shift", "pool", "parallel", "cast", "sized",
+    "shift", "pool", "parallel", "cast", "sized", "in_place",
 ]  # fmt: skip
 Update = Literal[
     "add", "scaled", "vector", "gate", "input_gate", "lerp", "self_gate", "subtract", "scalar", "rezero", "kept",
-    "product", "curved", "normed_gate", "inner",
+    "product", "curved", "normed_gate", "inner", "part",
 ]  # fmt: skip
 Norm = Literal["none", "layer", "rms", "batch", "batch_eval", "group"]
 After = Literal["none", "relu", "layer", "rms", "mask", "tanh", "silu", "leaky", "batch", "batch_eval", "cast"]
@@ -55,6 +55,7 @@ class Block(nn.Module):
     parallel              attention plus MLP
     cast                  an MLP computed in float32
     sized                 halves of the length change places: computes with sizes of its own tensors
+    in_place              the first column is set to zero, the rest is doubled, in place
     """
 
     def __init__(self, kind: BlockKind, width: int, length: int, context: int) -> None:
@@ -77,7 +78,7 @@ class Block(nn.Module):
         elif kind == "parallel":
             self.first = nn.Linear(width, 3 * width)
             self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        elif kind in ("squeeze", "cumulative", "shift", "pool", "sized"):
+        elif kind in ("squeeze", "cumulative", "shift", "pool", "sized", "in_place"):
             self.first = nn.Linear(width, width)
         else:
             self.first = nn.Linear(width, 2 * hidden if kind == "glu" else hidden)
@@ -155,6 +156,12 @@ class Block(nn.Module):
         early, late = hidden.split((length // 2, length - length // 2), 1)
         mean = (hidden.sum(1, keepdim=True) / length).expand(hidden.shape)
         return self.second((torch.cat([late, early], 1) + mean).reshape(x.shape[0], -1, x.shape[-1])), hidden
+
+    def _in_place(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = 1.5 * torch.tanh(self.first(x))
+        hidden[..., 0] = 0
+        hidden[..., 1:] *= 2
+        return self.second(hidden), hidden
 
     def _parallel(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         z, hidden = self._attention(x, context)
@@ -246,6 +253,8 @@ def updated(kind: Update, x: Tensor, u: Tensor, z: Tensor, learnt: Learnt, hold:
         return x + 0.3 * u * torch.sigmoid(z)
     if kind == "inner":
         return x + 0.3 * (u + z)
+    if kind == "part":
+        return torch.cat([x[..., :1] + z[..., :1], x[..., 1:]], -1)
     if kind == "curved":
         return x + z + 0.3 * torch.tanh(x)
     return x + z

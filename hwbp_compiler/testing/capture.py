@@ -65,6 +65,12 @@ def decompositions() -> dict[Any, Any]:
         return select_decomp_table()
 
 
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own, the same tensors: torch cannot copy fake ones that stand for constants."""
+    tensors = [v for v in vars(module).values() if isinstance(v, Tensor)] + list(module.buffers())
+    return copy.deepcopy(module, {id(t): t for t in tensors})
+
+
 def run_passes(graph: fx.Graph, options: Any) -> list[Record]:
     from hwbp_compiler import passes
 
@@ -85,14 +91,14 @@ def eager_highway(
 
     def partition_fn(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
         if graphs is not None:
-            graphs.append(copy.deepcopy(joint))
+            graphs.append(copied(joint))
         if options is not None:
             found = run_passes(joint.graph, options)
             joint.recompile()
             if records is not None:
                 records.extend(found)
         if graphs is not None:
-            graphs.append(copy.deepcopy(joint))
+            graphs.append(copied(joint))
         return partition(joint, joint_inputs, **kwargs)
 
     compile_graph = aot_autograd(
@@ -135,7 +141,7 @@ class JointGraph:
     rng_state: Tensor | None = None
 
     def rewritten(self, options: Any) -> tuple[fx.GraphModule, list[Record]]:
-        module = copy.deepcopy(self.module)
+        module = copied(self.module)
         records = run_passes(module.graph, options) if options is not None else []
         module.graph.lint()
         module.recompile()
@@ -211,7 +217,7 @@ def capture(
             result._prepared_for = _preparation(asked, loops)
 
         def partition_fn(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **kwargs: Any) -> Any:
-            here.append(JointGraph(copy.deepcopy(joint), num_fwd_outputs))
+            here.append(JointGraph(copied(joint), num_fwd_outputs))
             result.joints.append(here[0])
             return default_partition(joint, joint_inputs, num_fwd_outputs=num_fwd_outputs, **kwargs)
 

@@ -53,6 +53,7 @@ class Stack(_ReadableRepr):
                 "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
                 "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
                 "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
+                "part" the same for one column of the state alone;
                 "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
     pre         normalisation in front of the block (in J)
     after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
@@ -62,6 +63,7 @@ class Stack(_ReadableRepr):
     penalties   links, 1..depth, whose hidden activity the model returns
     skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
     unet        the skips (0, depth), (1, depth - 1), ...
+    rereads     every block's input has the first state added to it
     layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
     frozen      links, 1..depth, whose parameters want no gradient
     """
@@ -79,6 +81,7 @@ class Stack(_ReadableRepr):
     penalties: tuple[int, ...] = ()
     skip: tuple[int, int] | None = None
     unet: bool = False
+    rereads: bool = False
     layout: Literal["none", "flat", "swap"] = "none"
     frozen: tuple[int, ...] = ()
 
@@ -192,9 +195,11 @@ class Residual(nn.Module):
         if stack.after == "mask":
             self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
 
-    def forward(self, x: Tensor, context: Tensor, hold: Hold = keep) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, context: Tensor, first: Tensor | None = None, hold: Hold = keep
+    ) -> tuple[Tensor, Tensor]:
         u = self.pre(x, hold if self.update in USED_TWICE else keep)
-        z, hidden = self.block(u, context)
+        z, hidden = self.block(u if first is None else u + first, context)
         if self.layout == "flat" and self.update != "kept" and self.after != "mask":
             shape = x.shape
             flat = (x.reshape(-1, shape[-1]), u.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]))
@@ -232,11 +237,12 @@ class Links(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         states, penalties = [x], []
+        first = x if self.spec.rereads else None
         for i, link in enumerate(self.links, start=1):
             for start, end in self.spec.skips:
                 if end == i:
                     x = x + states[start]
-            x, hidden = link(x, context)
+            x, hidden = link(x, context, first)
             states.append(x)
             if i in self.spec.penalties:
                 penalties.append(hidden)
@@ -454,7 +460,8 @@ def _retold(
             found["penalties"] += penalties
             x = states[-1]
         else:
-            links = [_link(link, i in stage.spec.penalties, context) for i, link in enumerate(stage.links, start=1)]
+            side = (context, x) if stage.spec.rereads else (context,)
+            links = [_link(link, i in stage.spec.penalties, side) for i, link in enumerate(stage.links, start=1)]
             chain = run(links, (x,))
             states = [state for (state,) in chain.states]
             found["taps"] += stage.taps(states)
@@ -467,12 +474,12 @@ def _retold(
     return model.returned(found, finals, ignored)
 
 
-def _link(link: Residual, penalised: bool, context: Tensor) -> Link:
+def _link(link: Residual, penalised: bool, side: Tensors) -> Link:
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-        found, hidden = link(state[0], side[0], hold)
+        found, hidden = link(state[0], *side, hold=hold)
         return (found,), (hidden,) if penalised else ()
 
-    return Link(step, (context,))
+    return Link(step, side)
 
 
 def _run_loop(loop: Loop, run: RunChain, x: Tensor, given: Tensor | None) -> Tensor:
@@ -543,7 +550,7 @@ def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], con
         known = {**dict(zip(outside, side[1:], strict=True)), start: state[0]}
         hiddens = []
         for i in range(start + 1, end + 1):
-            known[i], hidden = stage.links[i - 1](known[i - 1], side[0], hold)
+            known[i], hidden = stage.links[i - 1](known[i - 1], side[0], hold=hold)
             hiddens += [hidden] if i in spec.penalties else []
             for source, link in spec.skips:
                 if link == i + 1 and not (bare and i == end):

@@ -1,0 +1,23 @@
+"""A graph as it was, to go back to."""
+
+from __future__ import annotations
+
+from torch.fx import Graph, Node, map_arg
+
+
+class Snapshot:
+    """A copy of ``graph``, made now."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph, self._copy = graph, Graph()
+        self._output = self._copy.graph_copy(graph, {})
+
+    def restore(self) -> None:
+        """Put the copy in place of whatever ``graph`` has become. Its nodes are new ones."""
+        graph = self._graph
+        metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
+        for node in reversed(list(graph.nodes)):
+            graph.erase_node(node)
+        moved: dict[Node, Node] = {}
+        graph.graph_copy(self._copy, moved)
+        graph.output(map_arg(self._output, moved.__getitem__)).meta.update(metadata)

@@ -1,0 +1,106 @@
+"""What is asked of a gradient for its form alone is no gradient.
+
+Autograd's backward of an in-place change of a slice fills ``new_empty_strided(gradient)`` with a copy and writes zeros
+into that; others make zeros that look like a gradient. Of neither does the result depend on the gradient's numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.reasons import Declined
+
+aten = torch.ops.aten
+
+# What the tensor that looks like another is filled with: a number, the number of an argument, or nothing.
+_NEW: dict[object, Any] = {
+    aten.zeros_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.ones_like.default: 1,
+    aten.new_ones.default: 1,
+    aten.full_like.default: "fill_value",
+    aten.new_full.default: "fill_value",
+    aten.empty_like.default: None,
+    aten.new_empty.default: None,
+    aten.new_empty_strided.default: None,
+}
+
+_SCATTERS = {
+    aten.slice_scatter.default,
+    aten.select_scatter.default,
+    aten.diagonal_scatter.default,
+    aten.as_strided_scatter.default,
+}
+
+
+def ask_no_gradient_for_its_form(graph: Graph) -> bool:
+    """New tensors are made from their sizes, and ``copy(to, of)`` becomes a copy of ``of``. Whether there were any.
+
+    A node whose strides would be others, and may be asked for, stays as it is.
+    """
+    targets = (*_NEW, aten.copy.default)
+    if not any(graph.find_nodes(op="call_function", target=target) for target in targets):
+        return False
+    gradients: set[Node] = set()
+    changed = False
+    for node in list(graph.nodes):
+        if not is_tangent(node) and gradients.isdisjoint(node.all_input_nodes):
+            continue
+        made = _made(graph, node) if node.target in targets else None
+        if made is None:
+            gradients.add(node)
+            continue
+        changed = True
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+        if not gradients.isdisjoint(made.all_input_nodes):
+            gradients.add(made)
+    return changed
+
+
+def _made(graph: Graph, node: Node) -> Node | None:
+    """What takes the place of ``node``, or None."""
+    value, last = node.meta["val"], node.prev
+    emitter = Emitter(graph, node, value.fake_mode, 1)
+    try:
+        made = (_copied if node.target is aten.copy.default else _new)(emitter, node)
+    except Declined:  # a size of the gradient's own
+        made = None
+    if made is None or not (made.meta["val"].stride() == value.stride() or _is_written_only(node)):
+        while node.prev is not last:
+            graph.erase_node(node.prev)
+        return None
+    return made
+
+
+def _is_written_only(node: Node) -> bool:
+    """Whether the numbers go into other tensors, and in which order they lie does not show."""
+    return all(user.target in _SCATTERS and user.args[0] is not node for user in node.users)
+
+
+def _new(emitter: Emitter, node: Node) -> Node:
+    value, fill = node.meta["val"], _NEW[node.target]
+    if fill == "fill_value":
+        fill = node.args[2 if node.target is aten.new_full.default else 1]
+    sizes, strides = ([emitter.size(s) for s in numbers] for numbers in (value.shape, value.stride()))
+    how = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
+    if fill is None:
+        return emitter.call(aten.empty_strided.default, sizes, strides, **how)
+    return emitter.call(aten.full.default, sizes, fill, **how)
+
+
+def _copied(emitter: Emitter, node: Node) -> Node | None:
+    value, of = node.meta["val"], node.args[1]
+    if not isinstance(of, Node) or of.meta["val"].device != value.device:
+        return None
+    if of.meta["val"].dtype != value.dtype:
+        of = emitter.call(torch.ops.prims.convert_element_type.default, of, value.dtype)
+    if of.meta["val"].dim() < value.dim() or of.meta["val"].shape != value.shape:
+        of = emitter.call(aten.expand.default, of, [emitter.size(s) for s in value.shape])
+    layout = torch.contiguous_format if value.is_contiguous() else torch.preserve_format
+    return emitter.call(aten.clone.default, of, memory_format=layout)

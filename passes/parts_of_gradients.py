@@ -1,0 +1,290 @@
+"""Parts of a gradient that are cut out and put back where they were: the gradient times a mask of 0 and 1.
+
+Note [Masks]
+~~~~~~~~~~~~
+``cat([a[:, :1] + f(a), a[:, 1:]], 1)`` changes a part of the state. Backward, the gradient g is cut in two and put
+together again: ``zeros[:, :1] = g[:, :1]``, ``zeros[:, 1:] = g[:, 1:]``, then the sum. By their operators, a cut and
+what undoes it mix elements, so no elementwise path would be found. ``g m``, with m the mask of what was kept, shows
+it. Masks that meet in a sum and cover everything are g itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.program import ADD, sum_terms
+from hwbp_compiler.graph.rules import form_of, is_zero
+
+aten = torch.ops.aten
+
+_PUT_BACK = {aten.slice_scatter.default, aten.select_scatter.default, aten.cat.default}
+
+Ranges = frozenset[tuple[int, int]]
+"""Of positions along a dimension, [start, stop) each."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a part of a tensor lies: [start, stop) of ``dim``, which a single element may have lost."""
+
+    dim: int
+    start: int
+    stop: int
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """``gradient`` at ``ranges`` of ``dim``, zero elsewhere."""
+
+    gradient: Node
+    dim: int
+    ranges: Ranges
+
+
+def mask_parts(graph: Graph) -> bool:
+    """Whether any part was found; ``graph`` then computes the same by way of masks."""
+    if not any(graph.find_nodes(op="call_function", target=target) for target in _PUT_BACK):
+        return False
+    return _Masking(graph).run()
+
+
+class _Masking:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.gradients: set[Node] = set()
+        self.parts: dict[Node, Part] = {}
+        self.masks: dict[tuple, Node] = {}
+        self.first: Node | None = None
+
+    def run(self) -> bool:
+        for node in list(self.graph.nodes):  # in order, so that what a part is of is final
+            if is_tangent(node):
+                self.gradients.add(node)
+            elif not self.gradients.isdisjoint(node.all_input_nodes):
+                self.gradients.add(node)
+                self.first = self.first or node
+                if node.target in _PUT_BACK:
+                    self._treat(node)
+                elif self.parts and node.target is ADD and not _is_inner(node):
+                    self._join(node)
+        if self.parts:
+            self._drop_unused()
+        return bool(self.parts)
+
+    def _drop_unused(self) -> None:
+        """What has no users any more would count as a user of what it is computed from."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and node.op == "call_function" and node in self.gradients:
+                self.graph.erase_node(node)
+
+    # -- one operator that puts parts where they were ------------------------------------------------------------
+
+    def _treat(self, node: Node) -> None:
+        written = _written(node)
+        if written is None:
+            return
+        base, pieces = written
+        found: list[Part] = []
+        left: list[tuple[Node, list[Node]]] = []
+        for piece, place in pieces:
+            if is_zero(piece):
+                continue
+            terms = sum_terms(piece, None)  # type: ignore[arg-type]
+            own = {t: part for t in terms if (part := self._cut_from(t, place, node)) is not None}
+            found += own.values()
+            left.append((piece, [t for t in terms if t not in own]))
+        if base is not None and not is_zero(base):
+            if base not in self.gradients or any(rest for _, rest in left):
+                return  # what is written over may matter
+            (place,) = (place for _, place in pieces)
+            found.append(Part(base, place.dim, _complement(place, _size(base, place.dim))))
+        if found:
+            self._replace(node, found, pieces, dict(left))
+
+    def _cut_from(self, node: Node, place: Place, whole: Node) -> Part | None:
+        """``node`` as what lies at ``place`` of a gradient of the form of ``whole``."""
+        while node.target in (aten.clone.default, aten.alias.default):
+            node = node.args[0]  # type: ignore[assignment]
+        if node not in self.gradients or _cut(node) != place:
+            return None
+        source = node.args[0]
+        if not isinstance(source, Node) or form_of(source) != form_of(whole):
+            return None
+        return Part(source, place.dim, frozenset({(place.start, place.stop)}))
+
+    def _replace(
+        self, node: Node, found: Sequence[Part], pieces: Sequence[tuple[Node, Place]], left: dict[Node, list[Node]]
+    ) -> None:
+        emitter = Emitter(self.graph, node, node.meta["val"].fake_mode, 1)
+        terms = [self._masked(emitter, part) for part in _joined(found)]
+        if any(left.values()):
+            terms.append(self._without(emitter, node, pieces, left))
+        self._put(node, _added(emitter, terms), emitter.created)
+
+    def _without(
+        self, emitter: Emitter, node: Node, pieces: Sequence[tuple[Node, Place]], left: dict[Node, list[Node]]
+    ) -> Node:
+        """``node`` without the parts that were found."""
+
+        def rest(piece: Node) -> Node:
+            terms = left.get(piece, [])
+            if not terms:
+                value = piece.meta["val"]
+                return piece if is_zero(piece) else emitter.full(tuple(value.shape), 0.0, value)
+            return _added(emitter, terms)
+
+        if node.target is aten.cat.default:
+            return emitter.call(node.target, [rest(piece) for piece, _ in pieces], *node.args[1:], **node.kwargs)
+        base, _, *where = node.args
+        return emitter.call(node.target, base, rest(pieces[0][0]), *where, **node.kwargs)
+
+    def _masked(self, emitter: Emitter, part: Part) -> Node:
+        size = _size(part.gradient, part.dim)
+        if part.ranges == {(0, size)}:
+            return part.gradient
+        masked = emitter.call(aten.mul.Tensor, part.gradient, self._mask(part, size))
+        self.parts[masked] = part
+        return masked
+
+    def _mask(self, part: Part, size: int) -> Node:
+        """[size, 1, ...], where the backward pass begins."""
+        value = part.gradient.meta["val"]
+        key = (part.dim - value.dim(), size, part.ranges, value.dtype, value.device, value.dim())
+        if key not in self.masks:
+            assert self.first is not None
+            emitter = Emitter(self.graph, self.first, value.fake_mode, 1)
+            mask = emitter.full((size,), 0.0, value)
+            for start, stop in sorted(part.ranges):
+                ones = emitter.full((stop - start,), 1.0, value)
+                mask = emitter.call(aten.slice_scatter.default, mask, ones, 0, start, stop)
+            self.masks[key] = emitter.call(aten.view.default, mask, [size, *[1] * (value.dim() - part.dim - 1)])
+        return self.masks[key]
+
+    # -- masks that meet -----------------------------------------------------------------------------------------
+
+    def _join(self, root: Node) -> None:
+        terms = sum_terms(root, None)  # type: ignore[arg-type]
+        parts = [self.parts[t] for t in terms if t in self.parts]
+        joined = _joined(parts)
+        if len(joined) == len(parts):
+            return
+        emitter = Emitter(self.graph, root, root.meta["val"].fake_mode, 1)
+        rest = [term for term in terms if term not in self.parts]
+        total = _added(emitter, [*(self._masked(emitter, part) for part in joined), *rest])
+        self._put(root, total, emitter.created)
+
+    def _put(self, old: Node, new: Node, created: Sequence[Node]) -> None:
+        if self.first is old:
+            self.first = new
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+        self.gradients.update(created)
+
+
+def _added(emitter: Emitter, terms: Sequence[Node]) -> Node:
+    total = terms[0]
+    for term in terms[1:]:
+        total = emitter.call(ADD, total, term)
+    return total
+
+
+def _written(node: Node) -> tuple[Node | None, list[tuple[Node, Place]]] | None:
+    """What is written over (None: nothing), and the pieces that are written with where they go."""
+    if any(not isinstance(size, int) for size in node.meta["val"].shape):
+        return None
+    if node.target is aten.cat.default:
+        pieces, dim = node.args[0], _dim(node, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+        found, start = [], 0
+        for piece in pieces:  # type: ignore[union-attr]
+            if piece.meta["val"].dim() != node.meta["val"].dim():  # type: ignore[union-attr]
+                return None  # an empty tensor of old
+            stop = start + _size(piece, dim)  # type: ignore[arg-type]
+            found.append((piece, Place(dim, start, stop)))
+            start = stop
+        return None, found  # type: ignore[return-value]
+    base, piece = node.args[:2]
+    place = _place(node, node.args[2:], node.kwargs, node.target is aten.select_scatter.default)
+    if place is None or not isinstance(base, Node) or not isinstance(piece, Node):
+        return None
+    return base, [(piece, place)]
+
+
+def _cut(node: Node) -> Place | None:
+    """Where ``node`` lies in what it was cut from."""
+    if node.target not in (aten.slice.Tensor, aten.select.int):
+        return None
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return _place(source, node.args[1:], node.kwargs, node.target is aten.select.int)
+
+
+def _place(whole: Node, args: Sequence, kwargs: dict, single: bool) -> Place | None:
+    if single:
+        dim, index = (*args, *kwargs.values())[:2]
+        dim = _dim(whole, dim)
+        size = whole.meta["val"].shape[dim]
+        if not isinstance(index, int) or not isinstance(size, int):
+            return None
+        return Place(dim, index % size, index % size + 1, lost=True)
+    given = dict(zip(("dim", "start", "end", "step"), args, strict=False)) | kwargs
+    dim = _dim(whole, given.get("dim", 0))
+    size = whole.meta["val"].shape[dim]
+    start, stop = given.get("start") or 0, given.get("end")
+    stop = size if stop is None else stop
+    if given.get("step", 1) != 1 or not all(isinstance(n, int) for n in (size, start, stop)):
+        return None
+    start, stop, _ = slice(start, stop).indices(size)
+    return Place(dim, start, stop) if start < stop else None
+
+
+def _dim(node: Node, dim: int) -> int:
+    return dim % node.meta["val"].dim()
+
+
+def _size(node: Node, dim: int) -> int:
+    return node.meta["val"].shape[dim]
+
+
+def _complement(place: Place, size: int) -> Ranges:
+    return frozenset(r for r in ((0, place.start), (place.stop, size)) if r[0] < r[1])
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Parts of one gradient as one where they do not overlap."""
+    found: dict[tuple, list[Ranges]] = {}
+    for part in parts:
+        groups = found.setdefault((part.gradient, part.dim), [])
+        for i, group in enumerate(groups):
+            if _apart(group, part.ranges):
+                groups[i] = _merged(group | part.ranges)
+                break
+        else:
+            groups.append(part.ranges)
+    return [Part(gradient, dim, ranges) for (gradient, dim), groups in found.items() for ranges in groups]
+
+
+def _apart(one: Ranges, other: Ranges) -> bool:
+    return all(a[1] <= b[0] or b[1] <= a[0] for a in one for b in other)
+
+
+def _merged(ranges: Ranges) -> Ranges:
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return frozenset(merged)
+
+
+def _is_inner(node: Node) -> bool:
+    """Whether the addition ``node`` is part of a larger one."""
+    user = next(iter(node.users), None)
+    return user is not None and len(node.users) == 1 and user.target is ADD and form_of(user) == form_of(node)
