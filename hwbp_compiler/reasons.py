@@ -120,8 +120,8 @@ class Reason(enum.Enum):
         _ONE_LAYOUT,
     )
     STATE_IN_A_CIRCLE = (
-        "the tensors of the state feed one another element by element in a circle (a complex multiplication written "
-        "with real parts, for example)",
+        "the tensors of the state feed one another element by element in a circle (position and velocity of an "
+        "oscillator, or a complex multiplication written with real parts, for example)",
         "Let each tensor of the state carry on itself and those after it only.",
     )
     SHORTCUT_HAS_LAYER = (

@@ -10,12 +10,14 @@ from torch.fx import Node
 from hwbp_compiler.cost.decide import ordinary
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import inputs_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason, Why
 
-from .check_separation import Refusal, check_separation, score
+from .check_separation import Refusal, along_states, check_separation, score
 from .find_chains import Track, followers, tracks
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, shifted
+from .find_streams import find_streams
 from .group_links import group_links
 from .regular_part import regular_part
 from .split_links import Split, split_links
@@ -37,8 +39,7 @@ class Candidate:
     @property
     def first(self) -> Node:
         """A node that stands where the gradient enters the chain."""
-        chain = self.chain
-        return next(n for n in chain.states[min(1, len(chain.links))] if n is not None)
+        return next(n for state in (*self.chain.states[1:2], self.chain.states[0]) for n in state if n is not None)
 
     @property
     def nodes(self) -> set[Node]:
@@ -62,6 +63,7 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
         ways = [chains, *(_steps(info, other) for chain in chains for other in shifted(info, chain))]
         best = max([_split_and_group(info, way, options, [])[0] for way in ways], key=_links)
         found += best
+    found = _wider(info, options, found, refusals)
     kept, taken = _apart(info, found)
     short, below_length = _apart(info, short)
     # From the loss towards the input: a chain's side outputs are injections of the next one.
@@ -76,6 +78,40 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
     told = taken.union(*(r.nodes for r in refusals))
     refusals += [r for r in below if told.isdisjoint(r.nodes)]
     return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
+
+
+def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: list[Refusal]) -> list[Candidate]:
+    """``found``, but chains of several streams in place of what they make more links of. ``refusals`` follow."""
+    for ways in find_streams(info):
+        refused: list[Refusal] = []
+        more = [_split_and_group(info, along_states(info, states)[0], options, refused)[0] for states in ways]
+        joined = (c for way in more for c in way if _feed_each_other(c.chain))
+        for candidate in sorted(joined, key=lambda c: _worth(info, c))[-1:]:
+            others = [c for c in found if not c.nodes.isdisjoint(candidate.nodes)]
+            nested = all(c.nodes <= candidate.nodes for c in others)
+            if nested or score([candidate.chain]) > score(c.chain for c in others):
+                found = [c for c in found if c not in others] + [candidate]
+                refusals[:] = [r for r in refusals if 2 * len(candidate.nodes.intersection(r.nodes)) < len(r.nodes)]
+        for refusal in sorted(refused, key=lambda r: r.length)[-1:]:
+            # A reason for all of it is better than one for each piece.
+            inside = set(refusal.nodes)
+            if score(c.chain for c in found if not c.nodes.isdisjoint(inside)) < refusal.length - 1:
+                refusals[:] = [r for r in refusals if 2 * len(inside.intersection(r.nodes)) < len(r.nodes)]
+                refusals.append(refusal)
+    return found
+
+
+def _feed_each_other(chain: Chain) -> bool:
+    """Whether every component leads to another: what does not only adds up what all links give to it."""
+    link = chain.links[len(chain.links) // 2]
+    needed = [inputs_of(link, i) for i in link.outputs]
+    return all(any(c in needed[other] for other in range(chain.width) if other != c) for c in range(chain.width))
+
+
+def _worth(info: GraphInfo, candidate: Candidate) -> tuple[int, bool]:
+    """Links, then whether a step begins with all components as they are: no gradient of the head depends on another."""
+    head = {info.index[n] for n in candidate.chain.states[0] if n is not None}
+    return score([candidate.chain]), all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for i in head)
 
 
 def _tracks(info: GraphInfo, options: Options) -> list[Track]:
@@ -140,6 +176,14 @@ def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list
     return list(merged.values())
 
 
+def _without_the_last(chain: Chain) -> Chain | None:
+    """Where the last link has a remainder and is unlike all others, ``chain`` without it."""
+    *others, last = chain.links
+    if not others or not last.remainders or any(link.signature == last.signature for link in others):
+        return None
+    return Chain(chain.states[:-1], others)
+
+
 def _split_and_group(
     info: GraphInfo, chains: list[Chain], options: Options, refusals: list[Refusal]
 ) -> tuple[list[Candidate], list[Candidate]]:
@@ -156,6 +200,12 @@ def _split_and_group(
             refusals.append(Refusal(inside, chain.length, declined.why))
             continue
         candidate = Candidate(chain, group_links(info, chain), split)
+        if shorter := _without_the_last(chain):
+            # Of the first block, what leads to its state and what leads to the same tensor as an input of every block
+            # cannot be told apart: likeness to its neighbours comes first.
+            groups = group_links(info, shorter)
+            if shorter.length == candidate.chain.length:
+                candidate = Candidate(shorter, groups, split_links(shorter))
         alone = chain.length == 1 and ordinary(1, options) is not None
         (short if alone or chain.length < options.min_length else found).append(candidate)
     return found, short

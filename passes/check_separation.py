@@ -79,6 +79,20 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
     return chains, refusals
 
 
+def along_states(info: GraphInfo, states: list[State]) -> tuple[list[Chain], list[Refusal]]:
+    """Chains through ``states`` that are known, and what had to be refused."""
+    found: list[Chain] = []
+    chains: list[Chain] = []
+    refusals: list[Refusal] = []
+    track = Track((), ())
+    _build(info, track, states, chains, refusals)
+    for chain in chains:
+        while None not in chain.states[0] and (longer := _with_head(info, track, chain)) is not None:
+            chain = longer
+        found.append(chain)
+    return found, refusals
+
+
 def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:
     """Why the one join of ``track`` ends no link. One that nothing leads to lies inside a larger link: no news."""
     if not track.branches:
@@ -290,6 +304,8 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
 
 def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
     inputs = {n for n in head.inputs if n is not None}
+    if not inputs.isdisjoint(n for n in chain.states[0] if n is not None):
+        return False
     if not all(info.carries[info.index[n]] for n in inputs):
         return False
     own = {info.index[n] for n in head.raw[head.arity :] if n is not None and n not in inputs}

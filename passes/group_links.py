@@ -48,8 +48,10 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
     groups = list(by_signature.values())
     states = {n for state in chain.states for n in state if n is not None}
     tainted = _tainted(info, chain)
+    # Of several components one may lead to another within a link: nothing that leaves it sideways.
+    taken = states | {n for link in chain.links for n in link.raw[link.arity :] if n is not None}
     for group in groups:
-        _grow(info, group, states, tainted)
+        _grow(info, group, states, tainted, taken)
     for group in groups:
         group.exports = _exports(group, states)
     while _add_tail(info, chain, groups, states, tainted):
@@ -149,7 +151,7 @@ def _key(statement: Statement, externals: list[Node]) -> Hashable:
     return (statement, tuple(map(form_of, externals)))
 
 
-def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -> None:
+def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int], taken: set[Node]) -> None:
     lanes = [_Lane(info, p, states, tainted) for p in group.programs]
     first = lanes[0]
     waiting: list[int] = []
@@ -167,7 +169,7 @@ def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -
         push(node)
     while waiting:
         node = info.nodes[heapq.heappop(waiting)]
-        if node in first.id_of or node in states:
+        if node in first.id_of or node in taken:
             continue
         slots = len(first.program.externals)
         made = first.statement(node, slots)
@@ -180,7 +182,7 @@ def _grow(info: GraphInfo, group: Group, states: set[Node], tainted: set[int]) -
         key = _key(statement, externals)
         found: list[tuple[Node, list[Node]]] = [(node, externals)]
         for lane in lanes[1:]:
-            other = _counterpart(lane, anchor, key, slots, states)
+            other = _counterpart(lane, anchor, key, slots, taken)
             if other is None:
                 break
             found.append(other)
@@ -198,13 +200,13 @@ def _anchor(statement: Statement) -> int | None:
     return max((ref.id for ref in references(statement.args)), default=None)
 
 
-def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, states: set[Node]):
+def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set[Node]):
     node = lane.program.raw[anchor]
     if node is None:
         return None
     for user in lane.users(node):
         candidate = lane.info.nodes[user]
-        if candidate in lane.id_of or candidate in states:
+        if candidate in lane.id_of or candidate in taken:
             continue
         made = lane.statement(candidate, slots)
         if made is not None and _key(*made) == key:
@@ -219,7 +221,8 @@ def sides_in_common(info: GraphInfo, links: list[Program]) -> int:
         program.externals = list(program.externals)
     states = {p.raw[i] for p in links for i in p.outputs} | {n for p in links for n in p.inputs}
     starts = {info.index[n] for n in states if n is not None}
-    _grow(info, group, {n for n in states if n is not None}, info.descendants(starts))
+    bounds = {n for n in states if n is not None}
+    _grow(info, group, bounds, info.descendants(starts), bounds)
     return len(group.programs[0].statements)
 
 
@@ -273,10 +276,29 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
             break
         except Ambiguous:
             continue
-    if found is None or found.outputs or blocks:
+    if found is None or found.outputs:
+        return found
+    if _goes_on(info, found, template):
+        return None
+    if blocks:
         return found
     # Where more follows than side outputs, there is a state that was not found.
     return found if sides and _left_over(info, found) <= _left_over(info, template) else None
+
+
+def _goes_on(info: GraphInfo, found: Program, template: Program) -> bool:
+    """Whether ``found``, a link without outputs, has a beginning of what leads to them: it is a layer that looks like a
+    block, then, and not a step from zeros."""
+    for i in set().union(*(closure(template, i) for i in template.outputs)):
+        statement = template.statements[i]
+        if found.raw[i] is not None or statement.target is SUM:
+            continue
+        before = [n for ref in references(statement.args) if (n := found.raw[ref.id]) is not None]
+        after = (info.nodes[u] for n in before if n not in found.inputs for u in info.users[info.index[n]])
+        form = (statement.shape, statement.dtype)
+        if any(u.target is statement.target and form_of(u) == form and u not in found.raw for u in after):
+            return True
+    return False
 
 
 def _left_over(info: GraphInfo, link: Program) -> Counter:

@@ -102,7 +102,7 @@ class _Matcher:
     def try_statement(self, i: int, node: Node, needed: Sequence[int], output: bool = False) -> bool:
         """Match statement ``i`` and what it is computed from (``needed``, descending) against ``node``; on a
         mismatch nothing is changed. An ``output`` may be one part of the sum ``node``."""
-        before = list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
+        before = self._so_far()
         try:
             self._bind(i, node)
             self._match_statements(needed)
@@ -115,6 +115,9 @@ class _Matcher:
             self.remainders.pop(i, None)
             self.undecided.clear()
             return False
+
+    def _so_far(self) -> tuple[list[Node | None], list[Node | None], dict[int, list[Node]]]:
+        return list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
 
     def _set_remainder_aside(self, i: int, node: Node) -> None:
         terms = self.injections.get(i, [])
@@ -208,11 +211,20 @@ class _Matcher:
             return alike[0]
         needed = sorted(closure(self.template, wanted), reverse=True)
         undecided, self.undecided = self.undecided, []
-        found = next((t for t in alike if self.try_statement(wanted, t, needed)), None)
-        self.undecided = undecided
-        if found is None:
-            raise _Mismatch
-        return found
+        try:
+            for node in alike:
+                before = self._so_far()
+                # An input that a sum waits for must be one of the terms that it has left.
+                if self.try_statement(wanted, node, needed) and all(
+                    self.bound[input] is None or self.bound[input] in self.injections[i]
+                    for i, input in undecided
+                    if i in self.injections
+                ):
+                    return node
+                self.bound, self.externals, self.injections = before
+        finally:
+            self.undecided = undecided
+        raise _Mismatch
 
     def _settle(self, i: int, wanted: int) -> None:
         left = self.injections[i]

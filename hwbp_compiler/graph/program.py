@@ -352,6 +352,12 @@ def closure(program: Program, end: int) -> set[int]:
     return needed
 
 
+def inputs_of(program: Program, end: int) -> set[int]:
+    """The components of the state that statement ``end`` is computed from."""
+    used = {ref.id for i in closure(program, end) for ref in references(program.statements[i].args)}
+    return {i for i in used | {end} if i < program.arity}
+
+
 def has_block(program: Program) -> bool:
     """False where no statement on the way from state to state takes the state other than elementwise: J = 0."""
     inside = set().union(*(closure(program, i) for i in program.outputs))

@@ -391,15 +391,20 @@ def program(model: ResidualModel) -> Program:
 def programs(model: ResidualModel) -> Iterator[Program]:
     """Every way of reading chains into the model: one where it is pinned, many where links are skipped.
 
-    Highway-BP of any of them is sound; which one a compiler chooses is its own affair.
+    Highway-BP of any of them is sound; which one a compiler chooses is its own affair. Where every block reads the
+    first state, that of the first block is its state: a side input, or not.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
     if len(skipped) > 1:
         raise ValueError(f"{model.spec} skips links in more than one stack: too many ways to read chains into it")
-    for reading in _readings(skipped[0]) if skipped else [()]:
+    rereads = any(isinstance(stage, Links) and stage.spec.rereads for stage in model.stacks)
+    ways = [(reading, apart) for reading in (_readings(skipped[0]) if skipped else [()]) for apart in (True, False)]
+    for reading, apart in ways if rereads else ways[::2]:
 
-        def forward(run: RunChain, x: Tensor, *states: Tensor, reading: Reading = reading) -> dict[str, Any]:
-            return _retold(model, reading, run, x, states)
+        def forward(
+            run: RunChain, x: Tensor, *states: Tensor, reading: Reading = reading, apart: bool = apart
+        ) -> dict[str, Any]:
+            return _retold(model, reading, run, x, states, apart)
 
         yield Program(dict(model.named_parameters()), forward)
 
@@ -441,7 +446,7 @@ def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool
 
 
 def _retold(
-    model: ResidualModel, reading: Reading, run: RunChain, x: Tensor, given: tuple[Tensor, ...]
+    model: ResidualModel, reading: Reading, run: RunChain, x: Tensor, given: tuple[Tensor, ...], apart: bool
 ) -> dict[str, Any]:
     spec = model.spec
     found: dict[str, Any] = {"taps": [], "penalties": []}
@@ -461,7 +466,10 @@ def _retold(
             x = states[-1]
         else:
             side = (context, x) if stage.spec.rereads else (context,)
-            links = [_link(link, i in stage.spec.penalties, side) for i, link in enumerate(stage.links, start=1)]
+            links = [
+                _link(link, i in stage.spec.penalties, side, its_own=i == 1 and stage.spec.rereads and not apart)
+                for i, link in enumerate(stage.links, start=1)
+            ]
             chain = run(links, (x,))
             states = [state for (state,) in chain.states]
             found["taps"] += stage.taps(states)
@@ -474,9 +482,11 @@ def _retold(
     return model.returned(found, finals, ignored)
 
 
-def _link(link: Residual, penalised: bool, side: Tensors) -> Link:
+def _link(link: Residual, penalised: bool, side: Tensors, its_own: bool = False) -> Link:
+    """``its_own``: the first state that it reads is its state."""
+
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
-        found, hidden = link(state[0], *side, hold=hold)
+        found, hidden = link(state[0], *((side[0], state[0]) if its_own else side), hold=hold)
         return (found,), (hidden,) if penalised else ()
 
     return Link(step, side)

@@ -1,0 +1,119 @@
+"""Find chains whose state is several tensors that feed each other: ``a = a + f(b); b = b + g(a)``.
+
+No gradient meets itself again there by an elementwise and by a heavy path, so ``find_chains`` has no join to go by.
+What marks such a model is a *stream*, a long elementwise path with sums on it. The backward pass is cut behind sums,
+where only two or three gradients cross from before to after: those are the state.
+"""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+from hwbp_compiler.graph.info import GraphInfo
+from hwbp_compiler.graph.program import State
+
+# The most tensors that together are one state, and the fewest steps that are worth a look.
+_WIDEST = 3
+_SHORTEST = 3
+
+
+def find_streams(info: GraphInfo) -> list[list[list[State]]]:
+    """For every stream that has such, the ways to go from state to state of two or three components.
+
+    Where components are updated one after the other, a step may begin with any of them.
+    """
+    free = list(info.carries)
+    found: list[list[list[State]]] = []
+    while (sums := _longest_stream(info, free)) is not None:
+        by_width = _cuts(info, sums)
+        least = len(_apart(by_width[0]))  # states of one tensor are found otherwise
+        ways: list[list[State]] = []
+        for cuts in by_width[1:]:
+            for start in range(min(_WIDEST, len(cuts))):
+                apart = _apart(cuts[start:])
+                if len(apart) > least:
+                    ways += [[tuple(info.nodes[i] for i in c) for c in states] for states in _in_order(info, apart)]
+        if ways:
+            found.append(ways)
+    return found
+
+
+def _longest_stream(info: GraphInfo, free: list[bool]) -> list[int] | None:
+    """The sums on the elementwise path with the most of them; its nodes are no longer ``free``."""
+    count = len(info.nodes)
+    ahead: list[int | None] = [None] * count
+    passed = [0] * count  # most sums on an elementwise path that starts here
+    for i in range(count - 1, -1, -1):
+        if not free[i]:
+            continue
+        for user in info.users[i]:
+            if free[user] and info.elementwise(i, user) and (ahead[i] is None or passed[user] > passed[ahead[i]]):  # type: ignore[index]
+                ahead[i] = user
+        passed[i] = _is_join(info, i) + (0 if (after := ahead[i]) is None else passed[after])
+    start = max(range(count), key=passed.__getitem__, default=None)
+    if start is None or passed[start] <= _SHORTEST:
+        return None
+    sums: list[int] = []
+    node: int | None = start
+    while node is not None:
+        free[node] = False
+        if _is_join(info, node):
+            sums.append(node)
+        node = ahead[node]
+    return sums
+
+
+def _is_join(info: GraphInfo, i: int) -> bool:
+    return info.is_sum(i) and len(info.sources[i]) > 1
+
+
+def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
+    """What crosses from before a sum to behind it, where that is one sum, two, three."""
+    inside = info.between({sums[0]}, {sums[-1]})
+    ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
+
+    alive: list[int] = []
+    found: list[list[tuple[int, ...]]] = [[] for _ in range(_WIDEST)]
+    for i in sorted(inside):
+        alive = [a for a in alive if ends[a] > i]
+        if ends[i] > i:
+            alive.append(i)
+        if 1 <= len(alive) <= _WIDEST and alive[-1] == i and all(map(info.is_sum, alive)):
+            found[len(alive) - 1].append(tuple(alive))
+    return found
+
+
+def _apart(cuts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Those of ``cuts`` that share nothing with the one before: what a step hands on as it is, it does not update."""
+    found: list[tuple[int, ...]] = []
+    for cut in cuts:
+        if not found or set(found[-1]).isdisjoint(cut):
+            found.append(cut)
+    return found
+
+
+def _in_order(info: GraphInfo, cuts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Stretches of ``cuts`` with components so ordered that each is reached element by element from the one before."""
+    stretches: list[list[tuple[int, ...]]] = []
+    for cut in cuts:
+        before = stretches[-1][-1] if stretches else ()
+        reached = [_reached(info, start, max(cut)) for start in before]
+        ways = permutations(cut) if before else ()
+        way = next((w for w in ways if all(i in there for i, there in zip(w, reached, strict=True))), None)
+        if way is None:
+            stretches.append([cut])
+        else:
+            stretches[-1].append(way)
+    return [stretch for stretch in stretches if len(stretch) > 1]
+
+
+def _reached(info: GraphInfo, start: int, last: int) -> set[int]:
+    """What is reached from ``start`` element by element, up to ``last``."""
+    reached, todo = {start}, [start]
+    while todo:
+        node = todo.pop()
+        for user in info.users[node]:
+            if user <= last and user not in reached and info.elementwise(node, user):
+                reached.add(user)
+                todo.append(user)
+    return reached
