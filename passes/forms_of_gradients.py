@@ -6,12 +6,13 @@ into that; others make zeros that look like a gradient. Of neither does the resu
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.engine.emitter import Emitter
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.reasons import Declined
 
@@ -38,10 +39,10 @@ _SCATTERS = {
 }
 
 
-def ask_no_gradient_for_its_form(graph: Graph) -> bool:
+def ask_no_gradient_for_its_form(graph: Graph, settled: Set[Node]) -> bool:
     """New tensors are made from their sizes, and ``copy(to, of)`` becomes a copy of ``of``. Whether there were any.
 
-    A node whose strides would be others, and may be asked for, stays as it is.
+    A node whose strides would be others, and may be asked for, stays as it is, and so does what is ``settled``.
     """
     targets = (*_NEW, aten.copy.default)
     if not any(graph.find_nodes(op="call_function", target=target) for target in targets):
@@ -51,7 +52,7 @@ def ask_no_gradient_for_its_form(graph: Graph) -> bool:
     for node in list(graph.nodes):
         if not is_tangent(node) and gradients.isdisjoint(node.all_input_nodes):
             continue
-        made = _made(graph, node) if node.target in targets else None
+        made = _made(graph, node) if node.target in targets and node not in settled else None
         if made is None:
             gradients.add(node)
             continue

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import Node
 
-from hwbp_compiler.engine.batching import Emitter, Value
+from hwbp_compiler.engine.emitter import Emitter, Value
 
 aten = torch.ops.aten
 

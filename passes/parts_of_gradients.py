@@ -10,13 +10,13 @@ it. Masks that meet in a sum and cover everything are g itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.engine.emitter import Emitter
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.program import ADD, sum_terms
 from hwbp_compiler.graph.rules import form_of, is_zero
@@ -48,16 +48,16 @@ class Part:
     ranges: Ranges
 
 
-def mask_parts(graph: Graph) -> bool:
-    """Whether any part was found; ``graph`` then computes the same by way of masks."""
+def mask_parts(graph: Graph, settled: Set[Node]) -> bool:
+    """Whether any part was found; ``graph`` then computes the same by way of masks. What is ``settled`` stays."""
     if not any(graph.find_nodes(op="call_function", target=target) for target in _PUT_BACK):
         return False
-    return _Masking(graph).run()
+    return _Masking(graph, settled).run()
 
 
 class _Masking:
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, settled: Set[Node]) -> None:
+        self.graph, self.settled = graph, settled
         self.gradients: set[Node] = set()
         self.parts: dict[Node, Part] = {}
         self.masks: dict[tuple, Node] = {}
@@ -70,6 +70,8 @@ class _Masking:
             elif not self.gradients.isdisjoint(node.all_input_nodes):
                 self.gradients.add(node)
                 self.first = self.first or node
+                if node in self.settled:
+                    continue
                 if node.target in _PUT_BACK:
                     self._treat(node)
                 elif self.parts and node.target is ADD and not _is_inner(node):

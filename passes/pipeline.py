@@ -57,7 +57,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}
     before = Snapshot(graph)
-    in_other_words = ask_no_gradient_for_its_form(graph) | mask_parts(graph)
+    in_other_words = ask_no_gradient_for_its_form(graph, settled) | mask_parts(graph, settled)
     decided: set[tuple] = set()
     first_look = True
     while True:

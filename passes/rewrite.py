@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.engine.batching import Emitter, Value
+from hwbp_compiler.engine.emitter import Emitter, Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.engine.segments import Cut, solve_segments
 from hwbp_compiler.engine.solve import Highway, solve

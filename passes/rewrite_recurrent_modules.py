@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hwbp_compiler.cost.decide import Decision, decide, needs_memory
 from hwbp_compiler.cost.estimate import Estimate
 from hwbp_compiler.cost.modules import estimate_recurrent
-from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.emitter import decompositions
 from hwbp_compiler.engine.inline import inline, needed
 from hwbp_compiler.graph.origin import module_of, source_line
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.fx import Node
 
-from hwbp_compiler.engine.batching import Emitter, Value
+from hwbp_compiler.engine.emitter import Emitter, Value
 from hwbp_compiler.engine.evaluate import Evaluator, Mode
 from hwbp_compiler.engine.segments import Cut
 from hwbp_compiler.engine.stacking import Stacker

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.engine.emitter import Emitter
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.rules import SYMBOLIC, size_of
 from hwbp_compiler.reasons import Declined

@@ -22,6 +22,7 @@ SCAN = "tests/test_scan.py"
 MODULES = "tests/test_recurrent_modules.py"
 CELLS = "tests/test_any_cell.py"
 SKIPPED = "tests/test_faults_skipped.py"
+BREADTH = "tests/test_breadth.py::test_every_step_is_a_link_and_its_gradient_is_the_oracles"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,34 @@ MUTATIONS = [
         "if damping and rows is not None:",
         "if False and rows is not None:",
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
+    ),
+    Mutation(
+        "what the first block gives to the first state twice is counted once",
+        "passes/rewrite.py",
+        "            left.remove(node)  # once",
+        "            left[:] = [t for t in left if t is not node]  # once",
+        (BREADTH,),
+    ),
+    Mutation(
+        "of what is written over, the wrong part is kept",
+        "passes/parts_of_gradients.py",
+        "for r in ((0, place.start), (place.stop, size))",
+        "for r in ((place.start, place.stop),)",
+        (BREADTH,),
+    ),
+    Mutation(
+        "rows of one link's experts go to the next link's",
+        "hwbp_compiler/engine/batching.py",
+        "    all_ends = e.call(aten.add.Tensor, e.batch(offsets), before)",
+        "    all_ends = e.batch(offsets)",
+        (BREADTH,),
+    ),
+    Mutation(
+        "what only adds up what links give is a stream",
+        "passes/candidates.py",
+        "        joined = (c for way in more for c in way if _feed_each_other(c.chain))",
+        "        joined = (c for way in more for c in way)",
+        (BREADTH,),
     ),
     Mutation(
         "a remainder of links is left out of the segment next to the input",

@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from hwbp_compiler.testing import assert_gradients_close, probe_loss, reference_gradients
 from hwbp_compiler.testing.capture import capture, options
+from hwbp_compiler.testing.compare import relative_error
 from hwbp_compiler.testing.reference import Link, Program, keep
 
 WIDTH, LINKS = 8, 5
@@ -151,7 +153,7 @@ def a_column_is_assigned(block, x, first, hold):
     return x
 
 
-@step("slice_scatter(...)")
+@step("mask")
 def a_part_is_replaced(block, x, first, hold):
     return torch.cat([hold(block(x).tanh())[:, :2], x[:, 2:]], -1)
 
@@ -176,6 +178,58 @@ def the_trunk_is_seen_under_two_shapes(block, x, first, hold):
 def a_ratio(block, x, first, hold):
     gate = torch.sigmoid(block(x))[:, :, None] * torch.sigmoid(block(x + 1))[:, None]
     return (x + hold((gate * block.weight).sum(1))) / (1 + hold(gate.sum(1)))
+
+
+# -- operators inside blocks ---------------------------------------------------------------------------------------
+
+
+@step()
+def a_grid_is_sampled(block, x, first, hold):
+    image = x.view(1, 1, 4, WIDTH)
+    grid = block(x).tanh().view(1, 4, 4, 2)
+    y = F.grid_sample(image, grid, align_corners=False)
+    return x + hold(F.interpolate(y, size=(4, WIDTH)).view(4, WIDTH).tanh())
+
+
+@step()
+def distances_are_weights(block, x, first, hold):
+    return x + hold((torch.cdist(0.1 * block(x), 0.1 * x) @ x).tanh())
+
+
+@step()
+def equations_are_solved(block, x, first, hold):
+    return x + hold(torch.linalg.solve(4 * torch.eye(WIDTH).to(x) + block.weight, x.t()).t().tanh())
+
+
+@step()
+def experts_are_sorted_rows(block, x, first, hold):
+    y = torch.cat([block(x), -block(x)])
+    experts = torch.stack([block.weight, block.weight.t(), 2 * block.weight])
+    out = torch.ops.transformers.grouped_mm_fallback(y, experts, torch.tensor([1, 5, 8], dtype=torch.int32))
+    return x + hold((out[:4] + out[4:]).tanh())
+
+
+@step()
+def the_real_part_of_a_spectrum(block, x, first, hold):
+    return x + hold(block(torch.fft.fft(x).real).tanh())
+
+
+@step()
+def pairs_are_rotated_as_complex_numbers(block, x, first, hold):
+    turn = torch.polar(torch.ones(4), torch.arange(4.0)).to(torch.complex128)
+    turned = torch.view_as_complex(block(x).view(-1, 4, 2)) * turn
+    return x + hold(torch.view_as_real(turned).flatten(1).tanh())
+
+
+@step()
+def frequencies_are_filtered(block, x, first, hold):
+    factor = torch.complex(block.weight[:, :5].mean(0), block.weight[:, 3:].mean(0))
+    return x + hold(torch.fft.irfft(torch.fft.rfft(x, dim=-1) * factor, n=WIDTH, dim=-1).tanh())
+
+
+@step("mask*(mask + 1)/2")
+def the_larger_one(block, x, first, hold):
+    return torch.maximum(x, hold(block(x)))
 
 
 class Trunk(nn.Module):
@@ -205,6 +259,8 @@ def retold(model):
 @pytest.fixture(params=STEPS, scope="module")
 def case(request):
     function, multiplier = STEPS[request.param]
+    if function is experts_are_sorted_rows:
+        pytest.importorskip("transformers.integrations.moe")  # registers the operator
     model, x = Trunk(function), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     return model, x, multiplier, capture(model, (x,), probe_loss)
 
@@ -218,3 +274,50 @@ def test_every_step_is_a_link_and_its_gradient_is_the_oracles(case, k, gamma, se
     assert [(r.length, r.decision, r.multiplier) for r in records] == [(LINKS, "rewritten", multiplier)]
     torch.testing.assert_close(output, wanted, rtol=1e-12, atol=1e-14)
     assert_gradients_close(found, expected, 1e-10, 1e-13)
+
+
+def test_pytorchs_own_product_in_groups():
+    """Under torch.compile it takes bfloat16 alone; the oracle takes transformers' own in its place."""
+    pytest.importorskip("transformers.integrations.moe")
+
+    def experts(block, x, first, hold):
+        y, weights = block(x), torch.stack([block.weight, block.weight.t(), 2 * block.weight])
+        ends = torch.tensor([1, 1, 4], dtype=torch.int32)
+        if x.dtype == torch.float32:
+            return x + hold(torch._grouped_mm(y.bfloat16(), weights.bfloat16(), ends).float().tanh())
+        return x + hold(torch.ops.transformers.grouped_mm_fallback(y, weights, ends).tanh())
+
+    model, x = Trunk(experts), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    _, expected = reference_gradients(retold(model), (x,), probe_loss, 1, 0.3)
+    model.float()
+    single = x.detach().float().requires_grad_()
+    settings = options(iterations=1, damping=0.3, min_length=2)
+    _, found, (record,) = capture(model, (single,), probe_loss).gradients(settings)
+    assert (record.length, record.decision) == (LINKS, "rewritten")
+    assert relative_error(found, expected) < 2e-2  # eight bits
+
+
+def test_recurrent_layers_inside_residual_blocks():
+    """The outer chain's blocks hold what the inner chains were rewritten to: scans."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.LSTM(WIDTH, WIDTH) for _ in range(LINKS)).double()
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)[0]
+            return x
+
+    model, x = Recurrent(), torch.randn(6, 2, WIDTH, dtype=torch.float64, requires_grad=True)
+    captured = capture(model, (x,), probe_loss)
+    _, exact, _ = captured.gradients(None)
+    # Five iterations are exact inside the layers, four in the chain of five: both, and then neither.
+    for k, limit in ((5, 1e-10), (1, 0.2)):
+        _, found, records = captured.gradients(options(iterations=k, min_length=2))
+        outer = [r for r in records if r.length == LINKS]
+        assert [r.decision for r in outer] == ["rewritten" if k < LINKS else "declined"]
+        assert relative_error(found, exact) < limit
+    assert relative_error(found, exact) > 1e-6

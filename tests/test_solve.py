@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 import hwbp_compiler.scan  # noqa: F401  (registers the operator)
-from hwbp_compiler.engine.batching import Emitter
+from hwbp_compiler.engine.emitter import Emitter
 from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_graph import GraphSeries
 from hwbp_compiler.engine.solve_tensors import TensorSeries

@@ -1,382 +1,39 @@
-"""One operator for all links of a group at once: batching rules over a leading link dimension.
+"""What an operator becomes with a leading link dimension: a rule each.
 
-A ``Value`` is a graph node that either has a leading dimension of ``count`` links (``batched``) or is the same for
-all of them (shared). A size is a number or a bare node, and the same for all. A rule turns "operator on one link" into
-"operator on the stack". Where no rule is written, ``torch.vmap`` of the operator is traced and inlined.
+A rule is given Values (see ``emitter``), nested tuples and constants. Supporting an operator here is one function and
+one test; without one, vmap is asked.
 """
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch.fx import Graph, Node
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import Node
 
-import hwbp_compiler.torch_private  # noqa: F401  (registers prims.fma)
-from hwbp_compiler.engine.inline import inline
-from hwbp_compiler.graph.rules import SYMBOLIC, shape_of, size_of
 from hwbp_compiler.reasons import Declined, Reason
+
+from .emitter import RULES, RULES_BY_NAME, TAKE_KEYWORDS, Emitter, Put, Rule, Value, flattened, mapped, plain
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-@functools.cache
-def decompositions() -> dict:
-    from hwbp_compiler.torch_private import select_decomp_table
-
-    return dict(select_decomp_table())
-
-
-# Inductor's decomposition of these only treats special cases (empty operands, batch 1, complex numbers, no dtype) and
-# else keeps the operator.
-_KEPT = {
-    aten.cat.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.convolution_backward.default,
-    aten.add.Tensor,
-    aten.full.default,
-}
-
-
-# They copy their first argument and write into the copy. Where it is one for all links, vmap expands it, and Inductor
-# (seen in torch 2.13) copies an expanded constant as it lies: all links then write into the same memory.
-_WRITES = {
-    aten.index_put.default,
-    aten._unsafe_index_put.default,
-    aten._unsafe_masked_index_put_accumulate.default,
-    aten.index_add.default,
-    aten.index_copy.default,
-    aten.index_fill.int_Scalar,
-    aten.index_fill.int_Tensor,
-    aten.put.default,
-    aten.scatter.src,
-    aten.scatter.value,
-    aten.scatter_add.default,
-    aten.scatter_reduce.two,
-}
-
-
-@dataclass(frozen=True)
-class Value:
-    node: Node
-    batched: bool
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return self.node.meta["val"]
-
-    @property
-    def shape(self) -> tuple:
-        """Shape of one link's tensor; () for a number."""
-        if not isinstance(self.tensor, torch.Tensor):
-            return ()
-        shape = tuple(self.tensor.shape)
-        return shape[1:] if self.batched else shape
-
-    @property
-    def rank(self) -> int:
-        return len(self.shape)
-
-
-class Emitter:
-    """Appends nodes to ``graph`` before ``before``, each with its fake value in ``meta["val"]``."""
-
-    def __init__(self, graph: Graph, before: Node, fake_mode, count: int, sizes: dict[Any, Node] | None = None) -> None:
-        self.graph = graph
-        self.before = before
-        self.fake_mode = fake_mode
-        self.count = count
-        self.sizes = sizes_at_hand(graph.nodes) if sizes is None else sizes
-        self.created: list[Node] = []
-        self.puts: dict[Node, Put] = {}
-
-    def for_count(self, count: int) -> Emitter:
-        other = Emitter(self.graph, self.before, self.fake_mode, count, self.sizes)
-        other.created, other.puts = self.created, self.puts
-        return other
-
-    # -- plain nodes --------------------------------------------------------------------------------------------
-
-    def call(self, target, *args, **kwargs) -> Node:
-        """One operator, decomposed if Inductor decomposes it: at this stage Inductor no longer does."""
-        if target in decompositions() and target not in _KEPT:
-            return self._decomposed(target, args, kwargs)
-        return self._append(target, args, kwargs)
-
-    def _append(self, target, args, kwargs) -> Node:
-        with self.graph.inserting_before(self.before):
-            node = self.graph.call_function(target, args, kwargs)
-        self.created.append(node)
-        node.meta["val"] = self._fake(target, args, kwargs)
-        return node
-
-    def _decomposed(self, target, args, kwargs) -> Node:
-        inputs: list[Node] = []
-        torch.fx.map_arg((args, kwargs), inputs.append)
-
-        def operator_alone(*tensors):
-            replaced = iter(tensors)
-            mapped = torch.fx.map_arg((args, kwargs), lambda _: next(replaced))
-            return target(*mapped[0], **mapped[1])
-
-        with self.fake_mode:
-            traced = make_fx(operator_alone, decompositions())(*(n.meta["val"] for n in inputs))
-        return self._inline(traced.graph, inputs)
-
-    def _fake(self, target, args, kwargs):
-        read = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode:
-            return target(*read[0], **read[1])
-
-    def full(self, shape: Sequence, fill: float, like: torch.Tensor, dtype: torch.dtype | None = None) -> Node:
-        return self.call(
-            aten.full.default,
-            [self.size(s) for s in shape],
-            fill,
-            dtype=dtype or like.dtype,
-            layout=torch.strided,
-            device=like.device,
-            pin_memory=False,
-        )
-
-    def size(self, value):
-        """A size as an argument: an int, or a node that computes it."""
-        if isinstance(value, (int, Node)):
-            return value
-        expression = value.node.expr if isinstance(value, torch.SymInt) else value
-        if not expression.free_symbols:
-            return int(expression)
-        if expression not in self.sizes:
-            self.sizes[expression] = self._computed_size(expression)
-        return self.sizes[expression]
-
-    def _computed_size(self, expression) -> Node:
-        from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
-
-        symbols = sorted(expression.free_symbols, key=str)
-        if not self.sizes.keys() >= set(symbols):
-            raise Declined(Reason.SIZE_NOT_AT_HAND.of(size=expression))
-        inputs = [self.sizes[symbol] for symbol in symbols]
-
-        def compute(*values):
-            return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values, strict=True)), expression)
-
-        return self._inline(make_fx(compute)(*(n.meta["val"] for n in inputs)).graph, inputs)
-
-    def reshape(self, node: Node, shape: Sequence) -> Node:
-        sizes = [self.size(s) for s in shape]
-        if shape_of(node) == tuple(size_of(s) if isinstance(s, Node) else s for s in sizes):
-            return node
-        if not _can_view(node.meta["val"]):
-            node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
-        return self.call(aten.view.default, node, sizes)
-
-    def contiguous_view(self, node: Node, *shape) -> Node:
-        return self.reshape(node, shape)
-
-    def permute(self, node: Node, dims: Sequence[int]) -> Node:
-        if list(dims) == list(range(len(dims))):
-            return node
-        return self.call(aten.permute.default, node, list(dims))
-
-    def convert(self, value: Value, dtype: torch.dtype) -> Value:
-        if value.tensor.dtype == dtype:
-            return value
-        return Value(self.call(prims.convert_element_type.default, value.node, dtype), value.batched)
-
-    def batch(self, value: Value) -> Node:
-        """The stacked form of a value: a shared one is repeated by an expanding view."""
-        if value.batched:
-            return value.node
-        node = self.call(aten.unsqueeze.default, value.node, 0)
-        return self.call(aten.expand.default, node, [self.count, *(self.size(s) for s in value.shape)])
-
-    def aligned(self, value: Value, rank: int) -> Node:
-        """``value`` with size-1 dimensions after the link dimension, so that it broadcasts as one link would."""
-        if not value.batched or value.rank == rank:
-            return value.node
-        sizes = list(value.tensor.shape)
-        return self.reshape(value.node, [sizes[0], *([1] * (rank - value.rank)), *sizes[1:]])
-
-    # -- one operator -------------------------------------------------------------------------------------------
-
-    def apply(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
-        """``target`` for every link. ``args`` and ``kwargs`` hold Value, nested tuples and constants."""
-        values = [v for v in _flatten((*args, *kwargs.values())) if isinstance(v, Value)]
-        if not any(v.batched for v in values):
-            if target is aten.view.default and not _has_view(args[0].tensor, _plain(args)[1]):
-                # Its strides are not those the program was written for.
-                args = (
-                    Value(self.call(aten.clone.default, args[0].node, memory_format=torch.contiguous_format), False),
-                    *args[1:],
-                )
-            node = self.call(target, *_plain(args), **_plain_keywords(kwargs))
-            return self._wrap(node, batched=False)
-        rule = _RULES.get(target)
-        if any(isinstance(v, Value) for v in kwargs.values()) and target not in _ATTENTION_BACKWARD:
-            rule = None  # the other rules pass keywords on as they are
-        if rule is not None:
-            return rule(self, args, kwargs)
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-            return _pointwise(self, target, args, kwargs)
-        if target in _WRITES and isinstance(args[0], Value) and not args[0].batched:
-            args = (Value(self.own(args[0]), True), *args[1:])
-        return self.vmap(target, args, kwargs)
-
-    def own(self, value: Value) -> Node:
-        """The stacked form of a value, for every link to write into its own."""
-        if value.batched:
-            return value.node
-        return self.call(aten.clone.default, self.batch(value), memory_format=torch.contiguous_format)
-
-    def _wrap(self, node: Node, batched: bool) -> Value | list[Value]:
-        value = node.meta["val"]
-        if isinstance(value, (tuple, list)):
-            return [Value(self.call(operator.getitem, node, i), batched) for i in range(len(value))]
-        return Value(node, batched)
-
-    def vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
-        # Sizes are inputs of what is traced too: a symbol may not stand in a graph as it is.
-        values = [v if isinstance(v, Value) else Value(v, False)
-                  for v in _flatten((*args, *kwargs.values())) if isinstance(v, (Value, Node))]  # fmt: skip
-
-        def one_link(*inputs):
-            replaced = iter(inputs)
-            mapped = _map((*args, *kwargs.values()), lambda _: next(replaced), (Value, Node))
-            return target(*mapped[: len(args)], **dict(zip(kwargs, mapped[len(args) :], strict=True)))
-
-        in_dims = tuple(0 if v.batched else None for v in values)
-        try:
-            with self.fake_mode:
-                traced = make_fx(torch.vmap(one_link, in_dims=in_dims), decompositions())(*(v.tensor for v in values))
-        except Exception as error:
-            name = target._schema.name if isinstance(target, torch._ops.OpOverload) else target
-            raise Declined(Reason.NOT_FOR_SEVERAL_BLOCKS.of(operator=name)) from error
-        result = self._inline(traced.graph, [v.node for v in values])
-        if isinstance(result, (tuple, list)):
-            return [Value(r, True) for r in result]
-        return Value(result, True)
-
-    def _inline(self, graph: Graph, inputs: list[Node]):
-        """Copy a traced graph to here; its result: a node, or a list of nodes."""
-        try:
-            return inline(graph, inputs, lambda node, args, kwargs: self._append(node.target, args, kwargs))
-        except NotImplementedError as error:
-            raise Declined(Reason.CONSTANT_INSIDE) from error
-
-    # -- sums over links ----------------------------------------------------------------------------------------
-
-    def sum_links(self, value: Value) -> Node:
-        """The sum over links of a batched value; of matrix products, it is one long product, and of what links add to
-        zeros, all of them add to the same."""
-        node = value.node
-        if node in self.puts:
-            return self._sum_puts(self.puts[node])
-        if node.target in _TRANSPARENT and self._is_ours(node):
-            pushed = _TRANSPARENT[node.target](self, node)
-            if pushed is not None:
-                return pushed
-        if node.target is aten.bmm.default and self._is_ours(node):
-            left, right = node.args
-            count, rows, inner = left.meta["val"].shape  # type: ignore[union-attr]
-            columns = right.meta["val"].shape[2]  # type: ignore[union-attr]
-            tall_left = self.reshape(self.permute(left, [0, 2, 1]), [count * inner, rows])  # type: ignore[arg-type]
-            tall_right = self.reshape(right, [count * inner, columns])  # type: ignore[arg-type]
-            return self.call(aten.mm.default, self.permute(tall_left, [1, 0]), tall_right)
-        if node.target is aten.sum.dim_IntList and self._is_ours(node) and len(node.args) >= 2:
-            source, dims = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-            keep = len(node.args) > 2 and bool(node.args[2])
-            summed = self.call(aten.sum.dim_IntList, source, [0, *dims], keep, **node.kwargs)
-            return self.call(aten.squeeze.dim, summed, 0) if keep else summed
-        return self.call(aten.sum.dim_IntList, node, [0])
-
-    def _sum_puts(self, put: Put) -> Node:
-        """What all links add, added to one: ``[links, *base]`` is never made."""
-        base = self.apply(aten.mul.Tensor, (put.base, self.count), {})
-        first, *others = put.indices
-        places = [self.aligned(Value(self.batch(first), True), put.rank), *(self.aligned(i, put.rank) for i in others)]
-        return self.call(put.target, base.node, *put.mask, places, put.source, *put.rest)  # type: ignore[union-attr]
-
-    def _is_ours(self, node: Node) -> bool:
-        return node.meta.get("val") is not None
-
-
-def _has_view(tensor: torch.Tensor, sizes: Sequence) -> bool:
-    """Whether ``tensor.view(sizes)`` needs no copy. Symbolic sizes: known of contiguous tensors only."""
-    if tensor.is_contiguous():
-        return True
-    try:
-        tensor.view([s.meta["val"] if isinstance(s, Node) else s for s in sizes])
-    except (RuntimeError, ValueError):
-        return False
-    return True
-
-
-def _can_view(tensor: torch.Tensor) -> bool:
-    """True for contiguous tensors whose strides leave no doubt: convolutions take a size of 1 with an odd stride for
-    another memory format."""
-    expected = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not isinstance(size, int) or not isinstance(stride, int):
-            return bool(tensor.is_contiguous())
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _flatten(args):
-    for a in args:
-        if isinstance(a, (tuple, list)):
-            yield from _flatten(a)
-        else:
-            yield a
-
-
-def _map(args, function: Callable, what=Value):
-    def one(a):
-        if isinstance(a, (tuple, list)):
-            return [one(x) for x in a]
-        return function(a) if isinstance(a, what) else a
-
-    return tuple(one(a) for a in args)
-
-
-def _plain(args):
-    return _map(args, lambda v: v.node)
-
-
-def _plain_keywords(kwargs):
-    return {k: v.node if isinstance(v, Value) else v for k, v in kwargs.items()}
-
-
-# -- the rules --------------------------------------------------------------------------------------------------
-
-_RULES: dict[object, Callable] = {}
-
-
-def _rule(*targets):
-    def register(function):
-        for target in targets:
-            _RULES[target] = lambda e, args, kwargs, t=target: function(e, t, args, kwargs)
+def _rule(*targets: object) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
         return function
 
     return register
 
 
-@_rule(prims.convert_element_type.default, prims.fma.default, aten.where.self, aten.alias.default, aten.detach.default)
+@_rule(torch.Tag.pointwise, prims.convert_element_type.default, prims.fma.default)
+@_rule(aten.where.self, aten.alias.default, aten.detach.default)
 def _pointwise(e: Emitter, target, args, kwargs):
-    values = [v for v in _flatten(args) if isinstance(v, Value)]
+    values = [v for v in flattened(args) if isinstance(v, Value)]
     rank = max(v.rank for v in values)
-    return Value(e.call(target, *_map(args, lambda v: e.aligned(v, rank)), **kwargs), True)
+    return Value(e.call(target, *mapped(args, lambda v: e.aligned(v, rank)), **kwargs), True)
 
 
 @_rule(aten.clone.default, aten._to_copy.default)
@@ -450,7 +107,7 @@ def _select(e: Emitter, target, args, kwargs):
 @_rule(aten.slice.Tensor)
 def _slice(e: Emitter, target, args, kwargs):
     x, dim, *rest = args if len(args) > 1 else (args[0], 0)
-    return Value(e.call(target, x.node, _shifted(dim, x.rank), *_plain(rest), **kwargs), True)
+    return Value(e.call(target, x.node, _shifted(dim, x.rank), *plain(rest), **kwargs), True)
 
 
 @_rule(aten.split.Tensor, aten.split_with_sizes.default)
@@ -488,14 +145,14 @@ def _flip(e: Emitter, target, args, kwargs):
 
 @_rule(aten.constant_pad_nd.default)
 def _pad(e: Emitter, target, args, kwargs):
-    return Value(e.call(target, args[0].node, *_plain(args[1:]), **kwargs), True)
+    return Value(e.call(target, args[0].node, *plain(args[1:]), **kwargs), True)
 
 
 @_rule(aten.slice_scatter.default, aten.select_scatter.default)
 def _scatter(e: Emitter, target, args, kwargs):
     base, source, dim, *rest = (*args, 0)[:3] if len(args) < 3 else args
     shifted = _shifted(dim, base.rank)
-    return Value(e.call(target, e.batch(base), e.batch(source), shifted, *_plain(rest), **kwargs), True)
+    return Value(e.call(target, e.batch(base), e.batch(source), shifted, *plain(rest), **kwargs), True)
 
 
 @_rule(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
@@ -536,19 +193,6 @@ def _scatter_src(e: Emitter, target, args, kwargs):
     if not base.rank or not index.rank:
         return e.vmap(target, (Value(e.own(base), True), *args[1:]), kwargs)
     return Value(e.call(target, e.own(base), _shifted(dim, base.rank), e.batch(index), e.batch(source), **kwargs), True)
-
-
-@dataclass(frozen=True)
-class Put:
-    """All links' additions to ``base``, which is the same for all; of ``rank`` are the places where."""
-
-    target: object
-    base: Value
-    mask: list[Node]
-    indices: list[Value]
-    rank: int
-    source: Node
-    rest: list
 
 
 _MASKED_PUT = aten._unsafe_masked_index_put_accumulate.default
@@ -638,6 +282,9 @@ _ATTENTION_BACKWARD = [
 ]
 
 
+TAKE_KEYWORDS.update(_ATTENTION_BACKWARD)
+
+
 @_rule(*_ATTENTION_BACKWARD)
 def _attention_backward(e: Emitter, target, args, kwargs):
     """Attention never mixes its batch dimension: links go there."""
@@ -718,34 +365,79 @@ def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
     return Value(e.permute(split, [1, 0, *range(2, inputs.rank + 1)]), True)
 
 
-# -- pushing a sum over links through views ---------------------------------------------------------------------
+# -- matrix products in groups (mixtures of experts) ---------------------------------------------------------------
 
 
-def _through_permute(e: Emitter, node: Node):
-    source, dims = node.args
-    if dims[0] != 0:
-        return None
-    return e.permute(e.sum_links(Value(source, True)), [d - 1 for d in dims[1:]])
+def _all_groups(e: Emitter, offsets: Value, rows) -> Node:
+    """Where the groups of all links end, one link's rows after the other's: [links * groups]."""
+    ends = offsets.tensor
+    first = e.call(aten.arange.default, e.count, dtype=ends.dtype, device=ends.device)
+    before = e.call(aten.unsqueeze.default, e.call(aten.mul.Tensor, first, e.size(rows)), 1)
+    all_ends = e.call(aten.add.Tensor, e.batch(offsets), before)
+    return e.reshape(e.call(prims.convert_element_type.default, all_ends, ends.dtype), [e.count * ends.shape[-1]])
 
 
-def _through_view(e: Emitter, node: Node):
-    source = node.args[0]
-    before, after = source.meta["val"].shape, node.meta["val"].shape
-    if not before or before[0] != after[0]:
-        return None
-    return e.reshape(e.sum_links(Value(source, True)), list(after[1:]))
+def _in_groups(e: Emitter, value: Value, offsets: Value, dim: int) -> Value:
+    """``value`` with zeros behind the last group: what follows there is the next link's."""
+    size = value.shape[dim]
+    number = e.call(aten.arange.default, e.size(size), dtype=offsets.tensor.dtype, device=offsets.tensor.device)
+    last = e.call(aten.slice.Tensor, e.batch(offsets), 1, offsets.shape[0] - 1, offsets.shape[0])
+    inside = e.call(aten.lt.Tensor, e.call(aten.unsqueeze.default, number, 0), last)
+    inside = e.reshape(inside, [e.count, *(size if d == dim else 1 for d in range(value.rank))])
+    zero = e.full((), 0.0, value.tensor)
+    return Value(e.call(aten.where.self, inside, e.batch(value), zero), True)
 
 
-_TRANSPARENT: dict[object, Callable] = {aten.permute.default: _through_permute, aten.view.default: _through_view}
+if hasattr(aten, "_grouped_mm"):
+
+    @_rule(aten._grouped_mm.default)
+    def _grouped_mm(e: Emitter, target, args, kwargs):
+        """Links are more groups: of rows times their matrices, or of the inner dimension."""
+        left, right, offsets, *rest = (*args, None)[: max(3, len(args))]
+        if offsets is None or any(a is not None for a in rest[:1]) or left.rank != 2:
+            return e.vmap(target, args, kwargs)
+        if right.rank == 3:
+            found = e.call(
+                target, _fold(e, left), _fold(e, right), _all_groups(e, offsets, left.shape[0]), *rest, **kwargs
+            )
+            return _unfold(e, found)
+        inner = left.shape[1]
+        ends = _all_groups(e, offsets, inner)
+        # Column by column, as a transposed matrix lies: rows of any length need not be aligned.
+        columns = e.permute(_in_groups(e, left, offsets, 1).node, [0, 2, 1])
+        tall = e.permute(e.reshape(columns, [e.count * inner, left.shape[0]]), [1, 0])
+        return _unfold(e, e.call(target, tall, _fold(e, _in_groups(e, right, offsets, 0)), ends, *rest, **kwargs))
 
 
-# -- sizes ------------------------------------------------------------------------------------------------------
+def grouped_fallback(e: Emitter, target, args, kwargs):
+    """transformers' own products in groups, for what PyTorch's does not take, and their backward."""
+    input, weight, offsets, *gradient = args
+    ends = _all_groups(e, offsets, input.shape[0])
+    gradient = [_fold(e, _in_groups(e, g, offsets, 0)) for g in gradient]
+    found = e._wrap(e.call(target, _fold(e, input), _fold(e, weight), ends, *gradient, **kwargs), batched=False)
+    return [_unfold(e, v.node) for v in found] if isinstance(found, list) else _unfold(e, found.node)
 
 
-def sizes_at_hand(nodes: Iterable[Node]) -> dict[Any, Node]:
-    """The first node that computes it, for every size that is known only at run time."""
-    found: dict[Any, Node] = {}
-    for node in nodes:
-        if isinstance(node.meta.get("val"), SYMBOLIC):
-            found.setdefault(size_of(node), node)
-    return found
+def linear_scan(e: Emitter, target, args, kwargs):
+    """A scan inside a block: links go behind the dimension that is scanned."""
+    values, multipliers, *rest = args
+
+    def behind(value: Value) -> Node:
+        node, rank = e.aligned(value, values.rank), value.tensor.dim()
+        if value.batched:
+            return e.permute(node, [1, 0, *range(2, values.rank + 1)])
+        return node if rank < values.rank else e.call(aten.unsqueeze.default, node, 1)
+
+    rest = [e.batch(a) if isinstance(a, Value) else a for a in rest]
+    last = {key: e.batch(a) if isinstance(a, Value) else a for key, a in kwargs.items()}
+    first = e.permute(e.batch(values), [1, 0, *range(2, values.rank + 1)])
+    times = behind(multipliers) if isinstance(multipliers, Value) else multipliers
+    return Value(e.permute(e.call(target, first, times, *rest, **last), [1, 0, *range(2, values.rank + 1)]), True)
+
+
+# Operators that are there only once somebody else has registered them.
+RULES_BY_NAME.update({
+    "transformers::grouped_mm_fallback": grouped_fallback,
+    "transformers::grouped_mm_fallback_backward": grouped_fallback,
+    "highway::linear_scan": linear_scan,
+})  # fmt: skip

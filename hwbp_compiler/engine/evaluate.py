@@ -25,7 +25,8 @@ from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import INPUT, SUM, External, Ref, elementwise_argument, references
 from hwbp_compiler.graph.rules import Kind, as_written, is_zero, linear_arguments, rule_of, shape_of
 
-from .batching import Emitter, Value, convolution_backward
+from .batching import convolution_backward
+from .emitter import Emitter, Value
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .batching import Emitter
+from .emitter import Emitter
 from .segments import Cut
 
 aten = torch.ops.aten

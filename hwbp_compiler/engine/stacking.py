@@ -25,7 +25,7 @@ from hwbp_compiler.graph.program import _constant
 from hwbp_compiler.graph.rules import form_of
 from hwbp_compiler.graph.sizes import bytes_of
 
-from .batching import Emitter, Value
+from .emitter import Emitter, Value
 
 aten = torch.ops.aten
 prims = torch.ops.prims

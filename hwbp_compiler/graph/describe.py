@@ -82,8 +82,8 @@ def _statement(program: Program, i: int, values: list) -> sympy.Expr | None:
         assert chosen is not None
         mask = _symbol("mask", chosen)
         # where(x <= 0, 0, g) keeps what the mask of a ReLU keeps: its condition is the mask's complement.
-        kept = position == 2 if _name(chosen.target) in _COMPLEMENTS else position == 1
-        return value * (mask if kept else 1 - mask)
+        where_kept = 2 if _name(chosen.target) in _COMPLEMENTS else 1
+        return sum((v * (mask if p == where_kept else 1 - mask) for p, v in carried), sympy.Integer(0))
     if name == "fma":
         a, b, _ = statement.args
         product = [argument(x) for x in (a, b)]
@@ -106,7 +106,7 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
     if node.op != "call_function":
         return _symbol("weight", node)
     name = _name(node.target)
-    if name in _MASKS:
+    if name in _MASKS or _is_part(node):
         return _symbol("mask", node)
     if name in _TRANSPARENT and isinstance(node.args[0], Node):
         return describe(node.args[0], depth)
@@ -125,6 +125,14 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
         if len(parts) == len(node.args):
             return _combine(name, parts)
     return _symbol(f"{name}(...)", node)
+
+
+def _is_part(node: Node) -> bool:
+    """Whether ``node`` is ones at some places and zeros elsewhere."""
+    return node.target is torch.ops.aten.slice_scatter.default and all(
+        isinstance(a, Node) and (_is_part(a) or (a.target is torch.ops.aten.full.default and a.args[1] in (0, 1)))
+        for a in node.args[:2]
+    )
 
 
 def _symbol(name: str, node: Node | None) -> sympy.Symbol:

@@ -81,6 +81,11 @@ _register(L, [{0}], "squeeze", "squeeze.dim", "squeeze.dims", "expand")
 _register(M, [{0}], "sum", "sum.dim_IntList", "mean", "mean.dim", "slice.Tensor", "select.int", "split.Tensor")
 _register(M, [{0}], "split_with_sizes", "unbind.int", "cat", "stack", "constant_pad_nd", "as_strided", "diagonal")
 _register(M, [{0}], "select_backward", "slice_backward", "diagonal_backward", "repeat", "view_as_real")
+# A conjugate is additive, but no multiple of what is conjugated: nothing that K could be.
+_register(
+    M, [{0}], "view_as_complex", "_conj", "conj", "_conj_physical", "conj_physical", "resolve_conj", "real", "imag"
+)
+_register(M, [{0, 1}], "complex")
 _register(M, [{0, 1}], "slice_scatter", "select_scatter", "diagonal_scatter")
 
 # -- heavy ------------------------------------------------------------------------------------------------------
@@ -98,6 +103,18 @@ _register(H, [{0}], "rev", namespace=prims)
 _register(H, [{0, 2}], "index_put", "_unsafe_index_put")
 _register(H, [{0, 3}], "scatter.src", "scatter_add", "_unsafe_masked_index_put_accumulate")
 _register(H, [{0}], "_unsafe_index.Tensor")
+
+_register(H, [{0}], "grid_sampler_2d_backward", "_cdist_backward")
+_register(H, [{2}], "linalg_lu_solve")
+_register(H, [{0}, {1}], "_grouped_mm")
+
+_BY_NAME: dict[str, Rule] = {
+    # A scan is what a block's own recurrence was rewritten to.
+    "highway::linear_scan": Rule(H, (frozenset({0, 3}),)),
+    "transformers::grouped_mm_fallback": Rule(H, (frozenset({0}), frozenset({1}))),
+    "transformers::grouped_mm_fallback_backward": Rule(H, (frozenset({3}),)),
+}
+"""Operators of libraries that may not be loaded."""
 
 # -- not linear in any argument: for saying why, since no rule and this come to the same ---------------------------
 _NEVER_LINEAR = {
@@ -133,7 +150,10 @@ def rule_of(node: Node) -> Rule | None:
         source = node.args[0]
         base = rule_of(source) if isinstance(source, Node) else None
         return None if base is None else Rule(M, (frozenset({0}),))
-    return _RULES.get(node.target)
+    found = _RULES.get(node.target)
+    if found is None and isinstance(node.target, torch._ops.OpOverload):
+        found = _BY_NAME.get(node.target._schema.name)
+    return found
 
 
 SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.fx import Node
 
-from hwbp_compiler.engine.batching import Value
+from hwbp_compiler.engine.emitter import Value
 from hwbp_compiler.engine.evaluate import Coefficient, Evaluator, Mode
 from hwbp_compiler.engine.segments import Cut, solve_segments
 from hwbp_compiler.engine.solve import Highway, solve

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler.engine.batching import Emitter, Value, _flatten, _map
+from hwbp_compiler.engine.emitter import Emitter, Value, flattened, mapped
 from hwbp_compiler.graph.rules import operands
 from hwbp_compiler.reasons import Declined, Reason
 
@@ -68,11 +68,11 @@ class LiveEmitter(Emitter):
         return self.call(aten.reshape.default, node, [self.size(s) for s in shape])
 
     def vmap(self, target: Any, args: tuple, kwargs: dict) -> Value | list[Value]:
-        values = [v for v in _flatten(args) if isinstance(v, Value)]
+        values = [v for v in flattened(args) if isinstance(v, Value)]
 
         def one_step(*tensors: Tensor) -> Any:
             replaced = iter(tensors)
-            return target(*_map(args, lambda _: next(replaced)), **kwargs)
+            return target(*mapped(args, lambda _: next(replaced)), **kwargs)
 
         in_dims = tuple(0 if v.batched else None for v in values)
         try:
@@ -117,7 +117,7 @@ class AllSteps:
             raise AssertionError(f"{node.op} {node.name} has no value")
         args = self._argument(node.args)
         kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
-        if any(isinstance(v, Value) for v in _flatten(tuple(kwargs.values()))):
+        if any(isinstance(v, Value) for v in flattened(tuple(kwargs.values()))):
             raise Declined(Reason.TENSOR_BY_KEYWORD.of(operator=node.target))
         if node.target is aten.sym_size.int and args[0].batched:
             return constant(args[0].shape[args[1]], False)

@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node, symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hwbp_compiler.counting import count
-from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.emitter import decompositions
 from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.pieces import keeping_pieces

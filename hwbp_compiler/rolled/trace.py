@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
-from hwbp_compiler.engine.batching import decompositions
+from hwbp_compiler.engine.emitter import decompositions
 from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.reasons import Declined, Reason
