@@ -87,7 +87,8 @@ def _is_written_only(node: Node) -> bool:
 def _new(emitter: Emitter, node: Node) -> Node:
     value, fill = node.meta["val"], _NEW[node.target]
     if fill == "fill_value":
-        fill = node.args[2 if node.target is aten.new_full.default else 1]
+        position = 2 if node.target is aten.new_full.default else 1
+        fill = node.args[position] if len(node.args) > position else node.kwargs["fill_value"]
     sizes, strides = ([emitter.size(s) for s in numbers] for numbers in (value.shape, value.stride()))
     how = {"dtype": value.dtype, "layout": torch.strided, "device": value.device, "pin_memory": False}
     if fill is None:

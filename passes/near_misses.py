@@ -26,6 +26,7 @@ from hwbp_compiler.rolled.settled import is_settled
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, find_wide_recurrences
+from .in_other_words import in_other_words
 from .records import collapsed, refused
 
 aten = torch.ops.aten
@@ -41,10 +42,13 @@ _LARGEST_STEP = 2_000
 
 def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord]:
     """Records of what was refused in silence; ``chains`` are those that were recorded."""
-    info = GraphInfo(graph, {node for node in graph.nodes if is_settled(node)})
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    in_other_words(copy, {node for node in copy.nodes if is_settled(node)})
+    info = GraphInfo(copy, {node for node in copy.nodes if is_settled(node)})
     if not info.has_tangents:
         return []
-    origins = Origins(graph)
+    origins = Origins(copy)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
     found += [*_unknown(info), *_interrupted(info, origins), *_recurrences(info, origins)]
     lines = {(c.source, c.reason_code) for c in chains}

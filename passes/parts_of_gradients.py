@@ -83,7 +83,7 @@ class _Masking:
     def _drop_unused(self) -> None:
         """What has no users any more would count as a user of what it is computed from."""
         for node in reversed(self.graph.nodes):
-            if not node.users and node.op == "call_function" and node in self.gradients:
+            if not node.users and node in self.gradients and not node.is_impure():
                 self.graph.erase_node(node)
 
     # -- one operator that puts parts where they were ------------------------------------------------------------
@@ -94,21 +94,19 @@ class _Masking:
             return
         base, pieces = written
         found: list[Part] = []
-        left: list[tuple[Node, list[Node]]] = []
+        left: list[list[Node]] = []  # of each piece, the terms that are no parts
         for piece, place in pieces:
-            if is_zero(piece):
-                continue
-            terms = sum_terms(piece, None)  # type: ignore[arg-type]
-            own = {t: part for t in terms if (part := self._cut_from(t, place, node)) is not None}
-            found += own.values()
-            left.append((piece, [t for t in terms if t not in own]))
+            terms = [] if is_zero(piece) else sum_terms(piece, None)  # type: ignore[arg-type]
+            parts = [self._cut_from(term, place, node) for term in terms]
+            found += [part for part in parts if part is not None]
+            left.append([term for term, part in zip(terms, parts, strict=True) if part is None])
         if base is not None and not is_zero(base):
-            if base not in self.gradients or any(rest for _, rest in left):
+            if base not in self.gradients or any(left):
                 return  # what is written over may matter
             (place,) = (place for _, place in pieces)
             found.append(Part(base, place.dim, _complement(place, _size(base, place.dim))))
         if found:
-            self._replace(node, found, pieces, dict(left))
+            self._replace(node, found, [piece for piece, _ in pieces], left)
 
     def _cut_from(self, node: Node, place: Place, whole: Node) -> Part | None:
         """``node`` as what lies at ``place`` of a gradient of the form of ``whole``."""
@@ -121,31 +119,24 @@ class _Masking:
             return None
         return Part(source, place.dim, frozenset({(place.start, place.stop)}))
 
-    def _replace(
-        self, node: Node, found: Sequence[Part], pieces: Sequence[tuple[Node, Place]], left: dict[Node, list[Node]]
-    ) -> None:
+    def _replace(self, node: Node, found: list[Part], pieces: list[Node], left: list[list[Node]]) -> None:
         emitter = Emitter(self.graph, node, node.meta["val"].fake_mode, 1)
         terms = [self._masked(emitter, part) for part in _joined(found)]
-        if any(left.values()):
+        if any(left):
             terms.append(self._without(emitter, node, pieces, left))
         self._put(node, _added(emitter, terms), emitter.created)
 
-    def _without(
-        self, emitter: Emitter, node: Node, pieces: Sequence[tuple[Node, Place]], left: dict[Node, list[Node]]
-    ) -> Node:
+    def _without(self, emitter: Emitter, node: Node, pieces: list[Node], left: list[list[Node]]) -> Node:
         """``node`` without the parts that were found."""
-
-        def rest(piece: Node) -> Node:
-            terms = left.get(piece, [])
-            if not terms:
-                value = piece.meta["val"]
-                return piece if is_zero(piece) else emitter.full(tuple(value.shape), 0.0, value)
-            return _added(emitter, terms)
-
+        values = [piece.meta["val"] for piece in pieces]
+        rest = [
+            _added(emitter, terms) if terms else emitter.full(tuple(value.shape), 0.0, value)
+            for terms, value in zip(left, values, strict=True)
+        ]
         if node.target is aten.cat.default:
-            return emitter.call(node.target, [rest(piece) for piece, _ in pieces], *node.args[1:], **node.kwargs)
+            return emitter.call(node.target, rest, *node.args[1:], **node.kwargs)
         base, _, *where = node.args
-        return emitter.call(node.target, base, rest(pieces[0][0]), *where, **node.kwargs)
+        return emitter.call(node.target, base, *rest, *where, **node.kwargs)
 
     def _masked(self, emitter: Emitter, part: Part) -> Node:
         size = _size(part.gradient, part.dim)

@@ -23,9 +23,8 @@ from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
 from .candidates import Candidate, candidates
-from .forms_of_gradients import ask_no_gradient_for_its_form
+from .in_other_words import in_other_words
 from .keep_pieces import keep_pieces
-from .parts_of_gradients import mask_parts
 from .records import collapsed, described, forward_links, refused, short
 from .rewrite import Rewriting, rewrite_chain
 from .rewrite_recurrent_modules import Watcher as ModuleWatcher
@@ -57,7 +56,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     records, settled = rewrite_recurrent_modules(graph, options, watcher)
     settled |= {node for node in graph.nodes if is_settled(node)}
     before = Snapshot(graph)
-    in_other_words = ask_no_gradient_for_its_form(graph, settled) | mask_parts(graph, settled)
+    reworded = in_other_words(graph, settled)
     decided: set[tuple] = set()
     first_look = True
     while True:
@@ -81,7 +80,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
                 break
         if not changed:
             break
-    if in_other_words and not any(record.decision == "rewritten" for record in records):
+    if reworded and not any(record.decision == "rewritten" for record in records):
         before.restore()  # what nothing came of stays as Inductor would have it
     keep_pieces(graph, settled)
     return records

@@ -126,6 +126,27 @@ def the_first_row_gets_something_added(block, x, first, hold):
     return torch.cat([x[:1] + hold(block(x).tanh().mean(0, keepdim=True)), x[1:]])
 
 
+@step("mask + 1")
+def a_column_is_doubled(block, x, first, hold):
+    one = x[:, :1]
+    return torch.cat([one + one + hold(block(x).tanh())[:, :1], x[:, 1:]], 1)
+
+
+@step()
+def half_gets_the_other_half_too(block, x, first, hold):
+    one, other = x.chunk(2, -1)
+    return torch.cat([one + 0.1 * hold(other) + hold(block(x).tanh())[:, :4], other], -1)
+
+
+@step("2")
+def both_halves_get_both(block, x, first, hold):
+    one, other = hold(block(x).tanh()).chunk(2, -1)
+    if hold is keep:
+        both = x[:, :4] + x[:, 4:]
+        return x + torch.cat([both + one, both - other], -1)
+    return x + torch.cat([x[:, :4] + hold(x[:, 4:]) + one, hold(x[:, :4]) + x[:, 4:] - other], -1)
+
+
 @step()
 def half_is_scattered(block, x, first, hold):
     return torch.slice_scatter(x, x[:, :4] + hold(block(x).tanh())[:, :4], 1, 0, 4)
@@ -321,3 +342,58 @@ def test_recurrent_layers_inside_residual_blocks():
         assert [r.decision for r in outer] == ["rewritten" if k < LINKS else "declined"]
         assert relative_error(found, exact) < limit
     assert relative_error(found, exact) > 1e-6
+
+
+# -- complex numbers -----------------------------------------------------------------------------------------------
+
+
+class Complex(nn.Module):
+    """Steps of a complex state, written once for model and oracle: ``kind`` is a linear recurrence (LRU) with a learnt
+    first state, one with a block beside it, a gate computed from the state, or a residual net."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.decay = nn.Parameter(torch.polar(torch.rand(WIDTH), torch.rand(WIDTH)))
+        self.first = nn.Parameter(torch.randn(4, WIDTH, dtype=torch.complex64))
+        self.blocks = nn.ParameterList(0.1 * torch.randn(WIDTH, WIDTH, dtype=torch.complex64) for _ in range(LINKS))
+        self.to(torch.complex128)
+
+    def step(self, block, x, h, hold):
+        if self.kind == "lru":
+            return self.decay * h + x @ block
+        if self.kind == "lru and block":
+            return self.decay * h + x @ block + hold(torch.tanh(h @ block))
+        if self.kind == "gate":
+            gate = torch.polar(torch.sigmoid((h @ block).real), (h @ block).imag)
+            return hold(gate) * h + hold(torch.tanh(h @ block.t()))
+        return h + hold(torch.tanh(h @ block))
+
+    def forward(self, x):
+        h, states = self.first, []
+        for block in self.blocks:
+            h = self.step(block, x, h, keep)
+            states.append(h.real)
+        return torch.stack(states)
+
+
+@pytest.mark.parametrize("kind", ["lru", "lru and block", "gate", "residual"])
+@pytest.mark.parametrize("k, gamma, segment", [(0, 0.0, 1), (1, 0.3, 1), (1, 0.3, 2)])
+def test_complex_states_have_the_gradient_of_the_oracle(kind, k, gamma, segment):
+    model, x = Complex(kind), torch.randn(4, WIDTH, dtype=torch.complex128, requires_grad=True)
+
+    def forward(run, x):
+        links = [
+            Link(lambda state, side, hold, b=block: ((model.step(b, side[0], state[0], hold),), ()), (x,))
+            for block in model.blocks
+        ]
+        return torch.stack([state.real for (state,) in run(links, (model.first,)).states[1:]])
+
+    program = Program(dict(model.named_parameters()), forward)
+    settings = options(iterations=k, damping=gamma, segment=segment, min_length=2)
+    _, found, (record,) = capture(model, (x,), probe_loss).gradients(settings)
+    _, expected = reference_gradients(program, (x,), probe_loss, k, gamma, segment=segment)
+    assert (record.length, record.decision) == (LINKS, "rewritten")
+    pairs = ({key: torch.view_as_real(g) for key, g in gradients.items()} for gradients in (found, expected))
+    assert_gradients_close(*pairs, 1e-10, 1e-13)

@@ -17,6 +17,8 @@ prims = torch.ops.prims
 _TRANSPARENT = {"clone", "alias", "detach", "_to_copy", "convert_element_type", "expand", "view", "_unsafe_view"}
 _TRANSPARENT |= {"reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "getitem", "select", "slice"}
 _TRANSPARENT |= {"split", "split_with_sizes", "unbind", "chunk"}
+# Backward, a complex factor is the conjugate of the one forward, which is what the text is about.
+_TRANSPARENT |= {"conj", "_conj", "conj_physical", "_conj_physical", "resolve_conj"}
 _MASKS = {"le", "lt", "ge", "gt", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_not", "bernoulli"}
 _COMPLEMENTS = {"le", "lt", "logical_not", "bitwise_not", "eq"}
 _DEPTH = 4

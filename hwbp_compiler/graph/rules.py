@@ -249,6 +249,8 @@ def is_elementwise_edge(source: Node, node: Node, shapes: tuple[tuple | None, tu
     before, after = shapes or (shape_of(source), shape_of(node))
     if before is None or after is None:
         return False
+    if source.meta["val"].is_complex() != node.meta["val"].is_complex():
+        return False  # a real number is not a multiple of a complex one
     if rule.kind is L and node.target is not aten.expand.default:
         return True
     added = len(after) - len(before)

@@ -393,7 +393,7 @@ def keep(t: Tensor) -> Tensor:
 
 
 def _leaves(tensors: Tensors) -> Tensors:
-    return tuple(t.detach().requires_grad_(t.is_floating_point()) for t in tensors)
+    return tuple(t.detach().requires_grad_(t.is_floating_point() or t.is_complex()) for t in tensors)
 
 
 def _vjp(values: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
