@@ -156,7 +156,7 @@ class Reason(enum.Enum):
         "A custom autograd.Function is the usual cause: let its backward be linear in what it is given.",
     )
     COMPLEX = (
-        "{what}: complex arithmetic is not handled inside chains",
+        "{what}: the compiler has no rule for this operator",
         f"{_TO_RECURRENT} if it is a loop over time: there states may be complex. Elsewhere write it with the "
         "real and the imaginary part.",
     )

@@ -57,7 +57,8 @@ def why_not_linear(node: Node, on_trunk: bool = False) -> Why:
     if rule_of(node) is not None or is_never_linear(node):
         return Reason.NOT_LINEAR_IN_GRADIENT.of(operator=name)
     if is_complex(node):
-        what = "the state is complex" if on_trunk else f"a block computes with complex numbers ({name})"
+        on = f"the state is complex and passes through {name}"
+        what = on if on_trunk else f"a block computes with complex numbers ({name})"
         return Reason.COMPLEX.of(what=what)
     return (Reason.NO_RULE_ON_TRUNK if on_trunk else Reason.NO_RULE_IN_BLOCK).of(operator=name)
 
