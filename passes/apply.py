@@ -48,7 +48,7 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
             output.prepend(node)
     created = set(rewriting.created)
     for node in reversed(order):
-        if not node.users and (node in created or node in removable):
+        if not node.users and (node in created or node in removable) and not node.is_impure():
             graph.erase_node(node)
 
 

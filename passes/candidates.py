@@ -34,7 +34,7 @@ class Candidate:
 
     @property
     def key(self) -> tuple:
-        return self.chain.last_known
+        return (*self.chain.states[0], *self.chain.last_known)
 
     @property
     def first(self) -> Node:
@@ -85,11 +85,12 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
     for ways in find_streams(info):
         refused: list[Refusal] = []
         more = [_split_and_group(info, along_states(info, states)[0], options, refused)[0] for states in ways]
-        joined = (c for way in more for c in way if _feed_each_other(c.chain))
-        for candidate in sorted(joined, key=lambda c: _worth(info, c))[-1:]:
+        joined = [[c for c in way if _feed_each_other(c.chain)] for way in more]
+        for candidate in max(joined, key=lambda way: _worth(info, way)):
             others = [c for c in found if not c.nodes.isdisjoint(candidate.nodes)]
-            nested = all(c.nodes <= candidate.nodes for c in others)
-            if nested or score([candidate.chain]) > score(c.chain for c in others):
+            nested = all(c.chain.length <= candidate.chain.length and c.nodes <= candidate.nodes for c in others)
+            fewer = score(c.chain for c in others) - (len(others) > 1)  # of equals, one long chain
+            if nested or score([candidate.chain]) > fewer:
                 found = [c for c in found if c not in others] + [candidate]
                 refusals[:] = [r for r in refusals if 2 * len(candidate.nodes.intersection(r.nodes)) < len(r.nodes)]
         for refusal in sorted(refused, key=lambda r: r.length)[-1:]:
@@ -108,10 +109,12 @@ def _feed_each_other(chain: Chain) -> bool:
     return all(any(c in needed[other] for other in range(chain.width) if other != c) for c in range(chain.width))
 
 
-def _worth(info: GraphInfo, candidate: Candidate) -> tuple[int, bool]:
-    """Links, then whether a step begins with all components as they are: no gradient of the head depends on another."""
-    head = {info.index[n] for n in candidate.chain.states[0] if n is not None}
-    return score([candidate.chain]), all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for i in head)
+def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool]:
+    """Links, and one more where a step begins with all components as they are: no gradient of the head depends on
+    another."""
+    heads = [{info.index[n] for n in c.chain.states[0] if n is not None} for c in way]
+    apart = all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
+    return score(c.chain for c in way) + apart, apart
 
 
 def _tracks(info: GraphInfo, options: Options) -> list[Track]:
@@ -191,7 +194,7 @@ def _split_and_group(
     found: list[Candidate] = []
     short: list[Candidate] = []
     for chain in chains:
-        if not chain.links:
+        if not chain.links or None in chain.last_known:
             continue
         try:
             split = split_links(chain)

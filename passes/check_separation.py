@@ -26,6 +26,7 @@ from hwbp_compiler.graph.program import (
     Program,
     State,
     extract,
+    has_block,
     sum_terms,
 )
 from hwbp_compiler.graph.rules import Kind, shape_of
@@ -34,7 +35,7 @@ from hwbp_compiler.reasons import Declined, Reason, Why
 from .find_chains import Track, is_carrier
 
 # The most tensors that together are one state.
-_WIDEST = 3
+WIDEST = 3
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ def along_states(info: GraphInfo, states: list[State]) -> tuple[list[Chain], lis
     track = Track((), ())
     _build(info, track, states, chains, refusals)
     for chain in chains:
+        # Sums inside the last block may look like states, with nothing but more sums between them.
+        while chain.links and not has_block(chain.links[0]):
+            chain = Chain(chain.states[1:], chain.links[1:])
         while None not in chain.states[0] and (longer := _with_head(info, track, chain)) is not None:
             chain = longer
         found.append(chain)
@@ -110,19 +114,17 @@ def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
     inside = info.between({joins[0]}, {joins[-1]})
     nodes = tuple(info.nodes[i] for i in sorted(inside))
     width = _width(info, joins, inside)
-    if width <= _WIDEST:
+    if width <= WIDEST:
         parts = len(_parts(info, joins[len(joins) // 2]))
         return (
-            _divided(nodes, lost, parts)
-            if parts > _WIDEST
-            else Refusal(nodes, lost, Reason.CONNECTION_SKIPS_STEPS.of())
+            _divided(nodes, lost, parts) if parts > WIDEST else Refusal(nodes, lost, Reason.CONNECTION_SKIPS_STEPS.of())
         )
-    return Refusal(nodes, lost, Reason.STATE_TOO_WIDE.of(width=width, widest=_WIDEST))
+    return Refusal(nodes, lost, Reason.STATE_TOO_WIDE.of(width=width, widest=WIDEST))
 
 
 def _divided(nodes: tuple[Node, ...], lost: int, parts: int) -> Refusal:
     """An LSTM with peepholes: two tensors cross, but the gradient of one is a sum of more terms than a state holds."""
-    return Refusal(nodes, lost, Reason.GRADIENT_IN_TOO_MANY_TERMS.of(parts=parts, widest=_WIDEST))
+    return Refusal(nodes, lost, Reason.GRADIENT_IN_TOO_MANY_TERMS.of(parts=parts, widest=WIDEST))
 
 
 def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
@@ -200,7 +202,7 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
 def _widened(info: GraphInfo, join: int) -> State | None:
     """The parts of ``join`` as a state: (dh, dc) of an LSTM."""
     parts = _parts(info, join)
-    return parts if 2 <= len(parts) <= _WIDEST else None
+    return parts if 2 <= len(parts) <= WIDEST else None
 
 
 def _parts(info: GraphInfo, join: int) -> tuple[Node, ...]:

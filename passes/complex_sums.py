@@ -29,7 +29,7 @@ def add_complex_numbers(graph: Graph, settled: Set[Node]) -> bool:
         gradients = gradients or _gradients(graph)
         if node not in gradients:
             continue
-        made = Emitter(graph, node, node.meta["val"].fake_mode, 1).call(ADD, *terms)
+        made = Emitter(graph, node, node.meta["val"].fake_mode, 1, {}).call(ADD, *terms)
         node.replace_all_uses_with(made)
         _erase_unused(graph, node)
         found = True

@@ -7,13 +7,15 @@ where only two or three gradients cross from before to after: those are the stat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import permutations
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import State
 
-# The most tensors that together are one state, and the fewest steps that are worth a look.
-_WIDEST = 3
+from .check_separation import WIDEST
+
+# The fewest steps that are worth a look.
 _SHORTEST = 3
 
 
@@ -22,14 +24,13 @@ def find_streams(info: GraphInfo) -> list[list[list[State]]]:
 
     Where components are updated one after the other, a step may begin with any of them.
     """
-    free = list(info.carries)
     found: list[list[list[State]]] = []
-    while (sums := _longest_stream(info, free)) is not None:
+    for sums in _streams(info):
         by_width = _cuts(info, sums)
         least = len(_apart(by_width[0]))  # states of one tensor are found otherwise
         ways: list[list[State]] = []
         for cuts in by_width[1:]:
-            for start in range(min(_WIDEST, len(cuts))):
+            for start in range(min(WIDEST, len(cuts))):
                 apart = _apart(cuts[start:])
                 if len(apart) > least:
                     ways += [[tuple(info.nodes[i] for i in c) for c in states] for states in _in_order(info, apart)]
@@ -38,29 +39,27 @@ def find_streams(info: GraphInfo) -> list[list[list[State]]]:
     return found
 
 
-def _longest_stream(info: GraphInfo, free: list[bool]) -> list[int] | None:
-    """The sums on the elementwise path with the most of them; its nodes are no longer ``free``."""
+def _streams(info: GraphInfo) -> Iterator[list[int]]:
+    """The sums on elementwise paths that have more than a few, those with the most first; no two paths share a node."""
     count = len(info.nodes)
     ahead: list[int | None] = [None] * count
     passed = [0] * count  # most sums on an elementwise path that starts here
     for i in range(count - 1, -1, -1):
-        if not free[i]:
-            continue
         for user in info.users[i]:
-            if free[user] and info.elementwise(i, user) and (ahead[i] is None or passed[user] > passed[ahead[i]]):  # type: ignore[index]
+            if info.elementwise(i, user) and (ahead[i] is None or passed[user] > passed[ahead[i]]):  # type: ignore[index]
                 ahead[i] = user
         passed[i] = _is_join(info, i) + (0 if (after := ahead[i]) is None else passed[after])
-    start = max(range(count), key=passed.__getitem__, default=None)
-    if start is None or passed[start] <= _SHORTEST:
-        return None
-    sums: list[int] = []
-    node: int | None = start
-    while node is not None:
-        free[node] = False
-        if _is_join(info, node):
-            sums.append(node)
-        node = ahead[node]
-    return sums
+    used: set[int] = set()
+    for start in sorted((i for i in range(count) if passed[i] > _SHORTEST), key=lambda i: -passed[i]):
+        sums: list[int] = []
+        node: int | None = start
+        while node is not None and node not in used:
+            used.add(node)
+            if _is_join(info, node):
+                sums.append(node)
+            node = ahead[node]
+        if len(sums) > _SHORTEST:
+            yield sums
 
 
 def _is_join(info: GraphInfo, i: int) -> bool:
@@ -73,12 +72,12 @@ def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
     ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
 
     alive: list[int] = []
-    found: list[list[tuple[int, ...]]] = [[] for _ in range(_WIDEST)]
+    found: list[list[tuple[int, ...]]] = [[] for _ in range(WIDEST)]
     for i in sorted(inside):
         alive = [a for a in alive if ends[a] > i]
         if ends[i] > i:
             alive.append(i)
-        if 1 <= len(alive) <= _WIDEST and alive[-1] == i and all(map(info.is_sum, alive)):
+        if 1 <= len(alive) <= WIDEST and alive[-1] == i and all(map(info.is_sum, alive)):
             found[len(alive) - 1].append(tuple(alive))
     return found
 

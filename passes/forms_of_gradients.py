@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 
 from hwbp_compiler.engine.emitter import Emitter
 from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.rules import SYMBOLIC, size_of
 from hwbp_compiler.reasons import Declined
 
 aten = torch.ops.aten
@@ -48,11 +49,14 @@ def ask_no_gradient_for_its_form(graph: Graph, settled: Set[Node]) -> bool:
     if not any(graph.find_nodes(op="call_function", target=target) for target in targets):
         return False
     gradients: set[Node] = set()
+    sizes: dict[Any, Node] = {}
     changed = False
     for node in list(graph.nodes):
         if not is_tangent(node) and gradients.isdisjoint(node.all_input_nodes):
+            if isinstance(node.meta.get("val"), SYMBOLIC):
+                sizes.setdefault(size_of(node), node)
             continue
-        made = _made(graph, node) if node.target in targets and node not in settled else None
+        made = _made(graph, node, sizes) if node.target in targets and node not in settled else None
         if made is None:
             gradients.add(node)
             continue
@@ -64,10 +68,10 @@ def ask_no_gradient_for_its_form(graph: Graph, settled: Set[Node]) -> bool:
     return changed
 
 
-def _made(graph: Graph, node: Node) -> Node | None:
+def _made(graph: Graph, node: Node, sizes: dict[Any, Node]) -> Node | None:
     """What takes the place of ``node``, or None."""
     value, last = node.meta["val"], node.prev
-    emitter = Emitter(graph, node, value.fake_mode, 1)
+    emitter = Emitter(graph, node, value.fake_mode, 1, dict(sizes))
     try:
         made = (_copied if node.target is aten.copy.default else _new)(emitter, node)
     except Declined:  # a size of the gradient's own

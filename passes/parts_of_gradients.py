@@ -1,11 +1,11 @@
-"""Parts of a gradient that are cut out and put back where they were: the gradient times a mask of 0 and 1.
+"""Parts of a gradient that are cut out and put back where they were: the gradient under a mask.
 
 Note [Masks]
 ~~~~~~~~~~~~
 ``cat([a[:, :1] + f(a), a[:, 1:]], 1)`` changes a part of the state. Backward, the gradient g is cut in two and put
 together again: ``zeros[:, :1] = g[:, :1]``, ``zeros[:, 1:] = g[:, 1:]``, then the sum. By their operators, a cut and
-what undoes it mix elements, so no elementwise path would be found. ``g m``, with m the mask of what was kept, shows
-it. Masks that meet in a sum and cover everything are g itself.
+what undoes it mix elements, so no elementwise path would be found. ``where(m, g, 0)``, with m the mask of what was
+kept, shows it. Masks that meet in a sum and cover everything are g itself.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class _Masking:
             if base not in self.gradients or any(left):
                 return  # what is written over may matter
             (place,) = (place for _, place in pieces)
-            found.append(Part(base, place.dim, _complement(place, _size(base, place.dim))))
+            if ranges := _complement(place, _size(base, place.dim)):
+                found.append(Part(base, place.dim, ranges))
         if found:
             self._replace(node, found, [piece for piece, _ in pieces], left)
 
@@ -120,7 +121,7 @@ class _Masking:
         return Part(source, place.dim, frozenset({(place.start, place.stop)}))
 
     def _replace(self, node: Node, found: list[Part], pieces: list[Node], left: list[list[Node]]) -> None:
-        emitter = Emitter(self.graph, node, node.meta["val"].fake_mode, 1)
+        emitter = Emitter(self.graph, node, node.meta["val"].fake_mode, 1, {})
         terms = [self._masked(emitter, part) for part in _joined(found)]
         if any(left):
             terms.append(self._without(emitter, node, pieces, left))
@@ -142,20 +143,22 @@ class _Masking:
         size = _size(part.gradient, part.dim)
         if part.ranges == {(0, size)}:
             return part.gradient
-        masked = emitter.call(aten.mul.Tensor, part.gradient, self._mask(part, size))
+        # Chosen, not multiplied: what is left out may be infinite.
+        zero = emitter.full((), 0.0, part.gradient.meta["val"])
+        masked = emitter.call(aten.where.self, self._mask(part, size), part.gradient, zero)
         self.parts[masked] = part
         return masked
 
     def _mask(self, part: Part, size: int) -> Node:
         """[size, 1, ...], where the backward pass begins."""
         value = part.gradient.meta["val"]
-        key = (part.dim - value.dim(), size, part.ranges, value.dtype, value.device, value.dim())
+        key = (part.dim - value.dim(), size, part.ranges, value.device, value.dim())
         if key not in self.masks:
             assert self.first is not None
-            emitter = Emitter(self.graph, self.first, value.fake_mode, 1)
-            mask = emitter.full((size,), 0.0, value)
+            emitter = Emitter(self.graph, self.first, value.fake_mode, 1, {})
+            mask = emitter.full((size,), False, value, torch.bool)
             for start, stop in sorted(part.ranges):
-                ones = emitter.full((stop - start,), 1.0, value)
+                ones = emitter.full((stop - start,), True, value, torch.bool)
                 mask = emitter.call(aten.slice_scatter.default, mask, ones, 0, start, stop)
             self.masks[key] = emitter.call(aten.view.default, mask, [size, *[1] * (value.dim() - part.dim - 1)])
         return self.masks[key]
@@ -168,7 +171,7 @@ class _Masking:
         joined = _joined(parts)
         if len(joined) == len(parts):
             return
-        emitter = Emitter(self.graph, root, root.meta["val"].fake_mode, 1)
+        emitter = Emitter(self.graph, root, root.meta["val"].fake_mode, 1, {})
         rest = [term for term in terms if term not in self.parts]
         total = _added(emitter, [*(self._masked(emitter, part) for part in joined), *rest])
         self._put(root, total, emitter.created)

@@ -48,7 +48,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     """Rewrite every chain of the joint ``graph`` that ``options`` ask for, in place; returns what was decided.
 
     A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
-    raised. Any other exception comes before the graph is changed.
+    raised. After any other exception the graph is not what it was.
     """
     keep_old_values(graph)
     read_sizes_elsewhere(graph)
@@ -58,7 +58,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     before = Snapshot(graph)
     reworded = in_other_words(graph, settled)
     decided: set[tuple] = set()
-    first_look = True
+    first_look, rewrote = True, False
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
@@ -76,12 +76,14 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
             with timed("highway.rewrite"):
                 record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
             records.append(record)
+            rewrote |= changed
             if changed:
                 break
         if not changed:
             break
-    if reworded and not any(record.decision == "rewritten" for record in records):
-        before.restore()  # what nothing came of stays as Inductor would have it
+    if reworded and not rewrote:  # what nothing came of stays as Inductor would have it
+        new = before.restore()
+        settled = {new[node] for node in settled}
     keep_pieces(graph, settled)
     return records
 

@@ -12,6 +12,7 @@ into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -260,7 +261,8 @@ class _ChainRewriter:
             if value is None or any(n is None for n in nodes):
                 raise AssertionError(f"side output {nodes[0]} has no value")
             root = _accumulation(nodes)  # type: ignore[arg-type]
-            if root is not None:
+            # A term that a state has taken already is no term of this sum.
+            if root is not None and Counter(nodes) <= Counter(self._left.get(root, sum_terms(root, None))):  # type: ignore[arg-type]
                 self._add_to(root, stacker.e.sum_links(value), nodes, done)  # type: ignore[arg-type]
                 continue
             for lane, node in enumerate(nodes):

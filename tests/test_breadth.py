@@ -98,6 +98,11 @@ def the_first_state_is_an_input_of_the_block(block, x, first, hold):
 
 
 @step()
+def later_blocks_read_the_first_state(block, x, first, hold):
+    return x + hold(block(x if first is None else x + first).tanh())
+
+
+@step()
 def the_first_state_is_concatenated(block, x, first, hold):
     return x + hold(torch.cat([block(x), first], -1).cumsum(-1)[:, :WIDTH].tanh())
 
@@ -262,17 +267,23 @@ class Trunk(nn.Module):
 
     def forward(self, x):
         first = x
-        for block in self.blocks:
-            x = self.function(block, x, first, keep)
+        for number, block in enumerate(self.blocks):
+            x = self.function(block, x, self.read(number, first), keep)
         return x
+
+    def read(self, number, first):
+        return None if number == 0 and self.function is later_blocks_read_the_first_state else first
 
 
 def retold(model):
-    def link(block, first):
-        return Link(lambda state, side, hold: ((model.function(block, state[0], *side, hold),), ()), (first,))
+    def link(number, first):
+        block, read = model.blocks[number], model.read(number, first)
+        if read is None:
+            return Link(lambda state, side, hold: ((model.function(block, state[0], None, hold),), ()))
+        return Link(lambda state, side, hold: ((model.function(block, state[0], *side, hold),), ()), (read,))
 
     def forward(run, x):
-        return run([link(block, x) for block in model.blocks], (x,)).states[-1][0]
+        return run([link(number, x) for number in range(LINKS)], (x,)).states[-1][0]
 
     return Program(dict(model.named_parameters()), forward)
 
@@ -342,6 +353,22 @@ def test_recurrent_layers_inside_residual_blocks():
         assert [r.decision for r in outer] == ["rewritten" if k < LINKS else "declined"]
         assert relative_error(found, exact) < limit
     assert relative_error(found, exact) > 1e-6
+
+
+def test_what_was_cut_away_may_be_infinite():
+    """The mask chooses: a gradient that is thrown away is thrown away, in a chain's surroundings too."""
+
+    class Cut(Trunk):
+        def forward(self, x):
+            square = super().forward(x).square()
+            return torch.cat([torch.zeros_like(square[:, :1]), square[:, 1:]], 1).sqrt()
+
+    model, x = Cut(STEPS["one_column_gets_something_added"][0]), torch.randn(4, WIDTH, dtype=torch.float64)
+    captured = capture(model, (x.requires_grad_(),), lambda y: y[:, 1:].sum())
+    _, exact, _ = captured.gradients(None)
+    _, found, (record,) = captured.gradients(options(iterations=1, min_length=2))
+    assert record.decision == "rewritten"
+    assert all(g.isfinite().all() for gradients in (exact, found) for g in gradients.values())
 
 
 # -- complex numbers -----------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hwbp_compiler import explain
-from hwbp_compiler.reasons import Reason
+from hwbp_compiler.passes.apply import discard
+from hwbp_compiler.reasons import Declined, Reason
 
 ALWAYS = {"iterations": 1, "rewrite": "always"}
 WIDTH = 4
@@ -379,14 +380,21 @@ class U(nn.Module):
         return x
 
 
-def test_connections_that_skip_over_blocks():
-    chain = only(declined(U(), torch.randn(2, WIDTH)))
-    assert "U-Net" in chain.advice and "for something else as well" in chain.reason
+def test_connections_that_skip_over_blocks_leave_two_chains():
+    """The state in the middle is the last one of the way up: what skips over blocks is added there."""
+    up, down = explained(U(), torch.randn(2, WIDTH), min_length=2).chains
+    assert [(chain.decision, chain.length) for chain in (up, down)] == [("rewritten", 5), ("rewritten", 3)]
 
 
-@pytest.mark.parametrize("options", [{"rewrite": "profitable"}, {"iterations": "exact"}, {"iterations": 5}])
-def test_advice_that_would_not_help_is_not_given(options):
-    chain = only(declined(U(), torch.randn(2, WIDTH), **options))
+@pytest.mark.parametrize("options", [{"rewrite": "profitable"}, {"iterations": "exact"}, {"iterations": 8}])
+def test_advice_that_would_not_help_is_not_given(options, monkeypatch):
+    def refuse(graph, rewriting, *_):
+        discard(graph, rewriting.created)
+        raise Declined(Reason.VALUE_USED_ELSEWHERE)
+
+    monkeypatch.setattr("hwbp_compiler.passes.pipeline.apply", refuse)
+    blocks = nn.Sequential(*(Residual() for _ in range(8)))
+    chain = only(declined(blocks, torch.randn(2, WIDTH, requires_grad=True), **options))
     assert "would not have it rewritten either" in chain.advice and "U-Net" in chain.advice
 
 

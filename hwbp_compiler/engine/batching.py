@@ -413,14 +413,16 @@ def grouped_fallback(e: Emitter, target, args, kwargs):
     """transformers' own products in groups, for what PyTorch's does not take, and their backward."""
     input, weight, offsets, *gradient = args
     ends = _all_groups(e, offsets, input.shape[0])
-    gradient = [_fold(e, _in_groups(e, g, offsets, 0)) for g in gradient]
-    found = e._wrap(e.call(target, _fold(e, input), _fold(e, weight), ends, *gradient, **kwargs), batched=False)
+    rows, *gradient = (_fold(e, _in_groups(e, a, offsets, 0)) for a in (input, *gradient))
+    found = e._wrap(e.call(target, rows, _fold(e, weight), ends, *gradient, **kwargs), batched=False)
     return [_unfold(e, v.node) for v in found] if isinstance(found, list) else _unfold(e, found.node)
 
 
 def linear_scan(e: Emitter, target, args, kwargs):
     """A scan inside a block: links go behind the dimension that is scanned."""
     values, multipliers, *rest = args
+    if isinstance(multipliers, Value) and 0 < multipliers.rank < values.rank:
+        return e.vmap(target, args, kwargs)  # one for each step, or broadcast: the operator knows
 
     def behind(value: Value) -> Node:
         node, rank = e.aligned(value, values.rank), value.tensor.dim()
@@ -429,10 +431,9 @@ def linear_scan(e: Emitter, target, args, kwargs):
         return node if rank < values.rank else e.call(aten.unsqueeze.default, node, 1)
 
     rest = [e.batch(a) if isinstance(a, Value) else a for a in rest]
-    last = {key: e.batch(a) if isinstance(a, Value) else a for key, a in kwargs.items()}
     first = e.permute(e.batch(values), [1, 0, *range(2, values.rank + 1)])
     times = behind(multipliers) if isinstance(multipliers, Value) else multipliers
-    return Value(e.permute(e.call(target, first, times, *rest, **last), [1, 0, *range(2, values.rank + 1)]), True)
+    return Value(e.permute(e.call(target, first, times, *rest, **kwargs), [1, 0, *range(2, values.rank + 1)]), True)
 
 
 # Operators that are there only once somebody else has registered them.

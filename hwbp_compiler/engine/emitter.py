@@ -150,7 +150,7 @@ class Emitter:
         with self.fake_mode:
             return target(*read[0], **read[1])
 
-    def full(self, shape: Sequence, fill: float, like: torch.Tensor, dtype: torch.dtype | None = None) -> Node:
+    def full(self, shape: Sequence, fill: float | bool, like: torch.Tensor, dtype: torch.dtype | None = None) -> Node:
         return self.call(
             aten.full.default,
             [self.size(s) for s in shape],

@@ -40,7 +40,7 @@ class Chain:
     @property
     def last_known(self) -> State:
         """Per component the last state that is a node. The very last may lack one, or be a part of a larger sum."""
-        return tuple(next(s[c] for s in reversed(self.states) if s[c] is not None) for c in range(self.width))
+        return tuple(next((s[c] for s in reversed(self.states) if s[c] is not None), None) for c in range(self.width))
 
 
 @dataclass

@@ -108,7 +108,7 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
     if node.op != "call_function":
         return _symbol("weight", node)
     name = _name(node.target)
-    if name in _MASKS or _is_part(node):
+    if name in _MASKS:
         return _symbol("mask", node)
     if name in _TRANSPARENT and isinstance(node.args[0], Node):
         return describe(node.args[0], depth)
@@ -127,14 +127,6 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
         if len(parts) == len(node.args):
             return _combine(name, parts)
     return _symbol(f"{name}(...)", node)
-
-
-def _is_part(node: Node) -> bool:
-    """Whether ``node`` is ones at some places and zeros elsewhere."""
-    return node.target is torch.ops.aten.slice_scatter.default and all(
-        isinstance(a, Node) and (_is_part(a) or (a.target is torch.ops.aten.full.default and a.args[1] in (0, 1)))
-        for a in node.args[:2]
-    )
 
 
 def _symbol(name: str, node: Node | None) -> sympy.Symbol:

@@ -17,6 +17,9 @@ from .info import GraphInfo
 from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, closure, sum_terms
 from .rules import form_of, shape_of, size_of
 
+# Trials within trials, in sums of what is alike.
+_DEEPEST = 8
+
 
 class _Mismatch(Exception):
     pass
@@ -58,6 +61,7 @@ class _Matcher:
         self.externals: list[Node | None] = [None] * len(template.externals)
         self.injections: dict[int, list[Node]] = {}
         self.remainders: dict[int, tuple[Node, list[Node]]] = {}
+        self.trials = 0  # one within the other
         self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to settle once the rest is known
 
     def run(self, outputs: Sequence[Node]) -> Program:
@@ -203,14 +207,18 @@ class _Matcher:
     def _bind_one_of(self, alike: list[Node], wanted: int) -> Node:
         """Bind statement ``wanted`` to the first of ``alike`` that what it is computed from lets it be. A sum may have
         terms of many links: of the first state, which every link reads, say."""
-        alike = list(dict.fromkeys(alike))
         if not alike:
             raise _Mismatch
-        if len(alike) == 1:
-            self._bind(wanted, alike[0])
-            return alike[0]
+        raw = self.template.raw[wanted]
+        alike = list(dict.fromkeys(alike))
+        same = [node for node in alike if raw is not None and node.target is raw.target]
+        if len(alike) == 1 or len(same) == 1 or self.trials >= _DEEPEST:
+            (found, *_) = same or alike
+            self._bind(wanted, found)
+            return found
         needed = sorted(closure(self.template, wanted), reverse=True)
         undecided, self.undecided = self.undecided, []
+        self.trials += 1
         try:
             for node in alike:
                 before = self._so_far()
@@ -224,6 +232,7 @@ class _Matcher:
                 self.bound, self.externals, self.injections = before
         finally:
             self.undecided = undecided
+            self.trials -= 1
         raise _Mismatch
 
     def _settle(self, i: int, wanted: int) -> None:

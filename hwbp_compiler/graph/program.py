@@ -210,7 +210,10 @@ class _Builder:
                 i = self._append(Statement(SUM, (Ref(i),), (), shape_of(node), dtype_of(node)), None)
                 self.program.raw[i] = node
             self.program.outputs.append(i)
+        used = {ref.id for statement in self.program.statements for ref in references(statement.args)}
         for i in self.program.remainders:
+            if i in used:  # what reads the whole of it would get a part
+                raise Declined(Reason.CONNECTION_SKIPS_STEPS)
             self.program.raw[i] = None
         return _numbered_from_outputs(self.program, self.hash_of)
 

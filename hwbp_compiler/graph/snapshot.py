@@ -10,10 +10,11 @@ class Snapshot:
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._copy = graph, Graph()
-        self._output = self._copy.graph_copy(graph, {})
+        self._copies: dict[Node, Node] = {}
+        self._output = self._copy.graph_copy(graph, self._copies)
 
-    def restore(self) -> None:
-        """Put the copy in place of whatever ``graph`` has become. Its nodes are new ones."""
+    def restore(self) -> dict[Node, Node]:
+        """Put the copy in place of whatever ``graph`` has become; for every node that was there, the new one."""
         graph = self._graph
         metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
         for node in reversed(list(graph.nodes)):
@@ -21,3 +22,4 @@ class Snapshot:
         moved: dict[Node, Node] = {}
         graph.graph_copy(self._copy, moved)
         graph.output(map_arg(self._output, moved.__getitem__)).meta.update(metadata)
+        return {old: moved[copy] for old, copy in self._copies.items()}
