@@ -75,8 +75,8 @@ MUTATIONS = [
     Mutation(
         "what only adds up what links give is a stream",
         "passes/candidates.py",
-        "        joined = (c for way in more for c in way if _feed_each_other(c.chain))",
-        "        joined = (c for way in more for c in way)",
+        "        joined = [[c for c in way if _feed_each_other(c.chain)] for way in more]",
+        "        joined = more",
         (BREADTH,),
     ),
     Mutation(
