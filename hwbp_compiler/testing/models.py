@@ -151,7 +151,7 @@ class Model(_ReadableRepr):
     @property
     def pinned(self) -> bool:
         """Whether the contract says what the chains are, so that truncated gradients can be predicted."""
-        return not any(isinstance(stage, Stack) and stage.skips for stage in self.stacks)
+        return not any(isinstance(stage, Stack) and (stage.skips or stage.rereads) for stage in self.stacks)
 
     @property
     def chain_lengths(self) -> list[int]:

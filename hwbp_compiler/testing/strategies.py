@@ -31,7 +31,8 @@ def stacks(
     draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False,
     sizes: Sizes = None, in_place: bool = False,
 ) -> Stack:  # fmt: skip
-    """One stack of links. ``skips``: some have long skips over links, and with them no predictable chains;
+    """One stack of links. ``skips``: some have long skips over links, or read the first state in every block, and with
+    either no predictable chains;
     ``dtypes``: some compute in float32 inside; ``sizes``: what depth and width are chosen from; ``in_place``: some
     blocks change slices in place, which ``testing.capture`` takes and ``testing.trace`` does not."""
     left_out = {name for name, wanted in {"cast": dtypes, "in_place": in_place}.items() if not wanted}
@@ -66,7 +67,7 @@ def stacks(
         penalties=draw(links),
         skip=skip,
         unet=unet,
-        rereads=not joins and draw(_often_false),
+        rereads=skips and not joins and draw(_often_false),
         layout=draw(st.sampled_from(("none", "none", "flat", "swap"))),
         frozen=draw(st.one_of(st.just(()), st.just(()), links)),
     )
