@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import networkx
@@ -41,7 +42,7 @@ class Candidate:
         """A node that stands where the gradient enters the chain."""
         return next(n for state in (*self.chain.states[1:2], self.chain.states[0]) for n in state if n is not None)
 
-    @property
+    @functools.cached_property
     def nodes(self) -> set[Node]:
         return {n for g in self.groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -27,6 +27,7 @@ from hwbp_compiler.graph.program import (
     State,
     extract,
     has_block,
+    inner_additions,
     sum_terms,
 )
 from hwbp_compiler.graph.rules import Kind, shape_of
@@ -146,16 +147,20 @@ def score(chains: Iterable[Chain]) -> int:
     return sum(max(0, c.length - 1) for c in chains)
 
 
-def _crossings(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
-    """By-passes as (p, q): an edge from at or behind join p to at or before join q skips those between."""
+def _crossings(info: GraphInfo, joins: list[int], of_last: Set[int] = frozenset()) -> list[tuple[int, int]]:
+    """By-passes as (p, q): an edge from at or behind join p to at or before join q skips those between.
+
+    ``of_last`` are parts of the last join: what is added up on the way there leads there.
+    """
     if len(joins) < 3:
         return []
     inside = info.between({joins[0]}, {joins[-1]})
     found: set[tuple[int, int]] = set()
-    for node in inside:
+    for node in inside - of_last:
         for user in info.users[node]:
             if user in inside:
-                p, q = bisect_right(joins, node) - 1, bisect_left(joins, user)
+                end = joins[-1] if user in of_last else user
+                p, q = bisect_right(joins, node) - 1, bisect_left(joins, end)
                 if q - p > 1:
                     found.add((p, q))
     return sorted(found)
@@ -176,9 +181,12 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
     ranges: list[tuple[int, int]] = []
     start, last = 0, len(joins) - 1
 
-    def sound(end: int, into_the_end: bool = False) -> bool:
-        crossings = _crossings(info, joins[start : end + 1])
-        return all(into_the_end and q == end - start for _, q in crossings)
+    def sound(end: int) -> bool:
+        return not _crossings(info, joins[start : end + 1])
+
+    def sound_but_for_the_end(end: int) -> bool:
+        of_last = {info.index[n] for n in inner_additions(info.nodes[joins[end]])}
+        return all(q == end - start for _, q in _crossings(info, joins[start : end + 1], of_last))
 
     while start < last:
         good, step = start + 1, 2
@@ -192,7 +200,7 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
         while bad is not None and bad - good > 1:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if sound(middle) else (good, middle)
-        if good < last and sound(good + 1, into_the_end=True):
+        if good < last and sound_but_for_the_end(good + 1):
             good += 1  # the first state of a chain may have gradients from all over it
         ranges.append((start, good))
         start = good

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, Node
 
 from hwbp_compiler.engine.emitter import Emitter
-from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import ADD
 
 aten = torch.ops.aten
@@ -21,15 +21,18 @@ aten = torch.ops.aten
 def add_complex_numbers(graph: Graph, settled: Set[Node]) -> bool:
     """Put one addition in place of each such sum that is not ``settled``; whether there was any."""
     found = False
-    gradients: set[Node] = set()
+    gradients: set[Node] | None = None
     for node in graph.find_nodes(op="call_function", target=aten.view.dtype):
         terms = None if node in settled else _terms(node)
         if terms is None:
             continue
-        gradients = gradients or _gradients(graph)
+        if gradients is None:
+            info = GraphInfo(graph)
+            gradients = {n for n, carries in zip(info.nodes, info.carries, strict=True) if carries}
         if node not in gradients:
             continue
         made = Emitter(graph, node, node.meta["val"].fake_mode, 1, {}).call(ADD, *terms)
+        gradients.add(made)
         node.replace_all_uses_with(made)
         _erase_unused(graph, node)
         found = True
@@ -64,14 +67,6 @@ def _seen_through_views(node: object) -> Node | None:
     while isinstance(node, Node) and node.target in (aten.view.default, aten._unsafe_view.default):
         node = node.args[0]
     return node if isinstance(node, Node) else None
-
-
-def _gradients(graph: Graph) -> set[Node]:
-    found: set[Node] = set()
-    for node in graph.nodes:
-        if is_tangent(node) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:

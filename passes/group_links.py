@@ -28,6 +28,7 @@ from hwbp_compiler.graph.program import (
     Statement,
     _constant,
     closure,
+    inner_additions,
     is_heavy,
     references,
 )
@@ -234,13 +235,7 @@ def inner_sums(program: Program) -> set[Node]:
     found: set[Node] = set()
     for statement, node in zip(program.statements, program.raw, strict=True):
         if statement.target is SUM and node is not None:
-            todo = [node]
-            while todo:
-                current = todo.pop()
-                for operand in current.all_input_nodes if current.target is torch.ops.aten.add.Tensor else ():
-                    if len(operand.users) == 1 and operand.target is torch.ops.aten.add.Tensor:
-                        found.add(operand)
-                        todo.append(operand)
+            found |= inner_additions(node)
     return found
 
 
@@ -264,7 +259,8 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
     heavy = any(is_heavy(template, c) for c in range(template.arity, len(template.statements)))
     blocks = any(is_heavy(template, c) for i in template.outputs for c in closure(template, i))
-    if heavy and not any(_is_product(template, c) for _, needed in sides for c in needed):
+    told_by_sides = not heavy or any(_is_product(template, c) for _, needed in sides for c in needed)
+    if not (told_by_sides or blocks):
         return None
     reached = [info.nodes[i] for i in sorted(_near(info, state, 8 * len(template.statements)))]
     found: Program | None = None
@@ -278,7 +274,7 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
             continue
     if found is None or found.outputs:
         return found
-    if _goes_on(info, found, template):
+    if not told_by_sides or _goes_on(info, found, template):
         return None
     if blocks:
         return found

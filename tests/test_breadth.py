@@ -355,6 +355,23 @@ def test_recurrent_layers_inside_residual_blocks():
     assert relative_error(found, exact) > 1e-6
 
 
+@pytest.mark.parametrize("name", ["half_is_doubled_in_place", "chunks_are_put_together_again"])
+def test_where_nothing_is_rewritten_the_graph_is_as_it_was(name):
+    """It was put in other words to look for a chain, which ``iterations="exact"`` leaves alone."""
+    model, x = Trunk(STEPS[name][0]), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    captured = capture(model, (x,), probe_loss)
+    captured.gradients(None)
+    (joint,) = captured.joints
+    exact, (record,) = joint.rewritten(options(iterations="exact", min_length=2))
+    written, _ = joint.rewritten(options(iterations=1, min_length=2))
+    assert record.decision == "declined"
+    assert operators(exact) == operators(joint.module) != operators(written)
+
+
+def operators(module):
+    return [(node.op, str(node.target)) for node in module.graph.nodes]
+
+
 def test_what_was_cut_away_may_be_infinite():
     """The mask chooses: a gradient that is thrown away is thrown away, in a chain's surroundings too."""
 

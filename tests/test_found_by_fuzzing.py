@@ -49,6 +49,22 @@ FOUND = {
         Model(stacks=(Stack(depth=4, width=2, update="scalar", skip=(1, 4), frozen=(2,)),), batch=1, length=1),
         Setting(2, 0.0, 2),
     ),
+    # Every block reads the first state: what is added up for it on the way counted as by-passes, and a link was lost.
+    "first_state_read_again": (
+        Model(stacks=(Stack(depth=4, penalties=(1,), rereads=True),), batch=3, length=1),
+        Setting(0, 0.0),
+    ),
+    "first_state_read_again_behind_a_norm": (
+        Model(stacks=(Stack(depth=4, width=2, pre="group", rereads=True),), batch=1, length=1),
+        Setting(0, 0.0),
+    ),
+    # No weight wants a gradient, so only the first state itself tells of the first step.
+    "frozen_lstm_with_a_given_state": (
+        Model(
+            stacks=(Recurrence(width=5, cell="lstm", start="given", frozen=True),), batch=5, length=6, input_grad=False
+        ),
+        Setting(0, 0.0),
+    ),
     # ``prims.rev``, the gradient of a running sum, had no rule: declined.
     "running_mean": (Model(stacks=(Stack(blocks=("cumulative",)),), length=3), Setting(1, 0.2)),
 }

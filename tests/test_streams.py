@@ -61,7 +61,7 @@ def oscillator(m, n, state, hold):
     return a + 0.1 * v, v
 
 
-STEPS = {step.__name__: step for step in (in_turns, at_once, momentum, cross_attention, three, gated)}
+STEPS = {step.__name__: step for step in (in_turns, at_once, cross_attention, three)}
 
 
 class Streams(nn.Module):
@@ -106,10 +106,18 @@ def case(request):
 @pytest.mark.parametrize("k, gamma, segment", [(0, 0.0, 1), (1, 0.3, 1), (2, 0.0, 1), (0, 0.0, 2), (1, 0.3, 2)])
 def test_streams_are_one_chain_with_the_gradient_of_the_oracle(case, k, gamma, segment):
     model, x, captured = case
-    if model.step is gated or (model.step is momentum and (gamma or segment > 1)):
-        pytest.skip("a step may be taken to begin between its two updates: see the next test")
     _, found, (record,) = captured.gradients(options(iterations=k, damping=gamma, segment=segment, min_length=2))
     _, expected = reference_gradients(retold(model), (x,), probe_loss, k, gamma, segment=segment)
+    assert (record.length, record.decision) == (LINKS, "rewritten")
+    assert_gradients_close(found, expected, 1e-10, 1e-13)
+
+
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_momentum_without_damping_has_the_gradient_of_the_oracle(k):
+    """With damping it matters whether a step begins with the velocity or with the position, which is left open."""
+    model, x = Streams(momentum, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    _, found, (record,) = capture(model, (x,), probe_loss).gradients(options(iterations=k, min_length=2))
+    _, expected = reference_gradients(retold(model), (x,), probe_loss, k)
     assert (record.length, record.decision) == (LINKS, "rewritten")
     assert_gradients_close(found, expected, 1e-10, 1e-13)
 
@@ -125,7 +133,8 @@ def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
         _, found, (record,) = captured.gradients(options(iterations=k, damping=0.2, min_length=2))
         assert (record.length, record.decision) == (LINKS, "rewritten")
         errors.append(relative_error(found, exact))
-    assert errors[-1] < 1e-2 < errors[0] and all(error > 1e-9 for error in errors[:-1])
+    # Seen: 0.6 at k = 0; at the last k 3e-16 (gated) and 3e-4 (momentum, whose first step counts as a whole link).
+    assert errors[-1] < 1e-3 < errors[-2] < errors[0] and all(error > 1e-9 for error in errors[:-1])
 
 
 def test_position_and_velocity_are_a_circle():

@@ -418,27 +418,8 @@ def grouped_fallback(e: Emitter, target, args, kwargs):
     return [_unfold(e, v.node) for v in found] if isinstance(found, list) else _unfold(e, found.node)
 
 
-def linear_scan(e: Emitter, target, args, kwargs):
-    """A scan inside a block: links go behind the dimension that is scanned."""
-    values, multipliers, *rest = args
-    if isinstance(multipliers, Value) and 0 < multipliers.rank < values.rank:
-        return e.vmap(target, args, kwargs)  # one for each step, or broadcast: the operator knows
-
-    def behind(value: Value) -> Node:
-        node, rank = e.aligned(value, values.rank), value.tensor.dim()
-        if value.batched:
-            return e.permute(node, [1, 0, *range(2, values.rank + 1)])
-        return node if rank < values.rank else e.call(aten.unsqueeze.default, node, 1)
-
-    rest = [e.batch(a) if isinstance(a, Value) else a for a in rest]
-    first = e.permute(e.batch(values), [1, 0, *range(2, values.rank + 1)])
-    times = behind(multipliers) if isinstance(multipliers, Value) else multipliers
-    return Value(e.permute(e.call(target, first, times, *rest, **kwargs), [1, 0, *range(2, values.rank + 1)]), True)
-
-
 # Operators that are there only once somebody else has registered them.
 RULES_BY_NAME.update({
     "transformers::grouped_mm_fallback": grouped_fallback,
     "transformers::grouped_mm_fallback_backward": grouped_fallback,
-    "highway::linear_scan": linear_scan,
 })  # fmt: skip

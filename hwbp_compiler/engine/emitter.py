@@ -193,9 +193,6 @@ class Emitter:
             node = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
         return self.call(aten.view.default, node, sizes)
 
-    def contiguous_view(self, node: Node, *shape) -> Node:
-        return self.reshape(node, shape)
-
     def permute(self, node: Node, dims: Sequence[int]) -> Node:
         if list(dims) == list(range(len(dims))):
             return node

@@ -139,6 +139,18 @@ def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[
     return terms
 
 
+def inner_additions(root: Node) -> set[Node]:
+    """The single-use additions that are parts of the sum ``root``."""
+    found: set[Node] = set()
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        inner = [n for n in node.all_input_nodes if n.target is ADD and len(n.users) == 1] if node.target is ADD else []
+        found.update(inner)
+        todo += inner
+    return found
+
+
 def _is_plain_add(node: Node) -> bool:
     if node.target is not ADD or node.kwargs or not all(isinstance(a, Node) for a in node.args):
         return False
