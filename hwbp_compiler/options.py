@@ -19,6 +19,7 @@ from .memory import memory_of
 from .torch_private import inductor_option_type, inductor_patches
 
 REWRITES = ("profitable", "always", "never")
+REROLLS = ("auto", "always", "never")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Options:
     check_every    training steps between two checks of "auto": an integer >= 1
     max_extra_memory   what the rewritten form of a chain may hold at a time beyond exact backprop: bytes, or a share of
                    the device's memory such as "25%"; None for any. A chain that needs more stays exact
+    reroll         Python loops over time, which Dynamo unrolls, rolled up again. "auto": those that would take long to
+                   compile; "always": every loop of three steps or more; "never": none
     rewrite        "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
     min_length     the shortest chain, in links, worth rewriting: an integer >= 1
     strict         raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
@@ -79,6 +82,7 @@ class Options:
     target_cosine: float = 0.99
     check_every: int = 200
     max_extra_memory: int | str | None = None
+    reroll: Literal["auto", "always", "never"] = "auto"
     rewrite: Literal["profitable", "always", "never"] = "profitable"
     min_length: int = 4
     strict: bool = False
@@ -99,8 +103,10 @@ class Options:
             set_(self, "damping", self._fraction("damping", ' or "auto"'))
         set_(self, "target_cosine", self._cosine("target_cosine"))
         set_(self, "max_extra_memory", self._memory("max_extra_memory"))
-        if not (isinstance(self.rewrite, str) and self.rewrite in REWRITES):
-            _refuse("rewrite", self.rewrite, f"one of {', '.join(map(repr, REWRITES))}", "profitable")
+        for key, allowed in (("rewrite", REWRITES), ("reroll", REROLLS)):
+            value = getattr(self, key)
+            if not (isinstance(value, str) and value in allowed):
+                _refuse(key, value, f"one of {', '.join(map(repr, allowed))}", _DEFAULTS[key])
         if not isinstance(self.strict, bool):
             _refuse("strict", self.strict, "True or False", False)
 

@@ -20,6 +20,7 @@ from .graph.record import ChainRecord
 from .options import Options, parse
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.write_out_cells import write_out_cells
+from .reroll import reroll_loops
 from .rolled.capture import replace_loops, rolled
 from .torch_private import CONTROL_FLOW
 
@@ -33,17 +34,20 @@ log = logging.getLogger(__name__)
 class Prepared:
     """What was done to a graph.
 
-    loops   the loops of ``hwbp_compiler.recurrent`` in it, in graph order, decided upon already
-    plain   a copy in which cells are as they were: what is compiled where the rewrite fails
+    loops      the loops in it, decided upon already: those of ``hwbp_compiler.recurrent`` in graph order, and then the
+               Python loops that were rolled up again
+    plain      a copy in which cells are as they were: what is compiled where the rewrite fails
+    unrolled   what is told of Python loops that stay unrolled
     """
 
     loops: Sequence[Recurrence]
     plain: GraphModule
+    unrolled: Sequence[ChainRecord] = ()
 
     @property
     def records(self) -> tuple[ChainRecord, ...]:
         """What was decided about the loops."""
-        return tuple(record for loop in self.loops for record in loop.records)
+        return (*(record for loop in self.loops for record in loop.records), *self.unrolled)
 
 
 def _of_a_loop(own: Mapping[str, Any], outer: Options) -> Options:
@@ -84,10 +88,12 @@ def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) 
     loops: list[Recurrence] = []
     try:
         loops += replace_loops(gm, of_loops or options, lambda own: of_loops or _of_a_loop(own, options))
+        python_loops = reroll_loops(gm, of_loops or options)
+        loops += python_loops.loops
         replace_recurrent_modules(gm, options)
         copied = Graph()
         copied.output(copied.graph_copy(gm.graph, {}))
-        prepared = Prepared(loops, GraphModule(gm, copied))
+        prepared = Prepared(loops, GraphModule(gm, copied), python_loops.records)
         if options.rewrite != "never" or of_loops is not None:
             write_out_cells(gm)
     except (HighwayError, *CONTROL_FLOW):

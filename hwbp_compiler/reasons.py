@@ -244,6 +244,44 @@ class Reason(enum.Enum):
     CELL_WRITES_IN_PLACE = "the cell writes in place ({operator})", "Write the change as a new tensor."
     CELL_UNTRACEABLE = "{error}", "Write the cell with operators that torch.compile can trace."
 
+    # -- Python loops, where they stay unrolled --------------------------------------------------------------------
+    SHAPES_DEPEND_ON_STEP = (
+        "a tensor has another shape in every step, {before} and then {after} (in {operator})",
+        "Keep shapes the same: write into a tensor made before the loop, and mask what is not there yet.",
+    )
+    CONSTANT_DEPENDS_ON_STEP = (
+        "a constant of {operator} is {before} in one step and {after} in the next",
+        "Put such numbers into a tensor before the loop, and take numbers[t] in step t.",
+    )
+    STEP_LOOKS_FURTHER = (
+        "in {operator} a step takes what another step computed than the one before it, or not always the same",
+        "Hand it on from step to step, as part of the state.",
+    )
+    STEPS_TAKE_OTHER_THINGS = (
+        "{operator} takes something in every step that is no tensor",
+        "Give the steps tensors and numbers only.",
+    )
+    NO_TENSOR_FROM_STEP = (
+        "a step gives something to the next, or to the rest of the model, that is no tensor",
+        "Let steps hand on tensors only.",
+    )
+    STEP_CHANGES_IN_PLACE = (
+        "a step changes a tensor in place that it did not make",
+        "Write the change as a new tensor (h = h * z instead of h.mul_(z)); out[t] = y is allowed where no step reads out.",
+    )
+    STEP_WRITES_OUTSIDE = (
+        "a step writes into a tensor made before the loop, at a place that does not move evenly",
+        "Append to a list and stack it behind the loop.",
+    )
+    WRITTEN_IS_READ = (
+        "the steps read a tensor that they write into, or write into it in two places",
+        "Carry what later steps need in a variable of its own.",
+    )
+    CHANGED_AFTER_LOOP = (
+        "{operator} changes in place what a step computed",
+        "Write the change as a new tensor, or clone the tensor first.",
+    )
+
     # -- defects ---------------------------------------------------------------------------------------------------
     DEFECT = "{error}", _DEFECT
     NOT_COMPILED = "the rewritten graph could not be compiled", _DEFECT

@@ -1,0 +1,163 @@
+"""What the rest of a graph has to do with equal steps in it: what it takes from them, and what it could see change."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from hwbp_compiler.reasons import Declined, Reason
+
+from .steps import Carried, Inner, Row, Same, Steps, name_of
+from .values import changed_by, is_part, memory_of, operands, part_of_index
+
+
+@dataclass(frozen=True)
+class Write:
+    """Every step writes ``source`` into ``target[indices[t]]``."""
+
+    place: int
+    target: Node
+    indices: tuple[tuple[Any, ...], ...]
+    source: Inner
+
+
+@dataclass
+class Around:
+    """
+    writes   what the steps write into tensors made before them; those nodes are no part of the step
+    taken    value -> {t: nodes} that the rest of the graph takes
+    kept     nodes of the last step that stay: the rest of the graph needs them, no other step does
+    """
+
+    steps: Steps
+    writes: list[Write] = field(default_factory=list)
+    taken: dict[Inner, dict[int, list[Node]]] = field(default_factory=dict)
+    kept: set[Node] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, steps: Steps) -> Around:
+        """Raises Declined where the rest of the graph sees the steps, or they see it, in a way that a loop would not
+        keep."""
+        found = cls(steps, list(_writes(steps)))
+        found._check_memory()
+        found._take()
+        return found
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _check_memory(self) -> None:
+        """Nothing that the steps make is changed in place behind them, nor what they write into read by them."""
+        steps = self.steps
+        made = set().union(*(memory_of(node) for node in steps.where if node.target is not operator.setitem))
+        node = steps.last[-1].next
+        while node.op != "root":
+            if any(memory_of(changed) & made for changed in changed_by(node)):
+                raise Declined(Reason.CHANGED_AFTER_LOOP.of(operator=name_of(node)))
+            node = node.next
+        written = [memory_of(write.target) for write in self.writes]
+        everywhere = set().union(*written)
+        if sum(map(len, written)) > len(everywhere):
+            raise Declined(Reason.WRITTEN_IS_READ)
+        targets = {write.place for write in self.writes}
+        for place, node in enumerate(steps.blocks[0]):
+            sources = zip(operands(node), steps.sources[place], strict=False)
+            for number, (operand, source) in enumerate(sources):
+                if place in targets and number == 0:
+                    continue
+                read = [operand]
+                if isinstance(source, (Row, Carried)):
+                    read += [v.root for v in (source.values if isinstance(source, Row) else source.starts)]
+                if any(memory_of(r) & everywhere for r in read):
+                    raise Declined(Reason.WRITTEN_IS_READ)
+
+    # -- what is taken -------------------------------------------------------------------------------------------------
+
+    def _take(self) -> None:
+        steps = self.steps
+        last = steps.count - 1
+        found: dict[Inner, dict[int, list[Node]]] = {}
+        for node, t in self._made():
+            if any(self._is_outside(user) for user in node.users):
+                inner = steps.inner(node)
+                assert inner is not None
+                found.setdefault(inner, {}).setdefault(t, []).append(node)
+        self._carried = {(c.place, c.parts) for c in steps.of(Carried)}
+        changed = [node for block_node in steps.last for node in changed_by(block_node)]
+        self._changed = set().union(*map(memory_of, changed))
+        self.taken = {inner: at for inner, at in found.items() if at.keys() != {last}}
+        self._in_all = {inner.place for inner in self.taken}
+        for inner, at in found.items():
+            if inner not in self.taken or at.keys() == {last}:
+                for node in at[last]:
+                    self._settle(node, last)
+
+    def _made(self) -> Iterator[tuple[Node, int]]:
+        """The steps' nodes and all that take parts of them, with the number of the step."""
+        seen: set[Node] = set()
+        for node, (t, _) in self.steps.where.items():
+            todo = [node]
+            while todo:
+                node = todo.pop()
+                if node in seen:
+                    continue
+                seen.add(node)
+                yield node, t
+                todo += [u for u in node.users if is_part(u) and self.steps.inner(u) is not None]
+
+    def _is_outside(self, user: Node) -> bool:
+        return user not in self.steps.where and not (is_part(user) and self.steps.inner(user) is not None)
+
+    def _settle(self, node: Node, last: int) -> None:
+        """Find where the rest gets from what it takes of the last step alone: from the last state, from nodes of that
+        step that stay, or else from a value of all steps."""
+        level = node
+        while True:
+            inner = self.steps.inner(level)
+            assert inner is not None
+            if (inner.place, inner.parts) in self._carried:
+                return self._add(inner, last, level)
+            if not is_part(level):
+                break
+            level = level.args[0]  # type: ignore[assignment]
+        if self._may_stay(level):
+            return self._keep(level, last)
+        inner = self.steps.inner(node)
+        assert inner is not None
+        return self._add(inner, last, node)
+
+    def _add(self, inner: Inner, last: int, node: Node) -> None:
+        nodes = self.taken.setdefault(inner, {}).setdefault(last, [])
+        if node not in nodes:
+            nodes.append(node)
+
+    def _may_stay(self, node: Node) -> bool:
+        """Whether it needs the states before the last step only by way of that step's results."""
+        if node in self.kept:
+            return True
+        place = self.steps.where[node][1]
+        if place in self._in_all or memory_of(node) & self._changed or any(changed_by(node)):
+            return False
+        return not any(isinstance(source, Carried) for source in self.steps.sources[place])
+
+    def _keep(self, node: Node, last: int) -> None:
+        if node in self.kept:
+            return
+        self.kept.add(node)
+        for operand in operands(node):
+            if self.steps.inner(operand) is not None:
+                self._settle(operand, last)
+
+
+def _writes(steps: Steps) -> Iterator[Write]:
+    for place, node in enumerate(steps.blocks[0]):
+        if node.target is not operator.setitem or not isinstance(steps.sources[place][0], Same):
+            continue  # else it writes into what the step made, or carries
+        target, *others = steps.sources[place]
+        indices = [part_of_index(block[place].args[1]) for block in steps.blocks]
+        if len(others) != 1 or not isinstance(others[0], Inner) or None in indices:
+            raise Declined(Reason.STEP_WRITES_OUTSIDE)
+        yield Write(place, target.node, tuple(indices), others[0])  # type: ignore[union-attr,arg-type]

@@ -1,0 +1,132 @@
+"""Where a graph repeats itself: stretches of its nodes that come again and again, one directly after the other.
+
+Near-linear in the number of nodes: a period is looked for only where a node comes again at that distance.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node
+
+from .values import example, is_part, value_of
+
+# Periods that are tried, those that the most nodes ask for first.
+_PERIODS = 64
+
+
+@dataclass(frozen=True)
+class Run:
+    """``nodes[start : start + length]`` look alike at a distance of ``period``."""
+
+    start: int
+    period: int
+    length: int
+
+    @property
+    def saved(self) -> int:
+        """Nodes that a loop in its place saves."""
+        return (self.length // self.period - 1) * self.period
+
+    def overlaps(self, other: Run) -> bool:
+        return self.start < other.start + other.length and other.start < self.start + self.length
+
+
+def working(graph: Graph) -> list[Node]:
+    """The nodes that compute something, in order; those that take a part of another are left out."""
+    kinds = ("call_function", "call_method", "call_module")
+    return [node for node in graph.nodes if node.op in kinds and not is_part(node)]
+
+
+def runs(looks: Sequence[Any], least: int) -> list[Run]:
+    """All of at least ``least`` periods, those that save most first. ``looks``: what each node looks like."""
+    numbers: dict[Any, int] = {}
+    seen = [numbers.setdefault(look, len(numbers)) for look in looks]
+    last: dict[int, int] = {}
+    distances: Counter[int] = Counter()
+    for place, number in enumerate(seen):
+        if number in last:
+            distances[place - last[number]] += 1
+        last[number] = place
+    found: list[Run] = []
+    row = torch.tensor(seen)
+    for period, _ in distances.most_common(_PERIODS):
+        for start, length in _stretches(row[:-period] == row[period:]):
+            run = Run(start, period, length + period)
+            if run.length >= least * period:
+                found.append(run)
+    return sorted(found, key=lambda run: (-run.saved, run.period, run.start))
+
+
+def _stretches(same: Tensor) -> Iterator[tuple[int, int]]:
+    """Start and length of each stretch of true."""
+    values, counts = torch.unique_consecutive(same, return_counts=True)
+    start = 0
+    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
+        if value:
+            yield start, count
+        start += count
+
+
+# -- what nodes look like ------------------------------------------------------------------------------------------
+
+
+def closely(node: Node) -> Any:
+    """What two nodes have in common that are the same part of two steps: all but which tensors they take (parameters
+    must be the same) and the numbers that :mod:`.steps` knows how to take from a series."""
+    return _look(node, _constant, _shapes)
+
+
+def loosely(node: Node) -> Any:
+    """What two steps have in common that are meant to be alike, whether or not a loop can be made of them."""
+    return _look(node, lambda node, place, value: type(value).__name__, lambda value: type(value).__name__)
+
+
+def _look(node: Node, constant: Callable[[Node, Any, Any], Any], shapes: Callable[[Any], Any]) -> Any:
+    def of(argument: Any, place: Any) -> Any:
+        if isinstance(argument, Node):
+            root = value_of(argument).root
+            mine = root.name if isinstance(example(root), nn.Parameter) else root.op == "get_attr"
+            return "node", mine, shapes(example(argument))
+        if isinstance(argument, (tuple, list)):
+            return tuple(of(item, place) for item in argument)
+        if isinstance(argument, dict):
+            return tuple((key, of(item, place)) for key, item in argument.items())
+        return constant(node, place, argument)
+
+    arguments = tuple(of(argument, place) for place, argument in enumerate(node.args))
+    named = tuple((key, of(argument, key)) for key, argument in sorted(node.kwargs.items()))
+    return node.op, node.target, arguments, named, shapes(example(node))
+
+
+def _constant(node: Node, place: Any, value: Any) -> Any:
+    if is_number_of_step(node, place, value):
+        return "number"
+    return type(value).__name__, repr(value)
+
+
+COMPARISONS = {operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne}
+COMPARISONS |= {torch.lt, torch.le, torch.gt, torch.ge, torch.eq, torch.ne}
+_METHODS = {"lt", "le", "gt", "ge", "eq", "ne"}
+
+
+def is_number_of_step(node: Node, place: Any, value: Any) -> bool:
+    """Whether the constant may be another in every step: what a tensor is compared with, and where it is written to."""
+    if node.target is operator.setitem:
+        return place == 1
+    compares = node.target in COMPARISONS if node.op == "call_function" else node.target in _METHODS
+    return compares and type(value) is int and place in (0, 1)
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return str(tuple(value.shape)), value.dtype, str(value.device)
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_shapes, value))
+    return type(value).__name__
