@@ -267,7 +267,7 @@ class Reason(enum.Enum):
     )
     STEP_CHANGES_IN_PLACE = (
         "a step changes a tensor in place that it did not make",
-        "Write the change as a new tensor (h = h * z instead of h.mul_(z)); out[t] = y is allowed where no step reads out.",
+        "Write the change as a new tensor: h = h * z, not h.mul_(z). (out[t] = y is allowed where no step reads out.)",
     )
     STEP_WRITES_OUTSIDE = (
         "a step writes into a tensor made before the loop, at a place that does not move evenly",

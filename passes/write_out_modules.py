@@ -68,7 +68,10 @@ class _Cells:
             for direction in range(call.directions):
                 number = layer * call.directions + direction
                 one = call.layers * call.directions == 1  # an operator on all elements, for K
-                state = [self._emit(torch.squeeze, s, 0) if one else self._emit(torch.select, s, 0, number) for s in call.state]
+                state = [
+                    self._emit(torch.squeeze, s, 0) if one else self._emit(torch.select, s, 0, number)
+                    for s in call.state
+                ]
                 made = self._emit(self.cell, series, state[0] if len(state) == 1 else tuple(state), *call.cells[number])
                 found = (made,) if len(state) == 1 else tuple(self._emit(operator.getitem, made, i) for i in range(2))
                 outputs.append(found[0])

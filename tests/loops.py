@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-B, I, H, T = 3, 4, 5, 6
+B, I, H, T = 3, 4, 5, 6  # noqa: E741
 
 
 @dataclass(frozen=True)
 class PythonLoop:
-    """``model(*args())``; ``lengths`` of the loops that it holds, ``chains`` of the recurrences in them that have an
-    elementwise path, in order."""
+    """``model(*args())``; ``lengths`` of the loops that it holds, each with so many ``recurrences`` that need one
+    another only one way."""
 
     name: str
     model: Callable[[], nn.Module]
     args: Callable[[], tuple[Any, ...]]
     lengths: tuple[int, ...] = (T,)
+    recurrences: int = 1
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,19 @@ LOOPS: list[PythonLoop] = []
 REFUSED: list[Unrolled] = []
 
 
-def loop(args: Callable[[], tuple[Any, ...]] = lambda: (series(),), lengths: tuple[int, ...] = (T,), **modules: Any):
+def loop(
+    args: Callable[[], tuple[Any, ...]] = lambda: (series(),),
+    lengths: tuple[int, ...] = (T,),
+    recurrences: int = 1,
+    **modules: Any,
+):
     """The decorated function is a loop over the modules that these make."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         def model() -> nn.Module:
             return Of(function, **{name: make() for name, make in modules.items()})
 
-        LOOPS.append(PythonLoop(function.__name__, model, args, lengths))
+        LOOPS.append(PythonLoop(function.__name__, model, args, lengths, recurrences))
         return function
 
     return add
@@ -236,16 +242,13 @@ def every_other_step_twice(m, x):
     return h
 
 
-@loop(cell=gru, head=head)
+@loop(lengths=(T - 1,), cell=gru, head=head)
 def loss_in_the_loop(m, x):
     h, loss = x.new_zeros(B, H), 0.0
     for t in range(T - 1):
         h = m.cell(x[:, t], h)
         loss = loss + F.mse_loss(m.head(h), x[:, t + 1])
     return loss
-
-
-LOOPS[-1] = PythonLoop("loss_in_the_loop", LOOPS[-1].model, LOOPS[-1].args, (T - 1,))
 
 
 @loop(cell=gru, head=head)
@@ -309,7 +312,7 @@ def gru_module_of_two_layers(m, x):
     return y[0], h
 
 
-@loop(lower=gru, upper=lambda: nn.GRUCell(H, H))
+@loop(recurrences=2, lower=gru, upper=lambda: nn.GRUCell(H, H))
 def two_layers_in_time(m, x):
     a = b = x.new_zeros(B, H)
     states = []
@@ -344,7 +347,7 @@ def bidirectional(m, x):
     return torch.cat([torch.stack(ahead, 1), torch.stack(back[::-1], 1)], -1)
 
 
-@loop(forward_cell=gru, backward_cell=gru)
+@loop(recurrences=2, forward_cell=gru, backward_cell=gru)
 def both_directions_in_one_loop(m, x):
     f = b = x.new_zeros(B, H)
     ahead, back = [], []
@@ -475,7 +478,9 @@ def words(m, tokens):
     return torch.stack(states, 1)
 
 
-@loop(embed=lambda: nn.Embedding(9, I), cell=lstm, norm=lambda: nn.LayerNorm(H), args=lambda: (torch.randint(9, (T, B)),))
+@loop(
+    embed=lambda: nn.Embedding(9, I), cell=lstm, norm=lambda: nn.LayerNorm(H), args=lambda: (torch.randint(9, (T, B)),)
+)
 def embedded_before_the_loop(m, tokens):
     h, c = torch.zeros(B, H), torch.zeros(B, H)
     states = []
@@ -509,7 +514,7 @@ def several_columns(m, x):
     return torch.stack(firsts, 1), h[:, 3]
 
 
-@loop(cell=gru, args=lambda: (series(), series()))
+@loop(cell=gru, lengths=(T, T), args=lambda: (series(), series()))
 def two_loops_of_one_cell(m, x, y):
     h = x.new_zeros(B, H)
     for t in range(T):
@@ -519,9 +524,6 @@ def two_loops_of_one_cell(m, x, y):
     for t in range(T):
         h = m.cell(y[:, t], h)
     return first, h
-
-
-LOOPS[-1] = PythonLoop("two_loops_of_one_cell", LOOPS[-1].model, LOOPS[-1].args, (T, T))
 
 
 # -- what has to stay unrolled -----------------------------------------------------------------------------------------

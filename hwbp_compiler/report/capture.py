@@ -160,7 +160,8 @@ class _Looking(CustomGraphPass):
         self.options = options
         self.of_loops: Options | None = None  # what holds for all loops of hwbp_compiler.recurrent, if not their own
         self.names: list[str] = []  # of the inputs of the graph that is being compiled
-        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # of hwbp_compiler.recurrent in it, with names
+        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # in it, with names
+        self.unrolled: Sequence[ChainRecord] = ()  # of Python loops in it that stay unrolled
         self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
         self.forget()
 
@@ -180,7 +181,7 @@ class _Looking(CustomGraphPass):
         found = ExplainedGraph(copy_of(graph), copy_of(graph))
         self.graphs.append(found)
         self.runs.append(measuring.Run())
-        found.chains = [record for loop, _ in self.loops for record in loop.records]
+        found.chains = [record for loop, _ in self.loops for record in loop.records] + [*self.unrolled]
         found.loops = len(found.chains)
         programs = Programs(_inputs_by_name(graph, self.names))
         for loop, names in self.loops:
@@ -238,6 +239,7 @@ def _traced(
         looking.pieces += 1
         prepared = prepare(module, looking.options, looking.of_loops)
         looking.loops = [(loop, _names_in_step(module, loop)) for loop in prepared.loops]
+        looking.unrolled = prepared.unrolled
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = names_of_inputs(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code

@@ -29,6 +29,7 @@ from .rows import Rows
 from .series import Writer, may_be_written, stacked, write_rows
 from .steps import Carried, Counter, Inner, Row, Same, Source, same_constants, steps_of, width_of
 from .values import Value, example, example_of, is_part, only_splits, operands, value_of
+from .zeros import put_back, zeros_for_numbers
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
     made = Rerolled()
     if options.reroll == "never":
         return made
+    numbers = zeros_for_numbers(gm.graph)
     refused: list[tuple[set[Node], ChainRecord]] = []
     looking = True
     while looking:
@@ -73,6 +75,7 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
             made.loops.append(loop)
             looking = True
             break
+    put_back(gm.graph, numbers)
     left = set(gm.graph.nodes)
     made.records = [record for among, record in refused if among <= left]
     seen = set().union(*(among for among, _ in refused))

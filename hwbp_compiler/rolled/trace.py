@@ -115,8 +115,41 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
             raise Declined(Reason.CELL_CONTAINS_MODULE.of(module=node.args[0].split("_")[0].upper()))
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Declined(Reason.CELL_DRAWS_RANDOM_NUMBERS.of(operator=node.target))
+    _read_from_states(module.graph, results[: len(state)])
     a, b = len(state), len(state) + len(inputs)
+    results = list(module.graph.find_nodes(op="output")[0].args[0])
     return Step(module, nodes[:a], nodes[a:b], nodes[b:], results[:a], results[a:])
+
+
+_SAME_ORDER = {
+    torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim, torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default,
+}  # fmt: skip
+
+
+def _read_from_states(graph: Graph, next_state: list[Node]) -> None:
+    """What the step returns, taken from the next state where that is the same under another shape: the states of all
+    steps are at hand, and what leads to them need not be computed a second time."""
+    needed_by_states = set(next_state)
+    for node in reversed(graph.nodes):
+        if any(user in needed_by_states for user in node.users):
+            needed_by_states.add(node)
+    for state in dict.fromkeys(next_state):
+        node = state
+        while node.target in _SAME_ORDER and isinstance(node.args[0], Node):
+            node = node.args[0]
+        if node is state or node.op == "placeholder":
+            continue
+        held, example = node.meta["val"], state.meta["val"]
+        if not (held.is_contiguous() and example.is_contiguous() and all(isinstance(n, int) for n in held.shape)):
+            continue
+        elsewhere = [user for user in node.users if user not in needed_by_states]
+        if elsewhere:
+            with graph.inserting_after(state):
+                seen = graph.call_function(torch.ops.aten.view.default, (state, list(held.shape)))
+            seen.meta = {**node.meta}
+            for user in elsewhere:
+                user.replace_input_with(node, seen)
 
 
 def _layout(node: Node) -> list[Any]:
