@@ -106,7 +106,8 @@ class _Masking:
             (place,) = (place for _, place in pieces)
             if ranges := _complement(place, _size(base, place.dim)):
                 found.append(Part(base, place.dim, ranges))
-        if found:
+        fixed = all(isinstance(size, int) for size in node.meta["val"].shape)
+        if found and (fixed or not any(left)):  # zeros of a size that is a symbol would have to be made
             self._replace(node, found, [piece for piece, _ in pieces], left)
 
     def _cut_from(self, node: Node, place: Place, whole: Node) -> Part | None:
@@ -193,10 +194,10 @@ def _added(emitter: Emitter, terms: Sequence[Node]) -> Node:
 
 def _written(node: Node) -> tuple[Node | None, list[tuple[Node, Place]]] | None:
     """What is written over (None: nothing), and the pieces that are written with where they go."""
-    if any(not isinstance(size, int) for size in node.meta["val"].shape):
-        return None
     if node.target is aten.cat.default:
         pieces, dim = node.args[0], _dim(node, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
+        if not isinstance(_size(node, dim), int):
+            return None  # where a piece lies is a symbol
         found, start = [], 0
         for piece in pieces:  # type: ignore[union-attr]
             if piece.meta["val"].dim() != node.meta["val"].dim():  # type: ignore[union-attr]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from hwbp_compiler.graph.sizes import hint
+
 from .values import example, is_part, value_of
 
 # Periods that are tried, those that the most nodes ask for first.
@@ -126,7 +128,8 @@ def is_number_of_step(node: Node, place: Any, value: Any) -> bool:
 
 def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return str(tuple(value.shape)), value.dtype, str(value.device)
+        # A symbol by its value: the same size may be written in two ways.
+        return tuple(hint(size) for size in value.shape), value.dtype, str(value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_shapes, value))
     return type(value).__name__

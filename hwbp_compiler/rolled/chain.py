@@ -34,7 +34,7 @@ from .link import Affine, Backward
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of
 from .settled import settled
-from .trace import depends_on, operands_outside
+from .trace import depends_on, fractions_in, operands_outside
 
 aten = torch.ops.aten
 linear_scan = torch.ops.highway.linear_scan
@@ -215,7 +215,7 @@ class _Backprop:
         """One link of the substitution. All that does not depend on the gradient is computed for all steps before."""
         backward = self.link.backward
         graph = backward.module.graph
-        moving = depends_on(backward.tangents, graph)
+        moving = depends_on(backward.tangents, graph) | fractions_in(graph)
         results = backward.gradients[: self.link.width]
         per_step: list[tuple[Node, Tensor]] = []
         shared: list[tuple[Node, Any]] = []

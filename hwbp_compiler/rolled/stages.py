@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import networkx
 from torch.fx import GraphModule, Node
 
-from .trace import Step, depends_on, operands_outside, subgraph
+from .trace import Step, depends_on, fractions_in, operands_outside, subgraph
 
 
 @dataclass
@@ -50,7 +50,7 @@ def split_stages(step: Step) -> list[Stage]:
             stages.append(Stage(members, None, [], []))
         else:
             moving = depends_on(own, graph)
-            taken = operands_outside(results, moving - known)
+            taken = operands_outside(results, (moving - known) | fractions_in(graph))
             per_step = [n for n in taken if n in varying]
             shared = [n for n in taken if n not in varying]
             link = subgraph([*own, *per_step, *shared], results)

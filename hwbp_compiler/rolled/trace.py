@@ -279,3 +279,9 @@ def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
         else:
             found.add(node)
     return [node for node in results[0].graph.nodes if node in found] if found else []
+
+
+def fractions_in(graph: Graph) -> set[Node]:
+    """Numbers made of sizes that are symbols, such as 1 / (n * m). An operator takes sizes alone: these are made where
+    they are used."""
+    return {node for node in graph.nodes if isinstance(node.meta.get("val"), (float, torch.SymFloat))}

@@ -43,7 +43,7 @@ from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
 from .reference import reference_gradients
 
-Route = Literal["trace", "dynamo", "inductor", "generated"]
+Route = Literal["trace", "dynamo", "rolled", "inductor", "generated"]
 BATCH = 200
 
 
@@ -108,6 +108,8 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
         return []
     if any(isinstance(s, Stack) and "in_place" in s.blocks for s in spec.stacks):  # which ``trace`` refuses
         route = {"trace": "dynamo", "generated": "inductor"}.get(route, route)  # type: ignore[assignment]
+    if route == "rolled" and any(isinstance(s, Recurrence) and s.cell == "min_gru" for s in spec.stacks):
+        chosen = tuple(replace(setting, damping=0.0) for setting in chosen)  # rolled up it is a scan, without blocks
     if route == "generated":  # takes seconds each: one setting, and one under which something is truncated
         chosen = (_below_length(spec, chosen[0]),)
     low = spec.dtype == "float32" or any(_casts(stage) for stage in spec.stacks)
@@ -117,7 +119,8 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     loops = any(isinstance(stage, Recurrence) for stage in spec.stacks)
     found = []
     routes = {
-        "trace": _traced, "generated": _generated, "dynamo": _through_dynamo, "inductor": _through_inductor,
+        "trace": _traced, "generated": _generated, "dynamo": _through_dynamo, "rolled": _rolled,
+        "inductor": _through_inductor,
     }  # fmt: skip
     results = routes[route](spec, chosen)
     for setting, (output, gradients, records) in zip(chosen, results, strict=True):
@@ -205,6 +208,15 @@ def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
     captured = capture(*models.build(spec), dynamic=spec.dynamic)
     for setting in chosen:
         yield captured.gradients(_options(setting))
+
+
+def _rolled(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    """Through Dynamo, which unrolls the loops over time, with all of them rolled up again. With sizes that are numbers:
+    Dynamo may take one for a symbol until the first step says that it is none, which makes that step another."""
+    captured = capture(*models.build(spec), dynamic=False)
+    captured._options = options(reroll="always")
+    for setting in chosen:
+        yield captured.gradients(options(reroll="always", **vars(setting)))
 
 
 def _through_inductor(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
@@ -298,12 +310,14 @@ def _listed(counts: Counter[str]) -> str:
 class Fuzzer:
     def __init__(
         self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0,
-        generated: float = 0.0,
+        generated: float = 0.0, rolled: float = 0.0,
     ) -> None:  # fmt: skip
         self.shrinking, self.limit = shrinking, float("inf")
         self.seed, self.folder = seed, folder
         self.end = time.monotonic() + seconds
-        self.shares: dict[Route, float] = {"inductor": inductor, "dynamo": dynamo, "generated": generated}
+        self.shares: dict[Route, float] = {
+            "inductor": inductor, "dynamo": dynamo, "rolled": rolled, "generated": generated,
+        }  # fmt: skip
         self.report = Report()
         self.seen: set[int] = set()
         self.known: set[str] = set()
@@ -401,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, help="stop after so many")
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
+    parser.add_argument("--rolled", type=float, default=0.01, help="share whose loops are rolled up again")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
     parser.add_argument("--generated", type=float, default=0.0, help="share of which Inductor's code is run, twice")
     parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on making a failure small")
@@ -410,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     most = float("inf") if given_.programs is None else given_.programs
     seconds = given_.seconds if given_.seconds is not None else 60.0 if given_.programs is None else float("inf")
-    shares = {"dynamo": given_.dynamo, "inductor": given_.inductor, "generated": given_.generated}
+    shares = {name: getattr(given_, name) for name in ("dynamo", "rolled", "inductor", "generated")}
     fuzzer = Fuzzer(given_.seed, seconds, given_.output, shrinking=given_.shrinking, **shares)
     report = fuzzer.run(most)
     print(report)
