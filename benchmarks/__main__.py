@@ -33,6 +33,7 @@ SUITES = {
     "scaling": "scaling",
     "scan": "scan",
     "cells": "cells",
+    "loops": "loops",
     "segments": "segments",
     "auto": "auto",
 }

@@ -200,6 +200,30 @@ def cells() -> str | None:
     return "\n\n".join(parts)
 
 
+def loops() -> str | None:
+    found = sorted(rows("loops"), key=lambda r: (r["device"], r["case"], r["batch"], r["length"]))
+    if not found:
+        return None
+    parts = [
+        "## Python loops over time\n\n`python -m benchmarks run --suite loops`. A loop over a cell, hidden 64, in "
+        "eager mode, compiled by stock Inductor (to 256 steps), and rolled up again; `module` is `nn.GRU` or `nn.LSTM` in "
+        "eager mode. Compile: seconds of the first step, cold, less those in which Dynamo traces the loop, which are "
+        "the same for every backend. Whole training steps, in milliseconds."
+    ]
+    for (case, batch, _), cases in by(found, "case", "batch", "device").items():
+        lines = []
+        for (length,), group in by(cases, "length").items():
+            eager = next(r for r in group if r["run"] == "eager")
+            for r in group:
+                own = "" if r["compile_s"] is None else f"{r['compile_s'] - r['traced_s']:.1f}"
+                traced = "" if r["traced_s"] is None else f"{r['traced_s']:.1f}"
+                quick = f"{eager['step_ms'] / r['step_ms']:.2f}x"
+                lines.append((str(length), r["run"], time(r, "step"), quick, f"{r['cosine']:.5f}", traced, own))
+        head = ("steps", "run", "step", "", "cosine", "Dynamo, s", "compile, s")
+        parts.append(f"### {case}, batch {batch}\n\n{places(cases)}\n\n{markdown(head, lines)}")
+    return "\n\n".join(parts)
+
+
 def compile_time() -> str | None:
     found = rows("compile")
     if not found:
@@ -352,7 +376,7 @@ def expected() -> str:
 
 
 SECTIONS: list[Callable[[], str | None]] = [
-    recurrent, cells, deep, compile_time, scaling, accuracy, segments, auto, scan, papers_own,
+    recurrent, cells, loops, deep, compile_time, scaling, accuracy, segments, auto, scan, papers_own,
 ]  # fmt: skip
 
 

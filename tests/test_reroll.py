@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import pytest
@@ -229,3 +230,43 @@ def test_rows_that_are_not_evenly_spaced_are_none():
     assert Rows.of([(every, t) for t in (-1, -2, -3)], (3, 9, 2)).stride == -1
     assert Rows.of([(every, t) for t in (0, 1, 4)], (3, 9, 2)) is None
     assert Rows.of([(t, t) for t in range(3)], (3, 9, 2)) is None
+
+
+# -- regions --------------------------------------------------------------------------------------------------------
+
+
+class InARegion(nn.Module):
+    def __init__(self, around, inside):
+        super().__init__()
+        self.cell, self.around, self.inside = nn.GRUCell(I, H), around, inside
+
+    def forward(self, x):
+        h = x.new_zeros(B, H)
+        with self.around():
+            for t in range(T):
+                with self.inside():
+                    new = self.cell(x[:, t], h).to(h.dtype)
+                h = 0.5 * h + new
+            y = h @ self.cell.weight_hh.t()
+        return y + x.sum() * 0
+
+
+def low():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "around, inside",
+    [(low, contextlib.nullcontext), (contextlib.nullcontext, low), (torch.no_grad, contextlib.nullcontext)],
+    ids=["autocast", "autocast_in_the_step", "no_grad"],
+)
+def test_a_loop_in_a_region_is_traced_as_it_would_run(around, inside):
+    """Autocast's casts are in the loop, whether the region lies around it or in the step."""
+    model, x = InARegion(around, inside).float(), torch.randn(B, T, I, dtype=torch.float32, requires_grad=True)
+    expected, reference = eagerly(model, (x,))
+    output, found, loops, records = captured(model, (x,))
+    assert [loop.length for loop in loops] == [T]
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output, expected, rtol=0, atol=0.02)  # bfloat16
+    for key, gradient in reference.items():
+        assert (found[key] - gradient).norm() <= 0.03 * gradient.norm() + 1e-6  # eight bits, summed in another order

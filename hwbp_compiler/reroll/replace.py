@@ -19,8 +19,10 @@ from hwbp_compiler.options import Options
 from hwbp_compiler.passes.write_out_cells import write_out_cells
 from hwbp_compiler.passes.write_out_modules import write_out_modules
 from hwbp_compiler.reasons import Declined, Reason, Why
+from hwbp_compiler.rolled.capture import as_around
 from hwbp_compiler.rolled.recurrence import Recurrence, build
 from hwbp_compiler.rolled.trace import Body, MutatingCell
+from hwbp_compiler.torch_private import enter_autocast, exit_autocast
 
 from .around import Around
 from .find import Run, closely, is_number_of_step, loosely, runs, working
@@ -280,7 +282,8 @@ class _Loop:
         source = self._source()
         first, rows, same = ([example(n) for n in part] for part in (starts, inputs, [s.node for s in shared]))
         try:
-            loop = build(name, cell, first, rows, same, self.fake_mode, self.options, source)
+            with as_around(_autocasts_at(self.steps.blocks[0][0])):
+                loop = build(name, cell, first, rows, same, self.fake_mode, self.options, source)
         except MutatingCell:
             raise Declined(Reason.STEP_CHANGES_IN_PLACE) from None
         if loop.plans is None:
@@ -403,6 +406,19 @@ class _Loop:
             if not node.users and (node in gone or is_part(node) or only_splits(node)):
                 graph.erase_node(node)
         assert not gone & set(graph.nodes), "a step is still in use"
+
+
+def _autocasts_at(node: Node) -> list[Any]:
+    """What the autocast regions were entered with in which a node of Dynamo's graph lies."""
+    entered: dict[Node, Any] = {}
+    for before in node.graph.nodes:
+        if before is node:
+            break
+        if before.target is enter_autocast:
+            entered[before] = before.args
+        elif before.target is exit_autocast:
+            entered.pop(before.args[0], None)
+    return list(entered.values())
 
 
 def _as_it_is(record: ChainRecord) -> Why:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,22 @@ def _replace_in(
                 if isinstance(region, GraphModule):
                     _replace_in(region, (*around, *autocasts.values()), options, found)
         elif node.target is rolled:
-            with contextlib.ExitStack() as stack:
-                for device, dtype, enabled, cached in (*around, *autocasts.values()):
-                    stack.enter_context(torch.autocast(device, dtype, enabled, cached))
-                # A checkpoint in eager mode around all this counts what autograd saves, but not what is traced here.
-                stack.enter_context(without_saved_tensor_hooks())
+            with as_around((*around, *autocasts.values())):
                 found.append(_replace(gm, node, f"highway_recurrence_{len(found)}", options))
     if len(found) > before:
         gm.graph.lint()
         gm.recompile()
+
+
+@contextlib.contextmanager
+def as_around(autocasts: Sequence[Any]) -> Iterator[None]:
+    """Trace as a loop would run that lies in regions entered with these."""
+    with contextlib.ExitStack() as stack:
+        for device, dtype, enabled, cached in autocasts:
+            stack.enter_context(torch.autocast(device, dtype, enabled, cached))
+        # A checkpoint in eager mode around all this counts what autograd saves, but not what is traced here.
+        stack.enter_context(without_saved_tensor_hooks())
+        yield
 
 
 def _replace(gm: GraphModule, node: Node, name: str, options: Callable[[Any], Options]) -> Any:
