@@ -1,9 +1,9 @@
 """Python loops over time: ``python -m benchmarks run --suite loops``
 
-``for t in range(T): h = cell(x[:, t], h)`` in eager mode, compiled by stock Inductor, which unrolls it (up to 256 steps:
-its compile time grows faster than the length), and rolled up again by the compiler; ``nn.GRU`` or ``nn.LSTM`` in eager mode
-beside them. Whole training step. A compilation is cold: of its seconds, those in which Dynamo traces the loop are told
-apart, which no backend can save.
+``for t in range(T): h = cell(x[:, t], h)`` in eager mode, compiled by stock Inductor, which unrolls it (up to 256
+steps: its compile time grows faster than the length), and rolled up again by the compiler; ``nn.GRU`` or ``nn.LSTM``
+in eager mode beside them. Whole training step. A compilation is cold; of its seconds, those in which Dynamo traces the
+loop are told apart, which no backend can save.
 """
 
 from __future__ import annotations
