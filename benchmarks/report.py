@@ -207,8 +207,8 @@ def loops() -> str | None:
     parts = [
         "## Python loops over time\n\n`python -m benchmarks run --suite loops`. A loop over a cell, hidden 64, in "
         "eager mode, compiled by stock Inductor (to 256 steps), and rolled up again; `module` is `nn.GRU` or "
-        "`nn.LSTM` in eager mode. Compile: seconds of the first step, cold, less those in which Dynamo traces the loop, which are "
-        "the same for every backend. Whole training steps, in milliseconds."
+        "`nn.LSTM` in eager mode. Compile: seconds of the first step, cold, less those in which Dynamo traces the "
+        "loop, which are the same for every backend. Whole training steps, in milliseconds."
     ]
     for (case, batch, _), cases in by(found, "case", "batch", "device").items():
         lines = []

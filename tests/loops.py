@@ -304,12 +304,37 @@ def gru_module(m, x):
     return torch.stack(states, 1)
 
 
-@loop(rnn=lambda: nn.GRU(I, H, num_layers=2))
+@loop(recurrences=2, rnn=lambda: nn.GRU(I, H, num_layers=2))
 def gru_module_of_two_layers(m, x):
     h = x.new_zeros(2, B, H)
     for t in range(T):
         y, h = m.rnn(x[None, :, t], h)
     return y[0], h
+
+
+@loop(
+    args=lambda: (series(T, B, I), (torch.rand(T, B) > 0.7).double()),
+    recurrences=2,
+    rnn=lambda: nn.LSTM(I, H, num_layers=2),
+)
+def ppo_lstm_module_of_two_layers(m, x, done):
+    state = (x.new_zeros(2, B, H), x.new_zeros(2, B, H))
+    hidden = []
+    for x_t, d in zip(x, done, strict=True):
+        keep = (1.0 - d).view(1, -1, 1)
+        out, state = m.rnn(x_t.unsqueeze(0), (keep * state[0], keep * state[1]))
+        hidden.append(out)
+    return torch.cat(hidden), state
+
+
+@loop(recurrences=2, lower=gru, upper=lambda: nn.GRUCell(H, H))
+def layers_stacked_by_hand(m, x):
+    states, gains = x.new_zeros(B, 2, H), torch.linspace(0.8, 1.0, 2)[:, None]
+    for t in range(T):
+        lower, upper = (gains * states).unbind(1)
+        lower = m.lower(x[:, t], lower)
+        states = torch.stack([lower, m.upper(lower, upper)], dim=1)
+    return states
 
 
 @loop(recurrences=2, lower=gru, upper=lambda: nn.GRUCell(H, H))

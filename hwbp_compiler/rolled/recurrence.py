@@ -25,6 +25,7 @@ from .decide import decide_loop
 from .link import Affine, look_backward, look_for_affine
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of, copy
+from .stacked import take_apart
 from .stages import Stage, split_stages
 from .trace import Body, MutatingCell, Step, trace_step, without_autocast
 
@@ -55,6 +56,7 @@ class Recurrence(nn.Module):
         self.step: Step | None = None
         self.plans: list[Plan] | None = None
         self.records: list[ChainRecord] = []
+        self.stacked: list[int | None] = [None] * states
 
     @property
     def recurring(self) -> list[Plan]:
@@ -91,6 +93,9 @@ class Recurrence(nn.Module):
 
     def _in_stages(self, step: Step, plans: list[Plan], state: list, inputs: list, shared: list) -> tuple[Any, ...]:
         length = inputs[0].shape[0]
+        counts = [1 if dim is None else s.shape[dim] for s, dim in zip(state, self.stacked, strict=True)]
+        state = [entry for s, dim in zip(state, self.stacked, strict=True)
+                 for entry in ([s] if dim is None else [e.contiguous() for e in s.unbind(dim)])]  # fmt: skip
         known = {n: constant(x, True) for n, x in zip(step.inputs, inputs, strict=True)}
         known |= {n: constant(x, False) for n, x in zip(step.shared, shared, strict=True)}
         starts = {n: constant(s, False) for n, s in zip(step.state, state, strict=True)}
@@ -122,7 +127,10 @@ class Recurrence(nn.Module):
         # As torch.stack would: what is returned may be changed in place, and states and inputs may not.
         held = {*step.state, *step.inputs, *step.shared, *step.next_state}
         outputs = [copy(tensor(n, True)) if _is_view_of(n, held) else tensor(n, True) for n in step.outputs]
-        return (*(last[m] for m in range(self.states)), *outputs)
+        ends = iter(last[m] for m in range(len(state)))
+        whole = [next(ends) if dim is None else torch.stack([next(ends) for _ in range(count)], dim)
+                 for dim, count in zip(self.stacked, counts, strict=True)]  # fmt: skip
+        return (*whole, *outputs)
 
 
 def _is_view_of(node: Node, nodes: set[Node]) -> bool:
@@ -143,12 +151,12 @@ def build(
     try:
         with fake_mode:
             first = [x[0] for x in inputs]
-        step = trace_step(cell, state, first, shared, fake_mode)
+        step, stacked = take_apart(trace_step(cell, state, first, shared, fake_mode), fake_mode)
         with without_autocast(state[0].device.type):
             plans, records = _plans(name, step, fake_mode, options, length)
         for record, plan in zip(records, (p for p in plans if p.stage.link is not None), strict=True):
             _tell_where(record, plan.stage, source)
-        made.step, made.plans = step, plans
+        made.step, made.plans, made.stacked = step, plans, stacked
         _rehearse(made, state, inputs, shared, fake_mode)
         made.records = records
     except MutatingCell:

@@ -1,0 +1,157 @@
+"""A state that is several tensors stacked, taken apart into them.
+
+``nn.LSTM`` holds the states of its layers as one tensor. Its step selects each, and stacks what they become. By the
+operators, no element of the stack leads straight to one of the next that way; layer by layer it does. So a component
+whose next value is a stack is a component for each entry, wherever the step looks at entries alone: operators between
+the state and the selection work on each entry for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from hwbp_compiler.graph.rules import Kind, rule_of
+
+from .trace import Step, depends_on
+
+aten = torch.ops.aten
+
+
+def take_apart(step: Step, fake_mode: Any) -> tuple[Step, list[int | None]]:
+    """The step over single entries, and for each component of its state along which dimension it was stacked; None
+    where it is as it was."""
+    dims: list[int | None] = [None] * len(step.state)
+    for number in range(len(step.state)):
+        dims[number] = _dim_of_stack(step.next_state[number])
+    if all(dim is None for dim in dims):
+        return step, dims
+    for number, dim in enumerate(dims):
+        if dim is not None:
+            attempt = _Apart(step, number, dim, fake_mode).run()
+            if attempt is None:
+                dims[number] = None
+    if all(dim is None for dim in dims):
+        return step, dims
+    return _rebuilt(step, dims, fake_mode), dims
+
+
+def _dim_of_stack(node: Node) -> int | None:
+    if node.target is not aten.stack.default:
+        return None
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return dim % node.meta["val"].dim()  # type: ignore[operator,no-any-return]
+
+
+class _Apart:
+    """Whether all that a component of the state is needed for is selections of its entries."""
+
+    def __init__(self, step: Step, number: int, dim: int, fake_mode: Any) -> None:
+        self.step, self.state, self.dim = step, step.state[number], dim
+        self.moving = depends_on([self.state], step.module.graph)
+
+    def run(self) -> bool | None:
+        used = set(self.step.next_state) | set(self.step.outputs)
+        todo, seen = [self.state], set()
+        while todo:
+            node = todo.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node in used:
+                return None
+            for user in node.users:
+                if user.op == "output":
+                    return None
+                if self._selects(user, node):
+                    continue
+                if not self._works_on_entries(user):
+                    return None
+                todo.append(user)
+        return True
+
+    def _selects(self, user: Node, node: Node) -> bool:
+        return user.target is aten.select.int and user.args[1] % node.meta["val"].dim() == self.dim  # type: ignore[operator]
+
+    def _works_on_entries(self, node: Node) -> bool:
+        rule = rule_of(node)
+        rank, state = node.meta["val"].dim(), self.state.meta["val"]
+        if rule is None or rule.kind is not Kind.ELEMENTWISE or node.meta["val"].shape != state.shape:
+            return False
+        return all(n.meta["val"].dim() <= rank for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
+
+
+def _rebuilt(step: Step, dims: Sequence[int | None], fake_mode: Any) -> Step:
+    graph = Graph()
+    known: dict[Node, Node] = {}
+    entries: dict[Node, tuple[int, list[Node]]] = {}  # what is stacked: the dimension, the entries
+    state: list[Node] = []
+    for node, after, dim in zip(step.state, step.next_state, dims, strict=True):
+        if dim is None:
+            known[node] = graph.node_copy(node)
+            state.append(known[node])
+            continue
+        parts = []
+        for i in range(len(after.args[0])):  # type: ignore[arg-type]
+            part = graph.placeholder(f"{node.name}_{i}")
+            with fake_mode:
+                part.meta["val"] = torch.empty_like(
+                    node.meta["val"].select(dim, i), memory_format=torch.contiguous_format
+                )
+            parts.append(part)
+        entries[node] = dim, parts
+        state += parts
+    others = [*step.inputs, *step.shared]
+    for node in others:
+        known[node] = graph.node_copy(node)
+
+    def call(target: Any, like: Node, *args: Any, **kwargs: Any) -> Node:
+        made = graph.call_function(target, args, kwargs)
+        made.meta = dict(like.meta)
+        values = torch.fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with fake_mode, torch.no_grad():
+            made.meta["val"] = target(*values[0], **values[1])
+        return made
+
+    def entry(argument: Any, i: int, dim: int, rank: int) -> Any:
+        """Entry i of an operand of something of that rank."""
+        if not isinstance(argument, Node):
+            return argument
+        if argument in entries:
+            return entries[argument][1][i]
+        held = argument.meta["val"]
+        mine = known[argument]
+        if not isinstance(held, Tensor) or held.dim() <= rank - 1 - dim:
+            return mine
+        at = dim - (rank - held.dim())
+        return call(aten.select.int, argument, mine, at, 0 if held.shape[at] == 1 else i)
+
+    for node in step.module.graph.nodes:
+        if node.op != "call_function":
+            continue
+        stacked = next((entries[n] for n in node.all_input_nodes if n in entries), None)
+        if stacked is None:
+            known[node] = graph.node_copy(node, known.__getitem__)
+        elif node.target is aten.select.int:
+            count = len(stacked[1])
+            known[node] = stacked[1][node.args[2] % count]  # type: ignore[operator]
+        else:
+            dim, rank = stacked[0], node.meta["val"].dim()
+            parts = []
+            for i in range(len(stacked[1])):
+                args = [entry(a, i, dim, rank) for a in node.args]
+                named = {key: entry(a, i, dim, rank) for key, a in node.kwargs.items()}
+                parts.append(call(node.target, node, *args, **named))
+            entries[node] = dim, parts
+    next_state: list[Node] = []
+    for after, dim in zip(step.next_state, dims, strict=True):
+        next_state += [known[after]] if dim is None else [known[part] for part in after.args[0]]  # type: ignore[union-attr,index]
+    outputs = [known[node] for node in step.outputs]
+    graph.output([*next_state, *outputs])
+    module = GraphModule({}, graph)
+    module.graph.eliminate_dead_code()
+    return Step(module, state, [known[n] for n in step.inputs], [known[n] for n in step.shared], next_state, outputs)
