@@ -242,6 +242,10 @@ class Reason(enum.Enum):
         "Use x.detach() where no gradient is to pass, or compute that part before the loop.",
     )
     CELL_WRITES_IN_PLACE = "the cell writes in place ({operator})", "Write the change as a new tensor."
+    CELL_HAS_EFFECTS = (
+        "the cell calls {operator} for its effect alone, once a step",
+        "Check or report it outside of the loop.",
+    )
     CELL_UNTRACEABLE = "{error}", "Write the cell with operators that torch.compile can trace."
 
     # -- Python loops, where they stay unrolled --------------------------------------------------------------------
@@ -277,8 +281,12 @@ class Reason(enum.Enum):
         "the steps read a tensor that they write into, or write into it in two places",
         "Carry what later steps need in a variable of its own.",
     )
+    CHANGED_AFTER_WRITE = (
+        "a step changes a value in place after writing it into a tensor made before the loop",
+        "Write a clone, or make the change a new tensor.",
+    )
     CHANGED_AFTER_LOOP = (
-        "{operator} changes in place what a step computed",
+        "{operator} changes in place what a step computed, or watches its gradient",
         "Write the change as a new tensor, or clone the tensor first.",
     )
 

@@ -360,11 +360,16 @@ def device_decompositions() -> dict[Any, Callable[..., Any]]:
 def compile_step(
     gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor], patches: Mapping[str, Any]
 ) -> Callable[[list[torch.Tensor]], Any]:
-    """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing."""
+    """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing.
+
+    It is called once per time step, where microseconds count: without Inductor's checks of sizes and strides, and
+    without what its caller does around a graph, a step with one small product takes half the time.
+    """
     from torch._inductor.compile_fx import compile_fx_inner
 
-    with torch.no_grad(), inductor_config.patch(dict(patches)):
-        return compile_fx_inner(gm, example_inputs, is_inference=True)  # type: ignore[return-value]
+    with torch.no_grad(), inductor_config.patch({**patches, "size_asserts": False, "alignment_asserts": False}):
+        compiled = compile_fx_inner(gm, example_inputs, is_inference=True)
+    return getattr(compiled, "current_callable", None) or compiled  # type: ignore[return-value]
 
 
 class AnyNumber:

@@ -118,6 +118,16 @@ def last_state_only(m, x):
 
 
 @loop(cell=gru, head=head)
+def head_of_the_last_state_before_it_changes(m, x):
+    h = x.new_zeros(B, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        y = 3.0 * h
+        h *= 0.9
+    return m.head(torch.sigmoid(y)) + h.sum()
+
+
+@loop(cell=gru, head=head)
 def head_of_the_last_state(m, x):
     h = x.new_zeros(B, H)
     for x_t in x.unbind(1):
@@ -551,6 +561,84 @@ def two_loops_of_one_cell(m, x, y):
     return first, h
 
 
+@loop(lengths=(T - 1,), cell=gru, head=head)
+def loss_added_in_place(m, x):
+    h, loss = x.new_zeros(B, H), 0.0
+    for t in range(T - 1):
+        h = m.cell(x[:, t], h)
+        loss += F.mse_loss(m.head(h), x[:, t + 1])
+    return loss
+
+
+@loop(cell=gru, gates=lambda: nn.Linear(I, 2 * I))
+def input_taken_apart_in_the_step(m, x):
+    h, both = x.new_zeros(B, H), m.gates(x)
+    for t in range(T):
+        a, b = both[:, t].chunk(2, -1)
+        h = m.cell(a * torch.sigmoid(b), h)
+    return h
+
+
+@loop(cell=gru, args=lambda: (series(), (torch.rand(B, T) > 0.3).double()))
+def masked_in_place_in_the_step(m, x, keep):
+    h, states = x.new_zeros(B, H), []
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        h *= keep[:, t : t + 1]
+        states.append(h)
+    return torch.stack(states, 1)
+
+
+@loop(cell=gru, head=head)
+def targets_without_gradient(m, x):
+    with torch.no_grad():
+        targets = x.unbind(1)
+    h, loss = x.new_zeros(B, H), 0.0
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        loss = loss + F.mse_loss(m.head(h), targets[t])
+    return loss
+
+
+@loop(cell=gru)
+def looked_at_without_gradient(m, x):
+    h, states = x.new_zeros(B, H), []
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        states.append(h)
+    with torch.no_grad():
+        firsts = [state[:, 0] for state in states]
+    return torch.stack(firsts, 1), h
+
+
+@loop(cell=gru)
+def start_counted_from_the_end(m, x):
+    h = x.narrow(1, -1, 1)[:, 0] @ m.cell.weight_ih[:I, :].new_ones(I, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+    return h
+
+
+@loop(cell=gru)
+def rows_seen_in_another_shape(m, x):
+    h, seen = x.new_zeros(B, H), []
+    for t in range(T):
+        e = torch.tanh(x[:, t])
+        seen.append(e)
+        h = m.cell(e, h)
+    return h, seen[1].view(-1)
+
+
+@loop(lengths=(T,), cell=gru, head=head)
+def head_of_the_last_state_under_autocast(m, x):
+    h = x.new_zeros(B, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            y = m.head(h)
+    return y
+
+
 # -- what has to stay unrolled -----------------------------------------------------------------------------------------
 
 
@@ -714,3 +802,60 @@ def module_with_dropout(m, x):
     for t in range(T):
         y, state = m.rnn(x[None, :, t], state)
     return y
+
+
+@refused("a constant of setitem", cell=lambda: nn.GRUCell(I + T, H))
+def one_hot_of_the_step(m, x):
+    h = x.new_zeros(B, H)
+    for t in range(T):
+        place = x.new_zeros(B, T)
+        place[:, t] = 1.0
+        h = m.cell(torch.cat([x[:, t], place], 1), h)
+    return h
+
+
+@refused("after writing it", cell=gru, args=lambda: (series(), (torch.rand(B, T) > 0.3).double()))
+def changed_after_it_was_written(m, x, keep):
+    h, out = x.new_zeros(B, H), x.new_zeros(B, T, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        out[:, t] = h
+        h *= keep[:, t : t + 1]
+    return out
+
+
+@refused("changes in place what a step computed", cell=gru)
+def changed_by_place_of_the_argument(m, x):
+    h, states = x.new_zeros(B, H), []
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        states.append(h * 1.5)
+    out = F.relu(states[-1], True)
+    return torch.stack(states, 1), out
+
+
+@refused("does not move evenly", cell=gru)
+def spread_over_two_places(m, x):
+    h, out = x.new_zeros(B, H), torch.zeros(B, 2 * T, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        out[:, 2 * t : 2 * t + 2] = h.unsqueeze(1)
+    return out
+
+
+@refused("effect alone", cell=gru)
+def asserted_in_every_step(m, x):
+    h = x.new_zeros(B, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        torch._assert_async(torch.isfinite(h).all())
+    return h
+
+
+@refused("in place", cell=gru)
+def state_cut_off_in_place(m, x):
+    h = x.new_zeros(B, H)
+    for t in range(T):
+        h = m.cell(x[:, t], h)
+        h.detach_()
+    return h + m.cell(x[:, 0], h)

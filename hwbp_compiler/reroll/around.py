@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from hwbp_compiler.reasons import Declined, Reason
 
 from .steps import Carried, Inner, Row, Same, Steps, name_of
-from .values import changed_by, is_part, memory_of, operands, part_of_index
+from .values import changed_by, example, is_part, memory_of, only_splits, operands, part_of_index
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,21 @@ class Around:
         """Raises Declined where the rest of the graph sees the steps, or they see it, in a way that a loop would not
         keep."""
         found = cls(steps, list(_writes(steps)))
+        found._check_indices()
         found._check_memory()
         found._take()
         return found
+
+    def _check_indices(self) -> None:
+        """Where a step writes into what it made, it is the same place in every step."""
+        writing = {write.place for write in self.writes}
+        for place, node in enumerate(self.steps.blocks[0]):
+            if node.target is operator.setitem and place not in writing:
+                for block in self.steps.blocks:
+                    before, after = _without_nodes(node.args[1]), _without_nodes(block[place].args[1])
+                    if before != after:
+                        why = Reason.CONSTANT_DEPENDS_ON_STEP
+                        raise Declined(why.of(operator="setitem", before=before, after=after))
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -55,17 +69,23 @@ class Around:
         made = set().union(*(memory_of(node) for node in steps.where if node.target is not operator.setitem))
         node = steps.last[-1].next
         while node.op != "root":
-            if any(memory_of(changed) & made for changed in changed_by(node)):
+            watched = operands(node) if _watches_gradients(node) else changed_by(node)
+            if any(memory_of(changed) & made for changed in watched):
                 raise Declined(Reason.CHANGED_AFTER_LOOP.of(operator=name_of(node)))
             node = node.next
         written = [memory_of(write.target) for write in self.writes]
         everywhere = set().union(*written)
         if sum(map(len, written)) > len(everywhere):
             raise Declined(Reason.WRITTEN_IS_READ)
+        for write in self.writes:
+            kept = memory_of(steps.blocks[0][write.source.place])
+            for node in steps.blocks[0][write.place + 1 :]:
+                if any(memory_of(changed) & kept for changed in changed_by(node)):
+                    raise Declined(Reason.CHANGED_AFTER_WRITE)
         targets = {write.place for write in self.writes}
         for place, node in enumerate(steps.blocks[0]):
-            sources = zip(operands(node), steps.sources[place], strict=False)
-            for number, (operand, source) in enumerate(sources):
+            pairs = zip(operands(node), steps.sources[place], strict=False)
+            for number, (operand, source) in enumerate(pairs):
                 if place in targets and number == 0:
                     continue
                 read = [operand]
@@ -88,6 +108,7 @@ class Around:
         self._carried = {(c.place, c.parts) for c in steps.of(Carried)}
         changed = [node for block_node in steps.last for node in changed_by(block_node)]
         self._changed = set().union(*map(memory_of, changed))
+        self._switches = any(example(node) is None and node.target is not operator.setitem for node in steps.last)
         self.taken = {inner: at for inner, at in found.items() if at.keys() != {last}}
         self._in_all = {inner.place for inner in self.taken}
         for inner, at in found.items():
@@ -106,9 +127,16 @@ class Around:
                     continue
                 seen.add(node)
                 yield node, t
-                todo += [u for u in node.users if is_part(u) and self.steps.inner(u) is not None]
+                users = list(node.users)
+                for user in users:
+                    if only_splits(user):
+                        users += user.users
+                    elif is_part(user) and self.steps.inner(user) is not None:
+                        todo.append(user)
 
     def _is_outside(self, user: Node) -> bool:
+        if only_splits(user):
+            return any(map(self._is_outside, user.users))
         return user not in self.steps.where and not (is_part(user) and self.steps.inner(user) is not None)
 
     def _settle(self, node: Node, last: int) -> None:
@@ -117,10 +145,9 @@ class Around:
         level = node
         while True:
             inner = self.steps.inner(level)
-            assert inner is not None
-            if (inner.place, inner.parts) in self._carried:
+            if inner is not None and (inner.place, inner.parts) in self._carried:
                 return self._add(inner, last, level)
-            if not is_part(level):
+            if not is_part(level) and not only_splits(level):
                 break
             level = level.args[0]  # type: ignore[assignment]
         if self._may_stay(level):
@@ -139,7 +166,9 @@ class Around:
         if node in self.kept:
             return True
         place = self.steps.where[node][1]
-        if place in self._in_all or memory_of(node) & self._changed or any(changed_by(node)):
+        if place in self._in_all or self._switches or any(changed_by(node)):
+            return False
+        if any(memory_of(n) & self._changed for n in (node, *operands(node))):
             return False
         return not any(isinstance(source, Carried) for source in self.steps.sources[place])
 
@@ -150,6 +179,15 @@ class Around:
         for operand in operands(node):
             if self.steps.inner(operand) is not None:
                 self._settle(operand, last)
+
+
+def _without_nodes(index: Any) -> str:
+    return repr(map_aggregate(index, lambda item: "node" if isinstance(item, Node) else item))
+
+
+def _watches_gradients(node: Node) -> bool:
+    """A hook, or gradients asked for in the graph: they see the whole gradient of what they are given."""
+    return "hook" in name_of(node) or node.target is torch.autograd.grad
 
 
 def _writes(steps: Steps) -> Iterator[Write]:

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from hwbp_compiler.graph.sizes import hint
 
-from .values import example, is_part, value_of
+from .values import example, is_part, only_splits, value_of
 
 # Periods that are tried, those that the most nodes ask for first.
 _PERIODS = 64
@@ -43,7 +43,7 @@ class Run:
 def working(graph: Graph) -> list[Node]:
     """The nodes that compute something, in order; those that take a part of another are left out."""
     kinds = ("call_function", "call_method", "call_module")
-    return [node for node in graph.nodes if node.op in kinds and not is_part(node)]
+    return [node for node in graph.nodes if node.op in kinds and not is_part(node) and not only_splits(node)]
 
 
 def runs(looks: Sequence[Any], least: int) -> list[Run]:
@@ -103,7 +103,7 @@ def _look(node: Node, constant: Callable[[Node, Any, Any], Any], shapes: Callabl
         return constant(node, place, argument)
 
     arguments = tuple(of(argument, place) for place, argument in enumerate(node.args))
-    named = tuple((key, of(argument, key)) for key, argument in sorted(node.kwargs.items()))
+    named = tuple((key, of(argument, key)) for key, argument in node.kwargs.items())
     return node.op, node.target, arguments, named, shapes(example(node))
 
 

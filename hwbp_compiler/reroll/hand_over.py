@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from .series import Writer, joined
-from .values import is_part
+from .values import is_part, only_splits
 
 # So many rows are taken one by one; more of them all at once, whose gradient is one tensor then.
 _FEW = 4
@@ -47,7 +47,7 @@ class HandOver:
     def _stays(self, user: Node) -> bool:
         if user in self.gone:
             return False
-        return not is_part(user) or any(map(self._stays, user.users))
+        return not (is_part(user) or only_splits(user)) or any(map(self._stays, user.users))
 
     def _joins(self, consumer: Node, order: dict[Node, int]) -> bool:
         graph = self.write.graph

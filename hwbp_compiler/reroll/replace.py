@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from hwbp_compiler.errors import HighwayError, first_line
 from hwbp_compiler.graph.origin import source_line
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.snapshot import Snapshot
 from hwbp_compiler.options import Options
 from hwbp_compiler.passes.write_out_cells import write_out_cells
 from hwbp_compiler.passes.write_out_modules import write_out_modules
@@ -22,15 +25,16 @@ from hwbp_compiler.reasons import Declined, Reason, Why
 from hwbp_compiler.rolled.capture import as_around
 from hwbp_compiler.rolled.recurrence import Recurrence, build
 from hwbp_compiler.rolled.trace import Body, MutatingCell
-from hwbp_compiler.torch_private import enter_autocast, exit_autocast
+from hwbp_compiler.torch_private import CONTROL_FLOW, FakeTensor, enter_autocast, exit_autocast
 
 from .around import Around
 from .find import Run, closely, is_number_of_step, loosely, runs, working
 from .hand_over import HandOver
 from .rows import Rows
 from .series import Writer, may_be_written, stacked, write_rows
-from .steps import Carried, Counter, Inner, Row, Same, Source, same_constants, steps_of, width_of
-from .values import Value, example, example_of, is_part, only_splits, operands, value_of
+from .steps import Carried, Counter, Inner, Row, Same, Source, name_of, same_constants, steps_of, width_of
+from .totals import OUT_OF_PLACE, is_running_total
+from .values import RESHAPE, Value, example, example_of, is_part, mark_cuts, only_splits, operands, value_of
 from .zeros import put_back, zeros_for_numbers
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,10 @@ class Rerolled:
     records: list[ChainRecord] = field(default_factory=list)
 
 
+class _PutBack(Exception):
+    """The loop could not be put in place, and the graph is what it was, of new nodes."""
+
+
 class _NothingCarried(Exception):
     """The steps are equal, but none takes anything of the one before it: no recurrence."""
 
@@ -54,39 +62,71 @@ class _NothingCarried(Exception):
 def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
     """Replace Python loops over time in a graph from Dynamo, in place."""
     made = Rerolled()
-    if options.reroll == "never":
+    if options.reroll == "never" or not _is_plain(gm.graph):
         return made
+    mark_cuts(gm.graph)
     numbers = zeros_for_numbers(gm.graph)
-    refused: list[tuple[set[Node], ChainRecord]] = []
-    looking = True
-    while looking:
-        looking = False
-        nodes = working(gm.graph)
-        given_up: list[Run] = []
-        for run in runs([closely(node) for node in nodes], _LEAST):
-            if not _is_worth_it(nodes, run, options) or any(run == other for other in given_up):
-                continue
-            try:
-                loop = _roll(gm, nodes, run, options)
-            except _NothingCarried:
-                continue
-            except Declined as declined:
-                given_up.append(run)
-                _refuse(refused, nodes, run, declined)
-                continue
+    refused: dict[tuple[Node, int, int], tuple[set[Node], ChainRecord | None]] = {}
+    try:
+        while (loop := _next_loop(gm, options, refused)) is not None:
             made.loops.append(loop)
-            looking = True
-            break
+    except _PutBack as failed:
+        if options.strict:
+            raise
+        log.warning("a Python loop over time stays unrolled: rolling it up failed (%s)", first_line(failed))
+        gm.recompile()
+        return made
     put_back(gm.graph, numbers)
     left = set(gm.graph.nodes)
-    made.records = [record for among, record in refused if among <= left]
-    seen = set().union(*(among for among, _ in refused))
+    told: set[Node] = set()
+    for among, record in refused.values():
+        if record is not None and among <= left and not among & told:
+            told |= among
+            made.records.append(record)
+    seen = set().union(*(among for among, _ in refused.values()))
     made.records += [record for among, record in _told_apart(gm, options) if not among & seen]
     if made.loops:
         gm.graph.lint()
         gm.recompile()
         _advise(made.loops)
     return made
+
+
+def _is_plain(graph: Graph) -> bool:
+    """Whether its tensors are Dynamo's own examples: none of another kind (DTensor), none inside a transform."""
+    for node in graph.nodes:
+        held = example(node)
+        if isinstance(held, Tensor) and not isinstance(held, FakeTensor):
+            return False
+        if "increment_nesting" in str(node.target):
+            return False
+    return True
+
+
+def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Recurrence | None:
+    """Roll up the loop that saves most, of those that may be. What is refused is not tried again."""
+    nodes = working(gm.graph)
+    for run in runs([closely(node) for node in nodes], _LEAST):
+        key = nodes[run.start], run.period, run.length
+        if key in refused or not _is_worth_it(nodes, run, options):
+            continue
+        among = set(nodes[run.start : run.start + run.length])
+        try:
+            return _roll(gm, nodes, run, options)
+        except _NothingCarried:
+            refused[key] = set(), None
+        except Declined as declined:
+            refused[key] = among, _record(nodes, run, declined)
+        except (HighwayError, _PutBack, *CONTROL_FLOW):
+            raise
+        except Exception as error:
+            if options.strict:
+                raise
+            log.debug("rolling up a Python loop failed", exc_info=error)
+            record = _record(nodes, run, Declined(Reason.DEFECT_IN_LOOP.of(error=first_line(error))))
+            record.failed = True
+            refused[key] = among, record
+    return None
 
 
 def _advise(loops: Sequence[Recurrence]) -> None:
@@ -118,12 +158,6 @@ def _is_worth_it(nodes: Sequence[Node], run: Run, options: Options) -> bool:
         _OPERATORS.get(node.target, 2) for node in step if node.op == "call_function" or "_" in str(node.op)
     )
     return operators * (run.length // run.period) * _SECONDS > _LOOP
-
-
-def _refuse(refused: list[tuple[set[Node], ChainRecord]], nodes: Sequence[Node], run: Run, declined: Declined) -> None:
-    among = set(nodes[run.start : run.start + run.length])
-    if not any(among & other for other, _ in refused):
-        refused.append((among, _record(nodes, run, declined)))
 
 
 def _record(nodes: Sequence[Node], run: Run, declined: Declined) -> ChainRecord:
@@ -170,36 +204,52 @@ def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) ->
     """Where a step begins is not known: it is where the least passes from one to the next. The first steps, and the
     last, may be others than those between."""
     for node in nodes[run.start : run.start + run.period]:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise Declined(Reason.CELL_CONTAINS_HIGHER_ORDER.of(operator=node.target.name()))
-        if node.op == "call_module":
-            raise Declined(Reason.CELL_RUNS_LOOP)
+        _check_operator(node)
     first: Declined | None = None
     for before in range(3):
         start, length = run.start + before * run.period, run.length - before * run.period
         count = length // run.period
         if count < _LEAST:
             break
-        offsets = range(length % run.period + 1)
         tried: list[tuple[Any, int]] = []
-        for offset in offsets:
+        for offset in range(length % run.period + 1):
             try:
                 steps = steps_of(nodes, start + offset, run.period, min(count, 4))
                 tried.append(((width_of(steps), len(steps.states), offset), offset))
             except Declined as declined:
                 first = first or declined
         understood = False
-        for _, offset in sorted(tried):
+        for _, offset in sorted(tried)[:_PHASES]:
             try:
                 steps = steps_of(nodes, start + offset, run.period, count)
                 understood = True
                 return _Loop(gm, Around.of(steps), options).put_in_place()
             except Declined as declined:
                 first = first or declined
+                if declined.why.code.name.startswith("CELL_"):
+                    raise  # of the step, wherever it begins
         if understood:
             break  # fewer steps would be a loop too, but not the user's
     assert first is not None
     raise first
+
+
+# Beginnings of a step that are tried, those first between which the least passes.
+_PHASES = 3
+
+
+def _check_operator(node: Node) -> None:
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        raise Declined(Reason.CELL_CONTAINS_HIGHER_ORDER.of(operator=node.target.name()))
+    if node.op == "call_module":
+        raise Declined(Reason.CELL_RUNS_LOOP)
+    name = name_of(node)
+    if "hook" in name:
+        raise Declined(Reason.CELL_CONTAINS_HIGHER_ORDER.of(operator=name))
+    if "_assert" in name:
+        raise Declined(Reason.CELL_HAS_EFFECTS.of(operator=name))
+    if name in RESHAPE:
+        raise Declined(Reason.STEP_CHANGES_IN_PLACE)
 
 
 class _Loop:
@@ -238,7 +288,7 @@ class _Loop:
             if not isinstance(example_of(carried.starts[0]), Tensor):
                 raise Declined(Reason.NO_TENSOR_FROM_STEP)
         for same in self.steps.of(Same):
-            if not isinstance(example(same.node), (Tensor, int, float, torch.SymInt, torch.SymFloat)):
+            if not isinstance(example(same.node), (Tensor, int, torch.SymInt)):
                 raise Declined(Reason.STEPS_TAKE_OTHER_THINGS.of(operator=same.node.name))
 
     # -- the step ------------------------------------------------------------------------------------------------------
@@ -255,7 +305,13 @@ class _Loop:
                 for node in (behind, *reversed(write.made)):
                     graph.erase_node(node)
                 raise
-            self._rewire(loop, arguments, write, behind)
+            before = Snapshot(graph)
+            try:
+                self._rewire(loop, arguments, write, behind)
+                graph.lint()
+            except Exception as error:
+                graph.erase_node(before.restore()[behind])
+                raise _PutBack(error) from error
         graph.erase_node(behind)
         return loop
 
@@ -278,7 +334,7 @@ class _Loop:
         arguments = [*starts, *inputs, *(same.node for same in shared)]
         results = len(steps.states) + len(self.outputs)
         cell = Body(body, list(range(len(arguments))), list(range(results)))
-        name = f"highway_recurrence_{sum(isinstance(child, Recurrence) for child in self.gm.children())}"
+        name = next(name for i in itertools.count() if not hasattr(self.gm, name := f"highway_recurrence_{i}"))
         source = self._source()
         first, rows, same = ([example(n) for n in part] for part in (starts, inputs, [s.node for s in shared]))
         try:
@@ -369,10 +425,13 @@ class _Loop:
                 if is_number_of_step(node, place, value) and steps[0].args[place] != steps[1].args[place]:
                     args[place] = next(numbers)
         taken = set(sources[count:])
+        target = node.target
+        if target in OUT_OF_PLACE and is_running_total(self.steps, self.steps.where[node][1]):
+            target = OUT_OF_PLACE[target]
         args, kwargs = map_aggregate(  # type: ignore[misc]
             (tuple(args), node.kwargs), lambda a: next(nodes) if isinstance(a, Node) and a not in taken else a
         )
-        copied = graph.create_node(node.op, node.target, args, dict(kwargs), type_expr=node.type)
+        copied = graph.create_node(node.op, target, args, dict(kwargs), type_expr=node.type)
         copied.meta = dict(node.meta)
         return copied
 

@@ -148,7 +148,9 @@ def may_be_written(rows: Rows | None, target: Any, row: Any) -> bool:
     if rows is None or rows.width not in (None, abs(rows.stride)) or None in rows.index:
         return False
     kept = sum(type(item) is not int for item in rows.index) - (rows.width is None)
-    return row.dim() == kept if rows.width is not None else row.dim() <= kept
+    if rows.width is None:
+        return row.dim() <= kept
+    return row.dim() == kept and row.shape[rows.dim] == rows.width
 
 
 def write_rows(rows: Rows, target: Node, series: Node, write: Writer) -> None:

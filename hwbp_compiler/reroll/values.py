@@ -6,6 +6,7 @@ own: the same step may read its part before the loop or in it, or, where nothing
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 # One part: ``int`` of a tuple, or the index of a tensor, whose slices are triples: a slice has no hash.
@@ -33,13 +34,17 @@ class Value:
         return Value(self.root, (*self.parts, part))
 
 
+# A longer way of parts of parts is as good as none: x, x[1:], x[1:][1:], ...
+_DEEPEST = 32
+
+
 def value_of(node: Node) -> Value:
     """The value that ``node`` is a part of, as far down as that goes."""
-    taken = _taken_from(node)
-    if taken is None:
-        return Value(node)
-    parent, part = taken
-    return value_of(parent).part(part)
+    parts: list[Part] = []
+    while len(parts) < _DEEPEST and (taken := _taken_from(node)) is not None:
+        node, part = taken
+        parts.append(part)
+    return Value(node, tuple(reversed(parts)))
 
 
 def is_part(node: Node) -> bool:
@@ -74,13 +79,37 @@ def index_of(part: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(slice(*p[1:]) if isinstance(p, tuple) else p for p in part)
 
 
+_CUT = "highway_read_without_gradient"
+
+
+def mark_cuts(graph: Graph) -> None:
+    """Mark what is read where no gradients are recorded and used where they are: it is no part of what it is read from,
+    since read again, it would have a gradient. (What Dynamo's examples say of that is not always so.)"""
+    records, recording = {}, torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            recording = bool(node.args[0])
+        records[node] = recording or node.op == "output"
+    if all(records.values()) or not any(on for node, on in records.items() if node.op != "output"):
+        return
+    escapes: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if not records[node] and any(records[user] or user in escapes for user in node.users):
+            escapes.add(node)
+            node.meta[_CUT] = True
+
+
 def _taken_from(node: Node) -> tuple[Node, Part] | None:
+    return None if node.meta.get(_CUT) else _read(node)
+
+
+def _read(node: Node) -> tuple[Node, Part] | None:
     if node.op == "call_function" and node.target is operator.getitem:
         parent, index = node.args
         if not isinstance(parent, Node):
             return None
         held = example(parent)
-        if isinstance(held, (tuple, list)) and isinstance(index, int):
+        if isinstance(held, (tuple, list)) and type(index) is int:
             return _of_a_split(parent, index) or (parent, index)
         return (parent, part) if isinstance(held, Tensor) and (part := part_of_index(index)) is not None else None
     called = _called(node)
@@ -88,12 +117,18 @@ def _taken_from(node: Node) -> tuple[Node, Part] | None:
         given = _arguments(
             node, ("input", "dim", "index") if called == "select" else ("input", "dim", "start", "length")
         )
-        if given is None or not all(isinstance(n, int) for n in given[1:]):
+        if given is None or not all(type(n) is int for n in given[1:]):
             return None
         parent, dim, start, *length = given
         held = example(parent)
-        if isinstance(held, Tensor):
-            return parent, _along(held, dim, start if called == "select" else ("slice", start, start + length[0], None))
+        if not isinstance(held, Tensor) or not isinstance(parent, Node):
+            return None
+        if called == "select":
+            return parent, _along(held, dim, start)
+        if start < 0 and not isinstance(held.shape[dim], int):
+            return None
+        start += held.shape[dim] if start < 0 else 0
+        return parent, _along(held, dim, ("slice", start, start + length[0], None))
     return None
 
 
@@ -135,24 +170,24 @@ _SPLITS = {"unbind", "split", "chunk", "tensor_split"}
 
 
 def only_splits(node: Node) -> bool:
-    """Whether the node does nothing but take a tensor apart."""
-    return _called(node) in _SPLITS
+    """Whether the node does nothing but take a tensor apart, so that its results are parts of that."""
+    return _called(node) in _SPLITS and isinstance(example(node), (tuple, list)) and _of_a_split(node, 0) is not None
 
 
 def _of_a_split(node: Node, index: int) -> tuple[Node, Part] | None:
     called = _called(node)
-    if called not in _SPLITS or not isinstance(node.args[0], Node):
+    if called not in _SPLITS or node.meta.get(_CUT) or not node.args or not isinstance(node.args[0], Node):
         return None
     parent, pieces = node.args[0], example(node)
     dims = node.args[1:2] if called == "unbind" else node.args[2:3]
     dim = node.kwargs.get("dim", dims[0] if dims else 0)
     held = example(parent)
-    if not isinstance(held, Tensor) or not isinstance(dim, int):
+    if not isinstance(held, Tensor) or type(dim) is not int or not pieces:
         return None
     if called == "unbind":
         return parent, _along(held, dim, index % len(pieces))
     sizes = [piece.shape[dim] for piece in pieces]
-    if not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(size, int) for size in sizes) or sum(sizes) != held.shape[dim]:
         return None
     ends = list(accumulate(sizes))
     index %= len(pieces)
@@ -164,13 +199,55 @@ def _of_a_split(node: Node, index: int) -> tuple[Node, Part] | None:
 
 def changed_by(node: Node) -> Iterator[Node]:
     """The operands that the node changes in place."""
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
-    if in_place or node.target in _CHANGES_FIRST or node.kwargs.get("inplace") is True:
-        yield from (argument for argument in node.args[:1] if isinstance(argument, Node))
-    if node.op == "call_function" and "batch_norm" in name or "instance_norm" in name:
-        yield from (argument for argument in node.args[1:3] if isinstance(argument, Node))
+    if node.op not in ("call_function", "call_method"):
+        return
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        if any(map(_changes_arguments, _bodies(node))):
+            yield from operands(node)
+        return
     yield from nodes_in(node.kwargs.get("out"))
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        for argument, value in zip(schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                yield from nodes_in(value)
+        return
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or node.target in _CHANGES_FIRST or _is_told_to(node):
+        yield from nodes_in(node.args[:1] or [node.kwargs.get(key) for key in ("input", "self")])
+    if "batch_norm" in name or "instance_norm" in name:
+        yield from nodes_in(node.args[1:3])
+
+
+def _bodies(node: Node) -> Iterator[Any]:
+    owner = node.graph.owning_module
+    for argument in operands(node):
+        body = getattr(owner, str(argument.target), None) if argument.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield body
+
+
+def _changes_arguments(body: GraphModule) -> bool:
+    given: set[int] = set().union(*(memory_of(node) for node in body.graph.find_nodes(op="placeholder")))
+    return any(memory_of(changed) & given for node in body.graph.nodes for changed in changed_by(node))
+
+
+def _is_told_to(node: Node) -> bool:
+    """Whether ``inplace`` is true among its arguments, by name or by place."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    if getattr(node.target, "__module__", None) != torch.nn.functional.__name__ or True not in node.args:
+        return False
+    try:
+        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return True
+    return bound.arguments.get("inplace") is True
+
+
+# What a view is told in place: its shape, or that it has no gradient. No memory changes.
+RESHAPE = {"squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "set_", "detach_"}
 
 
 _CHANGES_FIRST = {

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from hwbp_compiler.torch_private import FakeTensor
+
 from .values import example
 
 _ADDITIONS = {operator.add, operator.iadd, torch.add}
@@ -27,7 +29,7 @@ def zeros_for_numbers(graph: Graph) -> list[Node]:
             continue
         held = example(node)
         place = next((p for p, a in enumerate(node.args) if type(a) in (int, float) and a == 0), None)
-        if place is None or not isinstance(held, Tensor) or not all(isinstance(size, int) for size in held.shape):
+        if place is None or not isinstance(held, FakeTensor) or not all(isinstance(size, int) for size in held.shape):
             continue
         other = example(node.args[1 - place])
         if not isinstance(other, Tensor) or (other.dtype, other.shape) != (held.dtype, held.shape):
@@ -36,8 +38,11 @@ def zeros_for_numbers(graph: Graph) -> list[Node]:
         with graph.inserting_before(first), held.fake_mode:  # type: ignore[attr-defined]
             made.append(graph.call_function(torch.zeros, (tuple(held.shape),), _as(held)))
             made[-1].meta["example_value"] = torch.zeros(tuple(held.shape), **_as(held))
-        made[-1].meta["number"] = node.args[place]
+        made[-1].meta["number"] = node.args[place], node.target
         node.update_arg(place, made[-1])
+        # ``total += loss`` is in place from the second step on.
+        if place == 0 and any(user.target is operator.iadd and user.args[0] is node for user in node.users):
+            node.target = operator.iadd
     return made
 
 
@@ -48,8 +53,10 @@ def _as(held: Tensor) -> dict[str, object]:
 def put_back(graph: Graph, made: list[Node]) -> None:
     """The numbers where they were, but for those that a loop starts from."""
     for node in made:
+        number, addition = node.meta["number"]
         for user in list(node.users):
             if user.target in _ADDITIONS:
-                user.args = tuple(node.meta["number"] if argument is node else argument for argument in user.args)
+                user.args = tuple(number if argument is node else argument for argument in user.args)
+                user.target = addition
         if not node.users:
             graph.erase_node(node)

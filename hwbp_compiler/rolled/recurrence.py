@@ -126,7 +126,8 @@ class Recurrence(nn.Module):
                 last[member] = copy(rows[-1])
         # As torch.stack would: what is returned may be changed in place, and states and inputs may not.
         held = {*step.state, *step.inputs, *step.shared, *step.next_state}
-        outputs = [copy(tensor(n, True)) if _is_view_of(n, held) else tensor(n, True) for n in step.outputs]
+        rows = [(n, tensor(n, True)) for n in step.outputs]
+        outputs = [copy(row) if _is_view_of(n, held) or not row.is_contiguous() else row for n, row in rows]
         ends = iter(last[m] for m in range(len(state)))
         whole = [next(ends) if dim is None else torch.stack([next(ends) for _ in range(count)], dim)
                  for dim, count in zip(self.stacked, counts, strict=True)]  # fmt: skip

@@ -113,6 +113,8 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
             raise Declined(Reason.CELL_HOLDS_TENSOR)
         if node.target is recurrent_module:
             raise Declined(Reason.CELL_CONTAINS_MODULE.of(module=node.args[0].split("_")[0].upper()))
+        if node.op == "call_function" and not node.users and node.is_impure():
+            raise Declined(Reason.CELL_HAS_EFFECTS.of(operator=node.target))
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Declined(Reason.CELL_DRAWS_RANDOM_NUMBERS.of(operator=node.target))
     _read_from_states(module.graph, results[: len(state)])
@@ -130,6 +132,7 @@ _SAME_ORDER = {
 def _read_from_states(graph: Graph, next_state: list[Node]) -> None:
     """What the step returns, taken from the next state where that is the same under another shape: the states of all
     steps are at hand, and what leads to them need not be computed a second time."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
     needed_by_states = set(next_state)
     for node in reversed(graph.nodes):
         if any(user in needed_by_states for user in node.users):
@@ -143,7 +146,7 @@ def _read_from_states(graph: Graph, next_state: list[Node]) -> None:
         held, example = node.meta["val"], state.meta["val"]
         if not (held.is_contiguous() and example.is_contiguous() and all(isinstance(n, int) for n in held.shape)):
             continue
-        elsewhere = [user for user in node.users if user not in needed_by_states]
+        elsewhere = [user for user in node.users if user not in needed_by_states and order[user] > order[state]]
         if elsewhere:
             with graph.inserting_after(state):
                 seen = graph.call_function(torch.ops.aten.view.default, (state, list(held.shape)))
@@ -284,4 +287,5 @@ def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
 def fractions_in(graph: Graph) -> set[Node]:
     """Numbers made of sizes that are symbols, such as 1 / (n * m). An operator takes sizes alone: these are made where
     they are used."""
-    return {node for node in graph.nodes if isinstance(node.meta.get("val"), (float, torch.SymFloat))}
+    made = (node for node in graph.nodes if node.op == "call_function")
+    return {node for node in made if isinstance(node.meta.get("val"), (float, torch.SymFloat))}
