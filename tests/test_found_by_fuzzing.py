@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from hwbp_compiler.testing import fuzz, judge, models
+from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.fuzz import Setting, check
 from hwbp_compiler.testing.models import Model, Recurrence, Stack
 
@@ -112,3 +114,27 @@ def test_readings_of_a_skip_are_sound_and_all_compute_the_model():
         assert retold["final"].allclose(output["final"])
         count += 1
     assert count > 5
+
+
+def test_a_part_of_a_state_of_symbolic_sizes():
+    """The chain was passed over in silence: a mask was made only where every size is a number."""
+    model = Model(
+        stacks=(Stack(depth=4, blocks=("heads",), update="part", after="rms"),), batch=2, length=4, dynamic=True
+    )
+    ((verdict, records),) = check(model, (Setting(1, 0.2),), "dynamo")
+    assert [record.decision for record in records] == ["rewritten"]
+
+
+def test_a_rolled_step_that_divides_by_sizes_that_are_symbols():
+    """The quotient was handed to an operator that takes whole numbers."""
+    stack = Stack(blocks=("cross",), update="curved", pre="batch_eval", after="batch", shared=1, layout="flat")
+    model, args, loss = models.build(Model(stacks=(stack,), stem=True, head=True, dynamic=True, seed=2))
+    captured = capture(model, args, loss, dynamic=True)
+    captured._options = options(reroll="always", iterations="exact")
+    _, found, records = captured.gradients(captured._options)
+    assert any(loop.length >= 3 for loop in captured._loops), records
+    leaves = leaves_of(model, args)
+    exact = torch.autograd.grad(loss(model(*args)), list(leaves.values()), allow_unused=True)
+    for (name, leaf), gradient in zip(leaves.items(), exact, strict=True):
+        gradient = torch.zeros_like(leaf) if gradient is None else gradient
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-10)
