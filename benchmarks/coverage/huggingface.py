@@ -316,7 +316,7 @@ def encoders() -> Iterator[Case]:
         if kind == "longformer":
             more = {"attention_window": 4, "inputs": {"input_ids": partial(tokens, 8)}}
         if kind == "nystromformer":
-            more = {"num_landmarks": 3, "segment_means_seq_len": LENGTH}
+            more = {"num_landmarks": 4, "segment_means_seq_len": 8, "inputs": {"input_ids": partial(tokens, 8)}}
         if kind == "yoso":
             more = {"use_expectation": True}
         if kind == "luke":
@@ -388,11 +388,12 @@ def encoders() -> Iterator[Case]:
     )
     yield one(
         "mobilebert",
-        chains=(3,),
+        chains=(3, 4, 4, 4),
         embedding_size=WIDTH,
         intra_bottleneck_size=8,
         true_hidden_size=8,
-        note="a bottleneck in every layer: one link a layer on the wide stream, inner ones in its block",
+        note="one link a layer on the wide stream; three MLPs and an output in the bottleneck of each, whose attention "
+        "reads the wide stream alone",
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.reasons import Reason
 from hwbp_compiler.testing.assertions import AtFullLength
-from hwbp_compiler.testing.capture import Capture, capture, leaves_of, options
+from hwbp_compiler.testing.capture import Capture, capture, eager_highway, leaves_of, options
 from hwbp_compiler.testing.compare import Gradients, cosine, total_norm
 from hwbp_compiler.testing.losses import probe_loss
 
@@ -137,24 +138,40 @@ def compared(model: nn.Module, args: tuple[Any, ...], exact: Gradients) -> dict[
     """Gradients through the rewritten joint graph, no code generated, with as many iterations as links and with 1."""
     torch._dynamo.reset()
     captured = capture(model, args, probe_loss)
-    full = AtFullLength(iterations=10**6, rewrite="always", min_length=2, damping=0.0, strict=True)
-    torch.manual_seed(SEED)
-    _, found, records = captured.gradients(full)
-    at_full_length = [r for r in records if r.decision == "rewritten"]
-    dtype = narrowest(captured)
-    row = {
-        "exact": difference(found, exact),
-        "tolerance": tolerance(dtype),
-        "dtype": str(dtype).removeprefix("torch."),
-        "forced": sorted(r.length for r in at_full_length),
-    }
-    if not row["exact"] <= row["tolerance"]:
+
+    def gradients(options: Any) -> tuple[Gradients, list[Any]]:
         torch.manual_seed(SEED)
-        row["exact_without_us"] = difference(captured.gradients(None)[1], exact)
+        return captured.gradients(options)[1:]
+
+    full = AtFullLength(iterations=10**6, rewrite="always", min_length=2, damping=0.0, strict=True)
+    found, records = gradients(full)
+    dtype = narrowest(captured)
+    row: dict[str, Any] = {"tolerance": tolerance(dtype), "dtype": str(dtype).removeprefix("torch.")}
+    if not difference(found, exact) <= row["tolerance"]:
+        # A graph that runs several times (a layer between two graph breaks) was captured once: run each as it comes.
+        if not difference(gradients(None)[0], exact) <= row["tolerance"]:
+            gradients = functools.partial(by_backend, model, args)
+            row["exact_without_us"] = difference(gradients(None)[0], exact)
+            found, records = gradients(full)
         row["worst"] = worst(found, exact)
-    torch.manual_seed(SEED)
-    _, found, records = captured.gradients(options(**ASKED))
+    row |= {"exact": difference(found, exact), "forced": sorted(r.length for r in records if r.decision == "rewritten")}
+    found, records = gradients(options(**ASKED))
     return row | {"cosine": cosine(found, exact), "graphs": len(captured.joints), **chains(records)}
+
+
+def by_backend(model: nn.Module, args: tuple[Any, ...], options: Any) -> tuple[Gradients, list[Any]]:
+    """The same under a backend that runs the two halves of the rewritten graph."""
+    torch._dynamo.reset()
+    records: list[Any] = []
+    compiled = torch.compile(model, backend=eager_highway(options, records=records))
+    leaves = leaves_of(model, args)
+    torch.manual_seed(SEED)
+    found = torch.autograd.grad(probe_loss(compiled(*args)), list(leaves.values()), allow_unused=True)
+    return by_leaf(leaves, found), records
+
+
+def by_leaf(leaves: Mapping[str | int, Tensor], found: Sequence[Tensor | None]) -> Gradients:
+    return {k: torch.zeros_like(leaf) if g is None else g for (k, leaf), g in zip(leaves.items(), found, strict=True)}
 
 
 def eager(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Gradients]:
@@ -162,9 +179,7 @@ def eager(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Gradients]:
     torch.manual_seed(SEED)
     output = model(*args)
     found = torch.autograd.grad(probe_loss(output), list(leaves.values()), allow_unused=True)
-    gradients = {
-        key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), found, strict=True)
-    }
+    gradients = by_leaf(leaves, found)
     if not all(g.isfinite().all() for g in gradients.values()):
         raise ValueError("the gradients in eager mode are not finite")
     return output, gradients

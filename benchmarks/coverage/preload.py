@@ -15,7 +15,7 @@ import torch._inductor.compile_fx  # noqa: E402
 import hwbp_compiler.testing.capture  # noqa: E402, F401
 
 torch.set_num_threads(1)
-logging.disable(logging.WARNING)
+logging.disable(logging.CRITICAL)
 with contextlib.suppress(ImportError):
     import transformers  # noqa: F401
     import transformers.modeling_utils

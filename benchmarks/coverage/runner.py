@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import resource
@@ -30,9 +29,6 @@ def run(cases: list[Case], only: str = "", seconds: float = 180.0, again: bool =
     place = {key: place[key] for key in ("torch", "hwbp_compiler", "commit", "date")}
     todo = [(case, case.digest) for case in cases if only in f"{case.family}/{case.name}"]
     for number, (case, digest) in enumerate(todo, start=1):
-        if case.package and importlib.util.find_spec(module_of(case.package)) is None:
-            say(f"{case.name}: {case.package} is not installed")
-            continue
         mine = {"name": case.name, "family": case.family, "digest": digest, **versions(case)}
         if not again and is_same(known.get(case.name), mine | {"torch": place["torch"]}):
             continue
@@ -50,10 +46,6 @@ def run(cases: list[Case], only: str = "", seconds: float = 180.0, again: bool =
 def versions(case: Case) -> Row:
     """The version of the package that a case comes from."""
     return {"package": case.package, "version": metadata.version(case.package)} if case.package else {"package": ""}
-
-
-def module_of(package: str) -> str:
-    return package.replace("-", "_").lower()
 
 
 def is_same(row: Row | None, mine: Row) -> bool:
