@@ -66,7 +66,8 @@ CASE = Case("a model", "a family", lambda: None, (4, 6), untrue={"INTERRUPTED": 
     (row(rewritten=[6], declined=[{"code": "INTERRUPTED"}]), "untrue"),
     (row(exact=1e-3), "wrong"),
     (row(exact=float("nan")), "wrong"),
-    (row(exact=1e-3, exact_without_us=1e-3), "not compiled by torch"),
+    (row(exact=1e-3, beyond_torch=0.0), "all"),
+    (row(exact=1e-3, beyond_torch=1e-3), "wrong"),
     (row(failure="an error"), "crash"),
 ])  # fmt: skip
 def test_an_outcome_is_no_better_than_what_was_found(found, said):
