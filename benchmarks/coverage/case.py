@@ -27,7 +27,6 @@ class Case:
     package   what has to be installed; its version is part of the result
     settings  what ``make`` is made from beyond its own code
     single    why the model runs in float32: its code does not take float64; "" where it does
-    untrue    reason codes that are given for this model and are not true of it, each with what is true instead
     """
 
     name: str
@@ -38,7 +37,6 @@ class Case:
     package: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     single: str = ""
-    untrue: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.chains and not self.why:

@@ -22,6 +22,7 @@ from hwbp_compiler.testing.compare import Gradients, cosine, total_norm
 from hwbp_compiler.testing.losses import probe_loss
 
 from .case import Case, prepared
+from .untrue import UNTRUE
 
 SEED = 7
 ASKED = {"rewrite": "always", "min_length": 2, "iterations": 1, "damping": 0.0}
@@ -60,10 +61,7 @@ def measure(case: Case) -> dict[str, Any]:
         if problem:
             row |= {"outcome": "not compiled by torch", "error": problem}
     else:
-        row["outcome"] = outcome(case, row)
-        if row["outcome"] == "untrue":
-            given = {record["code"] for record in row["declined"]}
-            row["untrue"] = {code: truth for code, truth in case.untrue.items() if code in given}
+        row["outcome"] = outcome(case.name, row)
     return row | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -81,7 +79,7 @@ OUTCOMES = {
 }
 
 
-def outcome(case: Case, row: dict[str, Any]) -> str:
+def outcome(name: str, row: Mapping[str, Any]) -> str:
     if row.get("failure"):
         return "crash"
     if not right(row):
@@ -91,7 +89,7 @@ def outcome(case: Case, row: dict[str, Any]) -> str:
     codes = {record["code"] for record in row["declined"]}
     if not codes and not row["notes"]:
         return "silent"
-    return "untrue" if codes & set(case.untrue) else "reason"
+    return "untrue" if codes & set(UNTRUE.get(name, {})) else "reason"
 
 
 def right(row: Mapping[str, Any]) -> bool:

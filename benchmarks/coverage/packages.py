@@ -271,10 +271,10 @@ def lucidrains() -> Iterator[Case]:
     yield one(
         "EGNN (package)",
         "egnn_pytorch",
-        (3, 3),
+        (3,),
         lambda p: p.EGNN_Network(num_tokens=20, dim=16, depth=3),
         lambda: (*tokens(5), torch.randn(2, 5, 3)),
-        "features and positions feed each other",
+        "features and positions feed each other: one chain of pairs",
     )
     yield one(
         "graph transformer (package)",

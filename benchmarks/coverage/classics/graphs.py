@@ -186,15 +186,22 @@ class JumpingKnowledge(nn.Module):
         return torch.stack(states).amax(0)
 
 
+PAIR = "two streams that feed each other: one chain whose state is the pair"
 case = by_hand("graphs")
 X = (NODES, W)
 CASES = [
     case("APPNP", (), APPNP, X, why="the state goes through the adjacency matrix, a sum over nodes: K = 0"),
-    case("GCNII", (), GCNII, X, why="the state goes through the adjacency matrix, a sum over nodes: K = 0"),
+    case(
+        "GCNII",
+        (2,),
+        GCNII,
+        X,
+        why="the state goes through the adjacency matrix, but in the first layer, where it is x0",
+    ),
     case("DeepGCN with the first state", (5,), ResGCN, X, why="the first state is added again by every layer"),
     case("GGNN", (5,), GGNN, X),
-    case("MPNN with edge states", (4, 4), MPNN, X, (EDGES.shape[1], W), why="two streams that feed each other"),
-    case("EGNN", (4, 4), EGNN, X, (NODES, 3), why="two streams that feed each other"),
+    case("MPNN with edge states", (4,), MPNN, X, (EDGES.shape[1], W), why=PAIR),
+    case("EGNN", (4,), EGNN, X, (NODES, 3), why=PAIR),
     case("graph transformer", (6,), GraphTransformer, X),
     case("GIN", (), GIN, X, why="the sum goes through an MLP: K = 0"),
     case("GAT with residuals", (4,), GAT, X),

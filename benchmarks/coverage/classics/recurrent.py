@@ -445,7 +445,7 @@ CASES = [
     case("liquid time constant", (2 * T,), LiquidTimeConstant, X, why="two unfoldings a step"),
     case("closed-form continuous time", LOOP, ClosedForm, X),
     case("leaky integrate and fire", LOOP, SpikingLIF, X),
-    case("LRU, real", (T, T), RealLRU, S, why="a linear recurrence a layer"),
+    case("LRU, real", (T, T), RealLRU, (T, 3, W), why="a linear recurrence a layer"),
     case("LRU, complex", LOOP, ComplexLRU, X),
     case("S4D", (4,), S4D, S),
     case("Mamba by hand", (3,), SelectiveScan, S, why="one link a block; the loop over time is inside"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -221,17 +219,16 @@ class BiFPN(nn.Module):
 
 case = by_hand("several streams")
 X = (3, W)
-PAIR = "two streams that feed each other"
+PAIR = "two streams that feed each other: one chain whose state is the pair"
 CASES = [
-    case("RevNet", (4, 4), RevNet, X, why=PAIR),
+    case("RevNet", (4,), RevNet, X, why=PAIR),
     case("momentum ResNet", (5,), MomentumResNet, X, why="one chain whose state is velocity and position"),
-    case("leapfrog", (4, 4), Leapfrog, X, X, why=PAIR),
+    case("leapfrog", (4,), Leapfrog, X, X, why=PAIR),
     case("hyper-connections", (), HyperConnections, X, why="the streams are mixed by a matrix: K is no diagonal"),
-    case("MM-DiT", (6, 6), MMDiT, (2, 4, W), (2, 3, W), (2, W), why=PAIR),
-    case("Evoformer", (6, 9), Evoformer, (3, 4, W), (4, 4, 4), why=f"{PAIR}; two and three links a block"),
-    case("two towers that attend to each other", (6, 6), CrossTowers, (2, 4, W), (2, 3, W), why=PAIR),
+    case("MM-DiT", (6,), MMDiT, (2, 4, W), (2, 3, W), (2, W), why=PAIR),
+    case("Evoformer", (3,), Evoformer, (3, 4, W), (4, 4, 4), why=f"{PAIR}; a block is a link"),
+    case("two towers that attend to each other", (6,), CrossTowers, (2, 4, W), (2, 3, W), why=PAIR),
     case("two-step network", (5,), TwoStep, X, why="one chain whose state is this state and the one before"),
     case("DenseFormer", (4,), DenselyWeighted, X, why="every state is a mean over all before it"),
-    case("BiFPN", (3, 3), BiFPN, (2, W, 4, 4), (2, W, 2, 2), why=PAIR),
+    case("BiFPN", (3,), BiFPN, (2, W, 4, 4), (2, W, 2, 2), why=PAIR),
 ]
-assert partial
