@@ -13,7 +13,7 @@ from benchmarks.coverage.untrue import UNTRUE
 BY_NAME = {case.name: case for case in CASES}
 SELECTION = (
     "gpt2", "bert", "falcon", "vit", "resnet, bottleneck",
-    "ReZero", "WaveNet", "DiT", "GGNN", "JANET", "peephole LSTM", "nn.GRU", "highway network", "SE-ResNet", "VGG",
+    "ReZero", "WaveNet", "DiT", "GGNN", "JANET", "nn.LSTM", "nn.GRU", "highway network", "SE-ResNet", "VGG",
 )  # fmt: skip
 OF_TRANSFORMERS = SELECTION[:5]
 

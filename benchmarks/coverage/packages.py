@@ -81,6 +81,7 @@ def one(
 SIZE = {"dim": 16, "depth": 3, "heads": 2, "dim_head": 8}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_classes": 5}
 TWO = (6,)
+FIRST = "values of the first attention go into all later ones, so that it is no link of the chain"
 
 
 def x_transformers() -> Iterator[Case]:
@@ -104,7 +105,7 @@ def x_transformers() -> Iterator[Case]:
         "shifted tokens": (TWO, {"shift_tokens": 1}, ""),
         "talking heads": (TWO, {"attn_pre_talking_heads": True, "attn_post_talking_heads": True}, ""),
         "qk norm": (TWO, {"attn_qk_norm": True}, ""),
-        "value residual": (TWO, {"add_value_residual": True}, "later layers add the first layer's values"),
+        "value residual": ((5,), {"add_value_residual": True}, FIRST),
         "hyper-connections": ((), {"num_residual_streams": 4}, "the streams are mixed by a matrix: K is no diagonal"),
     }
     for name, (chains, options, why) in plans.items():
@@ -131,9 +132,9 @@ def vit_pytorch() -> Iterator[Case]:
         "value residual": (
             "simple_vit_with_value_residual",
             "SimpleViT",
-            TWO,
+            (5,),
             {"mlp_dim": 32},
-            "later layers mix in the first layer's values",
+            FIRST,
         ),
         "register tokens": ("simple_vit_with_register_tokens", "SimpleViT", TWO, {"mlp_dim": 32}, ""),
         "FFT": ("simple_vit_with_fft", "SimpleViT", TWO, {"mlp_dim": 32, "freq_patch_size": 4}, ""),
@@ -294,7 +295,7 @@ def lucidrains() -> Iterator[Case]:
     yield one(
         "iTransformer",
         "iTransformer",
-        TWO,
+        (5,),
         lambda p: p.iTransformer(
             num_variates=4,
             lookback_len=8,
@@ -307,6 +308,7 @@ def lucidrains() -> Iterator[Case]:
             flash_attn=False,
         ),
         partial(drawn, 2, 8, 4),
+        FIRST,
         package="iTransformer",
     )
     yield one(

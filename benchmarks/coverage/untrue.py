@@ -6,6 +6,7 @@ A person has looked. An entry speaks only where a model misses links and is give
 from __future__ import annotations
 
 UNTRUE: dict[str, dict[str, str]] = {
+    "LRU (package)": {"WIDE_ELEMENTWISE_RECURRENCE": "the state is one tensor, of complex numbers"},
     "EGNN": {"INTERRUPTED": "nothing stands between the additions to the positions"},
     "LEM": {"TOO_SHORT": "the pair of states has a link at every step"},
     "MM-DiT": {"TOO_SHORT": "the streams feed each other, which cuts the chain; nothing says so"},
