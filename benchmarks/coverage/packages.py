@@ -26,7 +26,8 @@ def tokens(length: int = 8, most: int = 20) -> tuple[Tensor]:
 
 
 def drawn(*shape: int) -> tuple[Tensor]:
-    return (torch.randn(shape),)
+    """It wants a gradient: a state that it is is one like any other."""
+    return (torch.randn(shape, requires_grad=True),)
 
 
 class First(nn.Module):
@@ -81,6 +82,7 @@ def one(
 SIZE = {"dim": 16, "depth": 3, "heads": 2, "dim_head": 8}
 IMAGE = {"image_size": 16, "patch_size": 4, "num_classes": 5}
 TWO = (6,)
+MIXED = "the streams are mixed by a small matrix: K is a matrix of diagonals"
 FIRST = "values of the first attention go into all later ones, so that it is no link of the chain"
 
 
@@ -106,7 +108,7 @@ def x_transformers() -> Iterator[Case]:
         "talking heads": (TWO, {"attn_pre_talking_heads": True, "attn_post_talking_heads": True}, ""),
         "qk norm": (TWO, {"attn_qk_norm": True}, ""),
         "value residual": ((5,), {"add_value_residual": True}, FIRST),
-        "hyper-connections": ((), {"num_residual_streams": 4}, "the streams are mixed by a matrix: K is no diagonal"),
+        "hyper-connections": (TWO, {"num_residual_streams": 4}, MIXED),
     }
     for name, (chains, options, why) in plans.items():
         yield one(f"x-transformers, {name}", "x_transformers", chains, body(**options), tokens, why)
@@ -141,9 +143,9 @@ def vit_pytorch() -> Iterator[Case]:
         "hyper-connections": (
             "simple_vit_with_hyper_connections",
             "SimpleViT",
-            (),
+            TWO,
             {"mlp_dim": 32, "num_residual_streams": 4},
-            "the streams are mixed by a matrix: K is no diagonal",
+            MIXED,
         ),
         "normalized ViT": (
             "normalized_vit",
@@ -526,7 +528,7 @@ class Layered(nn.Module):
 
 def graphs() -> Iterator[Case]:
     def nodes() -> tuple[Any, ...]:
-        return torch.randn(5, 16), EDGES
+        return *drawn(5, 16), EDGES
 
     def layered(make: Callable[[Any], nn.Module], kind: str) -> Callable[[Any], nn.Module]:
         return lambda g: Layered([make(g) for _ in range(4)], kind)
