@@ -17,7 +17,7 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="measure what the results lack")
-    running.add_argument("--only", default="", help="models whose family/name contains this")
+    running.add_argument("--only", default="", help="models whose family/name this regular expression is in")
     running.add_argument("--limit-seconds", type=float, default=180.0, help="for one model")
     running.add_argument("--again", action="store_true", help="also what is there already")
     commands.add_parser("report", help="docs/coverage.md from the committed results")

@@ -623,7 +623,7 @@ def vision() -> Iterator[Case]:
     )
     yield one(
         "swiftformer",
-        chains=(5, 5),
+        chains=(4, 4),
         drop=narrow,
         depths=[2, 2],
         embed_dims=[8, 16],
@@ -632,7 +632,7 @@ def vision() -> Iterator[Case]:
         down_stride=2,
         down_pad=1,
         downsamples=[True, True],
-        note="of a stage's blocks all but the last have two links, the last has three",
+        note="a stage has a block of one link and a block of three",
     )
     yield one(
         "hiera",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import re
 import resource
 import warnings
 from importlib import metadata
@@ -27,7 +28,7 @@ def run(cases: list[Case], only: str = "", seconds: float = 180.0, again: bool =
     context.set_forkserver_preload(["benchmarks.coverage.preload"])
     place = environment("cpu")
     place = {key: place[key] for key in ("torch", "hwbp_compiler", "commit", "date")}
-    todo = [(case, case.digest) for case in cases if only in f"{case.family}/{case.name}"]
+    todo = [(case, case.digest) for case in cases if re.search(only, f"{case.family}/{case.name}")]
     for number, (case, digest) in enumerate(todo, start=1):
         mine = {"name": case.name, "family": case.family, "digest": digest, **versions(case)}
         if not again and is_same(known.get(case.name), mine | {"torch": place["torch"]}):
