@@ -1,0 +1,1 @@
+"""How much of real models the compiler finds: ``python -m benchmarks.coverage run`` and ``report``."""

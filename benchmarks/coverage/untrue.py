@@ -1,0 +1,19 @@
+"""Reasons that are given and were found not to be true, or to leave out what matters: by model and code, what is true.
+
+A person has looked. An entry speaks only where a model misses links and is given that code.
+"""
+
+from __future__ import annotations
+
+UNTRUE: dict[str, dict[str, str]] = {
+    "LRU (package)": {"WIDE_ELEMENTWISE_RECURRENCE": "the state is one tensor, of complex numbers"},
+    "EGNN": {"INTERRUPTED": "nothing stands between the additions to the positions"},
+    "LEM": {"TOO_SHORT": "the pair of states has a link at every step"},
+    "MM-DiT": {"TOO_SHORT": "the streams feed each other, which cuts the chain; nothing says so"},
+    "Evoformer": {"TOO_SHORT": "the streams feed each other, which cuts the chain; nothing says so"},
+    "two towers that attend to each other": {
+        "TOO_SHORT": "the streams feed each other, which cuts the chain; nothing says so"
+    },
+    "RealNVP": {"TOO_SHORT": "every step updates a half of the state; nothing says why the chain is cut"},
+    "two-step network": {"RESULTS_COME_BACK": "the state before the last is part of the state; nothing leaves it"},
+}
