@@ -47,12 +47,73 @@ def rnn_step(w: dict[str, Tensor], x: Tensor, state: Tensors, hold: Callable[[Te
     return (hold(torch.tanh(x @ w["weight_ih"].T + w["bias_ih"] + state[0] @ w["weight_hh"].T + w["bias_hh"])),)
 
 
-STEPS = {"GRU": gru_step, "LSTM": lstm_step, "RNN": rnn_step}
+class Cell(nn.Module):
+    """Two parts of a state, of which the second takes the first's next value along; an output made of both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(2 * HIDDEN, INPUT + HIDDEN) / 2)
+        self.u = nn.Parameter(torch.randn(HIDDEN, HIDDEN) / 2)
+        self.f = nn.Parameter(torch.rand(HIDDEN))
+        self.q = nn.Parameter(torch.randn(HIDDEN, INPUT) / 2)
+
+    def forward(self, x, state):
+        a, b = state["a"], state["b"]
+        z, n = (torch.cat([x, a], -1) @ self.w.T).chunk(2, -1)
+        z = torch.sigmoid(z)
+        following = z * a + (1 - z) * torch.tanh(n + b @ self.u.T)
+        added = self.f * b + 0.5 * following
+        output = torch.tanh(following) + (x @ self.q.T) * a
+        return output, {"a": following, "b": added}
+
+
+def cell_step(w: dict[str, Tensor], x: Tensor, state: Tensors, hold: Callable[[Tensor], Tensor]) -> Tensors:
+    a, b = state
+    z, n = (torch.cat([x, a], -1) @ w["w"].T).chunk(2, -1)
+    z = torch.sigmoid(z)
+    following = hold(z) * a + hold((1 - z) * torch.tanh(n + b @ w["u"].T))
+    return following, w["f"] * b + 0.5 * following
+
+
+def cell_output(w: dict[str, Tensor], x: Tensor, before: Tensors, after: Tensors) -> Tensor:
+    return torch.tanh(after[0]) + (x @ w["q"].T) * before[0]
+
+
+class Scalar(nn.Module):
+    """K is the number 0.5: nothing of it is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(HIDDEN, INPUT + HIDDEN) / 2)
+
+    def forward(self, x, state):
+        following = 0.5 * state + torch.tanh(torch.cat([x, state], -1) @ self.w.T)
+        return following, following
+
+
+def scalar_step(w: dict[str, Tensor], x: Tensor, state: Tensors, hold: Callable[[Tensor], Tensor]) -> Tensors:
+    return (0.5 * state[0] + hold(torch.tanh(torch.cat([x, state[0]], -1) @ w["w"].T)),)
+
+
+def state_itself(w: dict[str, Tensor], x: Tensor, before: Tensors, after: Tensors) -> Tensor:
+    return after[0]
+
+
+STEPS = {
+    "GRU": gru_step,
+    "LSTM": lstm_step,
+    "RNN": rnn_step,
+    "GRUCell": gru_step,
+    "Cell": cell_step,
+    "Scalar": scalar_step,
+}
+OUTPUTS = {"Cell": cell_output}
+CELLS = {"Cell": Cell, "Scalar": Scalar, "GRUCell": lambda: nn.GRUCell(INPUT, HIDDEN)}
 
 
 @dataclass(frozen=True)
 class Case:
-    """``stretches``: steps per rank; ``losses``: whose outputs have a loss ("all" or "last": the last state's alone)."""
+    """``stretches``: steps per rank; ``losses``: "all", or "last" where only the last state has one."""
 
     kind: str
     stretches: tuple[int, ...]
@@ -68,6 +129,8 @@ class Case:
 
     def build(self) -> nn.Module:
         torch.manual_seed(5)
+        if self.kind in CELLS:
+            return CELLS[self.kind]()
         module = getattr(nn, self.kind)(INPUT, HIDDEN, self.layers, batch_first=self.batch_first)
         if self.frozen:
             module.weight_ih_l0.requires_grad_(False)
@@ -77,7 +140,7 @@ class Case:
         """x of the whole sequence, the first state, and weights of the losses of outputs and last states."""
         torch.manual_seed(6)
         steps = sum(self.stretches)
-        parts = 2 if self.kind == "LSTM" else 1
+        parts = 2 if self.kind in ("LSTM", "Cell") else 1
         state = [torch.randn(self.layers, BATCH, HIDDEN) * float(self.state) for _ in range(parts)]
         return (
             torch.randn(steps, BATCH, INPUT),
@@ -95,11 +158,13 @@ def oracle(case: Case) -> dict[str, Tensor]:
     module = case.build()
     x, first, of_y, of_last = case.data()
     ranks = len(case.stretches)
-    step = STEPS[case.kind]
-    weights = [
-        {n: getattr(module, f"{n}_l{layer}").detach() for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
-        for layer in range(case.layers)
-    ]
+    step, output = STEPS[case.kind], OUTPUTS.get(case.kind, state_itself)
+    if case.kind in CELLS:
+        weights, suffix = [{n: p.detach() for n, p in module.named_parameters()}], ""
+    else:
+        names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
+        weights = [{n: getattr(module, f"{n}_l{i}").detach() for n in names} for i in range(case.layers)]
+        suffix = "_l{}"
     sequences, states = [x], []
     for layer in range(case.layers):
         state: Tensors = tuple(part[layer] for part in first)
@@ -121,21 +186,32 @@ def oracle(case: Case) -> dict[str, Tensor]:
             back = vjp(lambda s: step(w, inputs[t], s, torch.Tensor.detach), before[t])[1](g)[0]
             return tuple((1 - case.damping) * b for b in back)
 
-        ends = states_of(case, c, head, whole, along)
+        def outward(t, g, w=w, inputs=inputs, before=before):
+            return vjp(lambda *a: output(w, inputs[t], *a), before[t], before[t + 1])[1](g)
+
+        ends = states_of(case, [outward(t, g) for t, g in enumerate(c)], head, whole, along)
         gradient_of = {n: torch.zeros_like(p) for n, p in w.items()}
         of_x = []
         for t, g in enumerate(ends[1:]):
-            of_w, of_row = vjp(lambda w, r, t=t, before=before: step(w, r, before[t], keep), w, inputs[t])[1](g)
+            of_w, of_row = vjp(
+                lambda w, r, t=t, before=before: (
+                    step(w, r, before[t], keep),
+                    output(w, r, before[t], before[t + 1]),
+                ),
+                w,
+                inputs[t],
+            )[1]((g, c[t]))
             gradient_of = {n: gradient_of[n] + of_w[n] for n in w}
             of_x.append(of_row)
-        found |= {f"{n}_l{layer}": g for n, g in gradient_of.items()}
+        found |= {n + suffix.format(layer): g for n, g in gradient_of.items()}
         found |= {f"state{part}_l{layer}": g for part, g in enumerate(ends[0])}
         c = torch.stack(of_x)
     return found | {"x": c}
 
 
-def states_of(case: Case, c: Tensor, head: Tensors, whole, along) -> list[Tensors]:
-    """w_0 .. w_T; ``whole`` and ``along`` take a gradient from state t + 1 to state t."""
+def states_of(case: Case, outward: list[tuple[Tensors, Tensors]], head: Tensors, whole, along) -> list[Tensors]:
+    """w_0 .. w_T; ``whole`` and ``along`` take a gradient from state t + 1 to state t. ``outward``: what the loss of
+    every output contributes at the states before and after its step."""
     steps = sum(case.stretches)
     b = [0]
     for stretch in case.stretches:
@@ -143,7 +219,8 @@ def states_of(case: Case, c: Tensor, head: Tensors, whole, along) -> list[Tensor
     zero = tuple(torch.zeros_like(h) for h in head)
 
     def at(t):  # c_t of the state after step t
-        return zero if t == 0 else (c[t - 1], *zero[1:])
+        found = zero if t == 0 else outward[t - 1][1]
+        return found if t == steps else add(found, outward[t][0])
 
     def add(p, q):
         return tuple(u + v for u, v in zip(p, q, strict=True))
@@ -223,10 +300,14 @@ def differentiated(case: Case, rank: int, mesh) -> dict[str, Tensor]:
     if case.dtensor:
         given = DTensor.from_local(given, mesh, [Shard(int(case.batch_first))])
     state = None if not case.state else tuple(first) if len(first) > 1 else first[0]
+    if case.kind in CELLS:
+        state = {"a": first[0][0], "b": first[1][0]} if case.kind == "Cell" else first[0][0]
     y, last = recurrent(module, given, state, mesh=mesh, iterations=case.k, damping=case.damping, batches=case.batches)
     if case.dtensor:
         y = y.to_local()
     y = y.transpose(0, 1) if case.batch_first else y
+    if case.kind in CELLS:
+        last = tuple(part.unsqueeze(0) for part in (last.values() if isinstance(last, dict) else [last]))
     last = torch.stack(last) if isinstance(last, tuple) else last.unsqueeze(0)
     ((y * case.shard(of_y, rank)).sum() + (last * of_last).sum()).backward()
     found = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}

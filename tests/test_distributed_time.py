@@ -7,6 +7,8 @@ import stretches
 import torch
 from stretches import Case, oracle
 
+from hwbp_compiler.errors import OptionError
+
 CASES: dict[int, dict[str, Case]] = {
     2: {
         "gru": Case("GRU", (3, 2), 0, 0.2),
@@ -18,6 +20,9 @@ CASES: dict[int, dict[str, Case]] = {
             for kind in ("GRU", "LSTM")
             for k, g in [(0, 0.0), (0, 0.2), (1, 0.0), (1, 0.2), (2, 0.2), (3, 0.2)]
         },
+        **{f"cell_k{k}_g{g}": Case("Cell", (2, 3, 1, 2), k, g) for k, g in [(0, 0.0), (1, 0.2), (3, 0.2)]},
+        "gru_cell": Case("GRUCell", (2, 1, 2, 2), 1, 0.2),
+        "scalar": Case("Scalar", (2, 1, 2, 2), 1, 0.2),
         "exact": Case("LSTM", (3, 2, 4, 2), "exact"),
         "rnn": Case("RNN", (3, 2, 4, 2), 0),
         "stacked_gru": Case("GRU", (2, 3, 1, 2), 1, 0.2, layers=3),
@@ -97,5 +102,21 @@ def test_the_oracle_is_backprop_from_the_last_rank_but_one(kind, k):
     last = torch.stack(last) if kind == "LSTM" else last.unsqueeze(0)
     ((y * of_y).sum() + 4 * (last * of_last).sum()).backward()
     got = oracle(case)["x"]
-    same = [bool(((a - b).norm() < 1e-12)) for a, b in zip(got.split(2), x.grad.split(2), strict=True)]
+    same = [bool((a - b).norm() < 1e-12) for a, b in zip(got.split(2), x.grad.split(2), strict=True)]
     assert same == [k >= 3, k >= 2, k >= 1, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"iterations": -1}, "distributed.recurrent: option 'iterations' = -1 (int) is not allowed"),
+        ({"segment": 4}, "option 'segment' = 4 (int) is not allowed; it takes None"),
+        ({"batches": 0}, "option 'batches' = 0 (int) is not allowed; it takes an integer >= 1"),
+    ],
+)
+def test_a_bad_option_is_told_of_at_once(options, words):
+    from hwbp_compiler.distributed import recurrent
+
+    with pytest.raises(OptionError) as raised:
+        recurrent(torch.nn.GRU(2, 2), torch.zeros(1, 1, 2), mesh=None, **options)
+    assert words in str(raised.value)

@@ -18,7 +18,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.describe import multiplier
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
-from hwbp_compiler.graph.program import extract
+from hwbp_compiler.graph.program import Program, extract
 from hwbp_compiler.options import Options
 from hwbp_compiler.passes.candidates import best_tracks
 from hwbp_compiler.passes.in_other_words import in_other_words
@@ -82,16 +82,20 @@ class StageHighway:
         Raises :class:`StageChanged` where the graph gives another output.
         """
         assert self.graph is not None
-        held = {
-            "parameter": dict(unwrapped(module).named_parameters(remove_duplicate=False)),
-            "argument": dict(enumerate(arguments)),
-        }
-        held["buffer"] = dict(unwrapped(module).named_buffers(remove_duplicate=False))
-        values = [held[kind][name] for kind, name in self.reads]
+        values = _read(self.reads, unwrapped(module), arguments)
         with torch.no_grad(), random_state.again() if self.random else contextlib.nullcontext():
             product, again = self.graph(*values)
         _same_output(output.detach(), again)
         return product.expand_as(output).contiguous()
+
+
+def _read(reads: Sequence[tuple[str, Any]], module: nn.Module, arguments: Sequence[Any]) -> list[Any]:
+    held = {
+        "parameter": dict(module.named_parameters(remove_duplicate=False)),
+        "buffer": dict(module.named_buffers(remove_duplicate=False)),
+        "argument": dict(enumerate(arguments)),
+    }
+    return [held[kind][name] for kind, name in reads]
 
 
 @dataclass(frozen=True)
@@ -164,8 +168,8 @@ def _copy(module: nn.Module) -> nn.Module:
         raise Declined(Reason.STAGE_UNTRACEABLE.of(error=f"it cannot be copied: {first_line(error)}")) from error
 
 
-def _ends(graph: Graph, taken: list[int]) -> tuple[Node, Node, Node]:
-    """The stage's output, the gradient there, and the gradient at what the stage takes."""
+def _by_place(graph: Graph) -> tuple[dict[int, Node], dict[int, Node], dict[int, Node]]:
+    """Gradients at the outputs, the outputs, and gradients at the inputs, each by place."""
     (end,) = graph.find_nodes(op="output")
     described = list(zip(end.args[0], end.meta["desc"], strict=True))
     tangents = {
@@ -180,6 +184,12 @@ def _ends(graph: Graph, taken: list[int]) -> tuple[Node, Node, Node]:
         for n, d in described
         if isinstance(d, torch_private.GradAOTOutput) and isinstance(d.grad_of, torch_private.PlainAOTInput)
     }
+    return tangents, outputs, gradients
+
+
+def _ends(graph: Graph, taken: list[int]) -> tuple[Node, Node, Node]:
+    """The stage's output, the gradient there, and the gradient at what the stage takes."""
+    tangents, outputs, gradients = _by_place(graph)
     if len(taken) != 1 or len(tangents) != 1:
         raise Declined(Reason.STAGE_TAKES_MORE.of(taken=_tensors(len(taken)), given=_tensors(len(tangents))))
     ((place, tangent),) = tangents.items()
@@ -198,9 +208,7 @@ def _in_joint_graph(compiled: bool, joint: fx.GraphModule, output: Node, tangent
     graph = joint.graph
     (end,) = graph.find_nodes(op="output")
     place = end.args[0].index(gradient)
-    keep_old_values(graph)
-    read_sizes_elsewhere(graph)
-    in_other_words(graph, set())
+    _reworded(graph)
     (end,) = graph.find_nodes(op="output")
     gradient = end.args[0][place]
     if gradient is tangent:  # nothing happens to the gradient: the stage is the identity
@@ -214,26 +222,46 @@ def _in_joint_graph(compiled: bool, joint: fx.GraphModule, output: Node, tangent
     links = max(
         (sum(j in between for j in track.joins) for track in best_tracks(info, Options(min_length=1))), default=0
     )
-    group = Group([0], [link])
-    emitter = Emitter(graph, end, tangent.meta["val"].fake_mode, 1)
-    stacker = Stacker(emitter, StackPlan(group.external_tuples))
-    value = Evaluator(
-        emitter, group, [None], stack=lambda slot: stacker(group.external(slot)), inject=lambda statement: None
-    ).value(Coefficient(0), link.outputs[0])
+    value = _coefficient(graph, end, link, 0, 0)
     found = StageHighway(links, text=_text(link))
     if isinstance(value, float):
         return replace(found, number=value)
-    product = emitter.call(aten.select.int, value.node, 0, 0) if value.batched else value.node
-    return _cut_out(found, compiled, joint, product, output, end)
+    reads, random = _cut_out(joint, [value, output], end)
+    if random and compiled:
+        raise Declined(Reason.STAGE_DRAWS_UNSEEN)
+    return replace(found, graph=fx.GraphModule(joint, graph), reads=reads, random=random)
 
 
-def _cut_out(
-    found: StageHighway, compiled: bool, joint: fx.GraphModule, product: Node, output: Node, end: Node
-) -> StageHighway:
-    """The part of the graph that P_s and the output are computed by, with every draw of random numbers before them."""
+def _reworded(graph: Graph) -> None:
+    """As the passes do before they look for anything."""
+    keep_old_values(graph)
+    read_sizes_elsewhere(graph)
+    in_other_words(graph, set())
+
+
+def _coefficient(graph: Graph, end: Node, link: Program, to: int, source: int) -> Node | float:
+    """K from ``source`` to ``to``: a number, or a node before ``end``."""
+    group = Group([0], [link])
+    emitter = Emitter(graph, end, link.inputs[0].meta["val"].fake_mode, 1)  # type: ignore[union-attr]
+    stacker = Stacker(emitter, StackPlan(group.external_tuples))
+    value = Evaluator(
+        emitter,
+        group,
+        [None] * link.arity,
+        stack=lambda slot: stacker(group.external(slot)),
+        inject=lambda statement: None,
+    ).value(Coefficient(source), link.outputs[to])
+    if isinstance(value, float):
+        return value
+    return emitter.call(aten.select.int, value.node, 0, 0) if value.batched else value.node
+
+
+def _cut_out(joint: fx.GraphModule, results: list[Node], end: Node) -> tuple[tuple[tuple[str, Any], ...], bool]:
+    """Leave of the graph what ``results`` are computed by, with every draw of random numbers before them. Returns what
+    it reads, and whether it draws."""
     graph = joint.graph
     written = {d.mutated_input for d in end.meta["desc"] if isinstance(d, torch_private.InputMutationAOTOutput)}
-    end.args = ((product, output),)
+    end.args = (tuple(results),)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output") or _draws(node))
     reads: list[tuple[str, Any]] = []
     for node in graph.find_nodes(op="placeholder"):
@@ -251,12 +279,85 @@ def _cut_out(
             reads.append(("argument", what.idx))
         else:
             raise Declined(Reason.STAGE_UNTRACEABLE.of(error=f"an input of kind {type(what).__name__}"))
-    random = any(_draws(node) for node in graph.nodes)
-    if random and compiled:
-        raise Declined(Reason.STAGE_DRAWS_UNSEEN)
     graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs as they come
     graph.lint()
-    return replace(found, graph=fx.GraphModule(joint, graph), reads=tuple(reads), random=random)
+    return tuple(reads), any(_draws(node) for node in graph.nodes)
+
+
+@dataclass(frozen=True)
+class CellHighway:
+    """K of one step of a cell, per pair (to, from) of components of its state.
+
+    numbers    where it is the same everywhere
+    graph      otherwise: (what ``reads`` names) -> (K of ``pairs`` ..., the next state ...)
+    why        set where there is none: the recurrence is exact
+    """
+
+    numbers: dict[tuple[int, int], float] = field(default_factory=dict)
+    pairs: tuple[tuple[int, int], ...] = ()
+    order: tuple[int, ...] = (0,)
+    graph: fx.GraphModule | None = None
+    reads: tuple[tuple[str, Any], ...] = ()
+    why: Why | None = None
+
+    @property
+    def support(self) -> frozenset[tuple[int, int]]:
+        return frozenset({*self.numbers, *self.pairs})
+
+    def of_step(
+        self, module: nn.Module, arguments: Sequence[Any], before: Sequence[Tensor], after: Sequence[Tensor]
+    ) -> dict[tuple[int, int], Tensor]:
+        """K of the step from ``before`` to ``after``, each of the shape of its component."""
+        found = {pair: torch.full_like(before[pair[0]], number) for pair, number in self.numbers.items()}
+        if self.graph is not None:
+            with torch.no_grad():
+                results = self.graph(*_read(self.reads, module, arguments))
+            for given, again in zip(after, results[len(self.pairs) :], strict=True):
+                _same_output(given.detach(), again)
+            found |= {p: k.expand_as(before[p[0]]) for p, k in zip(self.pairs, results, strict=False)}
+        return found
+
+
+def highway_of_cell(step: nn.Module, inputs: Sequence[Tensor], state: Sequence[Tensor]) -> CellHighway:
+    """K of ``step(*inputs, *state) -> (*next state, output)``; every component wants a gradient."""
+    try:
+        with contextlib.ExitStack() as stack:
+            joint = _trace(stack, step, (*inputs, *state), {})
+            return _of_cell(joint, len(inputs), len(state))
+    except Declined as declined:
+        return CellHighway(why=declined.why)
+
+
+def _of_cell(joint: fx.GraphModule, first: int, width: int) -> CellHighway:
+    graph = joint.graph
+    tangents, outputs, gradients = _by_place(graph)
+    if any(c not in tangents or gradients.get(first + c) is None for c in range(width)):
+        raise Declined(Reason.COMPONENT_WITHOUT_GRADIENT)
+    (end,) = graph.find_nodes(op="output")
+    places = [end.args[0].index(gradients[first + c]) for c in range(width)]
+    _reworded(graph)
+    (end,) = graph.find_nodes(op="output")
+    heads, arrived = tuple(tangents[c] for c in range(width)), [end.args[0][p] for p in places]
+    if any(a in heads for a in arrived):
+        raise Declined(Reason.COMPONENT_WITHOUT_GRADIENT)
+    link = extract(GraphInfo(graph), heads, arrived, set())
+    split = split_links(Chain([heads, tuple(arrived)], [link]))
+    if not split.support:
+        raise Declined(Reason.NO_ELEMENTWISE_PATH)
+    numbers, nodes = {}, {}
+    for to, source in sorted(split.support):
+        value = _coefficient(graph, end, link, to, source)
+        if isinstance(value, float):
+            numbers[to, source] = value
+        else:
+            nodes[to, source] = value
+    found = CellHighway(numbers, tuple(nodes), split.order)
+    if not nodes:
+        return found
+    reads, random = _cut_out(joint, [*nodes.values(), *(outputs[c] for c in range(width))], end)
+    if random:
+        raise Declined(Reason.CELL_DRAWS_RANDOM_NUMBERS.of(operator="dropout, for one"))
+    return replace(found, graph=fx.GraphModule(joint, graph), reads=reads)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

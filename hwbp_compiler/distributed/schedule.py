@@ -19,7 +19,9 @@ from .agreement import agree_on_options, agree_on_plan, nothing_new
 from .chains import Chain, Plan, StagePlan
 from .crossing import Crossing, needs_products
 from .errors import StageError, checked
+from .faults import Watch
 from .highway_of_stage import RandomState, StageHighway, find_highway, unwrapped
+from .report import described
 from .rounds import ends_of_segments
 
 _WHERE = "ScheduleHighway"
@@ -85,6 +87,8 @@ class ScheduleHighway(ScheduleGPipe):
         self._crossing: Crossing | None = None
         self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
         self._given_before = False
+        self._watch: Watch | None = None
+        self._forms: Any = None
         self._opened = False
 
     @property
@@ -92,8 +96,20 @@ class ScheduleHighway(ScheduleGPipe):
         """What all stages are, since the first step."""
         return self._plan
 
+    def explain(self) -> str:
+        """What every stage is, and what crosses ranks; known after the first step with a loss."""
+        if self._plan is None:
+            return "Nothing is known before the first step."
+        return described(self._plan, self.iterations, self.batches)
+
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As GPipe's."""
+        if self._watch is None:
+            self._watch = Watch(_WHERE, self.stage.group, f"stage {self.stage.stage_index}")
+        with self._watch.guarded():
+            return self._step(*args, **kwargs)
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
         if not self._opened:
             agree_on_options(self)
             self._opened = True
@@ -115,7 +131,9 @@ class ScheduleHighway(ScheduleGPipe):
 
     def _keeping(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def keep(*args: Any, **kwargs: Any) -> Tensor:
-            loss = loss_fn(*args, **kwargs)
+            assert self._watch is not None
+            with self._watch.computing("its loss is computed"):
+                loss = loss_fn(*args, **kwargs)
             self.losses.append(loss)
             return loss
 
@@ -136,7 +154,18 @@ class ScheduleHighway(ScheduleGPipe):
                 buffer.copy_(value)
             self._given_before = True
             self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
-            return forward(*args, **kwargs)
+            assert self._watch is not None
+            with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
+                output = forward(*args, **kwargs)
+            self._same_forms(args, output)
+            return output
+
+        backward = stage.backward_one_chunk
+
+        def computing(batch: int, *args: Any, **kwargs: Any) -> None:
+            assert self._watch is not None
+            with self._watch.computing(f"its backward pass of micro-batch {batch} runs"):
+                backward(batch, *args, **kwargs)
 
         def received(batch: int) -> list[Any]:
             if batch == 0 and stage.has_backward:
@@ -148,8 +177,9 @@ class ScheduleHighway(ScheduleGPipe):
                 stage.get_local_bwd_output(batch)  # which nothing asks for any more
             return []
 
-        answers = {
+        answers: dict[str, Callable[..., Any]] = {
             "forward_maybe_with_nosync": keeping,
+            "backward_one_chunk": computing,
             "get_bwd_recv_ops": received,
             "get_bwd_send_ops": sent,
         }
@@ -160,6 +190,19 @@ class ScheduleHighway(ScheduleGPipe):
         finally:
             for name in answers:
                 delattr(stage, name)
+
+    def _same_forms(self, args: Any, output: Any) -> None:
+        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word."""
+        forms = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves((args, output)) if isinstance(t, Tensor)]
+        key = self.stage.has_backward
+        if self._forms is None or self._forms[0] != key:
+            self._forms = key, forms
+        if forms != self._forms[1]:
+            raise StageError(
+                f"{_WHERE}: stage {self.stage.stage_index} takes and gives {_said(forms)} in a micro-batch, and "
+                f"{_said(self._forms[1])} in the first. All micro-batches of a pipeline must be alike: leave out or "
+                "pad the last batch of an epoch, and take a batch that n_microbatches divides."
+            )
 
     # -- the backward pass before parameter gradients -----------------------------------------------------------
 
@@ -220,6 +263,11 @@ class ScheduleHighway(ScheduleGPipe):
     def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
         """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
         output, in that form; None for the loss."""
+        assert self._watch is not None
+        with self._watch.computing("its input gradients are computed"):
+            return self._gradients_at_inputs(ends)
+
+    def _gradients_at_inputs(self, ends: list[Tensor] | None) -> list[Tensor]:
         columns: list[list[Tensor]] = []
         for batch in range(self.batches):
             inputs = self._activations(batch)
@@ -281,10 +329,12 @@ class ScheduleHighway(ScheduleGPipe):
         which all ranks must be told of before they wait for it."""
         now, failure = self._signature(), None
         known = self._plan is not None and now == self._seen
+        assert self._watch is not None
         try:
-            if not known:
-                self._mine = self._describe()
-            self._product = self._highway.graph and self._products()
+            with self._watch.computing("the highway of its stage is looked for"):
+                if not known:
+                    self._mine = self._describe()
+                self._product = self._highway.graph and self._products()
         except Exception as error:
             failure, self._seen = error, None
         if self._plan is None or not nothing_new(self, known and failure is None):
@@ -339,3 +389,7 @@ class ScheduleHighway(ScheduleGPipe):
             )
         if any(isinstance(a, DTensor) for a in self._given[0][0]):
             raise StageError(f"{_WHERE}: stage {index} is given a DTensor. Activations must be plain tensors.")
+
+
+def _said(forms: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in forms)

@@ -30,6 +30,7 @@ from hwbp_compiler.digest import source_digest
 
 from .agreement import same_everywhere
 from .errors import StageError, checked, refuse
+from .faults import Watch, watch_of
 from .layers import Layer, Run, layers_of
 
 _WHERE = "distributed.recurrent"
@@ -82,11 +83,12 @@ def recurrent(
         raise StageError(
             f'{_WHERE}: mesh has {mesh.ndim} dimensions; it takes one. Pass mesh["name of the time dimension"].'
         )
-    layers, time = layers_of(module_or_cell)
+    time = int(getattr(module_or_cell, "batch_first", False))
     x, wrap = _local(x_shard, mesh, time)
     if x.shape[time] == 0:
         raise StageError(f"{_WHERE}: this rank's shard has no time step; every rank needs one at least.")
     x = x.transpose(0, time)
+    layers = layers_of(module_or_cell, x, state)
     ranks = mesh.size()
     how = _How(
         mesh.get_group(),
@@ -96,9 +98,10 @@ def recurrent(
         min(batches or ranks, x.shape[1]),
     )
     given = _states(module_or_cell, layers, x, state)
-    _agree(how, x, given)
     weights = [p for layer in layers for p in layer.weights]
-    y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
+    with how.watch.guarded():
+        _agree(how, x, given)
+        y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
     return wrap(y.transpose(0, time)), layers_state(module_or_cell, layers, state, last)
 
 
@@ -109,6 +112,10 @@ class _How:
     iterations: int | None
     damping: float
     batches: int
+
+    @property
+    def watch(self) -> Watch:
+        return watch_of(_WHERE, self.group, "a stretch of time")
 
     @property
     def rank(self) -> int:
@@ -142,6 +149,11 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_y: Tensor, *of_last: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.how.watch.guarded():
+            return _Sharded._backward(ctx, of_y, of_last)
+
+    @staticmethod
+    def _backward(ctx: Any, of_y: Tensor, of_last: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         how: _How = ctx.how
         incoming = [g.contiguous().clone() for g in of_last]
         for part in incoming:
@@ -174,7 +186,8 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
         if how.rank > 0:
             for s in state:
                 dist.recv(s, group=how.group, group_src=how.rank - 1)
-        run = Run.of(layer, part, state, wanted)
+        with how.watch.computing("its steps forward run"):
+            run = Run.of(layer, part, state, wanted)
         runs.append(run)
         if how.rank < how.ranks - 1:
             for s in run.last:
@@ -214,7 +227,8 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
 
     diagonals = [run.diagonals(how.damping) for run in runs]
     own = _concatenated([d.product for d in diagonals])
-    along = [d.along(c, e) for d, c, e in zip(diagonals, of_y.split(sizes, 1), cut(mine), strict=True)]
+    parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
+    along = [run.along(d, c, e) for run, d, c, e in parts]
     values = [torch.cat(part) for part in zip(*along, strict=True)]
     pairs = sorted(layer.support)
     gathered = _gather(how, [*(own[pair] for pair in pairs), *values])
@@ -286,7 +300,7 @@ def _local(x: Tensor, mesh: DeviceMesh, time: int) -> tuple[Tensor, Any]:
 
 def _states(module: nn.Module, layers: Sequence[Layer], x: Tensor, state: Any) -> list[Tensor]:
     """The first state, layer by layer, [B, *] per component."""
-    if isinstance(module, (nn.GRU, nn.LSTM, nn.RNN)):
+    if isinstance(module, nn.RNNBase):
         parts = None if state is None else [state] if isinstance(state, Tensor) else list(state)
         shape = x.shape[1], module.hidden_size
         if parts is None:
@@ -294,8 +308,8 @@ def _states(module: nn.Module, layers: Sequence[Layer], x: Tensor, state: Any) -
         wanted = layers[0].width, (len(layers), *shape)
         if len(parts) != wanted[0] or any(tuple(p.shape) != wanted[1] for p in parts):
             raise StageError(
-                f"{_WHERE}: state holds {[tuple(p.shape) for p in parts]}; {type(module).__name__} takes {wanted[0]} of "
-                f"shape {wanted[1]} here."
+                f"{_WHERE}: state holds {[tuple(p.shape) for p in parts]}; {type(module).__name__} takes {wanted[0]} "
+                f"of shape {wanted[1]} here."
             )
         return [part[number] for number in range(len(layers)) for part in parts]
     (layer,) = layers
@@ -304,7 +318,7 @@ def _states(module: nn.Module, layers: Sequence[Layer], x: Tensor, state: Any) -
 
 def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: list[Tensor]) -> Any:
     """``last``, layer by layer, as the module returns it."""
-    if not isinstance(module, (nn.GRU, nn.LSTM, nn.RNN)):
+    if not isinstance(module, nn.RNNBase):
         (layer,) = layers
         return layer.structured(last)  # type: ignore[attr-defined]
     width = layers[0].width
@@ -324,6 +338,7 @@ def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
         "damping": how.damping,
         "batches": how.batches,
         "the form of a step": (tuple(x.shape[1:]), x.dtype),
+        "the highway, as pairs (to, from) of parts of the state": [sorted(layer.support) for layer in how.layers],
         "the form of the state": tuple((tuple(s.shape), s.dtype) for s in states),
     }
     key = how.group.group_name, how.rank, repr(mine)
