@@ -180,6 +180,7 @@ class Case:
     scale: bool = True
     steps: int = 1
     prepare: Callable[[nn.Sequential, int], None] | None = None
+    evaluate: bool = False
     wrap: Callable[[nn.Sequential], nn.Module] | None = None
     options_of: Callable[[int], dict] | None = None
 
@@ -191,8 +192,9 @@ class Case:
                 self.prepare(stage, index)
         return stages
 
-    def data(self) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(4)
+    def data(self, part: int = 0) -> tuple[Tensor, Tensor]:
+        """``part``: of which rank of data parallelism."""
+        torch.manual_seed(4 + part)
         words = self.stages[0][0] is Embedding
         x = torch.randint(0, 11, (BATCH, STEPS)) if words else torch.randn(BATCH, STEPS, WIDTH)
         return x, torch.randn(BATCH, STEPS, WIDTH)
@@ -238,12 +240,12 @@ class LinkAt:
         return self._again(lambda weights: self._whole(weights, self.x), self.weights)(w)[0]
 
 
-def oracle(case: Case) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+def oracle(case: Case, part: int = 0) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
     """Gradients by parameter name, per stage, and the losses of all micro-batches."""
     stages = case.build()
     total = [{n: torch.zeros_like(p) for n, p in s.named_parameters() if p.requires_grad} for s in stages]
     losses = []
-    x, target = case.data()
+    x, target = case.data(part)
     generators = [torch.manual_seed(seed_of(i)).get_state() for i in range(len(stages))]
     for _ in range(case.steps):
         for part, wanted in zip(x.chunk(case.batches), target.chunk(case.batches), strict=True):
@@ -348,18 +350,74 @@ def trained(case: Case, rank: int, size: int) -> dict:
         schedule.step(*([x] if rank == 0 else []), target=target if rank == size - 1 else None, losses=kept)
         losses += [loss.detach() for loss in kept]
     gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    evaluated = {}
+    if case.evaluate:
+        before = {n: b.clone() for n, b in module.named_buffers()}
+        module.eval()
+        output = schedule.eval(*([x] if rank == 0 else []), target=target if rank == size - 1 else None)
+        evaluated = {"output": output, "same": all(torch.equal(b, before[n]) for n, b in module.named_buffers())}
     assert schedule.plan is not None
     return {
         "gradients": gradients,
         "losses": losses,
         "buffers": dict(module.named_buffers()),
         "plan": schedule.plan,
+        "text": schedule.explain(),
+        "evaluated": evaluated,
         "rounds": schedule.rounds,
         "bytes": schedule.bytes,
     }
 
 
-def run(size: int, cases: dict[str, Case], folder: Path, seconds: float = 60.0) -> dict[str, list[dict]]:
+def mesh_worker(rank: int, size: int, folder: str, cases: dict[str, Case], seconds: float) -> None:
+    """Two ranks of data parallelism over ``size / 2`` stages, wrapped as the case's name begins: ddp or fsdp."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    from hwbp_compiler.distributed import ScheduleHighway
+
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=seconds),
+    )
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, size // 2), mesh_dim_names=("data", "layer"))
+    part, index = mesh["data"].get_local_rank(), mesh["layer"].get_local_rank()
+    for name, case in cases.items():
+        module = case.build()[index]
+        if name.startswith("ddp"):
+            held = DistributedDataParallel(module, process_group=mesh["data"].get_group())
+        else:
+            held = fully_shard(module, mesh=mesh["data"])
+        stage = PipelineStage(held, index, size // 2, torch.device("cpu"), group=mesh["layer"].get_group())
+        schedule = ScheduleHighway(
+            stage, case.batches, loss_fn=loss_fn, iterations=case.k, damping=case.damping, scale_grads=case.scale
+        )
+        x, target = case.data(part)
+        try:
+            for _ in range(case.steps):
+                schedule.step(*([x] if index == 0 else []), target=target if index == size // 2 - 1 else None)
+            whole = {n: p.grad for n, p in module.named_parameters()}
+            found = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in whole.items()}
+            told = {"gradients": found, "plan": schedule.plan}
+        except Exception as error:
+            told = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        torch.save(told, f"{folder}/{name}-{rank}.pt")
+        if "error" in told:
+            raise RuntimeError(told["traceback"])
+    dist.destroy_process_group()
+
+
+def run(
+    size: int, cases: dict[str, Case], folder: Path, seconds: float = 60.0, worker: Callable = worker
+) -> dict[str, list[dict]]:
     """Per case what every rank found."""
     torch.multiprocessing.spawn(worker, (size, str(folder), cases, seconds), size)
     return {

@@ -79,7 +79,7 @@ CASES: dict[int, dict[str, Case]] = {
         "batches_4": Case(even(PostLN, 4), 1, 0.2, batches=4),
         "sums": Case(even(PostLN, 4), 0, scale=False),
         "accumulated": Case(even(ReLU, 4), 0, steps=2, scale=False),
-        "batchnorm": Case(even(BatchNormed, 4), 0, steps=2, scale=False),
+        "batchnorm": Case(even(BatchNormed, 4), 0, steps=2, scale=False, evaluate=True),
         "frozen": Case(even(PostLN, 4), 0, 0.2, prepare=freeze_second),
         "frozen_first": Case(even(PostLN, 4), 0, 0.2, prepare=freeze_first),
         "tied": Case(even(PostLN, 4), 0, 0.2, prepare=tie),
@@ -195,6 +195,15 @@ def test_buffers_are_written_once_a_micro_batch(found):
         assert all(b.isfinite().all() for b in got["buffers"].values())
 
 
+def test_evaluation_is_the_forward_pass_alone(found):
+    case, ranks = CASES[4]["batchnorm"], found(4)["batchnorm"]
+    stages = case.build()
+    for stage, got in zip(stages, ranks, strict=True):
+        stage.load_state_dict(got["buffers"], strict=False)
+    torch.testing.assert_close(ranks[-1]["evaluated"]["output"], nn.Sequential(*stages).eval()(case.data()[0]))
+    assert all(got["evaluated"]["same"] for got in ranks)
+
+
 def test_a_forward_pass_that_is_no_function_is_refused_on_every_rank(found):
     for got in found(4)["changing"]:
         assert "rank 2 (stage 2) failed: StageChanged: the stage's output, computed again" in got["error"]
@@ -222,6 +231,40 @@ def test_a_bad_option_is_told_of_at_once(options, words):
     with pytest.raises(OptionError) as raised:
         ScheduleHighway(None, 1, **options)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "links", "multiplier", "once"),
+    [(PreLN, 2, "1", 0), (PostLN, 2, "weight^2/sigma^2", 240), (ReLU, 2, "mask^2", 240), (Mixing, 0, "0", 0)],
+)
+def test_explain_tells_what_a_stage_is_without_any_process(kind, links, multiplier, once):
+    from hwbp_compiler.distributed import explain
+
+    stage = nn.Sequential(kind(), kind())
+    report = explain(stage, torch.randn(2, 3, pipelines.WIDTH))
+    assert (report.links, report.multiplier, report.once_bytes, report.state_bytes) == (links, multiplier, once, 240)
+    assert ("exact, and waited for" in str(report)) is (kind is Mixing)
+    assert all(p.grad is None for p in stage.parameters())
+
+
+def test_a_stage_that_cannot_be_traced_is_exact_with_its_reason():
+    from hwbp_compiler.distributed import explain
+
+    class Branching(ReLU):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    report = explain(nn.Sequential(Branching()), torch.randn(2, 3, pipelines.WIDTH))
+    assert report.reason.startswith("the stage cannot be traced")
+
+
+def test_schedule_explains_itself(found):
+    lines = found(4)["no_highway_in_the_middle"][0]["text"].splitlines()
+    assert lines[0] == "stage 0 (rank 0, Sequential): next to the input; nothing crosses it"
+    assert lines[1] == "stage 1 (rank 1, Sequential): a segment of 1 links, P = weight/sigma"
+    assert lines[2].startswith("stage 2 (rank 2, Sequential): exact, and waited for: the state has no elementwise path")
+    assert lines[3] == "stage 3 (rank 3, Sequential): holds the loss; exact"
+    assert lines[4] == "stages 2 to 2: 1 segments, 0 rounds (ordinary backprop); 480 bytes a rank and round"
 
 
 def test_doctests():

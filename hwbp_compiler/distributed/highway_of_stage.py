@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
@@ -95,7 +97,10 @@ def _read(reads: Sequence[tuple[str, Any]], module: nn.Module, arguments: Sequen
         "buffer": dict(module.named_buffers(remove_duplicate=False)),
         "argument": dict(enumerate(arguments)),
     }
-    return [held[kind][name] for kind, name in reads]
+    values = [held[kind][name] for kind, name in reads]
+    if any(isinstance(v, DTensor) for v in values):
+        raise StageChanged("parameters that the highway depends on are sharded now, and were not when it was found.")
+    return values
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,8 @@ def _find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], comp
     with contextlib.ExitStack() as stack:
         joint = _trace(stack, module, args, kwargs)
         ends = _ends(joint.graph, taken)
-        return _in_joint_graph(compiled, joint, *ends)
+        sharded = any(isinstance(p, DTensor) for p in module.parameters())
+        return _in_joint_graph(compiled, sharded, joint, *ends)
 
 
 def _trace(stack: contextlib.ExitStack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -162,10 +168,43 @@ def _trace(stack: contextlib.ExitStack, module: nn.Module, args: tuple[Any, ...]
 def _copy(module: nn.Module) -> nn.Module:
     """The same parameters in modules of their own: tracing counts as no call of the user's, and torch (seen in 2.13)
     leaves traced tensors in the place of parameters that are tied."""
+    if any(isinstance(m, FSDPModule) for m in module.modules()):
+        return _whole(module, {})
     try:
         return copy.deepcopy(module, {id(p): p for p in module.parameters()})
     except Exception as error:
         raise Declined(Reason.STAGE_UNTRACEABLE.of(error=f"it cannot be copied: {first_line(error)}")) from error
+
+
+def _whole(module: nn.Module, seen: dict[int, Any]) -> nn.Module:
+    """``module`` without FSDP2: parameters of their whole shapes with nothing in them, since only shapes are traced."""
+    if id(module) in seen:
+        return seen[id(module)]  # type: ignore[no-any-return]
+    kind: Any = type(module)
+    if isinstance(module, FSDPModule):  # whose class is made of FSDPModule and the module's own
+        kind = next(c for c in kind.__mro__ if c is not type(module) and not issubclass(c, FSDPModule))
+    made = seen[id(module)] = kind.__new__(kind)
+    made.__dict__.update(module.__dict__)
+
+    def whole(parameter: Any) -> Any:
+        if not isinstance(parameter, DTensor):
+            return parameter
+        if id(parameter) not in seen:
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            seen[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+        return seen[id(parameter)]
+
+    fields = vars(made)
+    fields["_parameters"] = {n: whole(p) for n, p in module.named_parameters(recurse=False, remove_duplicate=False)}
+    fields["_buffers"] = {n: b.clone() for n, b in module.named_buffers(recurse=False, remove_duplicate=False)}
+    fields["_modules"] = {n: m and _whole(m, seen) for n, m in module._modules.items()}
+    for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+        fields[hooks] = type(fields[hooks])((k, h) for k, h in fields[hooks].items() if not _is_of_fsdp(h))
+    return made
+
+
+def _is_of_fsdp(hook: Any) -> bool:
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
 
 
 def _by_place(graph: Graph) -> tuple[dict[int, Node], dict[int, Node], dict[int, Node]]:
@@ -204,7 +243,9 @@ def _ends(graph: Graph, taken: list[int]) -> tuple[Node, Node, Node]:
     return output, tangent, gradient
 
 
-def _in_joint_graph(compiled: bool, joint: fx.GraphModule, output: Node, tangent: Node, gradient: Node) -> StageHighway:
+def _in_joint_graph(
+    compiled: bool, sharded: bool, joint: fx.GraphModule, output: Node, tangent: Node, gradient: Node
+) -> StageHighway:
     graph = joint.graph
     (end,) = graph.find_nodes(op="output")
     place = end.args[0].index(gradient)
@@ -227,6 +268,8 @@ def _in_joint_graph(compiled: bool, joint: fx.GraphModule, output: Node, tangent
     if isinstance(value, float):
         return replace(found, number=value)
     reads, random = _cut_out(joint, [value, output], end)
+    if sharded and any(kind == "parameter" for kind, _ in reads):
+        raise Declined(Reason.STAGE_IS_SHARDED)
     if random and compiled:
         raise Declined(Reason.STAGE_DRAWS_UNSEEN)
     return replace(found, graph=fx.GraphModule(joint, graph), reads=reads, random=random)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
@@ -86,7 +87,8 @@ class ScheduleHighway(ScheduleGPipe):
         self._given: list[tuple[tuple[Any, ...], dict[str, Any], RandomState]] = []
         self._crossing: Crossing | None = None
         self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
-        self._given_before = False
+        self._with_loss = True
+        self._ran_with_loss: bool | None = None  # torch learns shapes anew when it changes
         self._watch: Watch | None = None
         self._forms: Any = None
         self._opened = False
@@ -108,6 +110,14 @@ class ScheduleHighway(ScheduleGPipe):
             self._watch = Watch(_WHERE, self.stage.group, f"stage {self.stage.stage_index}")
         with self._watch.guarded():
             return self._step(*args, **kwargs)
+
+    def eval(self, *args: Any, **kwargs: Any) -> Any:
+        """As GPipe's: the forward pass alone."""
+        self._with_loss = False
+        try:
+            return super().eval(*args, **kwargs)
+        finally:
+            self._with_loss = True
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if not self._opened:
@@ -146,13 +156,14 @@ class ScheduleHighway(ScheduleGPipe):
         stage = self.stage
         forward = stage.forward_maybe_with_nosync
         # To learn shapes torch runs the stage on memory as it comes (seen in 2.13), which BatchNorm takes note of.
-        buffers = [(b, b.clone()) for b in stage.submod.buffers()] if not self._given_before else []
+        new_mode = self._ran_with_loss is not self._with_loss
+        buffers = [(b, b.clone()) for b in stage.submod.buffers()] if new_mode else []
 
         def keeping(*args: Any, **kwargs: Any) -> Any:
             while buffers:
                 buffer, value = buffers.pop()
                 buffer.copy_(value)
-            self._given_before = True
+            self._ran_with_loss = self._with_loss
             self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
             assert self._watch is not None
             with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
@@ -209,6 +220,10 @@ class ScheduleHighway(ScheduleGPipe):
     def _before_backward(self) -> None:
         stage, index = self.stage, self.stage.stage_index
         del self._given[: -self.batches], self.losses[: -self.batches]  # what torch ran to learn shapes
+        if isinstance(stage.submod, FSDPModule):  # as torch's schedules before all but the last backward pass
+            stage.submod.set_is_last_backward(False)
+            stage.submod.set_reshard_after_backward(False)
+            stage.submod.set_requires_gradient_sync(False)
         plan = self._look()
         crossing = self._crossing = Crossing(stage.group, plan, torch.device(stage.device), self.batches)
         self.rounds, self._ends = 0, None
