@@ -42,6 +42,28 @@ def test_data_parallelism_over_the_other_dimension(tmp_path):
                 torch.testing.assert_close(gradient, mean, rtol=1e-10, atol=1e-12)
 
 
+def by_inductor(stage):
+    return torch.compile(stage, backend="inductor")
+
+
+def by_highway(stage):
+    return torch.compile(stage, backend="highway", options={"iterations": "exact"})
+
+
+COMPILED = {
+    "inductor": Case(((PostLN,) * 2,) * 4, 1, 0.2, wrap=by_inductor),
+    "highway": Case(((PostLN,) * 2,) * 4, 1, 0.2, wrap=by_highway),
+}
+
+
+def test_compiled_stages(tmp_path):
+    found = pipelines.run(4, COMPILED, tmp_path, 200.0)
+    for name, case in COMPILED.items():
+        for got, want in zip(found[name], oracle(case)[0], strict=True):
+            for key, gradient in want.items():
+                torch.testing.assert_close(got["gradients"][key], gradient, rtol=1e-10, atol=1e-12)
+
+
 EIGHT = {f"{kind.__name__}_k{k}": Case(((kind,),) * 8, k, 0.2) for kind in (PreLN, PostLN, ReLU) for k in (0, 2, 6)}
 
 
