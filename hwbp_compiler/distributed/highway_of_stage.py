@@ -85,7 +85,9 @@ class StageHighway:
         """
         assert self.graph is not None
         values = _read(self.reads, unwrapped(module), arguments)
-        with torch.no_grad(), random_state.again() if self.random else contextlib.nullcontext():
+        # Autocast's casts are in the graph.
+        casts = torch_private.without_autocast()
+        with torch.no_grad(), casts, random_state.again() if self.random else contextlib.nullcontext():
             product, again = self.graph(*values)
         _same_output(output.detach(), again)
         return product.expand_as(output).contiguous()
@@ -353,7 +355,7 @@ class CellHighway:
         """K of the step from ``before`` to ``after``, each of the shape of its component."""
         found = {pair: torch.full_like(before[pair[0]], number) for pair, number in self.numbers.items()}
         if self.graph is not None:
-            with torch.no_grad():
+            with torch.no_grad(), torch_private.without_autocast():
                 results = self.graph(*_read(self.reads, module, arguments))
             for given, again in zip(after, results[len(self.pairs) :], strict=True):
                 _same_output(given.detach(), again)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler import torch_private
+from hwbp_compiler.reasons import Reason
 
 from .agreement import agree_on_options, agree_on_plan, nothing_new
 from .chains import Chain, Plan, StagePlan
@@ -45,7 +46,7 @@ class ScheduleHighway(ScheduleGPipe):
             must not hand tensors that want a gradient past the next stage.
         n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads: as
             ``torch.distributed.pipelining.ScheduleGPipe``.
-        iterations: k, an integer >= 0, or "exact". The same on all ranks.
+        iterations: k, an integer >= 0, or "exact": one stage after the other, as GPipe. The same on all ranks.
         damping: gamma, a number in [0, 1]: each link's K counts (1 - gamma) in what crosses its stage.
 
     ``step`` and ``eval`` are GPipe's. After a step ``plan`` says what every stage is, and ``rounds`` and ``bytes`` what
@@ -377,6 +378,8 @@ class ScheduleHighway(ScheduleGPipe):
         rank = dist.get_rank(stage.group)
         if index in (0, stage.num_stages - 1):  # neither hands anything on along a highway
             return StagePlan(rank, takes=takes, module=name)
+        if self.iterations is None:
+            return StagePlan(rank, reason=Reason.EXACT_ASKED_FOR.text, takes=takes, module=name)
         args, kwargs, _ = self._given[0]
         self._highway = found = find_highway(stage.submod, args, kwargs)
         if found.why is not None:
