@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pipelines
 import pytest
@@ -181,3 +184,17 @@ def test_gpt2_of_hugging_face_split_by_pipeline(tmp_path):
     checkpoint.load(state, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(state[name], 2 * parameter.detach())
+
+
+@pytest.mark.parametrize("name", ["layer_parallel", "time_parallel"])
+def test_the_example_trains(name):
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", str(script)]
+    done = subprocess.run([*command, "--steps", "30"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    losses = [
+        float(line.split("loss ")[1].split(",")[0])
+        for line in done.stdout.splitlines()
+        if "loss " in line and "step" in line
+    ]
+    assert len(losses) == 4 and losses[-1] < losses[0]
