@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import distributed as distributed
     from . import testing as testing
     from .auto.calibrate import calibrate as calibrate
     from .auto.control import Schedule as Schedule
@@ -44,7 +45,7 @@ _HOME = {
     "set_iterations": "auto.control",
     "set_options": "auto.control",
 }
-_SUBPACKAGES = ("testing",)
+_SUBPACKAGES = ("distributed", "testing")
 
 __all__ = sorted([*_HOME, *_SUBPACKAGES])
 

@@ -290,6 +290,33 @@ class Reason(enum.Enum):
         "Write the change as a new tensor, or clone the tensor first.",
     )
 
+    # -- stages of a pipeline --------------------------------------------------------------------------------------
+    STAGE_TAKES_MORE = (
+        "the stage takes {taken} and gives {given} that want a gradient; a highway leads from one to one",
+        "Hand one tensor from stage to stage, and masks or positions as ones that want no gradient.",
+    )
+    STAGE_CHANGES_STATE = (
+        "the stage takes {before} and gives {after}: no element leads straight to one",
+        "Cut the model so that such a step lies in a stage of its own or at the end of one.",
+    )
+    STAGE_GIVES_NO_GRADIENT = "what the stage takes wants no gradient: nothing lies before it that trains"
+    STAGE_UNTRACEABLE = (
+        "the stage cannot be traced ({error})",
+        "Write it so that torch.export could trace it: no branch on a tensor's value.",
+    )
+    STAGE_DRAWS_UNSEEN = (
+        "K depends on what the stage computes, which draws random numbers in compiled code: they cannot be drawn again",
+        "Compile the blocks of the stage that draw none, or leave the stage to eager mode.",
+    )
+    STAGE_OVERWRITES = (
+        "K depends on {buffer}, which the stage overwrites",
+        "Keep what multiplies the residual stream out of buffers that change.",
+    )
+    STAGE_IS_SHARDED = (
+        "K depends on parameters that are sharded (FSDP2), and is computed from whole ones",
+        "DistributedDataParallel, or a model whose K is 1 (pre-LN).",
+    )
+
     # -- defects ---------------------------------------------------------------------------------------------------
     DEFECT = "{error}", _DEFECT
     NOT_COMPILED = "the rewritten graph could not be compiled", _DEFECT

@@ -23,6 +23,8 @@ them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says whi
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
 | `FakeTensor` | `torch._subclasses.fake_tensor` | what a traced graph knows of its tensors |
 | `backward_at_once` | `torch._functorch.config` | backward graphs are otherwise compiled when first run |
+| `runs_backward_once` | `CompiledFunction.metadata` in `torch._functorch`, `._forward_cls` | whether backward \
+may run twice |
 | `device_decompositions` | `torch._inductor.decomposition.select_decomp_table` | some depend on the device |
 | `cuda_device_guard` | libc10's `device_guard_impl_registry` | fake CUDA tensors in a torch without CUDA |
 | `allow_rnn` | `torch._dynamo.config.allow_rnn`, `_config` of it | recurrent modules in the graph |
@@ -154,6 +156,16 @@ LATE = {
     "wrap": "torch._higher_order_ops.wrap:wrap",
     # recurrence/tracing.py: said while Dynamo runs a call on fake tensors, it breaks the graph there
     "UnsupportedOperatorException": "torch._subclasses.fake_tensor:UnsupportedOperatorException",
+    # distributed/: a stage's joint graph without Dynamo, and where faults are noted down
+    "aot_export_joint_with_descriptors": "torch._functorch.aot_autograd:aot_export_joint_with_descriptors",
+    "GradAOTOutput": "torch._functorch._aot_autograd.descriptors:GradAOTOutput",
+    "PlainAOTInput": "torch._functorch._aot_autograd.descriptors:PlainAOTInput",
+    "PlainAOTOutput": "torch._functorch._aot_autograd.descriptors:PlainAOTOutput",
+    "ParamAOTInput": "torch._functorch._aot_autograd.descriptors:ParamAOTInput",
+    "BufferAOTInput": "torch._functorch._aot_autograd.descriptors:BufferAOTInput",
+    "InputMutationAOTOutput": "torch._functorch._aot_autograd.descriptors:InputMutationAOTOutput",
+    "TangentAOTInput": "torch._functorch._aot_autograd.descriptors:TangentAOTInput",
+    "default_store": "torch.distributed.distributed_c10d:_get_default_store",
     # engine/batching.py, testing/
     "FakeTensorMode": "torch._subclasses:FakeTensorMode",
     "TorchDispatchMode": "torch.utils._python_dispatch:TorchDispatchMode",
@@ -267,6 +279,22 @@ def without_autocast() -> AbstractContextManager[Any]:
 def saves_through_hooks() -> bool:
     """Whether what autograd saves goes through somebody's hooks: a checkpoint in eager mode, for one."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
+def runs_backward_once(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether compiled code behind ``outputs`` gives what it saved away with its first backward pass (donated buffers).
+
+    Torch's own check asks its config alone, so that where this was changed in the meantime it finds nothing wrong."""
+    todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if getattr(getattr(getattr(node, "_forward_cls", None), "metadata", None), "bw_donated_idxs", None):
+            return True
+        following = [n for n, _ in node.next_functions if n is not None and n not in seen]
+        seen.update(following)
+        todo += following
+    return False
 
 
 def random_as_compiled(target: Any, args: Any, kwargs: Any) -> Any:

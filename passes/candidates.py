@@ -53,7 +53,7 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
     refusals: list[Refusal] = []
     short: list[Candidate] = []
     below: list[Refusal] = []
-    for track in _tracks(info, options):
+    for track in best_tracks(info, options):
         chains, refused = check_separation(info, track)
         (refusals if len(track.joins) >= options.min_length else below).extend(_of_one_track(info, track, refused))
         more, too_short = _split_and_group(info, chains, options, refusals)
@@ -118,7 +118,7 @@ def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool]:
     return score(c.chain for c in way) + apart, apart
 
 
-def _tracks(info: GraphInfo, options: Options) -> list[Track]:
+def best_tracks(info: GraphInfo, options: Options) -> list[Track]:
     """All tracks. Where the joins that gradients meet first and those on the trunk differ, what gives more links."""
     first = followers(info)
     trunk = on_the_trunk(info, first)

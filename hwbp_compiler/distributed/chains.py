@@ -1,0 +1,94 @@
+"""Which stages make a chain of segments, and which wait for one another: the plan that all ranks agree on.
+
+Stages are numbered 0 .. R - 1 from the input, as torch numbers them. The last one holds the loss: what it hands back,
+its exact input gradient, is the head of the first chain. A chain runs from stage ``last`` down to stage ``first``, the
+nearest one below that has no highway, or stage 0. In the terms of SEGMENTS.md, section 1: stage s of the chain is a
+segment, e_last is the chain's head, and P_s is needed of every segment but the one next to the input. That one takes
+part in the last run only, so it need not have a highway. What its last run hands back is exact for what it was given,
+and is the head of the next chain: a strided shortcut stays exact, and the stages before it wait for it as they would in
+backprop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What all ranks know of a stage.
+
+    rank     in the pipeline's group
+    number   P_s, damping included, where it is a number; ``diagonal`` where it is a tensor of the state's shape
+    takes    forms (shape, dtype) of the floating-point activations of one micro-batch that come from the stage before
+    """
+
+    rank: int
+    links: int = 0
+    number: float | None = None
+    diagonal: bool = False
+    text: str = "0"
+    reason: str = ""
+    takes: tuple[tuple[tuple[int, ...], Any], ...] = ()
+    module: str = ""
+
+    @property
+    def has_highway(self) -> bool:
+        return self.number is not None or self.diagonal
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages ``first`` .. ``last``, each a segment."""
+
+    first: int
+    last: int
+
+    @property
+    def segments(self) -> int:
+        """C of SEGMENTS.md."""
+        return self.last - self.first + 1
+
+    @property
+    def inner(self) -> range:
+        """The segments whose P and v are needed: all but the one next to the input."""
+        return range(self.first + 1, self.last + 1)
+
+    def __contains__(self, stage: int) -> bool:
+        return self.first <= stage <= self.last
+
+    def rounds(self, iterations: int | None) -> int:
+        """k, or fewer: C - 1 are ordinary backprop. None asks for that."""
+        most = self.segments - 1
+        return most if iterations is None else min(iterations, most)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages, and the chains they make, that nearest the loss first."""
+
+    stages: tuple[StagePlan, ...]
+    chains: tuple[Chain, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chains", tuple(chains_of([s.has_highway for s in self.stages])))
+
+
+def chains_of(has_highway: Sequence[bool]) -> list[Chain]:
+    """
+    >>> chains_of([False, True, True, False])
+    [Chain(first=0, last=2)]
+    >>> chains_of([False, True, False, True, False])
+    [Chain(first=2, last=3), Chain(first=0, last=1)]
+    """
+    found: list[Chain] = []
+    last = len(has_highway) - 2
+    while last >= 0:
+        first = last
+        while first > 0 and has_highway[first]:
+            first -= 1
+        found.append(Chain(first, last))
+        last = first - 1
+    return found

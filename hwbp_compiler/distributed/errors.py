@@ -1,0 +1,36 @@
+"""Errors of several processes: each names the rank, the reason, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from hwbp_compiler.errors import HighwayError, OptionError
+from hwbp_compiler.options import Options
+
+
+class RankError(HighwayError):
+    """A rank failed, or differs from the others. Raised on every rank that is still there."""
+
+
+class StageError(HighwayError, ValueError):
+    """A stage that this schedule cannot run."""
+
+
+def checked(where: str, **values: Any) -> Options:
+    """``iterations``, ``damping`` and ``segment`` as :class:`Options` checks them. "auto" has no meaning yet."""
+    for key, value in values.items():
+        if isinstance(value, str) and value == "auto":
+            refuse(where, key, value, "a number" + (' or "exact"' if key == "iterations" else ""))
+    try:
+        return Options(**values)
+    except OptionError as error:
+        raise OptionError(
+            str(error).replace('backend="highway": option', f"{where}: option").replace("options={'", "{'")
+        ) from None
+
+
+def refuse(where: str, key: str, value: Any, allowed: str) -> NoReturn:
+    raise OptionError(
+        f"{where}: option {key!r} = {value!r} ({type(value).__name__}) is not allowed; it takes {allowed}. "
+        f"Pass such a value, or leave {key!r} out."
+    )

@@ -1,0 +1,182 @@
+"""When a rank fails, the others say which one and why, instead of that a connection was closed.
+
+A rank that raises leaves a note in the process group's store. One whose communication fails (the other end is gone, or
+the group's time-out is over) looks for such a note. If there is none it sounds an alarm; a thread on every rank, which
+looks at the store now and then, answers with what its rank is doing. Who does not answer has ended; who answers that
+it computes, and for how long, stalls. The first finding is what all ranks report.
+
+it computes, and for how long, stalls. The first finding is what all ranks report.
+process group's time-out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import re
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+
+from hwbp_compiler import torch_private
+from hwbp_compiler.errors import HighwayError, first_line
+
+from .errors import RankError
+
+POLL = 0.5
+"""Seconds between two looks at the store: a round trip each."""
+
+PATIENCE = 5.0
+"""Seconds that the ranks have to answer an alarm: some looks, on a busy machine."""
+
+# gloo raises plain RuntimeErrors.
+_OF_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE
+)
+
+
+class Watch:
+    """What this rank is doing, and what is known of the others. One per schedule and group."""
+
+    def __init__(self, where: str, group: dist.ProcessGroup | None, name: str) -> None:
+        self.where, self.group, self.name = where, group, name
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._now = ("outside of the schedule", False, time.monotonic())
+        self._store = torch_private.default_store()
+        self._key = f"hwbp/{(group or dist.group.WORLD).group_name}"  # type: ignore[union-attr]
+        self._stop = threading.Event()
+        thread = threading.Thread(target=_answer, args=(weakref.ref(self), self._stop), daemon=True)
+        thread.start()
+        weakref.finalize(self, self._stop.set)
+        atexit.register(self._stop.set)
+
+    # -- what this rank is doing --------------------------------------------------------------------------------
+
+    def say(self, what: str, waiting: bool = False) -> None:
+        self._now = (what, waiting, time.monotonic())
+
+    @contextlib.contextmanager
+    def computing(self, what: str) -> Iterator[None]:
+        self.say(what)
+        yield  # an error leaves it as it is
+        self.say("waiting for other ranks", waiting=True)
+
+    # -- faults -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Around all that communicates. An error of this rank's own goes on as it is; one of communication becomes a
+        :class:`RankError` that names the rank behind it."""
+        self.say("waiting for other ranks", waiting=True)
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            if not is_communication(error):
+                chain = _chain(error)
+                self._note(f"{self._me()} raised {first_line(chain[-1])}")
+                ours = next((e for e in chain[1:] if isinstance(e, HighwayError)), None)
+                if ours is not None:
+                    raise ours from None  # torch's words around it tell nothing more
+                raise
+            raise RankError(f"{self.where}: {self._found(error)}") from error
+        self.say("outside of the schedule")
+
+    def _me(self) -> str:
+        return f"rank {self.rank} ({self.name})"
+
+    def _note(self, text: str) -> str:
+        """The first note of all ranks, which is this one if there was none."""
+        with contextlib.suppress(Exception):
+            return self._store.compare_set(f"{self._key}/failed", "", text).decode()
+        return text
+
+    def _found(self, error: Exception) -> str:
+        said = f"this rank ({self._me()}) saw: {first_line(error)}"
+        try:
+            self._store.set(f"{self._key}/alarm", "1")
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until:
+                if self._store.check([f"{self._key}/failed"]):
+                    break
+                time.sleep(POLL / 5)
+            return f"{self._note(self._culprits())}; {said}"
+        except Exception as lost:
+            return (
+                "the store of the process group does not answer, so the process that holds it (rank 0, unless torchrun "
+                f"does) has probably ended: {first_line(lost)}; {said}"
+            )
+
+    def _culprits(self) -> str:
+        silent, busy = [], []
+        for rank in range(self.ranks):
+            key = f"{self._key}/doing/{rank}"
+            if rank == self.rank:
+                continue
+            if not self._store.check([key]):
+                silent.append(f"rank {rank}")
+                continue
+            told = json.loads(self._store.get(key))
+            if not told["waiting"]:
+                busy.append(f"rank {rank} ({told['name']}) stalls: {told['what']} for {told['seconds']:.0f} s")
+        if silent:
+            return f"{', '.join(silent)} does not answer: its process has ended, or hangs"
+        return "; ".join(busy) or "all ranks answer and wait for others: their calls do not match"
+
+    def answer(self) -> bool:
+        """Tell what this rank is doing if somebody asked."""
+        if not self._store.check([f"{self._key}/alarm"]):
+            return False
+        what, waiting, since = self._now
+        told = {"name": self.name, "what": what, "waiting": waiting, "seconds": time.monotonic() - since}
+        self._store.set(f"{self._key}/doing/{self.rank}", json.dumps(told))
+        return True
+
+
+def _answer(watch: weakref.ref[Watch], stop: threading.Event) -> None:
+    while not stop.wait(POLL):
+        alive = watch()
+        if alive is None:
+            return
+        try:
+            if alive.answer():
+                return  # once: after an alarm the group is lost
+        except Exception:
+            return  # the store is gone
+        del alive
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether ``error`` tells of another rank rather than of this one."""
+    if isinstance(error, HighwayError):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    # What torch says of a stage's forward or backward pass is of this rank, whatever words the stage had for it.
+    own = error.__cause__ is not None
+    return type(error) is RuntimeError and not own and _OF_COMMUNICATION.search(str(error)) is not None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """``error`` and what caused it, the first cause last."""
+    found = [error]
+    while found[-1].__cause__ is not None:
+        found.append(found[-1].__cause__)
+    return found
+
+
+_WATCHES: dict[Any, Watch] = {}
+
+
+def watch_of(where: str, group: dist.ProcessGroup, name: str) -> Watch:
+    """One for every group and use."""
+    key = where, group.group_name
+    if key not in _WATCHES:
+        _WATCHES[key] = Watch(where, group, name)
+    return _WATCHES[key]

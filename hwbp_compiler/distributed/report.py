@@ -1,0 +1,100 @@
+"""What a stage is to ``ScheduleHighway``, before any process is started, and what crosses ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .chains import Plan, StagePlan
+from .highway_of_stage import find_highway
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """A stage by itself.
+
+    links        residual links in it
+    multiplier   P_s as text: what crosses the stage along the highway
+    reason       why it has no highway; "" where it has one. Such a stage is exact, and waited for
+    state_bytes  of the gradient at its output for these inputs: what every rank sends in a round
+    once_bytes   of P_s, sent once a step; 0 where it is a number
+    """
+
+    module: str
+    links: int
+    multiplier: str
+    reason: str
+    advice: str
+    state_bytes: int
+    once_bytes: int
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"{self.module}: exact, and waited for: {self.reason}. {self.advice}".rstrip()
+        once = f", and {self.once_bytes:,} bytes once" if self.once_bytes else ""
+        return (
+            f"{self.module}: a segment of {self.links} links, P = {self.multiplier}. A micro-batch sends "
+            f"{self.state_bytes:,} bytes a round{once}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
+    """What ``stage`` would be in the middle of a pipeline, on one micro-batch ``args``, ``kwargs``.
+
+    No process is needed. Floating-point ``args`` stand for activations that want a gradient. The stage is traced, not
+    run, and left as it was.
+    """
+    given = tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
+    with torch.enable_grad():
+        found = find_highway(stage, given, kwargs)
+    size = sum(a.nbytes for a in given if isinstance(a, Tensor) and a.requires_grad)
+    why = found.why
+    return StageReport(
+        type(stage).__name__,
+        found.links,
+        found.text,
+        why.text if why else "",
+        why.advice if why else "",
+        size,
+        size if found.graph is not None else 0,
+    )
+
+
+def described(plan: Plan, iterations: int | None, batches: int) -> str:
+    """The stages and chains of a schedule, one a line."""
+    lines = []
+    for index, stage in enumerate(plan.stages):
+        lines.append(f"stage {index} (rank {stage.rank}, {stage.module}): {_what(plan, index)}")
+    for chain in plan.chains:
+        rounds = chain.rounds(iterations)
+        size = batches * sum(prod(shape) * dtype.itemsize for shape, dtype in plan.stages[chain.last + 1].takes)
+        exact = " (ordinary backprop)" if rounds == chain.segments - 1 else ""
+        lines.append(
+            f"stages {chain.first} to {chain.last}: {chain.segments} segments, {rounds} rounds{exact}; "
+            f"{size:,} bytes a rank and round"
+        )
+    return "\n".join(lines)
+
+
+def _what(plan: Plan, index: int) -> str:
+    stage: StagePlan = plan.stages[index]
+    if index == len(plan.stages) - 1:
+        return "holds the loss; exact"
+    if index == 0:
+        return "next to the input; nothing crosses it"
+    if not stage.has_highway:
+        return f"exact, and waited for: {stage.reason}"
+    return f"a segment of {stage.links} links, P = {stage.text}"
+
+
+__all__: Sequence[str] = ["StageReport", "described", "explain"]

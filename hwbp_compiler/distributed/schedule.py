@@ -1,0 +1,413 @@
+"""``ScheduleHighway``: a pipeline whose backward pass runs in all stages at once (SEGMENTS.md, sections 1 and 3)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import ScheduleGPipe
+from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+
+from hwbp_compiler import torch_private
+from hwbp_compiler.reasons import Reason
+
+from .agreement import agree_on_options, agree_on_plan, nothing_new
+from .chains import Chain, Plan, StagePlan
+from .crossing import Crossing, needs_products
+from .errors import StageError, checked
+from .faults import Watch
+from .highway_of_stage import RandomState, StageHighway, find_highway, unwrapped
+from .report import described
+from .rounds import ends_of_segments
+
+_WHERE = "ScheduleHighway"
+
+
+class ScheduleHighway(ScheduleGPipe):
+    """GPipe's forward pass, and a backward pass in which no stage waits for all that follow it.
+
+    Every stage is a segment: its own backward pass is exact, and what crosses stages is cut short. The last stage holds
+    the loss; its exact input gradient is the head of the chain and goes to all ranks. ``iterations`` rounds follow,
+    each one input gradient of all stages at once, one all-gather and a scan; then every stage computes its parameter
+    gradients, once. A gradient path counts if it leaves the highway in at most k of the stages between the last one and
+    its own. With R stages, k >= R - 2 is ordinary backprop.
+
+    A stage without a highway (a strided shortcut, an embedding, a change of width) stays exact: the stages before it
+    wait for what it hands back. See docs/distributed.md.
+
+    Args:
+        stage: a stage of ``torch.distributed.pipelining``: a ``PipelineStage``, or one that ``pipeline()`` made. It
+            must not hand tensors that want a gradient past the next stage.
+        n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads: as
+            ``torch.distributed.pipelining.ScheduleGPipe``.
+        iterations: k, an integer >= 0, or "exact": one stage after the other, as GPipe. The same on all ranks.
+        damping: gamma, a number in [0, 1]: each link's K counts (1 - gamma) in what crosses its stage.
+
+    ``step`` and ``eval`` are GPipe's. After a step ``plan`` says what every stage is, and ``rounds`` and ``bytes`` what
+    this rank did and received in its backward pass.
+
+    Raises:
+        OptionError: a value that is not allowed.
+        StageError: a stage that cannot be run so, with the reason.
+        RankError: in ``step``, on every rank: one of them failed, or has other options, versions or shapes.
+    """
+
+    def __init__(
+        self,
+        stage: Any,
+        n_microbatches: int,
+        loss_fn: Callable[..., Tensor] | None = None,
+        *args: Any,
+        iterations: int | Literal["exact"] = 4,
+        damping: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        options = checked(_WHERE, iterations=iterations, damping=damping)
+        if isinstance(stage, (list, tuple)):
+            raise StageError(
+                f"{_WHERE}: stage is a {type(stage).__name__} of {len(stage)}; it takes one stage a rank. "
+                "Pass each rank its stage; several stages on a rank can be one of more layers."
+            )
+        self.losses: list[Tensor] = []
+        super().__init__(stage, n_microbatches, loss_fn and self._keeping(loss_fn), *args, **kwargs)
+        self.stage, self.batches, self.has_loss = stage, n_microbatches, loss_fn is not None
+        self.iterations = None if options.iterations == "exact" else int(options.iterations)
+        self.damping = float(options.damping)
+        self._plan: Plan | None = None
+        self._mine = StagePlan(dist.get_rank(stage.group))
+        self._product: Tensor | None = None
+        self.rounds = self.bytes = 0
+        self._highway = StageHighway()
+        self._seen: Any = None
+        self._given: list[tuple[tuple[Any, ...], dict[str, Any], RandomState]] = []
+        self._crossing: Crossing | None = None
+        self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
+        self._with_loss = True
+        self._ran_with_loss: bool | None = None  # torch learns shapes anew when it changes
+        self._watch: Watch | None = None
+        self._forms: Any = None
+        self._opened = False
+
+    @property
+    def plan(self) -> Plan | None:
+        """What all stages are, since the first step."""
+        return self._plan
+
+    def explain(self) -> str:
+        """What every stage is, and what crosses ranks; known after the first step with a loss."""
+        if self._plan is None:
+            return "Nothing is known before the first step."
+        return described(self._plan, self.iterations, self.batches)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """As GPipe's."""
+        if self._watch is None:
+            self._watch = Watch(_WHERE, self.stage.group, f"stage {self.stage.stage_index}")
+        with self._watch.guarded():
+            return self._step(*args, **kwargs)
+
+    def eval(self, *args: Any, **kwargs: Any) -> Any:
+        """As GPipe's: the forward pass alone."""
+        self._with_loss = False
+        try:
+            return super().eval(*args, **kwargs)
+        finally:
+            self._with_loss = True
+
+    def _step(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._opened:
+            agree_on_options(self)
+            self._opened = True
+        self._given.clear()
+        self.losses.clear()
+        self._crossing = self._ends = None
+        # Compiled stages run backward more than once: what they save must outlive the first time.
+        with self._answering(), torch_private.functorch_config.patch(donated_buffer=False):
+            result = super().step(*args, **kwargs)
+        if self._crossing is not None:
+            self._crossing.finish()
+            self.bytes = self._crossing.bytes
+        self._given.clear()
+        self.losses.clear()
+        self._ends = self._product = None
+        return result
+
+    # -- what GPipe asks the stage ------------------------------------------------------------------------------
+
+    def _keeping(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def keep(*args: Any, **kwargs: Any) -> Tensor:
+            assert self._watch is not None
+            with self._watch.computing("its loss is computed"):
+                loss = loss_fn(*args, **kwargs)
+            self.losses.append(loss)
+            return loss
+
+        return keep
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        """While this lasts, the stage's answers to GPipe are ours: nothing is received or sent backward, and before the
+        first backward pass come the rounds."""
+        stage = self.stage
+        forward = stage.forward_maybe_with_nosync
+        # To learn shapes torch runs the stage on memory as it comes (seen in 2.13), which BatchNorm takes note of.
+        new_mode = self._ran_with_loss is not self._with_loss
+        buffers = [(b, b.clone()) for b in stage.submod.buffers()] if new_mode else []
+
+        def keeping(*args: Any, **kwargs: Any) -> Any:
+            while buffers:
+                buffer, value = buffers.pop()
+                buffer.copy_(value)
+            self._ran_with_loss = self._with_loss
+            self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
+            assert self._watch is not None
+            with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
+                output = forward(*args, **kwargs)
+            self._same_forms(args, output)
+            return output
+
+        backward = stage.backward_one_chunk
+
+        def computing(batch: int, *args: Any, **kwargs: Any) -> None:
+            assert self._watch is not None
+            with self._watch.computing(f"its backward pass of micro-batch {batch} runs"):
+                backward(batch, *args, **kwargs)
+
+        def received(batch: int) -> list[Any]:
+            if batch == 0 and stage.has_backward:
+                self._before_backward()
+            return []
+
+        def sent(batch: int) -> list[Any]:
+            if stage.has_backward and not stage.is_first:
+                stage.get_local_bwd_output(batch)  # which nothing asks for any more
+            return []
+
+        answers: dict[str, Callable[..., Any]] = {
+            "forward_maybe_with_nosync": keeping,
+            "backward_one_chunk": computing,
+            "get_bwd_recv_ops": received,
+            "get_bwd_send_ops": sent,
+        }
+        for name, answer in answers.items():
+            setattr(stage, name, answer)
+        try:
+            yield
+        finally:
+            for name in answers:
+                delattr(stage, name)
+
+    def _same_forms(self, args: Any, output: Any) -> None:
+        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word."""
+        forms = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves((args, output)) if isinstance(t, Tensor)]
+        key = self.stage.has_backward
+        if self._forms is None or self._forms[0] != key:
+            self._forms = key, forms
+        if forms != self._forms[1]:
+            raise StageError(
+                f"{_WHERE}: stage {self.stage.stage_index} takes and gives {_said(forms)} in a micro-batch, and "
+                f"{_said(self._forms[1])} in the first. All micro-batches of a pipeline must be alike: leave out or "
+                "pad the last batch of an epoch, and take a batch that n_microbatches divides."
+            )
+
+    # -- the backward pass before parameter gradients -----------------------------------------------------------
+
+    def _before_backward(self) -> None:
+        stage, index = self.stage, self.stage.stage_index
+        del self._given[: -self.batches], self.losses[: -self.batches]  # what torch ran to learn shapes
+        if isinstance(stage.submod, FSDPModule):  # as torch's schedules before all but the last backward pass
+            stage.submod.set_is_last_backward(False)
+            stage.submod.set_reshard_after_backward(False)
+            stage.submod.set_requires_gradient_sync(False)
+        plan = self._look()
+        crossing = self._crossing = Crossing(stage.group, plan, torch.device(stage.device), self.batches)
+        self.rounds, self._ends = 0, None
+        for chain in plan.chains:
+            if index in chain:
+                self._ends = self._solve(crossing, plan, chain)
+                self._take(self._ends)
+                continue
+            crossing.stand_by_for_products(chain)
+            if index == chain.last + 1:
+                crossing.give_head(chain, self._input_gradients(self._ends))
+            else:
+                crossing.stand_by_for_head(chain)
+            crossing.stand_by_for_rounds(chain, chain.rounds(self.iterations))
+
+    def _solve(self, crossing: Crossing, plan: Plan, chain: Chain) -> list[Tensor]:
+        """This stage's part in its chain: the gradients of what it sends on, [M, *shape] each."""
+        index = self.stage.stage_index
+        products: dict[int, Tensor | float] = {}
+        for s in chain.inner:
+            number = plan.stages[s].number
+            if number is not None:
+                products[s] = number
+        if needs_products(plan, chain):
+            own = {} if self._product is None or index not in chain.inner else {index: self._product}
+            gathered = crossing.gather(chain, own)
+            products |= {s: p for s, p in gathered.items() if plan.stages[s].diagonal and s >= index}
+        heads = crossing.take_head(chain)
+        if chain.segments == 1:
+            return heads
+        found = ends_of_segments(
+            chain,
+            [index],
+            heads[0],
+            products,
+            lambda s, e: self._input_gradients([e])[0],
+            lambda rows: crossing.gather(chain, rows),
+            self.iterations,
+        )
+        self.rounds = chain.rounds(self.iterations)
+        return [found[index]]
+
+    def _products(self) -> Tensor:
+        """P_s of all micro-batches, damped: [M, *state]."""
+        rows = []
+        for batch, (args, kwargs, random_state) in enumerate(self._given):
+            output = self._differentiable(self.stage.fwd_cache[batch][0])[0]
+            flat = pytree.tree_leaves((args, kwargs))
+            rows.append(self._highway.product(self.stage.submod, flat, output, random_state))
+        return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links
+
+    def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
+        """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
+        output, in that form; None for the loss."""
+        assert self._watch is not None
+        with self._watch.computing("its input gradients are computed"):
+            return self._gradients_at_inputs(ends)
+
+    def _gradients_at_inputs(self, ends: list[Tensor] | None) -> list[Tensor]:
+        columns: list[list[Tensor]] = []
+        for batch in range(self.batches):
+            inputs = self._activations(batch)
+            if ends is None:
+                outputs, given = [self.losses[batch]], None
+            else:
+                outputs = self._sent(batch)
+                given = [end[batch] for end in ends]
+                pairs = [(o, g) for o, g in zip(outputs, given, strict=True) if o.requires_grad]
+                outputs, given = [o for o, _ in pairs], [g for _, g in pairs]
+            wanted = [x for x in inputs if x.requires_grad]
+            found: Iterator[Tensor | None] = iter(())
+            if wanted and any(o.requires_grad for o in outputs):
+                found = iter(torch.autograd.grad(outputs, wanted, given, retain_graph=True, allow_unused=True))
+            gradients = [next(found, None) if x.requires_grad else None for x in inputs]
+            columns.append([torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients, strict=True)])
+        return [torch.stack(column).detach() for column in zip(*columns, strict=True)]
+
+    def _take(self, ends: list[Tensor]) -> None:
+        """Hand the stage the gradients of its output, where it would have received them."""
+        stage = self.stage
+        for batch in range(self.batches):
+            rows = iter([end[batch] for end in ends])
+            given: list[Tensor | None] = []
+            for place, info in enumerate(stage.grad_recv_info[batch]):
+                row = next(rows) if place in self._places_sent(batch) else None
+                given.append(row if info.buffer is not None else None)
+            stage.set_local_bwd_input(tuple(given), batch)
+
+    # -- what crosses to the neighbours -------------------------------------------------------------------------
+
+    def _activations(self, batch: int) -> list[Tensor]:
+        """What came from the stage before and may carry a gradient."""
+        args = self._given[batch][0]
+        if self.stage.is_first:
+            return []
+        infos = [i for i in self.stage.args_recv_info[batch] if not i.is_root_arg]
+        before = self.stage.stage_index - 1
+        return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.is_floating_point()]
+
+    def _places_sent(self, batch: int) -> list[int]:
+        after = self.stage.stage_index + 1
+        outputs = self.stage.fwd_cache[batch][0]
+        sends = self.stage.act_send_info
+        return [i for i, o in enumerate(outputs) if after in sends[i] and o.is_floating_point()]
+
+    def _sent(self, batch: int) -> list[Tensor]:
+        outputs = self.stage.fwd_cache[batch][0]
+        return [outputs[i] for i in self._places_sent(batch)]
+
+    @staticmethod
+    def _differentiable(outputs: Any) -> list[Tensor]:
+        return [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
+
+    # -- the plan -----------------------------------------------------------------------------------------------
+
+    def _look(self) -> Plan:
+        """This step's plan, agreed on anew where something changed on some rank; also where P_s could not be computed,
+        which all ranks must be told of before they wait for it."""
+        now, failure = self._signature(), None
+        known = self._plan is not None and now == self._seen
+        assert self._watch is not None
+        try:
+            with self._watch.computing("the highway of its stage is looked for"):
+                if not known:
+                    self._mine = self._describe()
+                self._product = self._highway.graph and self._products()
+        except Exception as error:
+            failure, self._seen = error, None
+        if self._plan is None or not nothing_new(self, known and failure is None):
+            self._plan = agree_on_plan(self, self._mine, failure)
+        self._seen = now
+        return self._plan
+
+    def _signature(self) -> Any:
+        """What the stage's joint graph depends on, besides its code."""
+        args, kwargs, _ = self._given[0]
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        forms = tuple((tuple(a.shape), a.dtype, a.requires_grad) if isinstance(a, Tensor) else repr(a) for a in flat)
+        modules = tuple(m.training for m in self.stage.submod.modules())
+        wanted = tuple(p.requires_grad for p in self.stage.submod.parameters())
+        device = torch.device(self.stage.device).type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return forms, spec, modules, wanted, autocast
+
+    def _describe(self) -> StagePlan:
+        stage, index = self.stage, self.stage.stage_index
+        self._refuse()
+        self._highway = StageHighway()
+        takes = tuple((tuple(a.shape), a.dtype) for a in self._activations(0))
+        name = type(unwrapped(stage.submod)).__name__
+        rank = dist.get_rank(stage.group)
+        if index in (0, stage.num_stages - 1):  # neither hands anything on along a highway
+            return StagePlan(rank, takes=takes, module=name)
+        if self.iterations is None:
+            return StagePlan(rank, reason=Reason.EXACT_ASKED_FOR.text, takes=takes, module=name)
+        args, kwargs, _ = self._given[0]
+        self._highway = found = find_highway(stage.submod, args, kwargs)
+        if found.why is not None:
+            return StagePlan(rank, reason=found.why.text, takes=takes, module=name)
+        kept = (1.0 - self.damping) ** found.links
+        number = None if found.number is None else found.number * kept
+        return StagePlan(rank, found.links, number, found.graph is not None, found.text, "", takes, name)
+
+    def _refuse(self) -> None:
+        stage, index = self.stage, self.stage.stage_index
+        for place, output in enumerate(self.stage.fwd_cache[0][0]):
+            beyond = [d for d in stage.act_send_info.get(place, []) if d is not None and d != index + 1]
+            if beyond and isinstance(output, Tensor) and output.requires_grad:
+                raise StageError(
+                    f"{_WHERE}: stage {index} hands its output {place} to stage {beyond[0]}, past stage {index + 1}, "
+                    "and wants its gradient back. Only neighbours may exchange gradients here. Carry the tensor along "
+                    f"through stage {index + 1}, or use torch's ScheduleGPipe."
+                )
+        ends = [*self.losses, *self._differentiable(stage.fwd_cache[0][0])]
+        if torch_private.runs_backward_once(ends):
+            raise StageError(
+                f"{_WHERE}: stage {index} was compiled before its first step here, such that its backward pass runs "
+                "only once. Leave the first call of a compiled stage to the schedule, or set "
+                "torch._functorch.config.donated_buffer = False before it."
+            )
+        if any(isinstance(a, DTensor) for a in self._given[0][0]):
+            raise StageError(f"{_WHERE}: stage {index} is given a DTensor. Activations must be plain tensors.")
+
+
+def _said(forms: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{str(dtype).removeprefix('torch.')} {list(shape)}" for shape, dtype in forms)

@@ -1,0 +1,347 @@
+"""``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh (SEGMENTS.md, sections 1 and 3).
+
+Rank s holds a stretch of the sequence; that is segment s. Forward, it waits for the state of the rank before it, batch
+part by batch part. Backward, with i_s for what the later ranks hand to the last state of segment s, and c for what the
+losses contribute at its own states:
+
+    i^0       i_{s-1} = A_s + P_s i_s             A_s: the segment's own c's along the highway
+    v_s       out_s(i^t_s) - P_s i^t_s            all ranks at once: one backward pass through the states of a stretch
+    i^{t+1}   i_{s-1} = v_s + P_s i^{t+1}_s       one all-gather of v, then a scan on every rank
+
+(e_s of SEGMENTS.md is i_s and the c of that state; out_s takes all c's of the stretch along.) The last rank knows its i
+from the start, so all it sends from the first round on is exact, and k = R - 1 is ordinary backprop. Stacked layers are
+chains of their own, the top one first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from hwbp_compiler.digest import source_digest
+
+from .agreement import same_everywhere
+from .errors import StageError, checked, refuse
+from .faults import Watch, watch_of
+from .layers import Layer, Run, layers_of
+
+_WHERE = "distributed.recurrent"
+
+
+def recurrent(
+    module_or_cell: nn.Module,
+    x_shard: Tensor,
+    state: Any = None,
+    *,
+    mesh: DeviceMesh,
+    iterations: int | Literal["exact"] = 4,
+    segment: int | None = None,
+    damping: float = 0.0,
+    batches: int | None = None,
+) -> tuple[Tensor, Any]:
+    """Run a recurrence over a sequence whose time dimension is sharded over ``mesh``, one stretch a rank.
+
+    Every rank calls it, and every rank calls ``backward`` on something that depends on its result (``0 * y.sum()``
+    where a rank has no loss). The loss is the sum of all ranks' losses. A rank's parameters get the gradient of its own
+    stretch: sum them over the mesh, as in context parallelism.
+
+    Args:
+        module_or_cell: ``nn.GRU`` or ``nn.LSTM`` (any number of layers, one direction), ``nn.RNN`` (exact: it has no
+            highway), or a module ``cell(x_t, state) -> (output, next_state)`` as ``hwbp_compiler.recurrent`` takes it.
+        x_shard: this rank's steps: ``[T_r, B, *]``, or ``[B, T_r, *]`` of a module with ``batch_first``; T_r may
+            differ from rank to rank. A ``DTensor`` sharded over ``mesh`` in that dimension gives a ``DTensor``.
+        state: the state before the first step of all, as the module takes it, the same on all ranks; zeros if None (not
+            for a cell). Its gradient arrives on rank 0.
+        mesh: one dimension; of a larger mesh ``mesh["name"]``. Rank s of it holds the s-th stretch.
+        iterations: k, an integer >= 0, or "exact". k >= R - 1 is ordinary backprop.
+        segment: only None: a rank's stretch, which is exact inside.
+        damping: gamma, a number in [0, 1].
+        batches: parts of the batch that follow one another through the ranks forward; as many as ranks if None.
+
+    Returns:
+        The outputs of this shard, and the state after the last step of the whole sequence, on every rank.
+
+    Raises:
+        OptionError: a value that is not allowed.
+        StageError: a module that cannot be run so.
+        RankError: ranks differ in options, versions or the form of what they hand over.
+    """
+    options = checked(_WHERE, iterations=iterations, damping=damping)
+    if segment is not None:
+        refuse(_WHERE, "segment", segment, "None: a rank's stretch is its segment, exact inside")
+    if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 1):
+        refuse(_WHERE, "batches", batches, "an integer >= 1")
+    if mesh.ndim != 1:
+        raise StageError(
+            f'{_WHERE}: mesh has {mesh.ndim} dimensions; it takes one. Pass mesh["name of the time dimension"].'
+        )
+    time = int(getattr(module_or_cell, "batch_first", False))
+    x, wrap = _local(x_shard, mesh, time)
+    if x.shape[time] == 0:
+        raise StageError(f"{_WHERE}: this rank's shard has no time step; every rank needs one at least.")
+    x = x.transpose(0, time)
+    layers = layers_of(module_or_cell, x, state)
+    ranks = mesh.size()
+    how = _How(
+        mesh.get_group(),
+        tuple(layers),
+        None if options.iterations == "exact" else int(options.iterations),
+        float(options.damping),
+        min(batches or ranks, x.shape[1]),
+    )
+    given = _states(module_or_cell, layers, x, state)
+    weights = [p for layer in layers for p in layer.weights]
+    with how.watch.guarded():
+        _agree(how, x, given)
+        y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
+    return wrap(y.transpose(0, time)), layers_state(module_or_cell, layers, state, last)
+
+
+@dataclass(frozen=True)
+class _How:
+    group: dist.ProcessGroup
+    layers: tuple[Layer, ...]
+    iterations: int | None
+    damping: float
+    batches: int
+
+    @property
+    def watch(self) -> Watch:
+        return watch_of(_WHERE, self.group, "a stretch of time")
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def ranks(self) -> int:
+        return dist.get_world_size(self.group)
+
+
+class _Sharded(torch.autograd.Function):
+    """(x, first state, weights) -> (y of this shard, last state): all layers, and what crosses ranks both ways."""
+
+    @staticmethod
+    def forward(ctx: Any, how: _How, count: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        states = tensors[:count]
+        ctx.how = how
+        ctx.runs = []
+        last: list[Tensor] = []
+        rest = iter(states)
+        for layer in how.layers:
+            first = [next(rest) for _ in range(layer.width)]
+            runs = _forward(how, layer, x, first, ctx.needs_input_grad[2] or bool(ctx.runs))
+            ctx.runs.append(runs)
+            x = torch.cat([run.output.detach() for run in runs], 1)
+            last += [torch.cat(part, 0) for part in zip(*([s.detach() for s in run.last] for run in runs), strict=True)]
+        for part in last:
+            dist.broadcast(part, group=how.group, group_src=how.ranks - 1)
+        return (x, *last)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_y: Tensor, *of_last: Tensor) -> tuple[Tensor | None, ...]:
+        with ctx.how.watch.guarded():
+            return _Sharded._backward(ctx, of_y, of_last)
+
+    @staticmethod
+    def _backward(ctx: Any, of_y: Tensor, of_last: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        how: _How = ctx.how
+        incoming = [g.contiguous().clone() for g in of_last]
+        for part in incoming:
+            dist.all_reduce(part, group=how.group)
+        of_weights: list[Tensor | None] = []
+        of_states: list[Tensor] = []
+        rest = list(incoming)
+        for layer, runs in zip(reversed(how.layers), reversed(ctx.runs), strict=True):
+            head = rest[len(rest) - layer.width :]
+            del rest[len(rest) - layer.width :]
+            end = _joined(how, layer, runs, of_y, head)
+            parts = of_y.split([run.batch for run in runs], 1), *(e.split([run.batch for run in runs]) for e in end)
+            results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
+            of_first = [torch.cat(part) for part in zip(*(r.state for r in results), strict=True)]
+            of_states = [*(g if how.rank == 0 else torch.zeros_like(g) for g in of_first), *of_states]
+            of_layer = [_sum(parts) for parts in zip(*(r.weights for r in results), strict=True)]
+            of_weights = [*of_layer, *of_weights]
+            if results[0].input is not None:
+                of_y = torch.cat([r.input for r in results], 1)  # type: ignore[misc]
+        of_x = of_y if ctx.needs_input_grad[2] else None
+        return None, None, of_x, *of_states, *of_weights
+
+
+def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bool) -> list[Run]:
+    """The stretch, part of the batch by part: each waits for the state from the rank before and hands on its own."""
+    runs, sent = [], []
+    parts = zip(x.chunk(how.batches, 1), *(s.chunk(how.batches, 0) for s in first), strict=True)
+    for part, *state in parts:
+        state = [s.detach().clone() for s in state]
+        if how.rank > 0:
+            for s in state:
+                dist.recv(s, group=how.group, group_src=how.rank - 1)
+        with how.watch.computing("its steps forward run"):
+            run = Run.of(layer, part, state, wanted)
+        runs.append(run)
+        if how.rank < how.ranks - 1:
+            for s in run.last:
+                tensor = s.detach().contiguous()
+                sent.append((dist.isend(tensor, group=how.group, group_dst=how.rank + 1), tensor))
+    for work, _ in sent:
+        work.wait()  # type: ignore[union-attr]
+    return runs
+
+
+def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[Tensor]) -> list[Tensor]:
+    """i^k of this rank: what later ranks hand to the last state of its stretch, [B, *] per component."""
+    rank, last = how.rank, how.ranks - 1
+    width = layer.width
+    sizes = [run.batch for run in runs]
+    zeros = [torch.zeros_like(h) for h in head]
+    mine = head if rank == last else zeros
+    if last == 0:
+        return mine
+
+    def cut(end: list[Tensor]) -> Iterator[list[Tensor]]:
+        return (list(part) for part in zip(*(e.split(sizes) for e in end), strict=True))
+
+    def through(end: list[Tensor]) -> list[Tensor]:
+        """out_s"""
+        found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
+        return [torch.cat(part) for part in zip(*found, strict=True)]
+
+    exact = how.iterations is None or how.iterations >= last or not layer.support
+    if exact:
+        # One stretch after the other; nobody goes along a highway.
+        for s in range(last, 0, -1):
+            rows = _gather(how, through(mine) if rank == s else zeros)
+            if rank == s - 1:
+                mine = rows[s]
+        return mine
+
+    diagonals = [run.diagonals(how.damping) for run in runs]
+    own = _concatenated([d.product for d in diagonals])
+    parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
+    along = [run.along(d, c, e) for run, d, c, e in parts]
+    values = [torch.cat(part) for part in zip(*along, strict=True)]
+    pairs = sorted(layer.support)
+    gathered = _gather(how, [*(own[pair] for pair in pairs), *values])
+    products = [dict(zip(pairs, rows, strict=False)) for rows in gathered]
+    sent = [rows[len(pairs) :] for rows in gathered]
+
+    def scan() -> list[Tensor]:
+        end = head if rank == last else sent[last]
+        for s in range(last - 1, rank, -1):
+            end = [a + b for a, b in zip(sent[s], times(products[s], end), strict=True)]
+        return end
+
+    for t in range(how.iterations or 0):
+        end = scan()
+        if t == 0 or rank < last - t + 1:  # what is exact already does not change
+            values = through(end)
+            if rank != last:
+                values = [a - b for a, b in zip(values, times(products[rank], end), strict=True)]
+        sent = _gather(how, values)
+    assert len(sent[0]) == width
+    return scan()
+
+
+def times(product: dict[tuple[int, int], Tensor], end: Sequence[Tensor]) -> list[Tensor]:
+    """P i; P holds a diagonal per (to, from)."""
+    found = [torch.zeros_like(e) for e in end]
+    for (to, source), diagonal in product.items():
+        found[to] = found[to] + diagonal * end[source]
+    return found
+
+
+def _concatenated(products: list[dict[tuple[int, int], Tensor]]) -> dict[tuple[int, int], Tensor]:
+    return {pair: torch.cat([p[pair] for p in products]) for pair in products[0]}
+
+
+def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
+    found = [p for p in parts if p is not None]
+    return sum(found[1:], found[0]) if found else None
+
+
+def _gather(how: _How, rows: list[Tensor]) -> list[list[Tensor]]:
+    """Of all ranks, in order: one all-gather."""
+    flat = torch.cat([r.reshape(-1) for r in rows])
+    everyone = [torch.empty_like(flat) for _ in range(how.ranks)]
+    dist.all_gather(everyone, flat, group=how.group)
+    sizes = [r.numel() for r in rows]
+    return [[p.view_as(r) for p, r in zip(f.split(sizes), rows, strict=True)] for f in everyone]
+
+
+def _local(x: Tensor, mesh: DeviceMesh, time: int) -> tuple[Tensor, Any]:
+    """The rank's own steps, and what makes of outputs what was given."""
+    if not isinstance(x, DTensor):
+        return x, lambda y: y
+    if x.device_mesh != mesh or tuple(x.placements) != (Shard(time),):
+        raise StageError(
+            f"{_WHERE}: x_shard is a DTensor with placements {x.placements} on {x.device_mesh}; it takes "
+            f"(Shard({time}),) on the mesh that is given. Redistribute it, or pass plain tensors."
+        )
+    length = x.shape[time]
+
+    def wrap(y: Tensor) -> Tensor:
+        shape = list(y.shape)
+        shape[time] = length
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(y.contiguous(), mesh, [Shard(time)], shape=torch.Size(shape), stride=stride)
+
+    return x.to_local(), wrap
+
+
+def _states(module: nn.Module, layers: Sequence[Layer], x: Tensor, state: Any) -> list[Tensor]:
+    """The first state, layer by layer, [B, *] per component."""
+    if isinstance(module, nn.RNNBase):
+        parts = None if state is None else [state] if isinstance(state, Tensor) else list(state)
+        shape = x.shape[1], module.hidden_size
+        if parts is None:
+            return [x.new_zeros(shape) for layer in layers for _ in range(layer.width)]
+        wanted = layers[0].width, (len(layers), *shape)
+        if len(parts) != wanted[0] or any(tuple(p.shape) != wanted[1] for p in parts):
+            raise StageError(
+                f"{_WHERE}: state holds {[tuple(p.shape) for p in parts]}; {type(module).__name__} takes {wanted[0]} "
+                f"of shape {wanted[1]} here."
+            )
+        return [part[number] for number in range(len(layers)) for part in parts]
+    (layer,) = layers
+    return layer.flat(state)  # type: ignore[attr-defined,no-any-return]
+
+
+def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: list[Tensor]) -> Any:
+    """``last``, layer by layer, as the module returns it."""
+    if not isinstance(module, nn.RNNBase):
+        (layer,) = layers
+        return layer.structured(last)  # type: ignore[attr-defined]
+    width = layers[0].width
+    parts = tuple(torch.stack(last[c::width]) for c in range(width))
+    return parts if isinstance(module, nn.LSTM) else parts[0]
+
+
+_agreed: dict[tuple[Any, ...], bool] = {}
+
+
+def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
+    """Once for everything that must be the same on all ranks."""
+    mine = {
+        "torch": torch.__version__,
+        "hwbp_compiler (a hash of its sources)": source_digest()[:16],
+        "iterations": "exact" if how.iterations is None else how.iterations,
+        "damping": how.damping,
+        "batches": how.batches,
+        "the form of a step": (tuple(x.shape[1:]), x.dtype),
+        "the highway, as pairs (to, from) of parts of the state": [sorted(layer.support) for layer in how.layers],
+        "the form of the state": tuple((tuple(s.shape), s.dtype) for s in states),
+    }
+    key = how.group.group_name, how.rank, repr(mine)
+    if key not in _agreed:
+        same_everywhere(_WHERE, mine, how.group)
+        _agreed[key] = True

@@ -1,0 +1,124 @@
+"""A rank that fails ends all ranks within the process group's time-out, and all say which one it was and why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from pipelines import PreLN, loss_fn
+from torch import nn
+
+RANKS, TIMEOUT = 3, 12
+FAULTY = 1
+
+
+class Faulty(PreLN):
+    """Fails in its third call, that of the second step: torch calls it once to learn shapes."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault, self.calls = fault, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 3 and type(x) is torch.Tensor:  # and not a copy that is traced
+            self.fault()
+        return super().forward(x)
+
+
+def raises():
+    raise ValueError("the weather is bad")
+
+
+def is_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stalls():
+    time.sleep(1000)
+
+
+def nothing():
+    pass
+
+
+def worker(rank, folder, fault, last_batch):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT))
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway
+
+    module = nn.Sequential(Faulty(fault) if rank == FAULTY else PreLN(), PreLN())
+    schedule = ScheduleHighway(PipelineStage(module, rank, RANKS, torch.device("cpu")), 1, loss_fn=loss_fn)
+    began = time.monotonic()
+    try:
+        for step in range(3):
+            began = time.monotonic()
+            size = last_batch if step else 4
+            x, target = torch.randn(size, 2, 5), torch.randn(size, 2, 5)
+            schedule.step(*([x] if rank == 0 else []), target=target if rank == RANKS - 1 else None)
+        said = "nothing went wrong"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(f"{folder}/{rank}").write_text(f"{time.monotonic() - began:.1f}\n{said}")
+    os._exit(0)  # as a script that ends with an error: without waiting for anybody
+
+
+def end_of_all(folder, fault, last_batch=4):
+    """Per rank the seconds since the step began, and what it said; None for one that could not."""
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=worker, args=(r, str(folder), fault, last_batch)) for r in range(RANKS)]
+    for process in processes:
+        process.start()
+    try:
+        until = time.monotonic() + 120
+        others = [p for r, p in enumerate(processes) if r != FAULTY or fault is not stalls]
+        for process in others:
+            process.join(max(0.0, until - time.monotonic()))
+        assert not any(p.is_alive() for p in others), "a rank hangs"
+    finally:
+        for process in processes:
+            process.kill()
+    found = []
+    for rank in range(RANKS):
+        path = folder / str(rank)
+        seconds, _, said = path.read_text().partition("\n") if path.exists() else ("", "", "")
+        found.append((float(seconds), said) if said else None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (raises, "rank 1 (stage 1) raised ValueError: the weather is bad"),
+        (is_killed, "rank 1 does not answer: its process has ended, or hangs"),
+        (stalls, "rank 1 (stage 1) stalls: its forward pass of micro-batch 0 runs for"),
+    ],
+    ids=["raises", "is_killed", "stalls"],
+)
+def test_all_ranks_name_the_one_that(fault, words, tmp_path):
+    found = end_of_all(tmp_path, fault)
+    for rank, told in enumerate(found):
+        if rank == FAULTY:
+            continue
+        assert told is not None
+        seconds, said = told
+        assert said.startswith("RankError: ScheduleHighway: ") and words in said
+        assert seconds < TIMEOUT + 15  # the group's time-out, the answers, and a busy machine
+
+
+def test_a_batch_of_another_size_is_refused(tmp_path):
+    first, *others = end_of_all(tmp_path, nothing, last_batch=3)
+    assert first is not None
+    assert "StageError" in first[1] and "float32 [3, 2, 5]" in first[1] and "must be alike" in first[1]
+    for told in others:
+        assert told is not None and "rank 0 (stage 0) raised" in told[1]
