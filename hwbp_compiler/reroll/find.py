@@ -19,6 +19,9 @@ from hwbp_compiler.graph.sizes import hint
 
 from .values import example, is_part, only_splits, value_of
 
+# Steps that a loop has at least: two alike may be chance.
+LEAST = 3
+
 # Periods that are tried, those that the most nodes ask for first.
 _PERIODS = 64
 

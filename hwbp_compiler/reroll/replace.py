@@ -1,46 +1,32 @@
-"""One loop in the place of equal steps, with the same meaning forward and backward; or the reason why there is none."""
+"""The search for Python loops in a graph from Dynamo, and what becomes of each."""
 
 from __future__ import annotations
 
-import itertools
 import logging
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from hwbp_compiler.errors import HighwayError, first_line
-from hwbp_compiler.graph.origin import source_line
 from hwbp_compiler.graph.record import ChainRecord
-from hwbp_compiler.graph.snapshot import Snapshot
 from hwbp_compiler.options import Options
-from hwbp_compiler.passes.write_out_cells import write_out_cells
-from hwbp_compiler.passes.write_out_modules import write_out_modules
-from hwbp_compiler.reasons import Declined, Reason, Why
-from hwbp_compiler.rolled.capture import as_around
-from hwbp_compiler.rolled.recurrence import Recurrence, build
-from hwbp_compiler.rolled.trace import Body, MutatingCell
-from hwbp_compiler.torch_private import CONTROL_FLOW, FakeTensor, enter_autocast, exit_autocast
+from hwbp_compiler.reasons import Declined, Reason
+from hwbp_compiler.rolled.recurrence import Recurrence
+from hwbp_compiler.torch_private import CONTROL_FLOW, FakeTensor
 
 from .around import Around
-from .find import Run, closely, is_number_of_step, loosely, runs, working
-from .hand_over import HandOver
-from .rows import Rows
-from .series import Writer, may_be_written, stacked, write_rows
-from .steps import Carried, Counter, Inner, Row, Same, Source, name_of, same_constants, steps_of, width_of
-from .totals import OUT_OF_PLACE, is_running_total
-from .values import RESHAPE, Value, example, example_of, is_part, mark_cuts, only_splits, operands, value_of
+from .find import LEAST, Run, closely, runs, working
+from .loop import Loop, NothingCarried, PutBack
+from .refuse import is_worth_it, refusal, told_apart
+from .steps import name_of, steps_of, width_of
+from .values import RESHAPE, example, mark_cuts
 from .zeros import put_back, zeros_for_numbers
 
 log = logging.getLogger(__name__)
-
-# Steps that a loop has at least: two alike may be chance.
-_LEAST = 3
 
 
 @dataclass
@@ -49,14 +35,6 @@ class Rerolled:
 
     loops: list[Recurrence] = field(default_factory=list)
     records: list[ChainRecord] = field(default_factory=list)
-
-
-class _PutBack(Exception):
-    """The loop could not be put in place, and the graph is what it was, of new nodes."""
-
-
-class _NothingCarried(Exception):
-    """The steps are equal, but none takes anything of the one before it: no recurrence."""
 
 
 def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
@@ -70,7 +48,7 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
     try:
         while (loop := _next_loop(gm, options, refused)) is not None:
             made.loops.append(loop)
-    except _PutBack as failed:
+    except PutBack as failed:
         if options.strict:
             raise
         log.warning("a Python loop over time stays unrolled: rolling it up failed (%s)", first_line(failed))
@@ -84,7 +62,7 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
             told |= among
             made.records.append(record)
     seen = set().union(*(among for among, _ in refused.values()))
-    made.records += [record for among, record in _told_apart(gm, options) if not among & seen]
+    made.records += [record for among, record in told_apart(gm, options) if not among & seen]
     if made.loops:
         gm.graph.lint()
         gm.recompile()
@@ -106,24 +84,24 @@ def _is_plain(graph: Graph) -> bool:
 def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Recurrence | None:
     """Roll up the loop that saves most, of those that may be. What is refused is not tried again."""
     nodes = working(gm.graph)
-    for run in runs([closely(node) for node in nodes], _LEAST):
+    for run in runs([closely(node) for node in nodes], LEAST):
         key = nodes[run.start], run.period, run.length
-        if key in refused or not _is_worth_it(nodes, run, options):
+        if key in refused or not is_worth_it(nodes, run, options):
             continue
         among = set(nodes[run.start : run.start + run.length])
         try:
             return _roll(gm, nodes, run, options)
-        except _NothingCarried:
+        except NothingCarried:
             refused[key] = set(), None
         except Declined as declined:
-            refused[key] = among, _record(nodes, run, declined)
-        except (HighwayError, _PutBack, *CONTROL_FLOW):
+            refused[key] = among, refusal(nodes, run, declined)
+        except (HighwayError, PutBack, *CONTROL_FLOW):
             raise
         except Exception as error:
             if options.strict:
                 raise
             log.debug("rolling up a Python loop failed", exc_info=error)
-            record = _record(nodes, run, Declined(Reason.DEFECT_IN_LOOP.of(error=first_line(error))))
+            record = refusal(nodes, run, Declined(Reason.DEFECT_IN_LOOP.of(error=first_line(error))))
             record.failed = True
             refused[key] = among, record
     return None
@@ -142,61 +120,6 @@ def _advise(loops: Sequence[Recurrence]) -> None:
 _LONG = 256
 
 
-# -- whether ---------------------------------------------------------------------------------------------------------
-
-# Operators that one node becomes, forward and backward, where it is not one or two.
-_OPERATORS = {torch.gru_cell: 20, torch.lstm_cell: 20, torch.rnn_tanh_cell: 6, torch.lstm: 24, torch.gru: 24}
-# Seconds that Inductor needs for one of them, and what a loop needs whatever its length, on one core.
-_SECONDS, _LOOP = 0.03, 10.0
-
-
-def _is_worth_it(nodes: Sequence[Node], run: Run, options: Options) -> bool:
-    if options.reroll == "always":
-        return True
-    step = nodes[run.start : run.start + run.period]
-    operators = sum(
-        _OPERATORS.get(node.target, 2) for node in step if node.op == "call_function" or "_" in str(node.op)
-    )
-    return operators * (run.length // run.period) * _SECONDS > _LOOP
-
-
-def _record(nodes: Sequence[Node], run: Run, declined: Declined) -> ChainRecord:
-    length = run.length // run.period
-    source = next((line for node in nodes[run.start : run.start + run.period] if (line := source_line(node))), "")
-    record = ChainRecord(length, "declined", "", source=source, sources=[source] if source else [])
-    record.because(declined.why.after(f"a Python loop of {length} steps stays unrolled: "))
-    return record
-
-
-def _told_apart(gm: GraphModule, options: Options) -> Iterator[tuple[set[Node], ChainRecord]]:
-    """Loops whose steps look alike but are not: what differs."""
-    nodes = working(gm.graph)
-    seen: set[Node] = set()
-    for run in runs([loosely(node) for node in nodes], _LEAST):
-        among = set(nodes[run.start : run.start + run.length])
-        if among & seen or not _is_worth_it(nodes, run, options) or not _recurs(nodes, run):
-            continue
-        blocks = [list(nodes[run.start + t * run.period :][: run.period]) for t in range(run.length // run.period)]
-        try:
-            for pair in zip(blocks, blocks[1:], strict=False):
-                same_constants(list(pair))
-        except Declined as declined:
-            seen |= among
-            yield among, _record(nodes, run, declined)
-
-
-def _recurs(nodes: Sequence[Node], run: Run) -> bool:
-    """Whether every step takes something of the one before it."""
-    place = {node: i for i, node in enumerate(nodes[run.start : run.start + run.length])}
-    linked = set()
-    for node, i in place.items():
-        for operand in operands(node):
-            before = place.get(value_of(operand).root)
-            if before is not None and before // run.period == i // run.period - 1:
-                linked.add(i // run.period)
-    return len(linked) >= run.length // run.period - 1
-
-
 # -- how -------------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +132,7 @@ def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) ->
     for before in range(3):
         start, length = run.start + before * run.period, run.length - before * run.period
         count = length // run.period
-        if count < _LEAST:
+        if count < LEAST:
             break
         tried: list[tuple[Any, int]] = []
         for offset in range(length % run.period + 1):
@@ -223,7 +146,7 @@ def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) ->
             try:
                 steps = steps_of(nodes, start + offset, run.period, count)
                 understood = True
-                return _Loop(gm, Around.of(steps), options).put_in_place()
+                return Loop(gm, Around.of(steps), options).put_in_place()
             except Declined as declined:
                 first = first or declined
                 if declined.why.code.name.startswith("CELL_"):
@@ -250,237 +173,3 @@ def _check_operator(node: Node) -> None:
         raise Declined(Reason.CELL_HAS_EFFECTS.of(operator=name))
     if name in RESHAPE:
         raise Declined(Reason.STEP_CHANGES_IN_PLACE)
-
-
-class _Loop:
-    def __init__(self, gm: GraphModule, around: Around, options: Options) -> None:
-        self.gm, self.around, self.steps, self.options = gm, around, around.steps, options
-        if not self.steps.states:
-            raise _NothingCarried
-        self._check()
-        self.fake_mode = example_of(self.steps.states[0].starts[0]).fake_mode
-        self.carried = {Inner(c.place, c.parts): c for c in self.steps.of(Carried) if c.lag == 1}
-        self.rows_written = [self._rows(write) for write in around.writes]
-        self.outputs = self._outputs()
-
-    def _rows(self, write: Any) -> Rows:
-        held, row = example(write.target), self._example(write.source)
-        rows = Rows.of(write.indices, held.shape)
-        if not may_be_written(rows, held, row):
-            raise Declined(Reason.STEP_WRITES_OUTSIDE)
-        assert rows is not None
-        return rows
-
-    def _example(self, inner: Inner) -> Any:
-        return example_of(Value(self.steps.blocks[0][inner.place], inner.parts))
-
-    def _outputs(self) -> list[Inner]:
-        """What is wanted of more than the last step, or of that alone and is no state."""
-        last = self.steps.count - 1
-        taken = [i for i, at in self.around.taken.items() if i not in self.carried or at.keys() != {last}]
-        found = list(dict.fromkeys([*taken, *(write.source for write in self.around.writes)]))
-        if any(not isinstance(self._example(inner), Tensor) for inner in found):
-            raise Declined(Reason.NO_TENSOR_FROM_STEP)
-        return found
-
-    def _check(self) -> None:
-        for carried in self.steps.states:
-            if not isinstance(example_of(carried.starts[0]), Tensor):
-                raise Declined(Reason.NO_TENSOR_FROM_STEP)
-        for same in self.steps.of(Same):
-            if not isinstance(example(same.node), (Tensor, int, torch.SymInt)):
-                raise Declined(Reason.STEPS_TAKE_OTHER_THINGS.of(operator=same.node.name))
-
-    # -- the step ------------------------------------------------------------------------------------------------------
-
-    def put_in_place(self) -> Recurrence:
-        graph = self.gm.graph
-        with graph.inserting_after(self.steps.last[-1]):
-            behind = graph.call_function(len, ((),))  # what stands behind the steps may go; this goes last
-        with graph.inserting_before(behind):
-            write = Writer(graph, self.fake_mode, self.steps.blocks[0][0])
-            try:
-                loop, arguments = self._built(write)
-            except Exception:
-                for node in (behind, *reversed(write.made)):
-                    graph.erase_node(node)
-                raise
-            before = Snapshot(graph)
-            try:
-                self._rewire(loop, arguments, write, behind)
-                graph.lint()
-            except Exception as error:
-                graph.erase_node(before.restore()[behind])
-                raise _PutBack(error) from error
-        graph.erase_node(behind)
-        return loop
-
-    def _built(self, write: Writer) -> tuple[Recurrence, list[Node]]:
-        steps = self.steps
-        shared = [same for same in steps.of(Same) if not self._is_target(same)]
-        taken: dict[Source, tuple[Node, tuple[Any, ...]]] = {}
-        starts = [self._start(carried, write) for carried in steps.states]
-        for source in steps.of(Row):
-            taken[source] = stacked(source.values, write)
-        for source in steps.of(Counter):
-            stop = source.first + steps.count * source.stride
-            taken[source] = write.call(torch.arange, source.first, stop, source.stride, device=source.device), ()
-        inputs = list(dict.fromkeys(node for node, _ in taken.values()))
-        if not inputs:  # it is their number that says how many steps there are
-            inputs = [write.call(torch.arange, steps.count, device=example(starts[0]).device)]
-        body = self._body(inputs, taken, shared)
-        write_out_modules(body)
-        write_out_cells(body)
-        arguments = [*starts, *inputs, *(same.node for same in shared)]
-        results = len(steps.states) + len(self.outputs)
-        cell = Body(body, list(range(len(arguments))), list(range(results)))
-        name = next(name for i in itertools.count() if not hasattr(self.gm, name := f"highway_recurrence_{i}"))
-        source = self._source()
-        first, rows, same = ([example(n) for n in part] for part in (starts, inputs, [s.node for s in shared]))
-        try:
-            with as_around(_autocasts_at(self.steps.blocks[0][0])):
-                loop = build(name, cell, first, rows, same, self.fake_mode, self.options, source)
-        except MutatingCell:
-            raise Declined(Reason.STEP_CHANGES_IN_PLACE) from None
-        if loop.plans is None:
-            record = loop.records[0]
-            if record.failed:
-                log.debug("rolling up a Python loop failed: %s", record.reason)
-            raise Declined(_as_it_is(record))
-        self.gm.add_submodule(name, loop)
-        self.name = name
-        return loop, arguments
-
-    def _is_target(self, same: Same) -> bool:
-        """Whether the steps only write into it."""
-        writing = {write.place for write in self.around.writes}
-        read = [s for j, sources in enumerate(self.steps.sources) for s in sources if j not in writing]
-        return same not in read
-
-    def _start(self, carried: Carried, write: Writer) -> Node:
-        node = write.value(carried.starts[0])
-        return node if example(node).is_contiguous() else write.call("contiguous", node)
-
-    def _source(self) -> str:
-        """The user's line that makes the state."""
-        carried = self.steps.states[0]
-        return source_line(self.steps.blocks[0][carried.place])
-
-    def _body(
-        self, inputs: list[Node], taken: dict[Source, tuple[Node, tuple[Any, ...]]], shared: list[Same]
-    ) -> GraphModule:
-        steps, graph = self.steps, Graph()
-        known: dict[Any, Node] = {}
-
-        def argument(name: str, value: Any) -> Node:
-            node = graph.placeholder(name)
-            node.meta["example_value"] = value
-            return node
-
-        with self.fake_mode:
-            for number, carried in enumerate(steps.states):
-                known[carried] = argument(f"state{number}", example_of(carried.starts[0]).contiguous())
-            for number, node in enumerate(inputs):
-                known[node] = argument(f"input{number}", example(node)[0])
-            for number, same in enumerate(shared):
-                known[same] = argument(f"shared{number}", example(same.node))
-        writing = {write.place for write in self.around.writes}
-        here: dict[int, Node] = {}
-        write = Writer(graph, self.fake_mode, steps.blocks[0][0])
-
-        def found(source: Source) -> Node:
-            if isinstance(source, Inner):
-                node, parts = here[source.place], source.parts
-            elif source in taken:
-                row, parts = taken[source]
-                node = known[row]
-            else:
-                node, parts = known[source], ()
-            for part in parts:
-                node = write.part(node, part)
-            return node
-
-        for place, node in enumerate(steps.blocks[0]):
-            if place not in writing:
-                write.like = node
-                here[place] = self._copy(graph, node, list(map(found, steps.sources[place])))
-        following = [
-            known[carried.after(1)] if carried.lag > 1 else found(Inner(carried.place, carried.parts))
-            for carried in steps.states
-        ]
-        # Copies, so that each is a result of the step; they cost nothing in the end.
-        results = [write.call("contiguous", node) for node in following]
-        results = [write.call(torch.clone, node) for node in (*results, *map(found, self.outputs))]
-        graph.output(tuple(results))
-        return GraphModule({}, graph)
-
-    def _copy(self, graph: Graph, node: Node, sources: list[Node]) -> Node:
-        """The node over other operands: those in its arguments, and behind them the numbers that count steps."""
-        count = len(operands(node))
-        nodes, numbers = iter(sources[:count]), iter(sources[count:])
-        steps = [block[self.steps.where[node][1]] for block in self.steps.blocks[:2]]
-        args = list(node.args)
-        if len(sources) > count:
-            for place, value in enumerate(args):
-                if is_number_of_step(node, place, value) and steps[0].args[place] != steps[1].args[place]:
-                    args[place] = next(numbers)
-        taken = set(sources[count:])
-        target = node.target
-        if target in OUT_OF_PLACE and is_running_total(self.steps, self.steps.where[node][1]):
-            target = OUT_OF_PLACE[target]
-        args, kwargs = map_aggregate(  # type: ignore[misc]
-            (tuple(args), node.kwargs), lambda a: next(nodes) if isinstance(a, Node) and a not in taken else a
-        )
-        copied = graph.create_node(node.op, target, args, dict(kwargs), type_expr=node.type)
-        copied.meta = dict(node.meta)
-        return copied
-
-    # -- the graph around it -------------------------------------------------------------------------------------------
-
-    def _rewire(self, loop: Recurrence, arguments: list[Node], write: Writer, behind: Node) -> None:
-        graph, steps, before = self.gm.graph, self.steps, len(write.made)
-        call = graph.call_module(self.name, tuple(arguments))
-        call.meta = {key: value for key, value in write.like.meta.items() if key != "example_value"}
-        with self.fake_mode:
-            states = [torch.empty_like(example_of(c.starts[0]).contiguous()) for c in steps.states]
-            outputs = [self._example(inner) for inner in self.outputs]
-            series = [torch.empty((steps.count, *e.shape), dtype=e.dtype, device=e.device) for e in outputs]
-        call.meta["example_value"] = (*states, *series)
-        results = [write.call(operator.getitem, call, i) for i in range(len(states) + len(series))]
-        state = {Inner(c.place, c.parts): results[i] for i, c in enumerate(steps.states) if c.lag == 1}
-        rows = dict(zip(self.outputs, results[len(states) :], strict=True))
-        for written, lying in zip(self.around.writes, self.rows_written, strict=True):
-            write_rows(lying, written.target, rows[written.source], write)
-        gone = {node for node in steps.where if node not in self.around.kept}
-        for inner, at in self.around.taken.items():
-            HandOver(write, gone, at, rows.get(inner), state.get(inner), steps.count).run()
-        # What stood among the steps and takes their results stands behind them now.
-        late, node = {call, *write.made[before:]}, steps.blocks[0][0]
-        while node is not call:
-            node, here = node.next, node
-            if any(operand in late for operand in operands(here)):
-                late.add(here)
-                behind.prepend(here)
-        for node in reversed(list(graph.nodes)):
-            if not node.users and (node in gone or is_part(node) or only_splits(node)):
-                graph.erase_node(node)
-        assert not gone & set(graph.nodes), "a step is still in use"
-
-
-def _autocasts_at(node: Node) -> list[Any]:
-    """What the autocast regions were entered with in which a node of Dynamo's graph lies."""
-    entered: dict[Node, Any] = {}
-    for before in node.graph.nodes:
-        if before is node:
-            break
-        if before.target is enter_autocast:
-            entered[before] = before.args
-        elif before.target is exit_autocast:
-            entered.pop(before.args[0], None)
-    return list(entered.values())
-
-
-def _as_it_is(record: ChainRecord) -> Why:
-    assert record.reason_code is not None
-    text = record.reason.removeprefix("the cell is stepped through, which unrolls the loop: ")
-    return Why(record.reason_code, text, record.advice)
