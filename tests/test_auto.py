@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +33,7 @@ from hwbp_compiler.testing.models import Model, Stack
 COSINES = st.floats(-1, 1) | st.just(math.nan)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.lists(st.lists(COSINES, min_size=5, max_size=5), max_size=20), st.floats(0.5, 0.999))
 def test_after_a_check_the_form_in_use_is_the_cheapest_good_one_or_exact(rungs, checks, target):
     """Or a dearer one that was in use, as long as no cheaper one is clearly good. Never one below the target."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,20 +17,23 @@ from .find import LEAST, Run, loosely, runs, working
 from .steps import same_constants
 from .values import operands, value_of
 
-# Operators that one node becomes, forward and backward, where it is not one or two.
-_OPERATORS = {torch.gru_cell: 20, torch.lstm_cell: 20, torch.rnn_tanh_cell: 6, torch.lstm: 24, torch.gru: 24}
-# Seconds that Inductor needs for one of them, and what a loop needs whatever its length, on one core.
-_SECONDS, _LOOP = 0.03, 10.0
+# Operators that one node becomes, forward and backward, where it is not one.
+_OPERATORS = {
+    torch.gru_cell: 20, torch.lstm_cell: 20, torch.rnn_tanh_cell: 6, torch.gru: 24, torch.lstm: 24,
+    torch.nn.functional.linear: 3, torch.matmul: 3, torch.bmm: 3, operator.matmul: 3,
+}  # fmt: skip
+# Seconds that Inductor needs for one of them, and what a loop needs whatever its length, on one core: a GRUCell of 256
+# steps took 190 s. Shorter loops than _SHORT compile in about the time that a rolled one does.
+_SECONDS, _LOOP, _SHORT = 0.03, 10.0, 16
 
 
 def is_worth_it(nodes: Sequence[Node], run: Run, options: Options) -> bool:
+    """Whether the loop is to be rolled up: with "auto", where that is expected to compile faster."""
     if options.reroll == "always":
         return True
-    step = nodes[run.start : run.start + run.period]
-    operators = sum(
-        _OPERATORS.get(node.target, 2) for node in step if node.op == "call_function" or "_" in str(node.op)
-    )
-    return operators * (run.length // run.period) * _SECONDS > _LOOP
+    steps = run.length // run.period
+    operators = sum(_OPERATORS.get(node.target, 1) for node in nodes[run.start : run.start + run.period])
+    return steps >= _SHORT and operators * steps * _SECONDS > _LOOP
 
 
 def refusal(nodes: Sequence[Node], run: Run, declined: Declined) -> ChainRecord:
