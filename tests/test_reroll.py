@@ -163,6 +163,22 @@ def test_auto_rolls_up_what_would_take_long_to_compile():
         assert not found.records
 
 
+def test_layers_that_are_given_their_weights_are_no_loop_over_time():
+    """Rolled up they would be stacked in every forward pass; asked for, they are."""
+
+    def layers(x, weights):
+        for w, b, v, c, g in weights:
+            x = x + g * (torch.tanh(x @ w + b) @ v + c)
+        return x
+
+    shapes = ((H, H), (H,), (H, H), (H,), (H,))
+    given = [tuple(torch.randn(s).requires_grad_() for s in shapes) for _ in range(40)]
+    for reroll, rolled in (("auto", 0), ("always", 1)):
+        _, found = prepared(layers, torch.randn(B, H), given, reroll=reroll)
+        assert len(found.loops) == rolled
+        assert not found.records
+
+
 def test_never_leaves_all_loops():
     nodes, found = prepared(Last(40), series(B, 40, I), reroll="never")
     assert nodes > 80

@@ -40,17 +40,22 @@ class PutBack(Exception):
     """The loop could not be put in place, and the graph is what it was, of new nodes."""
 
 
-class NothingCarried(Exception):
-    """The steps are equal, but none takes anything of the one before it: no recurrence."""
+class NoRecurrence(Exception):
+    """The steps are equal, but none takes anything of the one before it; or they are layers, each with its weights."""
+
+
+# Tensors of its own, no rows of a series, that a time step may take: a token, a mask, a target. A layer takes more.
+_OWN = 4
 
 
 class Loop:
-    """``around`` as a loop of ``gm``, not yet in its place. Raises Declined, and NothingCarried."""
+    """``around`` as a loop of ``gm``, not yet in its place. Raises Declined, and NoRecurrence."""
 
     def __init__(self, gm: GraphModule, around: Around, options: Options) -> None:
         self.gm, self.around, self.steps, self.options = gm, around, around.steps, options
-        if not self.steps.states:
-            raise NothingCarried
+        own = sum(len({value.root for value in row.values}) == self.steps.count for row in self.steps.of(Row))
+        if not self.steps.states or (options.reroll == "auto" and own > _OWN):
+            raise NoRecurrence
         self._check()
         self.fake_mode = example_of(self.steps.states[0].starts[0]).fake_mode
         self.carried = {Inner(c.place, c.parts): c for c in self.steps.of(Carried) if c.lag == 1}

@@ -20,7 +20,7 @@ from hwbp_compiler.torch_private import CONTROL_FLOW, FakeTensor
 
 from .around import Around
 from .find import LEAST, Run, closely, runs, working
-from .loop import Loop, NothingCarried, PutBack
+from .loop import Loop, NoRecurrence, PutBack
 from .refuse import is_worth_it, refusal, told_apart
 from .steps import name_of, steps_of, width_of
 from .values import RESHAPE, example, mark_cuts
@@ -91,7 +91,7 @@ def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Re
         among = set(nodes[run.start : run.start + run.length])
         try:
             return _roll(gm, nodes, run, options)
-        except NothingCarried:
+        except NoRecurrence:
             refused[key] = set(), None
         except Declined as declined:
             refused[key] = among, refusal(nodes, run, declined)
