@@ -111,10 +111,12 @@ class Options:
             _refuse("strict", self.strict, "True or False", False)
 
     def shown(self) -> dict[str, Any]:
-        """By name, without what only "auto" reads where nothing is to be chosen, and without a limit that is none."""
+        """By name, without what only "auto" reads where nothing is to be chosen, without a limit that is none, and
+        without ``reroll`` where it is the default."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         unread = set() if self.auto else {"target_cosine", "check_every"}
         unread |= {"max_extra_memory"} if self.max_extra_memory is None else set()
+        unread |= {"reroll"} if self.reroll == "auto" else set()
         return {key: value for key, value in found.items() if key not in unread}
 
     @property

@@ -142,6 +142,7 @@ LATE = {
     "cache_dir": "torch._inductor.runtime.runtime_utils:cache_dir",
     "get_cpp_compiler": "torch._inductor.cpp_builder:get_cpp_compiler",
     # rolled/: one step of a user's cell, traced and made functional
+    "set_grad_enabled": "torch._C:_set_grad_enabled",
     "enter_autocast": "torch.amp.autocast_mode:_enter_autocast",
     "exit_autocast": "torch.amp.autocast_mode:_exit_autocast",
     "FunctionalTensor": "torch._subclasses.functional_tensor:FunctionalTensor",

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from hwbp_compiler.torch_private import set_grad_enabled
+
 # One part: ``int`` of a tuple, or the index of a tensor, whose slices are triples: a slice has no hash.
 Slice = tuple[str, Any, Any, Any]
 Part = int | tuple[Any, ...]
@@ -87,7 +89,7 @@ def mark_cuts(graph: Graph) -> None:
     since read again, it would have a gradient. (What Dynamo's examples say of that is not always so.)"""
     records, recording = {}, torch.is_grad_enabled()
     for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is set_grad_enabled:
             recording = bool(node.args[0])
         records[node] = recording or node.op == "output"
     if all(records.values()) or not any(on for node, on in records.items() if node.op != "output"):
