@@ -96,7 +96,9 @@ def mark_cuts(graph: Graph) -> None:
         return
     escapes: set[Node] = set()
     for node in reversed(graph.nodes):
-        if not records[node] and any(records[user] or user in escapes for user in node.users):
+        if records[node] or (_read(node) is None and not only_splits(node)):
+            continue
+        if any(records[user] or user in escapes for user in node.users):
             escapes.add(node)
             node.meta[_CUT] = True
 
