@@ -15,7 +15,10 @@ from pipelines import (
     Counting,
     Embedding,
     Gate,
+    GivesComplex,
+    HandsMaskOn,
     Head,
+    Masked,
     Mixing,
     PostLN,
     PreLN,
@@ -64,7 +67,9 @@ CASES: dict[int, dict[str, Case]] = {
         f"{name}_k{k}_g{g}": Case(even(kind, 3), k, g)
         for name, kind in KINDS.items()
         for k, g in [(0, 0.0), (0, 0.2), (1, 0.2), (2, 0.2)]
-    },
+    }
+    | {f"mask_k{k}": Case(even(Masked, 3), k, 0.2, wrap=HandsMaskOn) for k in (0, 1)}
+    | {"complex": Case(even(PreLN, 3), 0, wrap=GivesComplex)},
     4: {
         **{
             f"{name}_k{k}_g{g}": Case(even(kind, 4), k, g)
@@ -94,7 +99,7 @@ CASES: dict[int, dict[str, Case]] = {
         "other_options": Case(even(PreLN, 4), 0, options_of=other_iterations),
     },
 }
-REFUSED = {"changing", "other_options"}
+REFUSED = {"changing", "other_options", "complex"}
 RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED]
 
 
@@ -219,6 +224,15 @@ def test_evaluation_is_the_forward_pass_alone(found):
 def test_a_forward_pass_that_is_no_function_is_refused_on_every_rank(found):
     for got in found(4)["changing"]:
         assert "rank 2 (stage 2) failed: StageChanged: the stage's output, computed again" in got["error"]
+
+
+def test_a_mask_between_stages_leaves_the_highway_what_it_is(found):
+    assert all([s.text for s in got["plan"].stages] == ["0", "mask^2", "0"] for got in found(3)["mask_k0"])
+
+
+def test_complex_activations_are_refused_on_every_rank(found):
+    for got in found(3)["complex"]:
+        assert "RankError" in got["error"] and "stage 0 hands on or takes complex128 [2, 3, 5]" in got["error"]
 
 
 def test_other_options_are_refused_on_every_rank(found):

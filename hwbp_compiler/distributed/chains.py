@@ -22,7 +22,7 @@ class StagePlan:
 
     rank     in the pipeline's group
     number   P_s, damping included, where it is a number; ``diagonal`` where it is a tensor of the state's shape
-    takes    forms (shape, dtype) of the floating-point activations of one micro-batch that come from the stage before
+    takes    forms (shape, dtype) of what comes from the stage before in one micro-batch and wants a gradient
     """
 
     rank: int

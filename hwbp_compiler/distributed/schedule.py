@@ -306,29 +306,26 @@ class ScheduleHighway(ScheduleGPipe):
         """Hand the stage the gradients of its output, where it would have received them."""
         stage = self.stage
         for batch in range(self.batches):
-            rows = iter([end[batch] for end in ends])
-            given: list[Tensor | None] = []
-            for place, info in enumerate(stage.grad_recv_info[batch]):
-                row = next(rows) if place in self._places_sent(batch) else None
-                given.append(row if info.buffer is not None else None)
-            stage.set_local_bwd_input(tuple(given), batch)
+            rows = dict(zip(self._places_sent(batch), (end[batch] for end in ends), strict=True))
+            given = tuple(rows.get(place) for place in range(len(stage.grad_recv_info[batch])))
+            stage.set_local_bwd_input(given, batch)
 
     # -- what crosses to the neighbours -------------------------------------------------------------------------
 
     def _activations(self, batch: int) -> list[Tensor]:
-        """What came from the stage before and may carry a gradient."""
+        """What came from the stage before and wants a gradient; a mask or a table of positions does not."""
         args = self._given[batch][0]
         if self.stage.is_first:
             return []
         infos = [i for i in self.stage.args_recv_info[batch] if not i.is_root_arg]
         before = self.stage.stage_index - 1
-        return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.is_floating_point()]
+        return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.requires_grad]
 
     def _places_sent(self, batch: int) -> list[int]:
+        """Outputs whose gradient the stage after has: those torch made room for, which it was told of by that stage."""
         after = self.stage.stage_index + 1
-        outputs = self.stage.fwd_cache[batch][0]
-        sends = self.stage.act_send_info
-        return [i for i, o in enumerate(outputs) if after in sends[i] and o.is_floating_point()]
+        infos, sends = self.stage.grad_recv_info[batch], self.stage.act_send_info
+        return [i for i, info in enumerate(infos) if after in sends[i] and info.buffer is not None]
 
     def _sent(self, batch: int) -> list[Tensor]:
         outputs = self.stage.fwd_cache[batch][0]
