@@ -370,7 +370,7 @@ class ScheduleHighway(ScheduleGPipe):
         stage, index = self.stage, self.stage.stage_index
         self._refuse()
         self._highway = StageHighway()
-        takes = tuple((tuple(a.shape), a.dtype) for a in self._activations(0))
+        takes = tuple(_form(a) for a in self._activations(0))
         name = type(unwrapped(stage.submod)).__name__
         rank = dist.get_rank(stage.group)
         if index in (0, stage.num_stages - 1):  # neither hands anything on along a highway
@@ -402,8 +402,19 @@ class ScheduleHighway(ScheduleGPipe):
                 "only once. Leave the first call of a compiled stage to the schedule, or set "
                 "torch._functorch.config.donated_buffer = False before it."
             )
+        handed = [] if index == stage.num_stages - 1 else self._differentiable(stage.fwd_cache[0][0])
+        crossing = [t for t in (*self._activations(0), *handed) if t.is_complex()]
+        if crossing:  # for which torch (seen in 2.13) makes no room, so that gradients end there without a word
+            raise StageError(
+                f"{_WHERE}: stage {index} hands on or takes {_said([_form(t) for t in crossing])}, a gradient wanted. "
+                "torch's pipelines return none for complex tensors: hand on torch.view_as_real of it."
+            )
         if any(isinstance(a, DTensor) for a in self._given[0][0]):
             raise StageError(f"{_WHERE}: stage {index} is given a DTensor. Activations must be plain tensors.")
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _said(forms: list[tuple[tuple[int, ...], torch.dtype]]) -> str:
