@@ -198,6 +198,31 @@ class GivesComplex(nn.Module):
         return torch.complex(y, y)
 
 
+class Annealed(ReLU):
+    """K is a number that Python keeps in the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = 0.5
+
+    def factor(self):
+        return self.alpha
+
+    def forward(self, x):
+        return self.factor() * x + self.block(x)
+
+    def highway(self, x):
+        return self.factor() * x + self.block(x).detach()
+
+
+KEPT = [0.5]
+
+
+class AnnealedElsewhere(Annealed):
+    def factor(self):
+        return KEPT[0]
+
+
 class Bad(Mixing):
     def forward(self, x):
         raise RuntimeError("the weather is bad")
@@ -208,8 +233,9 @@ class Bad(Mixing):
 
 @dataclass(frozen=True)
 class Case:
-    """``stages``: per stage the kinds of its links. ``prepare(stage, index)`` changes a stage before it runs;
-    ``options_of(rank)`` are keyword arguments of the schedule on that rank."""
+    """``stages``: per stage the kinds of its links. ``prepare(stage, index)`` changes a stage before it runs,
+    ``before(stage, step)`` before every step; ``options_of(rank)`` are keyword arguments of the schedule on that
+    rank."""
 
     stages: tuple[tuple[Callable[[], nn.Module], ...], ...]
     k: int | str = 1
@@ -218,6 +244,7 @@ class Case:
     scale: bool = True
     steps: int = 1
     prepare: Callable[[nn.Sequential, int], None] | None = None
+    before: Callable[[nn.Sequential, int], None] | None = None
     evaluate: bool = False
     wrap: Callable[[nn.Sequential], nn.Module] | None = None
     options_of: Callable[[int], dict] | None = None
@@ -286,7 +313,9 @@ def oracle(case: Case, part: int = 0) -> tuple[list[dict[str, Tensor]], list[Ten
     losses = []
     x, target = case.data(part)
     generators = [torch.manual_seed(seed_of(i)).get_state() for i in range(len(stages))]
-    for _ in range(case.steps):
+    for number in range(case.steps):
+        for stage in stages if case.before else ():
+            case.before(stage, number)
         for part, wanted in zip(x.chunk(case.batches), target.chunk(case.batches), strict=True):
             at: list[list[LinkAt]] = []
             for i, stage in enumerate(stages):
@@ -384,7 +413,9 @@ def trained(case: Case, rank: int, size: int) -> dict:
     x, target = case.data()
     torch.manual_seed(seed_of(rank))
     losses: list[Tensor] = []
-    for _ in range(case.steps):
+    for number in range(case.steps):
+        if case.before:
+            case.before(module, number)
         kept: list[Tensor] = []
         schedule.step(*([x] if rank == 0 else []), target=target if rank == size - 1 else None, losses=kept)
         losses += [loss.detach() for loss in kept]

@@ -9,6 +9,8 @@ import pipelines
 import pytest
 import torch
 from pipelines import (
+    Annealed,
+    AnnealedElsewhere,
     Attention,
     BatchNormed,
     Case,
@@ -57,6 +59,20 @@ def compiled(stage: nn.Module) -> nn.Module:
     return torch.compile(stage, backend="aot_eager")
 
 
+def anneal(stage: nn.Module, step: int) -> None:
+    for link in stage:
+        link.alpha = 0.5 - 0.25 * step
+
+
+def anneal_from_1(stage: nn.Module, step: int) -> None:
+    for link in stage:
+        link.alpha = 1.0 - 0.25 * step
+
+
+def anneal_elsewhere(stage: nn.Module, step: int) -> None:
+    pipelines.KEPT[0] = 0.5 - 0.25 * step
+
+
 def other_iterations(rank: int) -> dict:
     return {"iterations": 2} if rank == 1 else {}
 
@@ -69,6 +85,11 @@ CASES: dict[int, dict[str, Case]] = {
         for k, g in [(0, 0.0), (0, 0.2), (1, 0.2), (2, 0.2)]
     }
     | {f"mask_k{k}": Case(even(Masked, 3), k, 0.2, wrap=HandsMaskOn) for k in (0, 1)}
+    | {
+        "annealed": Case(even(Annealed, 3), 0, 0.2, steps=2, scale=False, before=anneal),
+        "annealed_from_1": Case(even(Annealed, 3), 0, steps=2, scale=False, before=anneal_from_1),
+        "annealed_elsewhere": Case(even(AnnealedElsewhere, 3), 0, steps=2, before=anneal_elsewhere),
+    }
     | {"complex": Case(even(PreLN, 3), 0, wrap=GivesComplex)},
     4: {
         **{
@@ -99,7 +120,7 @@ CASES: dict[int, dict[str, Case]] = {
         "other_options": Case(even(PreLN, 4), 0, options_of=other_iterations),
     },
 }
-REFUSED = {"changing", "other_options", "complex"}
+REFUSED = {"changing", "other_options", "complex", "annealed_elsewhere"}
 RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED]
 
 
@@ -228,6 +249,11 @@ def test_a_forward_pass_that_is_no_function_is_refused_on_every_rank(found):
 
 def test_a_mask_between_stages_leaves_the_highway_what_it_is(found):
     assert all([s.text for s in got["plan"].stages] == ["0", "mask^2", "0"] for got in found(3)["mask_k0"])
+
+
+def test_a_number_that_changed_where_no_module_keeps_it_is_told_of(found):
+    for got in found(3)["annealed_elsewhere"]:
+        assert "rank 1 (stage 1) failed: StageChanged: the stage's output, computed again" in got["error"]
 
 
 def test_complex_activations_are_refused_on_every_rank(found):

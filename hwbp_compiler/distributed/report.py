@@ -69,7 +69,7 @@ def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
         why.text if why else "",
         why.advice if why else "",
         size,
-        size if found.graph is not None else 0,
+        size if found.exists and found.number is None else 0,
     )
 
 

@@ -22,7 +22,7 @@ from .chains import Chain, Plan, StagePlan
 from .crossing import Crossing, needs_products
 from .errors import StageError, checked
 from .faults import Watch
-from .highway_of_stage import RandomState, StageHighway, find_highway, unwrapped
+from .highway_of_stage import RandomState, StageHighway, conditions, find_highway, unwrapped
 from .report import described
 from .rounds import ends_of_segments
 
@@ -267,14 +267,15 @@ class ScheduleHighway(ScheduleGPipe):
         self.rounds = chain.rounds(self.iterations)
         return [found[index]]
 
-    def _products(self) -> Tensor:
-        """P_s of all micro-batches, damped: [M, *state]."""
+    def _products(self) -> Tensor | None:
+        """P_s of all micro-batches, damped: [M, *state]; None where it is a number, which is checked."""
         rows = []
         for batch, (args, kwargs, random_state) in enumerate(self._given):
             output = self._differentiable(self.stage.fwd_cache[batch][0])[0]
             flat = pytree.tree_leaves((args, kwargs))
-            rows.append(self._highway.product(self.stage.submod, flat, output, random_state))
-        return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links
+            product = self._highway.product(self.stage.submod, flat, output, random_state)
+            rows += [] if product is None else [product]
+        return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links if rows else None
 
     def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
         """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
@@ -347,7 +348,7 @@ class ScheduleHighway(ScheduleGPipe):
             with self._watch.computing("the highway of its stage is looked for"):
                 if not known:
                     self._mine = self._describe()
-                self._product = self._highway.graph and self._products()
+                self._product = self._products() if self._highway.graph is not None else None
         except Exception as error:
             failure, self._seen = error, None
         if self._plan is None or not nothing_new(self, known and failure is None):
@@ -356,15 +357,13 @@ class ScheduleHighway(ScheduleGPipe):
         return self._plan
 
     def _signature(self) -> Any:
-        """What the stage's joint graph depends on, besides its code."""
+        """What the stage's joint graph depends on, besides its code and what Python keeps outside of modules."""
         args, kwargs, _ = self._given[0]
         flat, spec = pytree.tree_flatten((args, kwargs))
         forms = tuple((tuple(a.shape), a.dtype, a.requires_grad) if isinstance(a, Tensor) else repr(a) for a in flat)
-        modules = tuple(m.training for m in self.stage.submod.modules())
-        wanted = tuple(p.requires_grad for p in self.stage.submod.parameters())
         device = torch.device(self.stage.device).type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return forms, spec, modules, wanted, autocast
+        return forms, spec, conditions(self.stage.submod), autocast
 
     def _describe(self) -> StagePlan:
         stage, index = self.stage, self.stage.stage_index
@@ -383,7 +382,7 @@ class ScheduleHighway(ScheduleGPipe):
             return StagePlan(rank, reason=found.why.text, takes=takes, module=name)
         kept = (1.0 - self.damping) ** found.links
         number = None if found.number is None else found.number * kept
-        return StagePlan(rank, found.links, number, found.graph is not None, found.text, "", takes, name)
+        return StagePlan(rank, found.links, number, found.number is None, found.text, "", takes, name)
 
     def _refuse(self) -> None:
         stage, index = self.stage, self.stage.stage_index
