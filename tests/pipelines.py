@@ -137,6 +137,15 @@ class Embedding(nn.Module):
         return self.table(x)
 
 
+class Pooling(nn.Module):
+    """The mean over the batch: what it gives is as large for every size of one."""
+
+    highway = None
+
+    def forward(self, x):
+        return x.mean(0, keepdim=True)
+
+
 class Head(nn.Module):
     highway = None
 
@@ -316,7 +325,7 @@ def oracle(case: Case, part: int = 0) -> tuple[list[dict[str, Tensor]], list[Ten
     for number in range(case.steps):
         for stage in stages if case.before else ():
             case.before(stage, number)
-        for part, wanted in zip(x.chunk(case.batches), target.chunk(case.batches), strict=True):
+        for part, wanted in zip(x.tensor_split(case.batches), target.tensor_split(case.batches), strict=True):
             at: list[list[LinkAt]] = []
             for i, stage in enumerate(stages):
                 torch.set_rng_state(generators[i])

@@ -22,6 +22,7 @@ from pipelines import (
     Head,
     Masked,
     Mixing,
+    Pooling,
     PostLN,
     PreLN,
     ReLU,
@@ -90,6 +91,7 @@ CASES: dict[int, dict[str, Case]] = {
         "annealed_from_1": Case(even(Annealed, 3), 0, steps=2, scale=False, before=anneal_from_1),
         "annealed_elsewhere": Case(even(AnnealedElsewhere, 3), 0, steps=2, before=anneal_elsewhere),
     }
+    | {"uneven_batches": Case(((Pooling, PreLN), (ReLU,), (ReLU,)), 0, 0.2, batches=3)}
     | {"complex": Case(even(PreLN, 3), 0, wrap=GivesComplex)},
     4: {
         **{

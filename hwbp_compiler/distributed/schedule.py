@@ -204,14 +204,16 @@ class ScheduleHighway(ScheduleGPipe):
                 delattr(stage, name)
 
     def _same_forms(self, args: Any, output: Any) -> None:
-        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word."""
-        forms = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves((args, output)) if isinstance(t, Tensor)]
+        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word.
+        What the first stage is given and the last one gives lies in none."""
+        crossing = (() if self.stage.is_first else args), (() if self.stage.is_last else output)
+        forms = [_form(t) for t in pytree.tree_leaves(crossing) if isinstance(t, Tensor)]
         key = self.stage.has_backward
         if self._forms is None or self._forms[0] != key:
             self._forms = key, forms
         if forms != self._forms[1]:
             raise StageError(
-                f"{_WHERE}: stage {self.stage.stage_index} takes and gives {_said(forms)} in a micro-batch, and "
+                f"{_WHERE}: stage {self.stage.stage_index} exchanges {_said(forms)} in a micro-batch, and "
                 f"{_said(self._forms[1])} in the first. All micro-batches of a pipeline must be alike: leave out or "
                 "pad the last batch of an epoch, and take a batch that n_microbatches divides."
             )
