@@ -273,10 +273,11 @@ def test_other_options_are_refused_on_every_rank(found):
     [
         (
             {"iterations": -1},
-            "ScheduleHighway: option 'iterations' = -1 (int) is not allowed; it takes an integer >= 0",
+            "ScheduleHighway: option 'iterations' = -1 (int) is not allowed; it takes an integer >= 0 or \"exact\" "
+            "(ordinary backprop). Pass such a value, for example iterations=4, or leave it out.",
         ),
         ({"iterations": "auto"}, "'auto' (str) is not allowed; it takes a number or \"exact\""),
-        ({"damping": 1.5}, "option 'damping' = 1.5 (float) is not allowed; it takes a number from 0 to 1"),
+        ({"damping": 1.5}, "option 'damping' = 1.5 (float) is not allowed; it takes a number from 0 to 1. Pass"),
     ],
 )
 def test_a_bad_option_is_told_of_at_once(options, words):
