@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import stretches
 import torch
+import torch.distributed as dist
 from stretches import Case, oracle
 
 from hwbp_compiler.errors import OptionError
@@ -120,3 +121,30 @@ def test_a_bad_option_is_told_of_at_once(options, words):
     with pytest.raises(OptionError) as raised:
         recurrent(torch.nn.GRU(2, 2), torch.zeros(1, 1, 2), mesh=None, **options)
     assert words in str(raised.value)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A mesh of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 3)
+
+    def forward(self, x, state):
+        following = torch.tanh(self.linear(torch.cat([x, state], -1)))
+        return following, following
+
+
+def test_a_state_that_autocast_makes_another_is_refused(alone):
+    from hwbp_compiler.distributed import StageError, recurrent
+
+    x, state = torch.randn(2, 4, 2, dtype=torch.float32), torch.randn(4, 3, dtype=torch.float32)
+    words = r"float32.* before this rank's steps and .*bfloat16.* after them"
+    with pytest.raises(StageError, match=words), torch.autocast("cpu", torch.bfloat16):
+        recurrent(Mixing().float(), x, state, mesh=alone)

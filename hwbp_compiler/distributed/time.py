@@ -188,6 +188,7 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
                 dist.recv(s, group=how.group, group_src=how.rank - 1)
         with how.watch.computing("its steps forward run"):
             run = Run.of(layer, part, state, wanted)
+            _same_forms(state, run.last)
         runs.append(run)
         if how.rank < how.ranks - 1:
             for s in run.last:
@@ -196,6 +197,16 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
     for work, _ in sent:
         work.wait()  # type: ignore[union-attr]
     return runs
+
+
+def _same_forms(first: list[Tensor], last: Sequence[Tensor]) -> None:
+    """What a rank hands on is what the next one made room for."""
+    before, after = ([(tuple(t.shape), t.dtype) for t in state] for state in (first, last))
+    if before != after:
+        raise StageError(
+            f"{_WHERE}: the state is {before} before this rank's steps and {after} after them; it must stay alike. "
+            "Under autocast give a state of the dtype that the cell gives, or call this outside of autocast."
+        )
 
 
 def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[Tensor]) -> list[Tensor]:
