@@ -14,6 +14,7 @@ CASES: dict[int, dict[str, Case]] = {
     2: {
         "gru": Case("GRU", (3, 2), 0, 0.2),
         "dtensor": Case("LSTM", (2, 2), 0, batch_first=True, dtensor=True),
+        "other_options_later": Case("GRU", (2, 2), 0, later=1),
     },
     4: {
         **{
@@ -35,7 +36,7 @@ CASES: dict[int, dict[str, Case]] = {
         "frozen": Case("GRU", (2, 2, 2, 2), 1, frozen=True),
     },
 }
-ALL = [(size, name) for size, cases in CASES.items() for name in cases]
+ALL = [(size, name) for size, cases in CASES.items() for name, case in cases.items() if case.later is None]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,11 @@ def test_a_bad_option_is_told_of_at_once(options, words):
     with pytest.raises(OptionError) as raised:
         recurrent(torch.nn.GRU(2, 2), torch.zeros(1, 1, 2), mesh=None, **options)
     assert words in str(raised.value)
+
+
+def test_other_options_in_a_later_call_are_refused_on_every_rank(found):
+    for got in found(2)["other_options_later"]:
+        assert "RankError: distributed.recurrent: rank 1 has iterations = 1, rank 0 has 0" in got["error"]
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hwbp_compiler.digest import source_digest
 
-from .agreement import same_everywhere
+from .agreement import compared
 from .errors import StageError, checked, refuse
 from .faults import Watch, watch_of
 from .layers import Layer, Run, layers_of
@@ -337,11 +337,8 @@ def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: l
     return parts if isinstance(module, nn.LSTM) else parts[0]
 
 
-_agreed: dict[tuple[Any, ...], bool] = {}
-
-
 def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
-    """Once for everything that must be the same on all ranks."""
+    """What must be the same on all ranks, in every call: one that differs would leave the others waiting."""
     mine = {
         "torch": torch.__version__,
         "hwbp_compiler (a hash of its sources)": source_digest()[:16],
@@ -352,7 +349,4 @@ def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
         "the highway, as pairs (to, from) of parts of the state": [sorted(layer.support) for layer in how.layers],
         "the form of the state": tuple((tuple(s.shape), s.dtype) for s in states),
     }
-    key = how.group.group_name, how.rank, repr(mine)
-    if key not in _agreed:
-        same_everywhere(_WHERE, mine, how.group)
-        _agreed[key] = True
+    compared(_WHERE, mine, how.group, x.device)
