@@ -324,3 +324,17 @@ def test_schedule_explains_itself(found):
 
 def test_doctests():
     assert doctest.testmod(chains).failed == 0
+
+
+def test_fewer_ranks_than_stages_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway, StageError
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage a rank"):
+            ScheduleHighway(PipelineStage(PreLN(), 0, 2, torch.device("cpu")), 1, loss_fn=loss_fn)
+    finally:
+        dist.destroy_process_group()

@@ -137,6 +137,21 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.zeros(3, 2), r"a tensor \[3, 2\]"),
+        (torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 2)]), "a PackedSequence"),
+    ],
+    ids=["unbatched", "packed"],
+)
+def test_what_is_no_batch_of_sequences_is_refused(alone, x, words):
+    from hwbp_compiler.distributed import StageError, recurrent
+
+    with pytest.raises(StageError, match=f"x_shard is {words}; it takes"):
+        recurrent(torch.nn.GRU(2, 3), x, mesh=alone)
+
+
 class Mixing(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -74,6 +74,12 @@ class ScheduleHighway(ScheduleGPipe):
                 f"{_WHERE}: stage is a {type(stage).__name__} of {len(stage)}; it takes one stage a rank. "
                 "Pass each rank its stage; several stages on a rank can be one of more layers."
             )
+        ranks = dist.get_world_size(stage.group)
+        if ranks != stage.num_stages:
+            raise StageError(
+                f"{_WHERE}: there are {stage.num_stages} stages on {ranks} ranks; it takes one stage a rank. Start as "
+                "many processes as stages, or make fewer and longer stages."
+            )
         self.losses: list[Tensor] = []
         super().__init__(stage, n_microbatches, loss_fn and self._keeping(loss_fn), *args, **kwargs)
         self.stage, self.batches, self.has_loss = stage, n_microbatches, loss_fn is not None
@@ -90,7 +96,7 @@ class ScheduleHighway(ScheduleGPipe):
         self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
         self._with_loss = True
         self._ran_with_loss: bool | None = None  # torch learns shapes anew when it changes
-        self._watch: Watch | None = None
+        self._watch = Watch(_WHERE, stage.group, f"stage {stage.stage_index}")
         self._forms: Any = None
         self._opened = False
 
@@ -107,8 +113,6 @@ class ScheduleHighway(ScheduleGPipe):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As GPipe's."""
-        if self._watch is None:
-            self._watch = Watch(_WHERE, self.stage.group, f"stage {self.stage.stage_index}")
         with self._watch.guarded():
             return self._step(*args, **kwargs)
 
@@ -142,7 +146,6 @@ class ScheduleHighway(ScheduleGPipe):
 
     def _keeping(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def keep(*args: Any, **kwargs: Any) -> Tensor:
-            assert self._watch is not None
             with self._watch.computing("its loss is computed"):
                 loss = loss_fn(*args, **kwargs)
             self.losses.append(loss)
@@ -166,7 +169,6 @@ class ScheduleHighway(ScheduleGPipe):
                 buffer.copy_(value)
             self._ran_with_loss = self._with_loss
             self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
-            assert self._watch is not None
             with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
                 output = forward(*args, **kwargs)
             self._same_forms(args, output)
@@ -175,7 +177,6 @@ class ScheduleHighway(ScheduleGPipe):
         backward = stage.backward_one_chunk
 
         def computing(batch: int, *args: Any, **kwargs: Any) -> None:
-            assert self._watch is not None
             with self._watch.computing(f"its backward pass of micro-batch {batch} runs"):
                 backward(batch, *args, **kwargs)
 
@@ -282,7 +283,6 @@ class ScheduleHighway(ScheduleGPipe):
     def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
         """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
         output, in that form; None for the loss."""
-        assert self._watch is not None
         with self._watch.computing("its input gradients are computed"):
             return self._gradients_at_inputs(ends)
 
@@ -345,7 +345,6 @@ class ScheduleHighway(ScheduleGPipe):
         which all ranks must be told of before they wait for it."""
         now, failure = self._signature(), None
         known = self._plan is not None and now == self._seen
-        assert self._watch is not None
         try:
             with self._watch.computing("the highway of its stage is looked for"):
                 if not known:

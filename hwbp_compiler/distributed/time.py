@@ -15,6 +15,7 @@ chains of their own, the top one first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -74,6 +75,22 @@ def recurrent(
         StageError: a module that cannot be run so.
         RankError: ranks differ in options, versions or the form of what they hand over.
     """
+    # A rank that refuses leaves word for the others, which wait for it.
+    known = isinstance(mesh, DeviceMesh) and mesh.ndim == 1
+    with _watch(mesh.get_group()).guarded() if known else contextlib.nullcontext():
+        return _recurrent(module_or_cell, x_shard, state, mesh, iterations, segment, damping, batches)
+
+
+def _recurrent(
+    module_or_cell: nn.Module,
+    x_shard: Tensor,
+    state: Any,
+    mesh: DeviceMesh,
+    iterations: int | Literal["exact"],
+    segment: int | None,
+    damping: float,
+    batches: int | None,
+) -> tuple[Tensor, Any]:
     options = checked(_WHERE, iterations=iterations, damping=damping)
     if segment is not None:
         refuse(_WHERE, "segment", segment, "None: a rank's stretch is its segment, exact inside")
@@ -84,6 +101,12 @@ def recurrent(
             f'{_WHERE}: mesh has {mesh.ndim} dimensions; it takes one. Pass mesh["name of the time dimension"].'
         )
     time = int(getattr(module_or_cell, "batch_first", False))
+    if not isinstance(x_shard, Tensor) or x_shard.ndim < 2 + isinstance(module_or_cell, nn.RNNBase):
+        what = f"a tensor {list(x_shard.shape)}" if isinstance(x_shard, Tensor) else f"a {type(x_shard).__name__}"
+        raise StageError(
+            f"{_WHERE}: x_shard is {what}; it takes a tensor of this rank's steps, [T_r, B, *] (or [B, T_r, *] with "
+            "batch_first). Give one sequence a batch of one, and pad packed ones."
+        )
     x, wrap = _local(x_shard, mesh, time)
     if x.shape[time] == 0:
         raise StageError(f"{_WHERE}: this rank's shard has no time step; every rank needs one at least.")
@@ -99,10 +122,13 @@ def recurrent(
     )
     given = _states(module_or_cell, layers, x, state)
     weights = [p for layer in layers for p in layer.weights]
-    with how.watch.guarded():
-        _agree(how, x, given)
-        y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
+    _agree(how, x, given)
+    y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
     return wrap(y.transpose(0, time)), layers_state(module_or_cell, layers, state, last)
+
+
+def _watch(group: dist.ProcessGroup) -> Watch:
+    return watch_of(_WHERE, group, "a stretch of time")
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,7 @@ class _How:
 
     @property
     def watch(self) -> Watch:
-        return watch_of(_WHERE, self.group, "a stretch of time")
+        return _watch(self.group)
 
     @property
     def rank(self) -> int:
@@ -166,7 +192,8 @@ class _Sharded(torch.autograd.Function):
             del rest[len(rest) - layer.width :]
             end = _joined(how, layer, runs, of_y, head)
             parts = of_y.split([run.batch for run in runs], 1), *(e.split([run.batch for run in runs]) for e in end)
-            results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
+            with how.watch.computing("its steps backward run"):
+                results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
             of_first = [torch.cat(part) for part in zip(*(r.state for r in results), strict=True)]
             of_states = [*(g if how.rank == 0 else torch.zeros_like(g) for g in of_first), *of_states]
             of_layer = [_sum(parts) for parts in zip(*(r.weights for r in results), strict=True)]
@@ -224,7 +251,8 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
 
     def through(end: list[Tensor]) -> list[Tensor]:
         """out_s"""
-        found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
+        with how.watch.computing("its steps backward run, through their states"):
+            found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
         return [torch.cat(part) for part in zip(*found, strict=True)]
 
     exact = how.iterations is None or how.iterations >= last or not layer.support
@@ -236,10 +264,11 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
                 mine = rows[s]
         return mine
 
-    diagonals = [run.diagonals(how.damping) for run in runs]
-    own = _concatenated([d.product for d in diagonals])
-    parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
-    along = [run.along(d, c, e) for run, d, c, e in parts]
+    with how.watch.computing("its highway is computed"):
+        diagonals = [run.diagonals(how.damping) for run in runs]
+        own = _concatenated([d.product for d in diagonals])
+        parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
+        along = [run.along(d, c, e) for run, d, c, e in parts]
     values = [torch.cat(part) for part in zip(*along, strict=True)]
     pairs = sorted(layer.support)
     gathered = _gather(how, [*(own[pair] for pair in pairs), *values])
