@@ -122,3 +122,25 @@ def test_a_batch_of_another_size_is_refused(tmp_path):
     assert "StageError" in first[1] and "float32 [3, 2, 5]" in first[1] and "must be alike" in first[1]
     for told in others:
         assert told is not None and "rank 0 (stage 0) raised" in told[1]
+
+
+GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+
+
+@pytest.mark.parametrize(
+    ("first", "wrapped", "of_others"),
+    [
+        (GLOO, False, True),
+        (GLOO, True, True),  # of the reduction of gradients in a stage's backward pass
+        (dist.DistBackendError("NCCL error"), True, True),
+        (ValueError("the weather is bad"), True, False),
+        (RuntimeError("the socket is full"), True, False),
+        (RuntimeError("Broken pipe"), False, True),
+    ],
+)
+def test_an_error_is_of_others_if_what_it_began_with_is(first, wrapped, of_others):
+    from hwbp_compiler.distributed.faults import is_communication
+
+    error = RuntimeError("a stage failed to run backward")
+    error.__cause__ = first
+    assert is_communication(error if wrapped else first) is of_others

@@ -4,9 +4,6 @@ A rank that raises leaves a note in the process group's store. One whose communi
 the group's time-out is over) looks for such a note. If there is none it sounds an alarm; a thread on every rank, which
 looks at the store now and then, answers with what its rank is doing. Who does not answer has ended; who answers that
 it computes, and for how long, stalls. The first finding is what all ranks report.
-
-it computes, and for how long, stalls. The first finding is what all ranks report.
-process group's time-out.
 """
 
 from __future__ import annotations
@@ -39,13 +36,17 @@ _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE
 )
 
+# Within a stage's own pass, where data parallelism communicates too: no words that the stage itself may have.
+_OF_COMMUNICATION_WITHIN = re.compile(r"\bgloo/|ProcessGroup(Gloo|NCCL)|ncclSystemError|ncclRemoteError")
+
 
 class Watch:
     """What this rank is doing, and what is known of the others. One per schedule and group."""
 
     def __init__(self, where: str, group: dist.ProcessGroup | None, name: str) -> None:
         self.where, self.group, self.name = where, group, name
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self._global = dist.get_rank(group), dist.get_process_group_ranks(group)
+        self.ranks = len(self._global)
         self._now = ("outside of the schedule", False, time.monotonic())
         self._store = torch_private.default_store()
         self._key = f"hwbp/{(group or dist.group.WORLD).group_name}"  # type: ignore[union-attr]
@@ -89,7 +90,12 @@ class Watch:
         self.say("outside of the schedule")
 
     def _me(self) -> str:
-        return f"rank {self.rank} ({self.name})"
+        return self._of(self.rank, self.name)
+
+    def _of(self, rank: int, *said: str) -> str:
+        """A rank of the group, with what else it is called."""
+        said = (*said, f"global rank {self._global[rank]}") if self._global[rank] != rank else said
+        return f"rank {rank} ({', '.join(said)})" if said else f"rank {rank}"
 
     def _note(self, text: str) -> str:
         """The first note of all ranks, which is this one if there was none."""
@@ -98,7 +104,7 @@ class Watch:
         return text
 
     def _found(self, error: Exception) -> str:
-        said = f"this rank ({self._me()}) saw: {first_line(error)}"
+        said = f"this rank ({self._me()}) saw: {first_line(_chain(error)[-1])}"
         try:
             self._store.set(f"{self._key}/alarm", "1")
             until = time.monotonic() + PATIENCE
@@ -120,14 +126,17 @@ class Watch:
             if rank == self.rank:
                 continue
             if not self._store.check([key]):
-                silent.append(f"rank {rank}")
+                silent.append(self._of(rank))
                 continue
             told = json.loads(self._store.get(key))
             if not told["waiting"]:
-                busy.append(f"rank {rank} ({told['name']}) stalls: {told['what']} for {told['seconds']:.0f} s")
+                busy.append(f"{self._of(rank, told['name'])} stalls: {told['what']} for {told['seconds']:.0f} s")
         if silent:
             return f"{', '.join(silent)} does not answer: its process has ended, or hangs"
-        return "; ".join(busy) or "all ranks answer and wait for others: their calls do not match"
+        return "; ".join(busy) or (
+            "all ranks of the group answer and wait for others: their calls do not match, or a rank outside of the "
+            "group failed (data parallelism)"
+        )
 
     def answer(self) -> bool:
         """Tell what this rank is doing if somebody asked."""
@@ -156,11 +165,11 @@ def is_communication(error: BaseException) -> bool:
     """Whether ``error`` tells of another rank rather than of this one."""
     if isinstance(error, HighwayError):
         return False
-    if isinstance(error, dist.DistError):
+    first = _chain(error)[-1]  # torch wraps what a stage's forward or backward pass raises
+    if isinstance(first, dist.DistError):
         return True
-    # What torch says of a stage's forward or backward pass is of this rank, whatever words the stage had for it.
-    own = error.__cause__ is not None
-    return type(error) is RuntimeError and not own and _OF_COMMUNICATION.search(str(error)) is not None
+    words = _OF_COMMUNICATION if first is error else _OF_COMMUNICATION_WITHIN
+    return type(first) is RuntimeError and words.search(str(first)) is not None
 
 
 def _chain(error: BaseException) -> list[BaseException]:
