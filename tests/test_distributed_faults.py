@@ -144,3 +144,60 @@ def test_an_error_is_of_others_if_what_it_began_with_is(first, wrapped, of_other
     error = RuntimeError("a stage failed to run backward")
     error.__cause__ = first
     assert is_communication(error if wrapped else first) is of_others
+
+
+def word_of_another(rank, folder):
+    """Rank 1 fails in ways that leave the group whole; rank 0 is told of each."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    from hwbp_compiler.distributed.faults import watch_of
+
+    watch = watch_of("distributed.recurrent", dist.group.WORLD, "a stretch of time")
+    said = []
+    for what in ("first", "second"):
+        try:
+            with watch.guarded():
+                if rank == 1:
+                    raise ValueError(f"the {what} fault")
+                raise RuntimeError("Connection closed by peer")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        while not store.check([f"{what}-{1 - rank}"]):
+            store.set(f"{what}-{rank}", "1")
+            time.sleep(0.1)
+        store.set(f"{what}-{rank}", "1")
+        watch.agreed()
+    Path(f"{folder}/{rank}").write_text("\n".join(said))
+    os._exit(0)
+
+
+def test_a_fault_that_was_got_over_is_not_the_next_one(tmp_path):
+    torch.multiprocessing.spawn(word_of_another, (str(tmp_path),), 2)
+    first, second = (tmp_path / "0").read_text().splitlines()
+    for told, what in ((first, "first"), (second, "second")):
+        assert (
+            f"RankError: distributed.recurrent: rank 1 (a stretch of time) raised ValueError: the {what} fault" in told
+        )
+
+
+def refuses_along_time(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    from hwbp_compiler.distributed import recurrent
+
+    try:
+        recurrent(nn.GRU(2, 3, num_layers=2, dropout=0.5 * rank), torch.randn(2, 4, 2), mesh=mesh)
+        said = "nothing went wrong"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(f"{folder}/{rank}").write_text(said)
+    os._exit(0)
+
+
+def test_what_one_rank_refuses_along_time_all_are_told_of(tmp_path):
+    torch.multiprocessing.spawn(refuses_along_time, (str(tmp_path),), 2)
+    other, own = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert own.startswith("StageError") and "dropout" in own
+    assert "RankError: distributed.recurrent: rank 1 (a stretch of time) raised StageError" in other

@@ -354,6 +354,7 @@ class ScheduleHighway(ScheduleGPipe):
             failure, self._seen = error, None
         if self._plan is None or not nothing_new(self, known and failure is None):
             self._plan = agree_on_plan(self, self._mine, failure)
+        self._watch.agreed()
         self._seen = now
         return self._plan
 

@@ -379,3 +379,4 @@ def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
         "the form of the state": tuple((tuple(s.shape), s.dtype) for s in states),
     }
     compared(_WHERE, mine, how.group, x.device)
+    how.watch.agreed()
