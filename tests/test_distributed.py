@@ -22,6 +22,7 @@ from pipelines import (
     Head,
     Masked,
     Mixing,
+    Overflowing,
     Pooling,
     PostLN,
     PreLN,
@@ -91,6 +92,7 @@ CASES: dict[int, dict[str, Case]] = {
         "annealed_from_1": Case(even(Annealed, 3), 0, steps=2, scale=False, before=anneal_from_1),
         "annealed_elsewhere": Case(even(AnnealedElsewhere, 3), 0, steps=2, before=anneal_elsewhere),
     }
+    | {"overflows": Case(even(Overflowing, 3), 1)}
     | {"uneven_batches": Case(((Pooling, PreLN), (ReLU,), (ReLU,)), 0, 0.2, batches=3)}
     | {"complex": Case(even(PreLN, 3), 0, wrap=GivesComplex)},
     4: {
@@ -123,7 +125,7 @@ CASES: dict[int, dict[str, Case]] = {
     },
 }
 REFUSED = {"changing", "other_options", "complex", "annealed_elsewhere"}
-RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED]
+RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED | {"overflows"}]
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +222,16 @@ def test_a_stage_of_preln_sends_nothing_of_its_highway(found):
 
 def test_no_more_rounds_than_backprop_takes(found):
     assert [r["rounds"] for r in found(4)["exact"]] == [0] * 4  # one stage after the other
-    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [2, 2, 2, 0]
+    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [0] * 4  # and so where it is the same
+
+
+def test_a_product_that_overflows_goes_into_nothing_that_is_exact(found):
+    stages, (x, target) = CASES[3]["overflows"].build(), CASES[3]["overflows"].data()
+    loss_fn(nn.Sequential(*stages)(x), target).backward()
+    for stage, got in zip(stages, found(3)["overflows"], strict=True):
+        assert got["plan"].stages[1].has_highway
+        for name, parameter in stage.named_parameters():
+            torch.testing.assert_close(got["gradients"][name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_a_stage_without_highway_is_waited_for(found):

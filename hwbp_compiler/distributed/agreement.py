@@ -69,7 +69,7 @@ def agree_on_plan(schedule: ScheduleHighway, mine: StagePlan, failure: Exception
         if failed:
             raise RankError(f"ScheduleHighway: rank {rank} (stage {stage}) failed: {failed}") from failure
     stages = sorted(everyone, key=lambda told: told[0])
-    return Plan(tuple(plan for _, plan, _ in stages))
+    return Plan(tuple(plan for _, plan, _ in stages), schedule.iterations)
 
 
 def _all(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

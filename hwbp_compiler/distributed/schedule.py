@@ -349,7 +349,8 @@ class ScheduleHighway(ScheduleGPipe):
             with self._watch.computing("the highway of its stage is looked for"):
                 if not known:
                     self._mine = self._describe()
-                self._product = self._products() if self._highway.graph is not None else None
+                idle = known and self._plan is not None and self._plan.is_exact_at(self.stage.stage_index)
+                self._product = None if idle or self._highway.graph is None else self._products()
         except Exception as error:
             failure, self._seen = error, None
         if self._plan is None or not nothing_new(self, known and failure is None):
