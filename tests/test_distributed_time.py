@@ -169,3 +169,22 @@ def test_a_state_that_autocast_makes_another_is_refused(alone):
     words = r"float32.* before this rank's steps and .*bfloat16.* after them"
     with pytest.raises(StageError, match=words), torch.autocast("cpu", torch.bfloat16):
         recurrent(Mixing().float(), x, state, mesh=alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "traces"), [("Cell", [1, 1, 2, 3]), ("Scalar", [1, 2, 3, 4])], ids=["tensor", "number"]
+)
+def test_a_cell_is_traced_again_where_it_may_be_another(kind, traces, monkeypatch):
+    """A number that K is could change where nobody sees it, a tensor is checked in every step."""
+    from hwbp_compiler.distributed import layers
+
+    found, look = [], layers.highway_of_cell
+    monkeypatch.setattr(layers, "highway_of_cell", lambda *a: found.append(look(*a)) or found[-1])
+    cell, x, part = stretches.CELLS[kind](), torch.randn(2, 3, stretches.INPUT), torch.randn(3, stretches.HIDDEN)
+    counted = []
+    for change in (lambda: None, lambda: None, cell.eval, lambda: setattr(cell, "depth", 2)):
+        change()
+        assert layers.CellLayer(cell, x, {"a": part, "b": part} if kind == "Cell" else part, exact=False).support
+        counted.append(len(found))
+    assert counted == traces
+    assert not layers.CellLayer(cell, x, part, exact=True).support and len(found) == traces[-1]

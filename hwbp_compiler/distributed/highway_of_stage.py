@@ -19,6 +19,7 @@ import contextlib
 import copy
 import inspect
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -288,7 +289,7 @@ def conditions(module: nn.Module) -> Any:
     """What of ``module``'s own a trace of it stands for, to be compared with ``==``: its modules and their modes, hooks
     and plain attributes, and the forms of its parameters. Numbers kept elsewhere (a closure, a list) are not seen."""
     modules = tuple(
-        (m, tuple(m._forward_hooks), tuple(m._forward_pre_hooks), *((n, v) for n, v in vars(m).items() if _is_plain(v)))
+        (weakref.ref(m), *m._forward_hooks, *m._forward_pre_hooks, *(i for i in vars(m).items() if _is_plain(i[1])))
         for m in unwrapped(module).modules()
     )
     return modules, tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters())

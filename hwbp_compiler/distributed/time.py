@@ -111,8 +111,9 @@ def _recurrent(
     if x.shape[time] == 0:
         raise StageError(f"{_WHERE}: this rank's shard has no time step; every rank needs one at least.")
     x = x.transpose(0, time)
-    layers = layers_of(module_or_cell, x, state)
     ranks = mesh.size()
+    exact = options.iterations == "exact" or int(options.iterations) >= ranks - 1
+    layers = layers_of(module_or_cell, x, state, exact)
     how = _How(
         mesh.get_group(),
         tuple(layers),
