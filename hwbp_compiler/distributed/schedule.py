@@ -36,7 +36,7 @@ class ScheduleHighway(ScheduleGPipe):
     the loss; its exact input gradient is the head of the chain and goes to all ranks. ``iterations`` rounds follow,
     each one input gradient of all stages at once, one all-gather and a scan; then every stage computes its parameter
     gradients, once. A gradient path counts if it leaves the highway in at most k of the stages between the last one and
-    its own. With R stages, k >= R - 2 is ordinary backprop.
+    its own. With R stages, k >= R - 2 is ordinary backprop: the last stage is no segment, so C = R - 1.
 
     A stage without a highway (a strided shortcut, an embedding, a change of width) stays exact: the stages before it
     wait for what it hands back. See docs/distributed.md.
