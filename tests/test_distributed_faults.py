@@ -201,3 +201,43 @@ def test_what_one_rank_refuses_along_time_all_are_told_of(tmp_path):
     other, own = ((tmp_path / str(rank)).read_text() for rank in range(2))
     assert own.startswith("StageError") and "dropout" in own
     assert "RankError: distributed.recurrent: rank 1 (a stretch of time) raised StageError" in other
+
+
+def beside_data_parallelism(rank, folder):
+    """Two pipelines of two stages: global rank 3, the last stage of the second, fails in its second step."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=TIMEOUT))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "layer"))
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway
+
+    index = rank % 2
+    module = nn.Sequential(Faulty(raises) if rank == 3 else PreLN(), PreLN())
+    held = nn.parallel.DistributedDataParallel(module, process_group=mesh["data"].get_group())
+    group = mesh["layer"].get_group()
+    schedule = ScheduleHighway(PipelineStage(held, index, 2, torch.device("cpu"), group=group), 1, loss_fn=loss_fn)
+    try:
+        for _ in range(2):
+            x, target = torch.randn(4, 2, 5), torch.randn(4, 2, 5)
+            schedule.step(*([x] if index == 0 else []), target=target if index == 1 else None)
+        said = "nothing went wrong"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        said += f" because of {error.__cause__}"
+    Path(f"{folder}/{rank}").write_text(said)
+    if rank == 0:
+        time.sleep(TIMEOUT)  # others look for words in what it holds
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_loses_its_copy_is_not_the_one_at_fault(tmp_path):
+    torch.multiprocessing.spawn(beside_data_parallelism, (str(tmp_path),), 4)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert said[3].endswith("because of the weather is bad")
+    assert said[2].startswith("RankError") and "rank 1 (stage 1, global rank 3) raised ValueError" in said[2]
+    for told in said[:2]:
+        assert told.startswith("RankError") and " raised " not in told.partition("; this rank")[0], told

@@ -35,6 +35,9 @@ POLL = 0.5
 PATIENCE = 5.0
 """Seconds that the ranks have to answer an alarm: some looks, on a busy machine."""
 
+STALL = 1.0
+"""Seconds of computing from which on a rank that others wait for is said to stall; it may have just begun."""
+
 # gloo raises plain RuntimeErrors.
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE
@@ -110,6 +113,7 @@ class Watch:
                 if ours is not None:
                     raise ours from None  # torch's words around it tell nothing more
                 raise
+            self.say("its connection to another rank is lost", waiting=True)
             raise RankError(f"{self.where}: {self._found(error)}") from error
         self.say("outside of the schedule")
 
@@ -158,7 +162,7 @@ class Watch:
                 silent.append(self._of(rank))
                 continue
             told = json.loads(self._store.get(key))
-            if not told["waiting"]:
+            if not told["waiting"] and told["seconds"] > STALL:
                 busy.append(f"{self._of(rank, told['name'])} stalls: {told['what']} for {told['seconds']:.0f} s")
         if silent:
             return f"{', '.join(silent)} does not answer: its process has ended, or hangs"
