@@ -137,6 +137,15 @@ class Embedding(nn.Module):
         return self.table(x)
 
 
+class Pooling(nn.Module):
+    """The mean over the batch: what it gives is as large for every size of one."""
+
+    highway = None
+
+    def forward(self, x):
+        return x.mean(0, keepdim=True)
+
+
 class Head(nn.Module):
     highway = None
 
@@ -160,6 +169,80 @@ class Counting(ReLU):
         return torch.relu(x * self.calls + self.block(x))
 
 
+class Masked(ReLU):
+    """Its mask comes from the stage before; alone it is the same one."""
+
+    def forward(self, x, mask=None):
+        return torch.relu(x + (the_mask() if mask is None else mask) * self.block(x))
+
+    def highway(self, x):
+        return torch.relu(x + (the_mask() * self.block(x)).detach())
+
+
+def the_mask() -> Tensor:
+    return (torch.arange(STEPS * WIDTH).view(STEPS, WIDTH) % 3 > 0).to(torch.get_default_dtype())
+
+
+class HandsMaskOn(nn.Module):
+    """(x, mask) -> (y, mask), of which the mask wants no gradient; the first stage makes it."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x, mask=None):
+        mask = the_mask() if mask is None else mask
+        for link in self.stage:
+            x = link(x, mask)
+        return x, mask
+
+
+class GivesComplex(nn.Module):
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def forward(self, x):
+        y = self.stage(x.real)
+        return torch.complex(y, y)
+
+
+class Annealed(ReLU):
+    """K is a number that Python keeps in the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.alpha = 0.5
+
+    def factor(self):
+        return self.alpha
+
+    def forward(self, x):
+        return self.factor() * x + self.block(x)
+
+    def highway(self, x):
+        return self.factor() * x + self.block(x).detach()
+
+
+class Overflowing(ReLU):
+    """K is so large that its square overflows; what leaves the highway takes it away again."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("large", torch.full((WIDTH,), 1e200))
+
+    def forward(self, x):
+        return self.large * x - x @ torch.diag(self.large) + torch.tanh(self.block(x))
+
+
+KEPT = [0.5]
+
+
+class AnnealedElsewhere(Annealed):
+    def factor(self):
+        return KEPT[0]
+
+
 class Bad(Mixing):
     def forward(self, x):
         raise RuntimeError("the weather is bad")
@@ -170,8 +253,9 @@ class Bad(Mixing):
 
 @dataclass(frozen=True)
 class Case:
-    """``stages``: per stage the kinds of its links. ``prepare(stage, index)`` changes a stage before it runs;
-    ``options_of(rank)`` are keyword arguments of the schedule on that rank."""
+    """``stages``: per stage the kinds of its links. ``prepare(stage, index)`` changes a stage before it runs,
+    ``before(stage, step)`` before every step; ``options_of(rank)`` are keyword arguments of the schedule on that
+    rank."""
 
     stages: tuple[tuple[Callable[[], nn.Module], ...], ...]
     k: int | str = 1
@@ -180,6 +264,7 @@ class Case:
     scale: bool = True
     steps: int = 1
     prepare: Callable[[nn.Sequential, int], None] | None = None
+    before: Callable[[nn.Sequential, int], None] | None = None
     evaluate: bool = False
     wrap: Callable[[nn.Sequential], nn.Module] | None = None
     options_of: Callable[[int], dict] | None = None
@@ -200,8 +285,9 @@ class Case:
         return x, torch.randn(BATCH, STEPS, WIDTH)
 
 
-def loss_fn(y: Tensor, target: Tensor) -> Tensor:
-    return ((y - target) ** 2).mean()
+def loss_fn(y: Tensor | tuple[Tensor, ...], target: Tensor) -> Tensor:
+    y = y[0] if isinstance(y, tuple) else y
+    return ((y.real - target) ** 2).mean()
 
 
 def seed_of(stage: int) -> int:
@@ -247,8 +333,10 @@ def oracle(case: Case, part: int = 0) -> tuple[list[dict[str, Tensor]], list[Ten
     losses = []
     x, target = case.data(part)
     generators = [torch.manual_seed(seed_of(i)).get_state() for i in range(len(stages))]
-    for _ in range(case.steps):
-        for part, wanted in zip(x.chunk(case.batches), target.chunk(case.batches), strict=True):
+    for number in range(case.steps):
+        for stage in stages if case.before else ():
+            case.before(stage, number)
+        for part, wanted in zip(x.tensor_split(case.batches), target.tensor_split(case.batches), strict=True):
             at: list[list[LinkAt]] = []
             for i, stage in enumerate(stages):
                 torch.set_rng_state(generators[i])
@@ -345,7 +433,9 @@ def trained(case: Case, rank: int, size: int) -> dict:
     x, target = case.data()
     torch.manual_seed(seed_of(rank))
     losses: list[Tensor] = []
-    for _ in range(case.steps):
+    for number in range(case.steps):
+        if case.before:
+            case.before(module, number)
         kept: list[Tensor] = []
         schedule.step(*([x] if rank == 0 else []), target=target if rank == size - 1 else None, losses=kept)
         losses += [loss.detach() for loss in kept]

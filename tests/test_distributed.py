@@ -9,14 +9,21 @@ import pipelines
 import pytest
 import torch
 from pipelines import (
+    Annealed,
+    AnnealedElsewhere,
     Attention,
     BatchNormed,
     Case,
     Counting,
     Embedding,
     Gate,
+    GivesComplex,
+    HandsMaskOn,
     Head,
+    Masked,
     Mixing,
+    Overflowing,
+    Pooling,
     PostLN,
     PreLN,
     ReLU,
@@ -54,6 +61,20 @@ def compiled(stage: nn.Module) -> nn.Module:
     return torch.compile(stage, backend="aot_eager")
 
 
+def anneal(stage: nn.Module, step: int) -> None:
+    for link in stage:
+        link.alpha = 0.5 - 0.25 * step
+
+
+def anneal_from_1(stage: nn.Module, step: int) -> None:
+    for link in stage:
+        link.alpha = 1.0 - 0.25 * step
+
+
+def anneal_elsewhere(stage: nn.Module, step: int) -> None:
+    pipelines.KEPT[0] = 0.5 - 0.25 * step
+
+
 def other_iterations(rank: int) -> dict:
     return {"iterations": 2} if rank == 1 else {}
 
@@ -64,7 +85,16 @@ CASES: dict[int, dict[str, Case]] = {
         f"{name}_k{k}_g{g}": Case(even(kind, 3), k, g)
         for name, kind in KINDS.items()
         for k, g in [(0, 0.0), (0, 0.2), (1, 0.2), (2, 0.2)]
-    },
+    }
+    | {f"mask_k{k}": Case(even(Masked, 3), k, 0.2, wrap=HandsMaskOn) for k in (0, 1)}
+    | {
+        "annealed": Case(even(Annealed, 3), 0, 0.2, steps=2, scale=False, before=anneal),
+        "annealed_from_1": Case(even(Annealed, 3), 0, steps=2, scale=False, before=anneal_from_1),
+        "annealed_elsewhere": Case(even(AnnealedElsewhere, 3), 0, steps=2, before=anneal_elsewhere),
+    }
+    | {"overflows": Case(even(Overflowing, 3), 1)}
+    | {"uneven_batches": Case(((Pooling, PreLN), (ReLU,), (ReLU,)), 0, 0.2, batches=3)}
+    | {"complex": Case(even(PreLN, 3), 0, wrap=GivesComplex)},
     4: {
         **{
             f"{name}_k{k}_g{g}": Case(even(kind, 4), k, g)
@@ -94,8 +124,8 @@ CASES: dict[int, dict[str, Case]] = {
         "other_options": Case(even(PreLN, 4), 0, options_of=other_iterations),
     },
 }
-REFUSED = {"changing", "other_options"}
-RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED]
+REFUSED = {"changing", "other_options", "complex", "annealed_elsewhere"}
+RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name not in REFUSED | {"overflows"}]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +222,16 @@ def test_a_stage_of_preln_sends_nothing_of_its_highway(found):
 
 def test_no_more_rounds_than_backprop_takes(found):
     assert [r["rounds"] for r in found(4)["exact"]] == [0] * 4  # one stage after the other
-    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [2, 2, 2, 0]
+    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [0] * 4  # and so where it is the same
+
+
+def test_a_product_that_overflows_goes_into_nothing_that_is_exact(found):
+    stages, (x, target) = CASES[3]["overflows"].build(), CASES[3]["overflows"].data()
+    loss_fn(nn.Sequential(*stages)(x), target).backward()
+    for stage, got in zip(stages, found(3)["overflows"], strict=True):
+        assert got["plan"].stages[1].has_highway
+        for name, parameter in stage.named_parameters():
+            torch.testing.assert_close(got["gradients"][name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_a_stage_without_highway_is_waited_for(found):
@@ -221,6 +260,20 @@ def test_a_forward_pass_that_is_no_function_is_refused_on_every_rank(found):
         assert "rank 2 (stage 2) failed: StageChanged: the stage's output, computed again" in got["error"]
 
 
+def test_a_mask_between_stages_leaves_the_highway_what_it_is(found):
+    assert all([s.text for s in got["plan"].stages] == ["0", "mask^2", "0"] for got in found(3)["mask_k0"])
+
+
+def test_a_number_that_changed_where_no_module_keeps_it_is_told_of(found):
+    for got in found(3)["annealed_elsewhere"]:
+        assert "rank 1 (stage 1) failed: StageChanged: the stage's output, computed again" in got["error"]
+
+
+def test_complex_activations_are_refused_on_every_rank(found):
+    for got in found(3)["complex"]:
+        assert "RankError" in got["error"] and "stage 0 hands on or takes complex128 [2, 3, 5]" in got["error"]
+
+
 def test_other_options_are_refused_on_every_rank(found):
     for got in found(4)["other_options"]:
         assert "RankError: ScheduleHighway: rank 1 has iterations = 2, rank 0 has 0" in got["error"]
@@ -231,10 +284,11 @@ def test_other_options_are_refused_on_every_rank(found):
     [
         (
             {"iterations": -1},
-            "ScheduleHighway: option 'iterations' = -1 (int) is not allowed; it takes an integer >= 0",
+            "ScheduleHighway: option 'iterations' = -1 (int) is not allowed; it takes an integer >= 0 or \"exact\" "
+            "(ordinary backprop). Pass such a value, for example iterations=4, or leave it out.",
         ),
         ({"iterations": "auto"}, "'auto' (str) is not allowed; it takes a number or \"exact\""),
-        ({"damping": 1.5}, "option 'damping' = 1.5 (float) is not allowed; it takes a number from 0 to 1"),
+        ({"damping": 1.5}, "option 'damping' = 1.5 (float) is not allowed; it takes a number from 0 to 1. Pass"),
     ],
 )
 def test_a_bad_option_is_told_of_at_once(options, words):
@@ -281,3 +335,17 @@ def test_schedule_explains_itself(found):
 
 def test_doctests():
     assert doctest.testmod(chains).failed == 0
+
+
+def test_fewer_ranks_than_stages_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway, StageError
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage a rank"):
+            ScheduleHighway(PipelineStage(PreLN(), 0, 2, torch.device("cpu")), 1, loss_fn=loss_fn)
+    finally:
+        dist.destroy_process_group()

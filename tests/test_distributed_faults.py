@@ -122,3 +122,122 @@ def test_a_batch_of_another_size_is_refused(tmp_path):
     assert "StageError" in first[1] and "float32 [3, 2, 5]" in first[1] and "must be alike" in first[1]
     for told in others:
         assert told is not None and "rank 0 (stage 0) raised" in told[1]
+
+
+GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]")
+
+
+@pytest.mark.parametrize(
+    ("first", "wrapped", "of_others"),
+    [
+        (GLOO, False, True),
+        (GLOO, True, True),  # of the reduction of gradients in a stage's backward pass
+        (dist.DistBackendError("NCCL error"), True, True),
+        (ValueError("the weather is bad"), True, False),
+        (RuntimeError("the socket is full"), True, False),
+        (RuntimeError("Broken pipe"), False, True),
+    ],
+)
+def test_an_error_is_of_others_if_what_it_began_with_is(first, wrapped, of_others):
+    from hwbp_compiler.distributed.faults import is_communication
+
+    error = RuntimeError("a stage failed to run backward")
+    error.__cause__ = first
+    assert is_communication(error if wrapped else first) is of_others
+
+
+def word_of_another(rank, folder):
+    """Rank 1 fails in ways that leave the group whole; rank 0 is told of each."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    from hwbp_compiler.distributed.faults import watch_of
+
+    watch = watch_of("distributed.recurrent", dist.group.WORLD, "a stretch of time")
+    said = []
+    for what in ("first", "second"):
+        try:
+            with watch.guarded():
+                if rank == 1:
+                    raise ValueError(f"the {what} fault")
+                raise RuntimeError("Connection closed by peer")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        while not store.check([f"{what}-{1 - rank}"]):
+            store.set(f"{what}-{rank}", "1")
+            time.sleep(0.1)
+        store.set(f"{what}-{rank}", "1")
+        watch.agreed()
+    Path(f"{folder}/{rank}").write_text("\n".join(said))
+    os._exit(0)
+
+
+def test_a_fault_that_was_got_over_is_not_the_next_one(tmp_path):
+    torch.multiprocessing.spawn(word_of_another, (str(tmp_path),), 2)
+    first, second = (tmp_path / "0").read_text().splitlines()
+    for told, what in ((first, "first"), (second, "second")):
+        assert (
+            f"RankError: distributed.recurrent: rank 1 (a stretch of time) raised ValueError: the {what} fault" in told
+        )
+
+
+def refuses_along_time(rank, folder):
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    from hwbp_compiler.distributed import recurrent
+
+    try:
+        recurrent(nn.GRU(2, 3, num_layers=2, dropout=0.5 * rank), torch.randn(2, 4, 2), mesh=mesh)
+        said = "nothing went wrong"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(f"{folder}/{rank}").write_text(said)
+    os._exit(0)
+
+
+def test_what_one_rank_refuses_along_time_all_are_told_of(tmp_path):
+    torch.multiprocessing.spawn(refuses_along_time, (str(tmp_path),), 2)
+    other, own = ((tmp_path / str(rank)).read_text() for rank in range(2))
+    assert own.startswith("StageError") and "dropout" in own
+    assert "RankError: distributed.recurrent: rank 1 (a stretch of time) raised StageError" in other
+
+
+def beside_data_parallelism(rank, folder):
+    """Two pipelines of two stages: global rank 3, the last stage of the second, fails in its second step."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 4)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=4, timeout=timedelta(seconds=TIMEOUT))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "layer"))
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway
+
+    index = rank % 2
+    module = nn.Sequential(Faulty(raises) if rank == 3 else PreLN(), PreLN())
+    held = nn.parallel.DistributedDataParallel(module, process_group=mesh["data"].get_group())
+    group = mesh["layer"].get_group()
+    schedule = ScheduleHighway(PipelineStage(held, index, 2, torch.device("cpu"), group=group), 1, loss_fn=loss_fn)
+    try:
+        for _ in range(2):
+            x, target = torch.randn(4, 2, 5), torch.randn(4, 2, 5)
+            schedule.step(*([x] if index == 0 else []), target=target if index == 1 else None)
+        said = "nothing went wrong"
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        said += f" because of {error.__cause__}"
+    Path(f"{folder}/{rank}").write_text(said)
+    if rank == 0:
+        time.sleep(TIMEOUT)  # others look for words in what it holds
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_that_loses_its_copy_is_not_the_one_at_fault(tmp_path):
+    torch.multiprocessing.spawn(beside_data_parallelism, (str(tmp_path),), 4)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(4)]
+    assert said[3].endswith("because of the weather is bad")
+    assert said[2].startswith("RankError") and "rank 1 (stage 1, global rank 3) raised ValueError" in said[2]
+    for told in said[:2]:
+        assert told.startswith("RankError") and " raised " not in told.partition("; this rank")[0], told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import stretches
 import torch
+import torch.distributed as dist
 from stretches import Case, oracle
 
 from hwbp_compiler.errors import OptionError
@@ -13,6 +14,7 @@ CASES: dict[int, dict[str, Case]] = {
     2: {
         "gru": Case("GRU", (3, 2), 0, 0.2),
         "dtensor": Case("LSTM", (2, 2), 0, batch_first=True, dtensor=True),
+        "other_options_later": Case("GRU", (2, 2), 0, later=1),
     },
     4: {
         **{
@@ -34,7 +36,7 @@ CASES: dict[int, dict[str, Case]] = {
         "frozen": Case("GRU", (2, 2, 2, 2), 1, frozen=True),
     },
 }
-ALL = [(size, name) for size, cases in CASES.items() for name in cases]
+ALL = [(size, name) for size, cases in CASES.items() for name, case in cases.items() if case.later is None]
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,69 @@ def test_a_bad_option_is_told_of_at_once(options, words):
     with pytest.raises(OptionError) as raised:
         recurrent(torch.nn.GRU(2, 2), torch.zeros(1, 1, 2), mesh=None, **options)
     assert words in str(raised.value)
+
+
+def test_other_options_in_a_later_call_are_refused_on_every_rank(found):
+    for got in found(2)["other_options_later"]:
+        assert "RankError: distributed.recurrent: rank 1 has iterations = 1, rank 0 has 0" in got["error"]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A mesh of this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (torch.zeros(3, 2), r"a tensor \[3, 2\]"),
+        (torch.nn.utils.rnn.pack_sequence([torch.zeros(3, 2)]), "a PackedSequence"),
+    ],
+    ids=["unbatched", "packed"],
+)
+def test_what_is_no_batch_of_sequences_is_refused(alone, x, words):
+    from hwbp_compiler.distributed import StageError, recurrent
+
+    with pytest.raises(StageError, match=f"x_shard is {words}; it takes"):
+        recurrent(torch.nn.GRU(2, 3), x, mesh=alone)
+
+
+class Mixing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(5, 3)
+
+    def forward(self, x, state):
+        following = torch.tanh(self.linear(torch.cat([x, state], -1)))
+        return following, following
+
+
+def test_a_state_that_autocast_makes_another_is_refused(alone):
+    from hwbp_compiler.distributed import StageError, recurrent
+
+    x, state = torch.randn(2, 4, 2, dtype=torch.float32), torch.randn(4, 3, dtype=torch.float32)
+    words = r"float32.* before this rank's steps and .*bfloat16.* after them"
+    with pytest.raises(StageError, match=words), torch.autocast("cpu", torch.bfloat16):
+        recurrent(Mixing().float(), x, state, mesh=alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "traces"), [("Cell", [1, 1, 2, 3]), ("Scalar", [1, 2, 3, 4])], ids=["tensor", "number"]
+)
+def test_a_cell_is_traced_again_where_it_may_be_another(kind, traces, monkeypatch):
+    """A number that K is could change where nobody sees it, a tensor is checked in every step."""
+    from hwbp_compiler.distributed import layers
+
+    found, look = [], layers.highway_of_cell
+    monkeypatch.setattr(layers, "highway_of_cell", lambda *a: found.append(look(*a)) or found[-1])
+    cell, x, part = stretches.CELLS[kind](), torch.randn(2, 3, stretches.INPUT), torch.randn(3, stretches.HIDDEN)
+    counted = []
+    for change in (lambda: None, lambda: None, cell.eval, lambda: setattr(cell, "depth", 2)):
+        change()
+        assert layers.CellLayer(cell, x, {"a": part, "b": part} if kind == "Cell" else part, exact=False).support
+        counted.append(len(found))
+    assert counted == traces
+    assert not layers.CellLayer(cell, x, part, exact=True).support and len(found) == traces[-1]

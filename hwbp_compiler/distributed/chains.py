@@ -22,7 +22,7 @@ class StagePlan:
 
     rank     in the pipeline's group
     number   P_s, damping included, where it is a number; ``diagonal`` where it is a tensor of the state's shape
-    takes    forms (shape, dtype) of the floating-point activations of one micro-batch that come from the stage before
+    takes    forms (shape, dtype) of what comes from the stage before in one micro-batch and wants a gradient
     """
 
     rank: int
@@ -70,17 +70,27 @@ class Plan:
     """The stages, and the chains they make, that nearest the loss first."""
 
     stages: tuple[StagePlan, ...]
+    iterations: int | None
     chains: tuple[Chain, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chains", tuple(chains_of([s.has_highway for s in self.stages])))
+        chains = chains_of([s.has_highway for s in self.stages], self.iterations)
+        object.__setattr__(self, "chains", tuple(chains))
+
+    def is_exact_at(self, stage: int) -> bool:
+        """Whether P of ``stage`` goes into nothing."""
+        return not any(stage in chain.inner for chain in self.chains)
 
 
-def chains_of(has_highway: Sequence[bool]) -> list[Chain]:
-    """
-    >>> chains_of([False, True, True, False])
+def chains_of(has_highway: Sequence[bool], iterations: int | None) -> list[Chain]:
+    """A chain that ``iterations`` make ordinary backprop is one of each of its stages: they wait for each other in the
+    rounds as well, and a product of K that overflows would spoil what needs none.
+
+    >>> chains_of([False, True, True, False], 1)
     [Chain(first=0, last=2)]
-    >>> chains_of([False, True, False, True, False])
+    >>> chains_of([False, True, True, False], 2)
+    [Chain(first=2, last=2), Chain(first=1, last=1), Chain(first=0, last=0)]
+    >>> chains_of([False, True, False, True, False], 0)
     [Chain(first=2, last=3), Chain(first=0, last=1)]
     """
     found: list[Chain] = []
@@ -89,6 +99,8 @@ def chains_of(has_highway: Sequence[bool]) -> list[Chain]:
         first = last
         while first > 0 and has_highway[first]:
             first -= 1
-        found.append(Chain(first, last))
+        chain = Chain(first, last)
+        whole = chain.rounds(iterations) < chain.segments - 1
+        found += [chain] if whole else [Chain(s, s) for s in range(last, first - 1, -1)]
         last = first - 1
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NoReturn
 
 from hwbp_compiler.errors import HighwayError, OptionError
@@ -24,9 +25,13 @@ def checked(where: str, **values: Any) -> Options:
     try:
         return Options(**values)
     except OptionError as error:
-        raise OptionError(
-            str(error).replace('backend="highway": option', f"{where}: option").replace("options={'", "{'")
-        ) from None
+        text = str(error).replace('backend="highway": option', f"{where}: option")
+        text = text.replace(', "exact" (ordinary backprop) or "auto"', ' or "exact" (ordinary backprop)')
+        text = re.sub(r"options=\{'(\w+)': 'auto'\}", lambda found: f"{found[1]}={_EXAMPLES[found[1]]}", text)
+        raise OptionError(text.replace(' or "auto"', "").replace("leave the key out", "leave it out")) from None
+
+
+_EXAMPLES = {"iterations": 4, "damping": 0.1}
 
 
 def refuse(where: str, key: str, value: Any, allowed: str) -> NoReturn:

@@ -5,8 +5,8 @@ the group's time-out is over) looks for such a note. If there is none it sounds 
 looks at the store now and then, answers with what its rank is doing. Who does not answer has ended; who answers that
 it computes, and for how long, stalls. The first finding is what all ranks report.
 
-it computes, and for how long, stalls. The first finding is what all ranks report.
-process group's time-out.
+Notes and alarms of a fault that the ranks got over must not be taken for those of the next one. So their keys hold the
+number of agreements that the group has come to, which is the same on all ranks: each takes all of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
@@ -34,21 +35,43 @@ POLL = 0.5
 PATIENCE = 5.0
 """Seconds that the ranks have to answer an alarm: some looks, on a busy machine."""
 
+STALL = 1.0
+"""Seconds of computing from which on a rank that others wait for is said to stall; it may have just begun."""
+
 # gloo raises plain RuntimeErrors.
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE
 )
+
+# Within a stage's own pass, where data parallelism communicates too: no words that the stage itself may have.
+_OF_COMMUNICATION_WITHIN = re.compile(r"\bgloo/|ProcessGroup(Gloo|NCCL)|ncclSystemError|ncclRemoteError")
+
+
+@dataclass
+class _Group:
+    """Of a process group: agreements so far, the watch last used, and the alarm last answered."""
+
+    agreements: int = 0
+    watch: weakref.ref[Watch] | None = None
+    answered: bytes | None = None
+
+
+_GROUPS: weakref.WeakKeyDictionary[Any, _Group] = weakref.WeakKeyDictionary()
 
 
 class Watch:
     """What this rank is doing, and what is known of the others. One per schedule and group."""
 
     def __init__(self, where: str, group: dist.ProcessGroup | None, name: str) -> None:
-        self.where, self.group, self.name = where, group, name
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.where, self.name = where, name
+        self.rank, self._global = dist.get_rank(group), dist.get_process_group_ranks(group)
+        self.ranks = len(self._global)
         self._now = ("outside of the schedule", False, time.monotonic())
         self._store = torch_private.default_store()
-        self._key = f"hwbp/{(group or dist.group.WORLD).group_name}"  # type: ignore[union-attr]
+        group = group or dist.group.WORLD
+        self._of_group = _GROUPS.setdefault(group, _Group())
+        self._of_group.watch = weakref.ref(self)
+        self._key = f"hwbp/{group.group_name}"  # type: ignore[union-attr]
         self._stop = threading.Event()
         thread = threading.Thread(target=_answer, args=(weakref.ref(self), self._stop), daemon=True)
         thread.start()
@@ -56,6 +79,10 @@ class Watch:
         atexit.register(self._stop.set)
 
     # -- what this rank is doing --------------------------------------------------------------------------------
+
+    def agreed(self) -> None:
+        """All ranks have come to an agreement: what went wrong before is over."""
+        self._of_group.agreements += 1
 
     def say(self, what: str, waiting: bool = False) -> None:
         self._now = (what, waiting, time.monotonic())
@@ -72,6 +99,7 @@ class Watch:
     def guarded(self) -> Iterator[None]:
         """Around all that communicates. An error of this rank's own goes on as it is; one of communication becomes a
         :class:`RankError` that names the rank behind it."""
+        self._of_group.watch = weakref.ref(self)
         self.say("waiting for other ranks", waiting=True)
         try:
             yield
@@ -85,26 +113,37 @@ class Watch:
                 if ours is not None:
                     raise ours from None  # torch's words around it tell nothing more
                 raise
+            self.say("its connection to another rank is lost", waiting=True)
             raise RankError(f"{self.where}: {self._found(error)}") from error
         self.say("outside of the schedule")
 
     def _me(self) -> str:
-        return f"rank {self.rank} ({self.name})"
+        return self._of(self.rank, self.name)
+
+    def _of(self, rank: int, *said: str) -> str:
+        """A rank of the group, with what else it is called."""
+        said = (*said, f"global rank {self._global[rank]}") if self._global[rank] != rank else said
+        return f"rank {rank} ({', '.join(said)})" if said else f"rank {rank}"
 
     def _note(self, text: str) -> str:
         """The first note of all ranks, which is this one if there was none."""
         with contextlib.suppress(Exception):
-            return self._store.compare_set(f"{self._key}/failed", "", text).decode()
+            return self._store.compare_set(self._failed(), "", text).decode()
         return text
 
+    def _failed(self, later: int = 0) -> str:
+        return f"{self._key}/{self._of_group.agreements + later}/failed"
+
     def _found(self, error: Exception) -> str:
-        said = f"this rank ({self._me()}) saw: {first_line(error)}"
+        said = f"this rank ({self._me()}) saw: {first_line(_chain(error)[-1])}"
         try:
-            self._store.set(f"{self._key}/alarm", "1")
+            self._store.set(f"{self._key}/alarm", str(self._of_group.agreements))
             until = time.monotonic() + PATIENCE
             while time.monotonic() < until:
-                if self._store.check([f"{self._key}/failed"]):
+                if self._store.check([self._failed()]):
                     break
+                if self._store.check([self._failed(1)]):  # of one that had come to the agreement this rank waits for
+                    return f"{self._store.get(self._failed(1)).decode()}; {said}"
                 time.sleep(POLL / 5)
             return f"{self._note(self._culprits())}; {said}"
         except Exception as lost:
@@ -116,27 +155,34 @@ class Watch:
     def _culprits(self) -> str:
         silent, busy = [], []
         for rank in range(self.ranks):
-            key = f"{self._key}/doing/{rank}"
+            key = f"{self._key}/{self._of_group.agreements}/doing/{rank}"
             if rank == self.rank:
                 continue
             if not self._store.check([key]):
-                silent.append(f"rank {rank}")
+                silent.append(self._of(rank))
                 continue
             told = json.loads(self._store.get(key))
-            if not told["waiting"]:
-                busy.append(f"rank {rank} ({told['name']}) stalls: {told['what']} for {told['seconds']:.0f} s")
+            if not told["waiting"] and told["seconds"] > STALL:
+                busy.append(f"{self._of(rank, told['name'])} stalls: {told['what']} for {told['seconds']:.0f} s")
         if silent:
             return f"{', '.join(silent)} does not answer: its process has ended, or hangs"
-        return "; ".join(busy) or "all ranks answer and wait for others: their calls do not match"
+        return "; ".join(busy) or (
+            "all ranks of the group answer and wait for others: their calls do not match, or a rank outside of the "
+            "group failed (data parallelism)"
+        )
 
-    def answer(self) -> bool:
-        """Tell what this rank is doing if somebody asked."""
-        if not self._store.check([f"{self._key}/alarm"]):
-            return False
+    def answer(self) -> None:
+        """Tell what this rank is doing if somebody asked. Of several watches of a group the one last used answers."""
+        group = self._of_group
+        if group.watch is None or group.watch() is not self or not self._store.check([f"{self._key}/alarm"]):
+            return
+        alarm = self._store.get(f"{self._key}/alarm")
+        if alarm == group.answered:
+            return
         what, waiting, since = self._now
         told = {"name": self.name, "what": what, "waiting": waiting, "seconds": time.monotonic() - since}
-        self._store.set(f"{self._key}/doing/{self.rank}", json.dumps(told))
-        return True
+        self._store.set(f"{self._key}/{alarm.decode()}/doing/{self.rank}", json.dumps(told))
+        group.answered = alarm
 
 
 def _answer(watch: weakref.ref[Watch], stop: threading.Event) -> None:
@@ -145,8 +191,7 @@ def _answer(watch: weakref.ref[Watch], stop: threading.Event) -> None:
         if alive is None:
             return
         try:
-            if alive.answer():
-                return  # once: after an alarm the group is lost
+            alive.answer()
         except Exception:
             return  # the store is gone
         del alive
@@ -156,11 +201,11 @@ def is_communication(error: BaseException) -> bool:
     """Whether ``error`` tells of another rank rather than of this one."""
     if isinstance(error, HighwayError):
         return False
-    if isinstance(error, dist.DistError):
+    first = _chain(error)[-1]  # torch wraps what a stage's forward or backward pass raises
+    if isinstance(first, dist.DistError):
         return True
-    # What torch says of a stage's forward or backward pass is of this rank, whatever words the stage had for it.
-    own = error.__cause__ is not None
-    return type(error) is RuntimeError and not own and _OF_COMMUNICATION.search(str(error)) is not None
+    words = _OF_COMMUNICATION if first is error else _OF_COMMUNICATION_WITHIN
+    return type(first) is RuntimeError and words.search(str(first)) is not None
 
 
 def _chain(error: BaseException) -> list[BaseException]:
@@ -171,12 +216,12 @@ def _chain(error: BaseException) -> list[BaseException]:
     return found
 
 
-_WATCHES: dict[Any, Watch] = {}
+_WATCHES: weakref.WeakKeyDictionary[Any, dict[str, Watch]] = weakref.WeakKeyDictionary()
 
 
 def watch_of(where: str, group: dist.ProcessGroup, name: str) -> Watch:
     """One for every group and use."""
-    key = where, group.group_name
-    if key not in _WATCHES:
-        _WATCHES[key] = Watch(where, group, name)
-    return _WATCHES[key]
+    known = _WATCHES.setdefault(group, {})
+    if where not in known:
+        known[where] = Watch(where, group, name)
+    return known[where]

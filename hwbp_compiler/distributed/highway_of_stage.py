@@ -5,18 +5,21 @@ P_s, the product of K over its links, that is the sum over all elementwise paths
 to that at its input. Paths through a product of links are products of paths through links, so one look at the whole
 stage finds the same as a look at every link. How many links there are only damping asks for: each counts (1 - gamma).
 
-Where P_s is a number (1 for pre-LN), nothing is computed. Where it is a tensor (masks, weight/sigma), it is computed
-from the stage's parameters and inputs by the part of its forward graph that leads to it, under the random state that
-the forward pass started from. That part gives the stage's output once more, which is compared with what the stage gave:
-a stage that is no function of what the graph knows (a Python counter, data it keeps) is told of instead of multiplied
-with the wrong K.
+Where P_s is 1 (pre-LN), nothing is computed. Where it is a tensor (masks, weight/sigma), it is computed from
+parameters and inputs by the part of the forward graph that leads to it, under the random state that the forward pass
+started from. That part gives the stage's output once more, which is compared with what the stage gave: a stage that is
+no function of what the graph knows (a Python counter, data it keeps) is told of instead of multiplied with the wrong K.
+Where P_s is another number, which stands in the graph as it was when the stage was traced, the output is computed once
+more for that comparison alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -59,7 +62,8 @@ class StageHighway:
 
     links   residual links in the stage; each counts (1 - gamma) under damping
     number  P_s where it is the same number everywhere, without damping
-    graph   otherwise: (what ``reads`` names) -> (P_s, the stage's output), P_s broadcastable against the output
+    graph   (what ``reads`` names) -> (P_s, the stage's output), P_s broadcastable against the output; where P_s is a
+            number other than 1, (the stage's output); where it is 1, None
     reads   per input of ``graph``: ("parameter" or "buffer", its name) or ("argument", its place among the flat ones)
     random  whether ``graph`` draws random numbers
     text    P_s for a reader: ``1``, ``mask``, ``weight/sigma``
@@ -78,8 +82,11 @@ class StageHighway:
     def exists(self) -> bool:
         return self.why is None
 
-    def product(self, module: nn.Module, arguments: Sequence[Any], output: Tensor, random_state: RandomState) -> Tensor:
-        """P_s of one micro-batch, expanded to the output's shape. ``output`` is what the stage gave for ``arguments``.
+    def product(
+        self, module: nn.Module, arguments: Sequence[Any], output: Tensor, random_state: RandomState
+    ) -> Tensor | None:
+        """P_s of one micro-batch, expanded to the output's shape; None where it is a number. ``output`` is what the
+        stage gave for ``arguments``.
 
         Raises :class:`StageChanged` where the graph gives another output.
         """
@@ -88,9 +95,9 @@ class StageHighway:
         # Autocast's casts are in the graph.
         casts = torch_private.without_autocast()
         with torch.no_grad(), casts, random_state.again() if self.random else contextlib.nullcontext():
-            product, again = self.graph(*values)
+            *product, again = self.graph(*values)
         _same_output(output.detach(), again)
-        return product.expand_as(output).contiguous()
+        return product[0].expand_as(output).contiguous() if product else None
 
 
 def _read(reads: Sequence[tuple[str, Any]], module: nn.Module, arguments: Sequence[Any]) -> list[Any]:
@@ -267,14 +274,31 @@ def _in_joint_graph(
     )
     value = _coefficient(graph, end, link, 0, 0)
     found = StageHighway(links, text=_text(link))
-    if isinstance(value, float):
-        return replace(found, number=value)
-    reads, random = _cut_out(joint, [value, output], end)
+    number = value if isinstance(value, float) else None
+    if number == 1.0:
+        return replace(found, number=number)
+    reads, random = _cut_out(joint, [output] if isinstance(value, float) else [value, output], end)
     if sharded and any(kind == "parameter" for kind, _ in reads):
         raise Declined(Reason.STAGE_IS_SHARDED)
     if random and compiled:
         raise Declined(Reason.STAGE_DRAWS_UNSEEN)
-    return replace(found, graph=fx.GraphModule(joint, graph), reads=reads, random=random)
+    return replace(found, number=number, graph=fx.GraphModule(joint, graph), reads=reads, random=random)
+
+
+def conditions(module: nn.Module) -> Any:
+    """What of ``module``'s own a trace of it stands for, to be compared with ``==``: its modules and their modes, hooks
+    and plain attributes, and the forms of its parameters. Numbers kept elsewhere (a closure, a list) are not seen."""
+    modules = tuple(
+        (weakref.ref(m), *m._forward_hooks, *m._forward_pre_hooks, *(i for i in vars(m).items() if _is_plain(i[1])))
+        for m in unwrapped(module).modules()
+    )
+    return modules, tuple((tuple(p.shape), p.dtype, p.requires_grad) for p in module.parameters())
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, complex, str)) or inspect.isroutine(value)
 
 
 def _reworded(graph: Graph) -> None:

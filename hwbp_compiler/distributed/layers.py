@@ -6,6 +6,7 @@ from c to h. What has no highway (nn.RNN) is exact.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 import hwbp_compiler.scan  # noqa: F401  (registers torch.ops.highway.linear_scan)
 
 from .errors import StageError
-from .highway_of_stage import highway_of_cell
+from .highway_of_stage import CellHighway, conditions, highway_of_cell
 
 Pair = tuple[int, int]
 _WHERE = "distributed.recurrent"
@@ -200,10 +201,10 @@ class ModuleLayer(Layer):
         return {(1, 1): f, (1, 0): o * (1 - torch.tanh(c[1:]) ** 2) * f}
 
 
-def layers_of(module: nn.Module, x: Tensor, state: Any) -> Sequence[Layer]:
-    """The layers from the input up; ``x`` [T, B, *]."""
+def layers_of(module: nn.Module, x: Tensor, state: Any, exact: bool) -> Sequence[Layer]:
+    """The layers from the input up; ``x`` [T, B, *]. ``exact``: no highway is asked for."""
     if not isinstance(module, nn.RNNBase):
-        return [CellLayer(module, x, state)]
+        return [CellLayer(module, x, state, exact)]
     for option, plain in (("bidirectional", False), ("proj_size", 0)):
         if getattr(module, option, plain) != plain:
             raise StageError(
@@ -221,13 +222,19 @@ def layers_of(module: nn.Module, x: Tensor, state: Any) -> Sequence[Layer]:
 # -- cells of one's own ----------------------------------------------------------------------------------------------
 
 
+_KEPT = 4
+"""Traces kept of a cell: modes and forms in turn, as training, evaluation and a last, smaller batch."""
+
+_TRACED: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, CellHighway]]] = weakref.WeakKeyDictionary()
+
+
 class CellLayer(Layer):
     """``cell(x_t, state) -> (output, next_state)``, step by step; K is found by the compiler's passes in one step.
 
     The state is a pytree of tensors ``[B, *]``, x_t and the output are tensors ``[B, *]``.
     """
 
-    def __init__(self, cell: Any, x: Tensor, state: Any) -> None:
+    def __init__(self, cell: Any, x: Tensor, state: Any, exact: bool) -> None:
         if not isinstance(cell, nn.Module):
             raise StageError(
                 f"{_WHERE}: module_or_cell is a {type(cell).__name__}; it takes an nn.Module, whose parameters are "
@@ -245,10 +252,29 @@ class CellLayer(Layer):
         self.width = len(flat)
         self.step = _Step(cell, self.structure)
         self.weights = list(cell.parameters())
-        example = [s.detach().clone().requires_grad_() for s in flat]
-        with torch.enable_grad():
-            self.found = highway_of_cell(self.step, [x[0].detach()], example)
+        self.found = CellHighway() if exact else self._look(cell, x[0].detach(), flat)
         self.support = self.found.support
+
+    def _look(self, cell: nn.Module, row: Tensor, state: list[Tensor]) -> CellHighway:
+        """K, from a trace that is kept while nothing that it depends on has changed. One that stands for numbers alone
+        is not kept: no step would tell that they have changed where no module holds them."""
+        kind = row.device.type
+        key = (
+            [(tuple(t.shape), t.dtype, t.device) for t in (row, *state)],
+            self.structure,
+            conditions(cell),
+            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
+        )
+        known = _TRACED.setdefault(cell, [])
+        for earlier, found in known:
+            if earlier == key:
+                return found
+        example = [s.detach().clone().requires_grad_() for s in state]
+        with torch.enable_grad():
+            found = highway_of_cell(self.step, [row], example)
+        if found.graph is not None or found.why is not None:
+            known[:] = [*known[1 - _KEPT :], (key, found)]
+        return found
 
     def flat(self, state: Any) -> list[Tensor]:
         return pytree.tree_leaves(state)

@@ -49,12 +49,15 @@ class StageReport:
 def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
     """What ``stage`` would be in the middle of a pipeline, on one micro-batch ``args``, ``kwargs``.
 
-    No process is needed. Floating-point ``args`` stand for activations that want a gradient. The stage is traced, not
-    run, and left as it was.
+    No process is needed. ``args`` that want a gradient stand for activations that do; if none does, all floating-point
+    ones. The stage is traced, not run, and left as it was.
     """
-    given = tuple(
-        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
-    )
+    chosen = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+    def wanted(a: Any) -> bool:
+        return isinstance(a, Tensor) and (a.requires_grad if chosen else a.is_floating_point())
+
+    given = tuple(a.detach().clone().requires_grad_() if wanted(a) else a for a in args)
     with torch.enable_grad():
         found = find_highway(stage, given, kwargs)
     size = sum(a.nbytes for a in given if isinstance(a, Tensor) and a.requires_grad)
@@ -66,7 +69,7 @@ def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
         why.text if why else "",
         why.advice if why else "",
         size,
-        size if found.graph is not None else 0,
+        size if found.exists and found.number is None else 0,
     )
 
 

@@ -22,7 +22,7 @@ from .chains import Chain, Plan, StagePlan
 from .crossing import Crossing, needs_products
 from .errors import StageError, checked
 from .faults import Watch
-from .highway_of_stage import RandomState, StageHighway, find_highway, unwrapped
+from .highway_of_stage import RandomState, StageHighway, conditions, find_highway, unwrapped
 from .report import described
 from .rounds import ends_of_segments
 
@@ -36,7 +36,7 @@ class ScheduleHighway(ScheduleGPipe):
     the loss; its exact input gradient is the head of the chain and goes to all ranks. ``iterations`` rounds follow,
     each one input gradient of all stages at once, one all-gather and a scan; then every stage computes its parameter
     gradients, once. A gradient path counts if it leaves the highway in at most k of the stages between the last one and
-    its own. With R stages, k >= R - 2 is ordinary backprop.
+    its own. With R stages, k >= R - 2 is ordinary backprop: the last stage is no segment, so C = R - 1.
 
     A stage without a highway (a strided shortcut, an embedding, a change of width) stays exact: the stages before it
     wait for what it hands back. See docs/distributed.md.
@@ -74,6 +74,12 @@ class ScheduleHighway(ScheduleGPipe):
                 f"{_WHERE}: stage is a {type(stage).__name__} of {len(stage)}; it takes one stage a rank. "
                 "Pass each rank its stage; several stages on a rank can be one of more layers."
             )
+        ranks = dist.get_world_size(stage.group)
+        if ranks != stage.num_stages:
+            raise StageError(
+                f"{_WHERE}: there are {stage.num_stages} stages on {ranks} ranks; it takes one stage a rank. Start as "
+                "many processes as stages, or make fewer and longer stages."
+            )
         self.losses: list[Tensor] = []
         super().__init__(stage, n_microbatches, loss_fn and self._keeping(loss_fn), *args, **kwargs)
         self.stage, self.batches, self.has_loss = stage, n_microbatches, loss_fn is not None
@@ -90,7 +96,7 @@ class ScheduleHighway(ScheduleGPipe):
         self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
         self._with_loss = True
         self._ran_with_loss: bool | None = None  # torch learns shapes anew when it changes
-        self._watch: Watch | None = None
+        self._watch = Watch(_WHERE, stage.group, f"stage {stage.stage_index}")
         self._forms: Any = None
         self._opened = False
 
@@ -107,8 +113,6 @@ class ScheduleHighway(ScheduleGPipe):
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As GPipe's."""
-        if self._watch is None:
-            self._watch = Watch(_WHERE, self.stage.group, f"stage {self.stage.stage_index}")
         with self._watch.guarded():
             return self._step(*args, **kwargs)
 
@@ -142,7 +146,6 @@ class ScheduleHighway(ScheduleGPipe):
 
     def _keeping(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def keep(*args: Any, **kwargs: Any) -> Tensor:
-            assert self._watch is not None
             with self._watch.computing("its loss is computed"):
                 loss = loss_fn(*args, **kwargs)
             self.losses.append(loss)
@@ -166,7 +169,6 @@ class ScheduleHighway(ScheduleGPipe):
                 buffer.copy_(value)
             self._ran_with_loss = self._with_loss
             self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
-            assert self._watch is not None
             with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
                 output = forward(*args, **kwargs)
             self._same_forms(args, output)
@@ -175,7 +177,6 @@ class ScheduleHighway(ScheduleGPipe):
         backward = stage.backward_one_chunk
 
         def computing(batch: int, *args: Any, **kwargs: Any) -> None:
-            assert self._watch is not None
             with self._watch.computing(f"its backward pass of micro-batch {batch} runs"):
                 backward(batch, *args, **kwargs)
 
@@ -204,14 +205,16 @@ class ScheduleHighway(ScheduleGPipe):
                 delattr(stage, name)
 
     def _same_forms(self, args: Any, output: Any) -> None:
-        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word."""
-        forms = [(tuple(t.shape), t.dtype) for t in pytree.tree_leaves((args, output)) if isinstance(t, Tensor)]
+        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word.
+        What the first stage is given and the last one gives lies in none."""
+        crossing = (() if self.stage.is_first else args), (() if self.stage.is_last else output)
+        forms = [_form(t) for t in pytree.tree_leaves(crossing) if isinstance(t, Tensor)]
         key = self.stage.has_backward
         if self._forms is None or self._forms[0] != key:
             self._forms = key, forms
         if forms != self._forms[1]:
             raise StageError(
-                f"{_WHERE}: stage {self.stage.stage_index} takes and gives {_said(forms)} in a micro-batch, and "
+                f"{_WHERE}: stage {self.stage.stage_index} exchanges {_said(forms)} in a micro-batch, and "
                 f"{_said(self._forms[1])} in the first. All micro-batches of a pipeline must be alike: leave out or "
                 "pad the last batch of an epoch, and take a batch that n_microbatches divides."
             )
@@ -267,19 +270,19 @@ class ScheduleHighway(ScheduleGPipe):
         self.rounds = chain.rounds(self.iterations)
         return [found[index]]
 
-    def _products(self) -> Tensor:
-        """P_s of all micro-batches, damped: [M, *state]."""
+    def _products(self) -> Tensor | None:
+        """P_s of all micro-batches, damped: [M, *state]; None where it is a number, which is checked."""
         rows = []
         for batch, (args, kwargs, random_state) in enumerate(self._given):
             output = self._differentiable(self.stage.fwd_cache[batch][0])[0]
             flat = pytree.tree_leaves((args, kwargs))
-            rows.append(self._highway.product(self.stage.submod, flat, output, random_state))
-        return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links
+            product = self._highway.product(self.stage.submod, flat, output, random_state)
+            rows += [] if product is None else [product]
+        return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links if rows else None
 
     def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
         """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
         output, in that form; None for the loss."""
-        assert self._watch is not None
         with self._watch.computing("its input gradients are computed"):
             return self._gradients_at_inputs(ends)
 
@@ -306,29 +309,26 @@ class ScheduleHighway(ScheduleGPipe):
         """Hand the stage the gradients of its output, where it would have received them."""
         stage = self.stage
         for batch in range(self.batches):
-            rows = iter([end[batch] for end in ends])
-            given: list[Tensor | None] = []
-            for place, info in enumerate(stage.grad_recv_info[batch]):
-                row = next(rows) if place in self._places_sent(batch) else None
-                given.append(row if info.buffer is not None else None)
-            stage.set_local_bwd_input(tuple(given), batch)
+            rows = dict(zip(self._places_sent(batch), (end[batch] for end in ends), strict=True))
+            given = tuple(rows.get(place) for place in range(len(stage.grad_recv_info[batch])))
+            stage.set_local_bwd_input(given, batch)
 
     # -- what crosses to the neighbours -------------------------------------------------------------------------
 
     def _activations(self, batch: int) -> list[Tensor]:
-        """What came from the stage before and may carry a gradient."""
+        """What came from the stage before and wants a gradient; a mask or a table of positions does not."""
         args = self._given[batch][0]
         if self.stage.is_first:
             return []
         infos = [i for i in self.stage.args_recv_info[batch] if not i.is_root_arg]
         before = self.stage.stage_index - 1
-        return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.is_floating_point()]
+        return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.requires_grad]
 
     def _places_sent(self, batch: int) -> list[int]:
+        """Outputs whose gradient the stage after has: those torch made room for, which it was told of by that stage."""
         after = self.stage.stage_index + 1
-        outputs = self.stage.fwd_cache[batch][0]
-        sends = self.stage.act_send_info
-        return [i for i, o in enumerate(outputs) if after in sends[i] and o.is_floating_point()]
+        infos, sends = self.stage.grad_recv_info[batch], self.stage.act_send_info
+        return [i for i, info in enumerate(infos) if after in sends[i] and info.buffer is not None]
 
     def _sent(self, batch: int) -> list[Tensor]:
         outputs = self.stage.fwd_cache[batch][0]
@@ -345,35 +345,34 @@ class ScheduleHighway(ScheduleGPipe):
         which all ranks must be told of before they wait for it."""
         now, failure = self._signature(), None
         known = self._plan is not None and now == self._seen
-        assert self._watch is not None
         try:
             with self._watch.computing("the highway of its stage is looked for"):
                 if not known:
                     self._mine = self._describe()
-                self._product = self._highway.graph and self._products()
+                idle = known and self._plan is not None and self._plan.is_exact_at(self.stage.stage_index)
+                self._product = None if idle or self._highway.graph is None else self._products()
         except Exception as error:
             failure, self._seen = error, None
         if self._plan is None or not nothing_new(self, known and failure is None):
             self._plan = agree_on_plan(self, self._mine, failure)
+        self._watch.agreed()
         self._seen = now
         return self._plan
 
     def _signature(self) -> Any:
-        """What the stage's joint graph depends on, besides its code."""
+        """What the stage's joint graph depends on, besides its code and what Python keeps outside of modules."""
         args, kwargs, _ = self._given[0]
         flat, spec = pytree.tree_flatten((args, kwargs))
         forms = tuple((tuple(a.shape), a.dtype, a.requires_grad) if isinstance(a, Tensor) else repr(a) for a in flat)
-        modules = tuple(m.training for m in self.stage.submod.modules())
-        wanted = tuple(p.requires_grad for p in self.stage.submod.parameters())
         device = torch.device(self.stage.device).type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        return forms, spec, modules, wanted, autocast
+        return forms, spec, conditions(self.stage.submod), autocast
 
     def _describe(self) -> StagePlan:
         stage, index = self.stage, self.stage.stage_index
         self._refuse()
         self._highway = StageHighway()
-        takes = tuple((tuple(a.shape), a.dtype) for a in self._activations(0))
+        takes = tuple(_form(a) for a in self._activations(0))
         name = type(unwrapped(stage.submod)).__name__
         rank = dist.get_rank(stage.group)
         if index in (0, stage.num_stages - 1):  # neither hands anything on along a highway
@@ -386,7 +385,7 @@ class ScheduleHighway(ScheduleGPipe):
             return StagePlan(rank, reason=found.why.text, takes=takes, module=name)
         kept = (1.0 - self.damping) ** found.links
         number = None if found.number is None else found.number * kept
-        return StagePlan(rank, found.links, number, found.graph is not None, found.text, "", takes, name)
+        return StagePlan(rank, found.links, number, found.number is None, found.text, "", takes, name)
 
     def _refuse(self) -> None:
         stage, index = self.stage, self.stage.stage_index
@@ -405,8 +404,19 @@ class ScheduleHighway(ScheduleGPipe):
                 "only once. Leave the first call of a compiled stage to the schedule, or set "
                 "torch._functorch.config.donated_buffer = False before it."
             )
+        handed = [] if index == stage.num_stages - 1 else self._differentiable(stage.fwd_cache[0][0])
+        crossing = [t for t in (*self._activations(0), *handed) if t.is_complex()]
+        if crossing:  # for which torch (seen in 2.13) makes no room, so that gradients end there without a word
+            raise StageError(
+                f"{_WHERE}: stage {index} hands on or takes {_said([_form(t) for t in crossing])}, a gradient wanted. "
+                "torch's pipelines return none for complex tensors: hand on torch.view_as_real of it."
+            )
         if any(isinstance(a, DTensor) for a in self._given[0][0]):
             raise StageError(f"{_WHERE}: stage {index} is given a DTensor. Activations must be plain tensors.")
+
+
+def _form(tensor: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    return tuple(tensor.shape), tensor.dtype
 
 
 def _said(forms: list[tuple[tuple[int, ...], torch.dtype]]) -> str:

@@ -15,6 +15,7 @@ chains of their own, the top one first.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hwbp_compiler.digest import source_digest
 
-from .agreement import same_everywhere
+from .agreement import compared
 from .errors import StageError, checked, refuse
 from .faults import Watch, watch_of
 from .layers import Layer, Run, layers_of
@@ -74,6 +75,22 @@ def recurrent(
         StageError: a module that cannot be run so.
         RankError: ranks differ in options, versions or the form of what they hand over.
     """
+    # A rank that refuses leaves word for the others, which wait for it.
+    known = isinstance(mesh, DeviceMesh) and mesh.ndim == 1
+    with _watch(mesh.get_group()).guarded() if known else contextlib.nullcontext():
+        return _recurrent(module_or_cell, x_shard, state, mesh, iterations, segment, damping, batches)
+
+
+def _recurrent(
+    module_or_cell: nn.Module,
+    x_shard: Tensor,
+    state: Any,
+    mesh: DeviceMesh,
+    iterations: int | Literal["exact"],
+    segment: int | None,
+    damping: float,
+    batches: int | None,
+) -> tuple[Tensor, Any]:
     options = checked(_WHERE, iterations=iterations, damping=damping)
     if segment is not None:
         refuse(_WHERE, "segment", segment, "None: a rank's stretch is its segment, exact inside")
@@ -84,12 +101,19 @@ def recurrent(
             f'{_WHERE}: mesh has {mesh.ndim} dimensions; it takes one. Pass mesh["name of the time dimension"].'
         )
     time = int(getattr(module_or_cell, "batch_first", False))
+    if not isinstance(x_shard, Tensor) or x_shard.ndim < 2 + isinstance(module_or_cell, nn.RNNBase):
+        what = f"a tensor {list(x_shard.shape)}" if isinstance(x_shard, Tensor) else f"a {type(x_shard).__name__}"
+        raise StageError(
+            f"{_WHERE}: x_shard is {what}; it takes a tensor of this rank's steps, [T_r, B, *] (or [B, T_r, *] with "
+            "batch_first). Give one sequence a batch of one, and pad packed ones."
+        )
     x, wrap = _local(x_shard, mesh, time)
     if x.shape[time] == 0:
         raise StageError(f"{_WHERE}: this rank's shard has no time step; every rank needs one at least.")
     x = x.transpose(0, time)
-    layers = layers_of(module_or_cell, x, state)
     ranks = mesh.size()
+    exact = options.iterations == "exact" or int(options.iterations) >= ranks - 1
+    layers = layers_of(module_or_cell, x, state, exact)
     how = _How(
         mesh.get_group(),
         tuple(layers),
@@ -99,10 +123,13 @@ def recurrent(
     )
     given = _states(module_or_cell, layers, x, state)
     weights = [p for layer in layers for p in layer.weights]
-    with how.watch.guarded():
-        _agree(how, x, given)
-        y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
+    _agree(how, x, given)
+    y, *last = _Sharded.apply(how, len(given), x, *given, *weights)
     return wrap(y.transpose(0, time)), layers_state(module_or_cell, layers, state, last)
+
+
+def _watch(group: dist.ProcessGroup) -> Watch:
+    return watch_of(_WHERE, group, "a stretch of time")
 
 
 @dataclass(frozen=True)
@@ -115,7 +142,7 @@ class _How:
 
     @property
     def watch(self) -> Watch:
-        return watch_of(_WHERE, self.group, "a stretch of time")
+        return _watch(self.group)
 
     @property
     def rank(self) -> int:
@@ -166,7 +193,8 @@ class _Sharded(torch.autograd.Function):
             del rest[len(rest) - layer.width :]
             end = _joined(how, layer, runs, of_y, head)
             parts = of_y.split([run.batch for run in runs], 1), *(e.split([run.batch for run in runs]) for e in end)
-            results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
+            with how.watch.computing("its steps backward run"):
+                results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
             of_first = [torch.cat(part) for part in zip(*(r.state for r in results), strict=True)]
             of_states = [*(g if how.rank == 0 else torch.zeros_like(g) for g in of_first), *of_states]
             of_layer = [_sum(parts) for parts in zip(*(r.weights for r in results), strict=True)]
@@ -188,6 +216,7 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
                 dist.recv(s, group=how.group, group_src=how.rank - 1)
         with how.watch.computing("its steps forward run"):
             run = Run.of(layer, part, state, wanted)
+            _same_forms(state, run.last)
         runs.append(run)
         if how.rank < how.ranks - 1:
             for s in run.last:
@@ -196,6 +225,16 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
     for work, _ in sent:
         work.wait()  # type: ignore[union-attr]
     return runs
+
+
+def _same_forms(first: list[Tensor], last: Sequence[Tensor]) -> None:
+    """What a rank hands on is what the next one made room for."""
+    before, after = ([(tuple(t.shape), t.dtype) for t in state] for state in (first, last))
+    if before != after:
+        raise StageError(
+            f"{_WHERE}: the state is {before} before this rank's steps and {after} after them; it must stay alike. "
+            "Under autocast give a state of the dtype that the cell gives, or call this outside of autocast."
+        )
 
 
 def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[Tensor]) -> list[Tensor]:
@@ -213,7 +252,8 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
 
     def through(end: list[Tensor]) -> list[Tensor]:
         """out_s"""
-        found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
+        with how.watch.computing("its steps backward run, through their states"):
+            found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
         return [torch.cat(part) for part in zip(*found, strict=True)]
 
     exact = how.iterations is None or how.iterations >= last or not layer.support
@@ -225,10 +265,11 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
                 mine = rows[s]
         return mine
 
-    diagonals = [run.diagonals(how.damping) for run in runs]
-    own = _concatenated([d.product for d in diagonals])
-    parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
-    along = [run.along(d, c, e) for run, d, c, e in parts]
+    with how.watch.computing("its highway is computed"):
+        diagonals = [run.diagonals(how.damping) for run in runs]
+        own = _concatenated([d.product for d in diagonals])
+        parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
+        along = [run.along(d, c, e) for run, d, c, e in parts]
     values = [torch.cat(part) for part in zip(*along, strict=True)]
     pairs = sorted(layer.support)
     gathered = _gather(how, [*(own[pair] for pair in pairs), *values])
@@ -326,11 +367,8 @@ def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: l
     return parts if isinstance(module, nn.LSTM) else parts[0]
 
 
-_agreed: dict[tuple[Any, ...], bool] = {}
-
-
 def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
-    """Once for everything that must be the same on all ranks."""
+    """What must be the same on all ranks, in every call: one that differs would leave the others waiting."""
     mine = {
         "torch": torch.__version__,
         "hwbp_compiler (a hash of its sources)": source_digest()[:16],
@@ -341,7 +379,5 @@ def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
         "the highway, as pairs (to, from) of parts of the state": [sorted(layer.support) for layer in how.layers],
         "the form of the state": tuple((tuple(s.shape), s.dtype) for s in states),
     }
-    key = how.group.group_name, how.rank, repr(mine)
-    if key not in _agreed:
-        same_everywhere(_WHERE, mine, how.group)
-        _agreed[key] = True
+    compared(_WHERE, mine, how.group, x.device)
+    how.watch.agreed()
