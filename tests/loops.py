@@ -347,6 +347,16 @@ def layers_stacked_by_hand(m, x):
     return states
 
 
+@loop(a=lambda: nn.Linear(2, 2), b=lambda: nn.Linear(2, 2))
+def states_stacked_along_different_dimensions(m, x):
+    h, c = x.new_ones(2, 2), torch.linspace(0.1, 0.4, 4).view(2, 2)
+    for t in range(T):
+        both = h * c
+        h = torch.stack([0.9 * both[0] + m.a(x[0, t, :2]), torch.tanh(both[1])], 0)
+        c = torch.stack([0.5 * both[:, 0], torch.tanh(m.b(both[:, 1])) + 0.1], 1)
+    return h + 2 * c
+
+
 @loop(recurrences=2, lower=gru, upper=lambda: nn.GRUCell(H, H))
 def two_layers_in_time(m, x):
     a = b = x.new_zeros(B, H)

@@ -39,9 +39,6 @@ class Run:
         """Nodes that a loop in its place saves."""
         return (self.length // self.period - 1) * self.period
 
-    def overlaps(self, other: Run) -> bool:
-        return self.start < other.start + other.length and other.start < self.start + self.length
-
 
 def working(graph: Graph) -> list[Node]:
     """The nodes that compute something, in order; those that take a part of another are left out."""

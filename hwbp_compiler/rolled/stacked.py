@@ -17,24 +17,18 @@ from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.graph.rules import Kind, rule_of
 
-from .trace import Step, depends_on
+from .trace import Step
 
 aten = torch.ops.aten
 
 
 def take_apart(step: Step, fake_mode: Any) -> tuple[Step, list[int | None]]:
     """The step over single entries, and for each component of its state along which dimension it was stacked; None
-    where it is as it was."""
-    dims: list[int | None] = [None] * len(step.state)
-    for number in range(len(step.state)):
-        dims[number] = _dim_of_stack(step.next_state[number])
-    if all(dim is None for dim in dims):
-        return step, dims
+    where it is as it was. Stacks of different dimensions never meet: what both lead to would be selected along both."""
+    dims = [_dim_of_stack(node) for node in step.next_state]
     for number, dim in enumerate(dims):
-        if dim is not None:
-            attempt = _Apart(step, number, dim, fake_mode).run()
-            if attempt is None:
-                dims[number] = None
+        if dim is not None and not _seen_by_entries(step, step.state[number], dim):
+            dims[number] = None
     if all(dim is None for dim in dims):
         return step, dims
     return _rebuilt(step, dims, fake_mode), dims
@@ -47,42 +41,31 @@ def _dim_of_stack(node: Node) -> int | None:
     return dim % node.meta["val"].dim()  # type: ignore[operator,no-any-return]
 
 
-class _Apart:
+def _seen_by_entries(step: Step, state: Node, dim: int) -> bool:
     """Whether all that a component of the state is needed for is selections of its entries."""
-
-    def __init__(self, step: Step, number: int, dim: int, fake_mode: Any) -> None:
-        self.step, self.state, self.dim = step, step.state[number], dim
-        self.moving = depends_on([self.state], step.module.graph)
-
-    def run(self) -> bool | None:
-        used = set(self.step.next_state) | set(self.step.outputs)
-        todo, seen = [self.state], set()
-        while todo:
-            node = todo.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in used:
-                return None
-            for user in node.users:
-                if user.op == "output":
-                    return None
-                if self._selects(user, node):
-                    continue
-                if not self._works_on_entries(user):
-                    return None
-                todo.append(user)
-        return True
-
-    def _selects(self, user: Node, node: Node) -> bool:
-        return user.target is aten.select.int and user.args[1] % node.meta["val"].dim() == self.dim  # type: ignore[operator]
-
-    def _works_on_entries(self, node: Node) -> bool:
-        rule = rule_of(node)
-        rank, state = node.meta["val"].dim(), self.state.meta["val"]
-        if rule is None or rule.kind is not Kind.ELEMENTWISE or node.meta["val"].shape != state.shape:
+    whole = {*step.next_state, *step.outputs}
+    todo, seen = [state], set()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in whole:
             return False
-        return all(n.meta["val"].dim() <= rank for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
+        for user in node.users:
+            if user.target is aten.select.int and user.args[1] % node.meta["val"].dim() == dim:  # type: ignore[operator]
+                continue
+            if user.op == "output" or not _works_on_entries(user, state):
+                return False
+            todo.append(user)
+    return True
+
+
+def _works_on_entries(node: Node, state: Node) -> bool:
+    rule, value = rule_of(node), node.meta["val"]
+    if rule is None or rule.kind is not Kind.ELEMENTWISE or value.shape != state.meta["val"].shape:
+        return False
+    return all(n.meta["val"].dim() <= value.dim() for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor))
 
 
 def _rebuilt(step: Step, dims: Sequence[int | None], fake_mode: Any) -> Step:
