@@ -65,8 +65,8 @@ class Options:
     check_every    training steps between two checks of "auto": an integer >= 1
     max_extra_memory   what the rewritten form of a chain may hold at a time beyond exact backprop: bytes, or a share of
                    the device's memory such as "25%"; None for any. A chain that needs more stays exact
-    reroll         Python loops over time, which Dynamo unrolls, rolled up again. "auto": those that would take long to
-                   compile; "always": every loop of three steps or more; "never": none
+    reroll         Python loops over time, which Dynamo unrolls, rolled up again. "auto": those of 16 steps or more
+                   that are expected to take long to compile; "always": every loop of three steps or more; "never": none
     rewrite        "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
     min_length     the shortest chain, in links, worth rewriting: an integer >= 1
     strict         raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is

@@ -391,8 +391,8 @@ def compile_step(
 ) -> Callable[[list[torch.Tensor]], Any]:
     """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing.
 
-    It is called once per time step, where microseconds count: without Inductor's checks of sizes and strides, and
-    without what its caller does around a graph, a step with one small product takes half the time.
+    It is called once per time step, where microseconds count: so without Inductor's checks of sizes and strides, and
+    without what its caller does around a graph.
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
