@@ -21,6 +21,8 @@ PROPERTIES = "tests/test_properties.py"
 SCAN = "tests/test_scan.py"
 MODULES = "tests/test_recurrent_modules.py"
 CELLS = "tests/test_any_cell.py"
+ROLLED = "tests/test_reroll.py::test_a_rolled_loop_is_the_loop_that_was_written"
+UNROLLED = "tests/test_reroll.py::test_what_cannot_be_rolled_up_is_left_as_it_is_and_the_reason_told"
 SKIPPED = "tests/test_faults_skipped.py"
 BREADTH = "tests/test_breadth.py::test_every_step_is_a_link_and_its_gradient_is_the_oracles"
 
@@ -458,6 +460,76 @@ MUTATIONS = [
         "set_code_exec_strategy(code, mark.strategy)",
         "pass",
         (f"{SKIPPED}::test_what_another_backend_skips_it_goes_on_skipping",),
+    ),
+    Mutation(
+        "a reversed loop reads its rows forwards",
+        "hwbp_compiler/reroll/series.py",
+        'return write.call(torch.flip, node, [0]) if rows.stride < 0 else node',
+        "return node",
+        (f"{ROLLED}[chunk_in_reverse]", f"{ROLLED}[bidirectional]"),
+    ),
+    Mutation(
+        "rows that are stacked in reverse are stacked in order",
+        "hwbp_compiler/reroll/series.py",
+        "if here[0] > here[-1]:",
+        "if False:",
+        (f"{ROLLED}[bidirectional]",),
+    ),
+    Mutation(
+        "rows may be unevenly spaced",
+        "hwbp_compiler/reroll/rows.py",
+        "if stride == 0 or any(n != numbers[0] + t * stride for t, n in enumerate(numbers)):",
+        "if stride == 0:",
+        (f"{UNROLLED}[uneven_places]",),
+    ),
+    Mutation(
+        "a step may look as far back as it likes",
+        "hwbp_compiler/reroll/steps.py",
+        "if places[t] != (t - lag + first, place) or values[t].parts != parts:",
+        "if places[t] is None:",
+        (f"{UNROLLED}[the_third_state_again]", f"{UNROLLED}[attention_over_all_states]"),
+    ),
+    Mutation(
+        "what is changed behind a loop is what the loop made",
+        "hwbp_compiler/reroll/around.py",
+        "if any(memory_of(changed) & made for changed in watched):",
+        "if False:",
+        (f"{UNROLLED}[changed_behind_the_loop]",),
+    ),
+    Mutation(
+        "a step may read what another writes",
+        "hwbp_compiler/reroll/around.py",
+        "if any(memory_of(r) & everywhere for r in read):",
+        "if False:",
+        (f"{UNROLLED}[memory_written_and_read]",),
+    ),
+    Mutation(
+        "what is written may be changed in the same step",
+        "hwbp_compiler/reroll/around.py",
+        "if any(memory_of(changed) & kept for changed in changed_by(node)):",
+        "if False:",
+        (f"{UNROLLED}[changed_after_it_was_written]",),
+    ),
+    Mutation(
+        "what is read without gradient is read with one",
+        "hwbp_compiler/reroll/values.py",
+        "            node.meta[_CUT] = True",
+        "            pass",
+        (f"{ROLLED}[targets_without_gradient]", f"{ROLLED}[looked_at_without_gradient]"),
+    ),
+    Mutation(
+        "a node of the last step stays that takes the state before it",
+        "hwbp_compiler/reroll/around.py",
+        "return not any(isinstance(source, Carried) for source in self.steps.sources[place])",
+        "return True",
+        (f"{ROLLED}[head_of_the_last_state_before_it_changes]",),
+    ),
+    Mutation(
+        "a state handed on over two steps starts from one",
+        "hwbp_compiler/reroll/steps.py",
+        "return Carried(self.place, self.parts, self.starts[steps:])",
+        "return Carried(self.place, self.parts, self.starts[:1] * (self.lag - steps))",
+        (f"{ROLLED}[two_steps_back]",),
     ),
 ]  # fmt: skip
 

@@ -32,13 +32,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from hwbp_compiler.torch_private import SkipFrame, functorch_config
+from hwbp_compiler.torch_private import SkipFrame, functorch_config, inductor_config
 
 from . import models, strategies
 from .blocks import USED_TWICE
 from .capture import capture, leaves_of, options, trace
 from .compare import total_norm
-from .generated import run_generated
+from .generated import APART, assert_same, kernels_together, run_generated
 from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
 from .reference import reference_gradients
@@ -57,8 +57,8 @@ class Setting:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Model, tuple[Setting, ...]]:
-    spec, chosen = draw(programs()), draw(all_settings())
+def cases(draw: st.DrawFn, generated: bool = False) -> tuple[Model, tuple[Setting, ...]]:
+    spec, chosen = draw(for_inductor() if generated else programs()), draw(all_settings())
     if any(isinstance(s, Recurrence) or s.skips or s.update in USED_TWICE for s in spec.stacks):
         # Inside a cell or a block, or where a skip ends, there can be what looks like a chain of one link, and is one.
         chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
@@ -85,16 +85,31 @@ def programs() -> st.SearchStrategy[Model]:
     return st.integers(0, 3).flatmap(lambda lot: coinciding() if lot == 3 else of_any_size())
 
 
-def coinciding() -> st.SearchStrategy[Model]:
+def for_inductor() -> st.SearchStrategy[Model]:
+    """Inductor takes seconds for a small program and a minute for a large one: half of these have sizes of two numbers
+    only, and one in sixteen has more than one stack."""
+    double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **_ALL_KINDS)
+    return st.integers(0, 15).flatmap(
+        lambda lot: coinciding(max_depth=4) if lot > 7 else double if lot == 7 else one_stack()
+    )
+
+
+def coinciding(**limits: Any) -> st.SearchStrategy[Model]:
     pairs = st.sampled_from(((3, 4), (4, 5), (5, 6), (3, 6)))
-    return pairs.flatmap(lambda sizes: strategies.models(max_stacks=1, sizes=sizes, skips=True, loops=True))
+    return pairs.flatmap(lambda sizes: strategies.models(max_stacks=1, sizes=sizes, skips=True, loops=True, **limits))
+
+
+_ALL_KINDS: dict[str, Any] = {"skips": True, "loops": True, "dtypes": True, "in_place": True}
+
+
+def one_stack() -> st.SearchStrategy[Model]:
+    return strategies.models(max_stacks=1, max_depth=4, max_width=3, **_ALL_KINDS)
 
 
 def of_any_size() -> st.SearchStrategy[Model]:
-    all_kinds: dict[str, Any] = {"skips": True, "loops": True, "dtypes": True, "in_place": True}
-    single = strategies.models(max_stacks=1, max_depth=4, max_width=3, **all_kinds)
-    double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **all_kinds)
-    wide = strategies.models(max_stacks=3, max_depth=6, max_width=6, **all_kinds)
+    single = one_stack()
+    double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **_ALL_KINDS)
+    wide = strategies.models(max_stacks=3, max_depth=6, max_width=6, **_ALL_KINDS)
     return st.integers(0, 15).flatmap(lambda lot: wide if lot == 15 else double if lot > 11 else single)
 
 
@@ -106,8 +121,8 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     model, args, loss = models.build(spec)
     if not any(leaf.requires_grad for leaf in leaves_of(model, args).values()):
         return []
-    if any(isinstance(s, Stack) and "in_place" in s.blocks for s in spec.stacks):  # which ``trace`` refuses
-        route = {"trace": "dynamo", "generated": "inductor"}.get(route, route)  # type: ignore[assignment]
+    if route == "trace" and _in_place(spec):
+        route = "dynamo"
     if route == "rolled" and any(isinstance(s, Recurrence) and s.cell == "min_gru" for s in spec.stacks):
         chosen = tuple(replace(setting, damping=0.0) for setting in chosen)  # rolled up it is a scan, without blocks
     if route == "generated":  # takes seconds each: one setting, and one under which something is truncated
@@ -198,7 +213,21 @@ def _traced(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
         yield traced.gradients(_options(setting))
 
 
+def _in_place(spec: Model) -> bool:
+    """Which ``trace`` refuses."""
+    return any(isinstance(stage, Stack) and "in_place" in stage.blocks for stage in spec.stacks)
+
+
 def _generated(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    if _in_place(spec):
+        with kernels_together():
+            as_ever = list(_through_inductor(spec, chosen))
+            with inductor_config.patch(APART):
+                apart = list(_through_inductor(spec, chosen))
+        for (_, gradients, _), (_, others, _) in zip(as_ever, apart, strict=True):
+            assert_same(list(gradients.values()), list(others.values()))
+        yield from as_ever
+        return
     traced = trace(*models.build(spec))
     for setting in chosen:
         yield traced.gradients(_options(setting), run_generated)
@@ -347,7 +376,7 @@ class Fuzzer:
             max_examples=BATCH, database=None, deadline=None, phases=(Phase.generate, Phase.shrink),
             suppress_health_check=list(HealthCheck), print_blob=False,
         )  # fmt: skip
-        @given(cases())
+        @given(cases(generated=self.shares["generated"] >= 1))
         def one(case: tuple[Model, tuple[Setting, ...]]) -> None:
             spec, chosen = case
             route: Route = "trace"

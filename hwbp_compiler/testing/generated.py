@@ -2,7 +2,7 @@
 
 What Inductor decides (fusion, in which memory a buffer lies, what is written in place of what) shows in its code and
 not in the graph. ``torch.compile`` builds every kernel apart, which takes seconds each; here all kernels of several
-graphs are one file, built once, without optimisation.
+graphs are one file, built once, without optimisation and without vector instructions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, compile_step
+from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, compile_step, inductor_config
 
 # Memory that is never used twice: what is computed so does not depend on where it lies.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
@@ -32,18 +32,23 @@ def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> A
     Raises AssertionError where the same code computes something else in memory that is never used twice: something
     was overwritten that was still needed. Rounding alone may differ, as products do with the alignment of memory.
     """
-    with _kernels_together():
-        options = {"fx_graph_cache": False, "cpp.threads": 1}
+    with kernels_together():
+        options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
         as_ever, apart = (
             compile_step(_copy(root, graph), list(inputs), keeping_pieces({**options, **more})) for more in ({}, APART)
         )
-    results, others = as_ever(list(inputs)), apart(list(inputs))
-    for have, want in zip(results, others, strict=True):
+        results, others = as_ever(list(inputs)), apart(list(inputs))
+    assert_same(results, others)
+    return results
+
+
+def assert_same(results: Iterable[Any], apart: Iterable[Any]) -> None:
+    """Results where memory is used again and where it is not, up to rounding."""
+    for have, want in zip(results, apart, strict=True):
         if isinstance(have, Tensor):
             allowed = 1e3 * torch.finfo(want.dtype).eps if want.is_floating_point() else 0.0
             off = largest_difference(have, want)
             assert off <= allowed, f"off by {off:.1e} of the largest number where memory is used again"
-    return results
 
 
 def _copy(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -53,38 +58,43 @@ def _copy(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _kernels_together() -> Iterator[None]:
-    """Kernels of generated code that is loaded inside are built when the first of them is called."""
+def kernels_together() -> Iterator[None]:
+    """Kernels of generated code that is loaded inside are built when the first of them is called, not optimised."""
     together = _Kernels()
-    with mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: together.add(types, source)):
+    build = mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: together.add(types, source))
+    # Not a flag among others: the headers that Inductor compiles once must be compiled as their users are.
+    with build, inductor_config.patch({"aot_inductor.debug_compile": True}):
         yield
 
 
 class _Kernels:
+    """All kernels added since the last call are built as one library when the next of them is called."""
+
     def __init__(self) -> None:
-        self.sources: dict[str, str] = {}  # source, the name left out -> name
-        self.library: Any = None
+        self.names: dict[str, str] = {}  # source, with ``kernel`` for its name -> its name in the library
+        self.built: dict[str, Any] = {}
 
     def add(self, types: list[str], source: str) -> Callable[..., None]:
         """The kernel as a function of tensors and sizes."""
-        name = self.sources.setdefault(source, f"kernel_{len(self.sources)}")
+        name = self.names.setdefault(source, f"kernel_{len(self.names)}")
         converters = [_address if kind.rstrip().endswith("*") else ctypes.c_int64 for kind in types]
 
         def run(*arguments: Any) -> None:
-            function = self.built()[name]
-            function(*(convert(argument) for convert, argument in zip(converters, arguments, strict=True)))
+            if name not in self.built:
+                self._build()
+            self.built[name](*(convert(argument) for convert, argument in zip(converters, arguments, strict=True)))
 
         return run
 
-    def built(self) -> Any:
-        if self.library is None:
-            parts = [_INCLUDE]
-            for source, name in self.sources.items():
-                body = source.replace(_INCLUDE, "")
-                parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
-            # As the part that is to be optimised, which is what Inductor precompiles its headers for.
-            self.library = CppCodeCache.load("", optimized_code="\n".join(parts), extra_flags=("-O0",))
-        return self.library
+    def _build(self) -> None:
+        new = {source: name for source, name in self.names.items() if name not in self.built}
+        parts = [_INCLUDE]
+        for source, name in new.items():
+            body = source.replace(_INCLUDE, "")
+            parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
+        # As the part that is to be optimised, which is what Inductor precompiles its headers for.
+        library = CppCodeCache.load("", optimized_code="\n".join(parts))
+        self.built.update((name, library[name]) for name in new.values())
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
