@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .auto.ladder import ladder
+from .cost.ladder import ladder
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .graph.record import ChainRecord

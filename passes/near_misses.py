@@ -20,8 +20,8 @@ from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_ra
 from hwbp_compiler.graph.program import sum_terms, why_not_linear
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, is_complex, operator_name, shape_of
+from hwbp_compiler.graph.settled import is_settled
 from hwbp_compiler.reasons import Reason, Why
-from hwbp_compiler.rolled.settled import is_settled
 
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum

@@ -14,11 +14,11 @@ from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.settled import is_settled
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.graph.snapshot import Snapshot
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
-from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard

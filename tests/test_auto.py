@@ -19,10 +19,10 @@ import hwbp_compiler
 from hwbp_compiler import GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
 from hwbp_compiler.auto import forms as forms_module
 from hwbp_compiler.auto.check import CheckedPass, copied
-from hwbp_compiler.auto.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.auto.merge import Merging
 from hwbp_compiler.auto.policy import Policy
 from hwbp_compiler.cost.estimate import Estimate
+from hwbp_compiler.cost.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.testing import models, reference_gradients
@@ -365,7 +365,7 @@ def test_the_cosine_of_a_check_is_the_oracles(blocks):
 
 def checked(model, args, loss, given):
     """One step that compares ``given`` forms; what it has measured, one for each graph."""
-    from hwbp_compiler.auto.calibrate import checks_of
+    from hwbp_compiler.calibration import checks_of
 
     return checks_of(model, args, {}, loss, given, {})
 

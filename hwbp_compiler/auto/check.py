@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from hwbp_compiler import passes
+from hwbp_compiler.cost.ladder import Rung, ladder, saved
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.joint_pass import HighwayPass, warn_once
 from hwbp_compiler.options import Options, Truncation
 
-from .ladder import Rung, ladder, saved
 from .measured import Check, Sums
 from .merge import Merging
 
