@@ -120,6 +120,10 @@ class Program:
     def inputs(self) -> State:
         return tuple(self.raw[: self.arity])
 
+    def copy(self) -> Program:
+        """The same link, to which statements can be added without changing this one."""
+        return replace(self, statements=list(self.statements), raw=list(self.raw), externals=list(self.externals))
+
     def statement_of(self) -> dict[Node, int]:
         return {node: i for i, node in enumerate(self.raw) if node is not None}
 
