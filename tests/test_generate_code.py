@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cells import CASES as CELLS
+from small import Residual
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -217,19 +218,10 @@ def test_code_for_the_cpu_calls_the_scan_and_is_cplusplus():
 @pytest.mark.usefixtures("needs_triton")
 def test_a_model_on_the_meta_device_needs_no_memory():
     with torch.device("meta"):
-        model = nn.Sequential(*(ResidualLinear(1 << 14) for _ in range(4)))
+        model = nn.Sequential(*(Residual(1 << 14) for _ in range(4)))
         x = torch.empty(8, 1 << 14)
     code = generate_code(model, x, options={"rewrite": "always", "iterations": 1}, target=TARGET)
     assert "tl.load(" in code.backward and code.chains[0].decision == "rewritten"
-
-
-class ResidualLinear(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
 
 
 @pytest.mark.usefixtures("needs_triton")
