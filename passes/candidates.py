@@ -34,7 +34,7 @@ class Candidate:
     split: Split
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Node | None, ...]:
         return (*self.chain.states[0], *self.chain.last_known)
 
     @property

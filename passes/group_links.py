@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -123,7 +124,7 @@ class _Lane:
             return None
         externals: list[Node] = []
 
-        def argument(value):
+        def argument(value: Any) -> Any:
             if isinstance(value, Node):
                 if value in self.id_of and value not in self.closed:
                     return Ref(self.id_of[value])
@@ -204,7 +205,9 @@ def _anchor(statement: Statement) -> int | None:
     return max((ref.id for ref in references(statement.args)), default=None)
 
 
-def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set[Node]):
+def _counterpart(
+    lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set[Node]
+) -> tuple[Node, list[Node]] | None:
     node = lane.program.raw[anchor]
     if node is None:
         return None
@@ -298,7 +301,7 @@ def _goes_on(info: GraphInfo, found: Program, template: Program) -> bool:
     return False
 
 
-def _left_over(info: GraphInfo, link: Program) -> Counter:
+def _left_over(info: GraphInfo, link: Program) -> Counter[Any]:
     """What takes a gradient from the state of ``link`` without being part of it."""
     users = (info.nodes[u] for n in link.inputs if n is not None for u in info.users[info.index[n]])
     return Counter(user.target for user in users if user not in link.raw)

@@ -157,7 +157,7 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
     for i in range(len(info.nodes)):
         inner = len(info.users[i]) == 1 and info.is_sum(info.users[i][0])
         if info.is_sum(i) and not inner:
-            cuts = [c for term in sum_terms(info.nodes[i], info) if (c := _cut_behind(info, info.index[term]))]
+            cuts = [c for term in sum_terms(info.nodes[i]) if (c := _cut_behind(info, info.index[term]))]
             if len({shape_of(info.nodes[info.sources[c][0]]) for c in cuts}) > 1:
                 sums.append(i)
     if len(sums) < _SHORTEST_CONCATENATION:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from typing import Protocol
 
 from torch.fx import Graph, Node
@@ -57,7 +58,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     settled |= {node for node in graph.nodes if is_settled(node)}
     before = Snapshot(graph)
     reworded = in_other_words(graph, settled)
-    decided: set[tuple] = set()
+    decided: set[Hashable] = set()
     first_look, rewrote = True, False
     while True:
         info = GraphInfo(graph, settled)

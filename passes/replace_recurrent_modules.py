@@ -147,7 +147,7 @@ class _Call:
 
 def _on_a_cpu(call: Arguments) -> bool:
     """Its weights tell: nothing is known yet of an input that is emitted here."""
-    return call.weights[0].meta["example_value"].device.type == "cpu"
+    return bool(call.weights[0].meta["example_value"].device.type == "cpu")
 
 
 def _may_need_gradient(tensor: Node) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator as python
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -129,7 +129,7 @@ def _called_step_by_step(graph: Graph) -> set[Node]:
 
 def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
     """What is declined alike of several calls with one step each as one record that counts them."""
-    kept: dict[tuple, ChainRecord] = {}
+    kept: dict[Hashable, ChainRecord] = {}
     for number, record in enumerate(records):
         alike = record.decision == "declined" and record.length == 1
         key = (record.module, record.source, record.reason) if alike else (number,)
@@ -218,7 +218,7 @@ class _Backward:
         return cls(
             node, kind, tuple(incoming), output, kept, input, sizes, tuple(state), tuple(weights), biases, layers, both,
             cast, list(wanted),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     @property
     def chains(self) -> int:
@@ -298,7 +298,7 @@ def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None, optio
         return created[-1]
 
     results: Any = inline(traced.graph, operands, emit)
-    wanted = {results[user.args[1]] for user in call.node.users}  # type: ignore[index]
+    wanted = {results[user.args[1]] for user in call.node.users}
     emitted = needed(operands, wanted & set(created))
     for node in reversed(created):
         if node not in emitted:

@@ -7,6 +7,7 @@ they left, and K must be lower triangular when the state has several components.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Split:
 def split_links(chain: Chain) -> Split:
     """Raises Declined where the elementwise part is no diagonal, or no triangular matrix of diagonals."""
     support: set[tuple[int, int]] = set()
-    seen: set[tuple] = set()
+    seen: set[Hashable] = set()
     for link in chain.links:
         if link.signature in seen:
             continue

@@ -87,6 +87,6 @@ class _Cells:
         node.meta = {k: v for k, v in self.origin.meta.items() if k != "example_value"}
         held = [a.meta.get("example_value") if isinstance(a, Node) else a for a in args]
         if target is torch.select and isinstance(held[0], Tensor):
-            with held[0].fake_mode:  # type: ignore[attr-defined]
+            with held[0].fake_mode:
                 node.meta["example_value"] = torch.select(*held)
         return node

@@ -85,4 +85,8 @@ def _of_a_run(kind: str, figures: Kernels, sizes: tuple[int, int, int, int], lan
 def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
     """Seconds of one product of all steps with the weights of the input, and with those of the state."""
     steps, batch, width, hidden = sizes
-    return tuple(2.0 * steps * batch * _GATES[kind] * hidden * n / figures.flops for n in (width, hidden))  # type: ignore
+
+    def product(inner: int) -> float:
+        return 2.0 * steps * batch * _GATES[kind] * hidden * inner / figures.flops
+
+    return product(width), product(hidden)

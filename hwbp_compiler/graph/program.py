@@ -128,7 +128,7 @@ class Program:
         return {node: i for i, node in enumerate(self.raw) if node is not None}
 
 
-def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[Node]:
+def sum_terms(root: Node, leaves: Iterable[Node] = ()) -> list[Node]:
     """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is no addition)."""
     stop = set(leaves)
     terms: list[Node] = []
@@ -256,7 +256,7 @@ class _Builder:
     def _terms(self, node: Node, outputs: set[Node]) -> list[Node] | None:
         if not _is_plain_add(node):
             return None
-        return sum_terms(node, self.info, leaves=self.input_nodes | (outputs - {node}))
+        return sum_terms(node, self.input_nodes | (outputs - {node}))
 
     def _check_outside(self, node: Node) -> None:
         if self.info.index[node] in self.tainted:
