@@ -72,6 +72,9 @@ def check(model, x, step=None, tolerance=1e-4, **kwargs) -> None:
     assert_gradients_close(gradients(model), expected(model, x), tolerance, noise=1e-6)
 
 
+# -- precision, checkpoints, and gradients in several steps -------------------------------------------------------
+
+
 @combination("`torch.autocast` in bfloat16", "supported", "the residual stream stays float32")
 def test_autocast_bfloat16():
     model, x = make(), inputs()
@@ -122,6 +125,9 @@ def test_retain_graph():
         loss.backward(retain_graph=True)
         loss.backward()
     assert_gradients_close(gradients(model), {k: 2 * g for k, g in expected(model, x).items()}, 1e-4, 1e-6)
+
+
+# -- parameters, hooks and buffers --------------------------------------------------------------------------------
 
 
 @combination("frozen parameters", "supported", "")
@@ -302,6 +308,9 @@ def test_buffers_changed_and_used_in_forward(iterations, many):
         assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
 
 
+# -- how it is compiled -------------------------------------------------------------------------------------------
+
+
 @combination("dynamic batch size and sequence length", "supported", "`dynamic=True`: one compilation for all sizes")
 def test_dynamic_batch_and_length():
     model = make()
@@ -352,6 +361,9 @@ def test_compiled_autograd():
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         loss_of(step(x)).backward()
     assert_gradients_close(gradients(model), expected(model, x), 1e-4, 1e-6)
+
+
+# -- copies, files, threads ---------------------------------------------------------------------------------------
 
 
 @combination("`copy.deepcopy` and `state_dict` of a compiled model", "supported", "")
@@ -425,6 +437,9 @@ def test_threads():
     assert not failed and not any(thread.is_alive() for thread in threads), failed
 
 
+# -- gradients of gradients, and numbers that are none ------------------------------------------------------------
+
+
 @combination(
     "double backward (`create_graph=True`)",
     "refused",
@@ -457,6 +472,10 @@ def test_what_is_not_finite_stays_so(bad):
 
 
 # ------------------------------------------------------------------------------ several processes, and trainers
+
+
+# -- several processes --------------------------------------------------------------------------------------------
+
 
 DISTRIBUTED = """
 import os, sys, logging, torch, torch.distributed as dist
@@ -573,6 +592,9 @@ def test_fully_sharded_whole_model(tmp_path):
 @pytest.mark.slow
 def test_fully_sharded_blocks_are_left_exact(tmp_path):
     two_processes(FSDP, tmp_path, cut=True)
+
+
+# -- trainers -----------------------------------------------------------------------------------------------------
 
 
 class _Loss(nn.Module):

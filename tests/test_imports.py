@@ -127,3 +127,9 @@ def test_a_file_is_short_or_says_why_it_is_long():
         if module.startswith(PACKAGE) and len(path.read_text().splitlines()) > MOST_LINES
     }
     assert [name for name, text in long.items() if "in this one file however long it grows" not in text] == []
+
+
+def test_a_long_file_of_tests_has_sections():
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py")}
+    long = {name: text for name, text in texts.items() if len(text.splitlines()) > MOST_LINES}
+    assert long and [name for name, text in long.items() if text.count("\n# -- ") < 3] == []
