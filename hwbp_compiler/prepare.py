@@ -1,8 +1,8 @@
 """Dynamo's graph before AOTAutograd sees it: what autograd would take apart, or could not take apart, is replaced.
 
 Loops of ``hwbp_compiler.recurrent`` become calls of a :class:`~.rolled.recurrence.Recurrence`; nn.GRU and its like
-become ``highway::recurrent``; fused cells are written out. The backend, ``explain``, ``generate_code`` and ``testing``
-all prepare here, so that all see the same graph.
+become ``highway::recurrent_module``; fused cells are written out. The backend, ``explain``, ``generate_code`` and
+``testing`` all prepare here, so that all see the same graph.
 """
 
 from __future__ import annotations

@@ -180,8 +180,8 @@ def test_every_kernel_compiles_for_the_target(name):
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_recurrent_module_stays_whole_and_its_exact_backward_is_pytorchs_own(kind):
     forward, backward = generate_code(*case(kind), options={"iterations": "exact"}, target=TARGET).graphs
-    assert "torch.ops.highway.recurrent.default" in forward.launches
-    assert backward.launches == ("torch.ops.highway.recurrent_backward.default",)
+    assert "torch.ops.highway.recurrent_module.default" in forward.launches
+    assert backward.launches == ("torch.ops.highway.recurrent_module_backward.default",)
 
 
 @pytest.mark.usefixtures("needs_triton")

@@ -75,7 +75,7 @@ def test_all_who_look_see_the_graph_that_is_compiled(prepared):
     compiled, *others = prepared.values()
     assert len(others) == 3 and all(other == compiled for other in (captured, *others))
     text = "\n".join(map(str, compiled))
-    assert "highway.recurrent" in text and "highway_recurrence_1" in text and "lstm_cell" not in text
+    assert "highway.recurrent_module" in text and "highway_recurrence_1" in text and "lstm_cell" not in text
 
 
 def test_generate_code_tells_of_loops_and_counts_nothing():

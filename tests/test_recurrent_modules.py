@@ -471,8 +471,8 @@ def test_explain_shows_one_chain_per_layer_and_direction_with_the_users_line():
         assert "test_recurrent_modules.py" in chain.source and "self.module(" in chain.source
     places = {"layer 0", "layer 0 reverse", "layer 1", "layer 1 reverse"}
     assert {c.module for c in report.chains} == {f"module {place}" for place in places}
-    assert "recurrent_backward" in str(report.graph_before.graph)
-    assert "recurrent_backward" not in str(report.graph_after.graph)
+    assert "recurrent_module_backward" in str(report.graph_before.graph)
+    assert "recurrent_module_backward" not in str(report.graph_after.graph)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
@@ -482,7 +482,7 @@ def test_explain_draws_a_recurrent_module_shows_its_programs_and_measures_the_er
     (chain,), (graph,) = report.chains, report.graphs
     ((program,),) = graph.programs
     assert "self.module(" in program.forward[0]
-    assert "recurrent_backward(" in program.before and "linear_scan(" in program.after
+    assert "recurrent_module_backward(" in program.before and "linear_scan(" in program.after
     errors = [e.relative_error for e in graph.errors]
     assert errors[0] > errors[-1] and errors[-1] < 1e-2
     # The series of states at least, and no more than every value that the rewritten form computes.
