@@ -21,7 +21,7 @@ from .options import Options, parse
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.write_out_cells import write_out_cells
 from .reroll import reroll_loops
-from .rolled.capture import replace_loops, rolled
+from .rolled.replace_loops import replace_loops, rolled
 from .torch_private import CONTROL_FLOW
 
 if TYPE_CHECKING:

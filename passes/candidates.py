@@ -76,9 +76,9 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
         for r in refusals
         if r.why.code is not Reason.CONNECTION_SKIPS_STEPS or 2 * len(held.intersection(r.nodes)) < len(r.nodes)
     ]
-    told = taken.union(*(r.nodes for r in refusals))
-    refusals += [r for r in below if told.isdisjoint(r.nodes)]
-    return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
+    covered = taken.union(*(r.nodes for r in refusals))
+    refusals += [r for r in below if covered.isdisjoint(r.nodes)]
+    return kept, refusals, [s for s in short if s.nodes.isdisjoint(covered)]
 
 
 def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: list[Refusal]) -> list[Candidate]:

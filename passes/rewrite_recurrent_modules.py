@@ -105,7 +105,7 @@ def rewrite_recurrent_modules(
                 record.added_bytes = _held_at_once(emitted)
             if watcher is not None:
                 watcher.rewrote_module(mine, emitted)
-    return _told_once(records), created
+    return _collapsed(records), created
 
 
 def _called_step_by_step(graph: Graph) -> set[Node]:
@@ -127,7 +127,7 @@ def _called_step_by_step(graph: Graph) -> set[Node]:
     return found
 
 
-def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
+def _collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
     """What is declined alike of several calls with one step each as one record that counts them."""
     kept: dict[Hashable, ChainRecord] = {}
     for number, record in enumerate(records):

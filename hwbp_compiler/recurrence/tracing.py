@@ -44,7 +44,7 @@ class traced_whole:
     backends had it give up (see Note [Skipped frames])."""
 
     def __init__(self, compiled: Compiled | None = None) -> None:
-        self.lifted = lifted(compiled or Compiled(told=True))
+        self.lifted = lifted(compiled or Compiled(warned=True))
 
     def __enter__(self) -> None:
         self.lifted.__enter__()

@@ -60,8 +60,8 @@ class Links(nn.Module):
         kinds = [spec.blocks[i % len(spec.blocks)] for i in range(spec.depth)]
         links: list[nn.Module] = []
         for i, kind in enumerate(kinds):
-            again = spec.shared and i >= spec.shared
-            made = links[i - spec.shared] if again else Residual(spec, kind, batch, length, context)
+            shares = spec.shared and i >= spec.shared
+            made = links[i - spec.shared] if shares else Residual(spec, kind, batch, length, context)
             links.append(made)
             if i + 1 in spec.frozen:
                 made.requires_grad_(False)
