@@ -22,7 +22,7 @@ from .backend import compiled_in_one_form
 from .errors import HighwayError
 from .options import Options, Truncation, parse
 from .recurrence.tracing import traced_whole
-from .report.capture import _isolated
+from .report.explaining import _isolated
 from .report.measure import backward
 from .report.restore import left_as_it_was
 from .torch_private import RUNS_IN, SERVES

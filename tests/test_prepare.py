@@ -9,7 +9,7 @@ from torch import nn
 import hwbp_compiler
 from hwbp_compiler import backend, generate, testing
 from hwbp_compiler.passes import write_out_cells
-from hwbp_compiler.report import capture as report_capture
+from hwbp_compiler.report import explaining
 from hwbp_compiler.testing import capture as testing_capture
 
 LENGTH, BATCH, WIDTH = 6, 2, 3
@@ -56,7 +56,7 @@ def prepared(monkeypatch):
 
         return prepare
 
-    for module in (backend, report_capture, generate, testing_capture):
+    for module in (backend, explaining, generate, testing_capture):
         monkeypatch.setattr(module, "prepare", watched(module.__name__, module.prepare))
     monkeypatch.setattr(write_out_cells, "_is_fused", lambda node: True)  # as on a GPU
     return seen

@@ -190,7 +190,7 @@ def test_what_is_rewritten_stands_where_the_search_for_near_misses_fails(monkeyp
     def broken(*_):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("hwbp_compiler.report.capture.near_misses", broken)
+    monkeypatch.setattr("hwbp_compiler.report.explaining.near_misses", broken)
     report = explained(Spoken(), torch.randn(8, 2, 2))
     assert only(report.chains).decision == "rewritten" and report.graphs[0].failure is None
     assert report.notes == ["What looks like a chain and is none is not told of: IndexError: list index out of range."]
