@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -133,3 +135,36 @@ def test_a_long_file_of_tests_has_sections():
     texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("*.py")}
     long = {name: text for name, text in texts.items() if len(text.splitlines()) > MOST_LINES}
     assert long and [name for name, text in long.items() if text.count("\n# -- ") < 3] == []
+
+
+# -- the diagram of docs/design.md ----------------------------------------------------------------------------------
+
+
+def _arrows() -> list[tuple[str, str, str]]:
+    """(from, arrow, to) of every line that draws one."""
+    drawing = (ROOT / "docs/design.md").read_text().partition("```mermaid\n")[2].partition("```")[0]
+    return re.findall(r"^ *(\S+) (-->|-\.->)(?:\|[^|]*\|)? (\S+)$", drawing, re.MULTILINE)
+
+
+def _place(name: str) -> tuple[str, str]:
+    """The module that a name of the drawing stands in, and what it is called there; "" for the module itself."""
+    whole = f"{PACKAGE}.{name}"
+    module, _, inside = (whole, "", "") if whole in FILES else whole.rpartition(".")
+    return module, inside
+
+
+def test_whatever_the_diagram_names_is_there():
+    names = {name for a, _, b in _arrows() for name in (a, b) if "." in name}
+    assert len(names) > 15
+    for module, inside in map(_place, names):
+        assert module in FILES and (not inside or hasattr(importlib.import_module(module), inside)), (module, inside)
+
+
+def test_whoever_calls_in_the_diagram_imports_what_it_calls():
+    graph = _graph(False)
+    calls = [(_place(a)[0], _place(b)[0]) for a, arrow, b in _arrows() if arrow == "-->"]
+    assert len(calls) > 20
+    for caller, called in calls:
+        inside = [m for m in FILES if f"{m}.".startswith(f"{caller}.")]  # a package calls from any file of it
+        found = (caller == called, *(graph.has_edge(m, t) for m in inside for t in (called, called.rpartition(".")[0])))
+        assert any(found), f"{caller} does not import {called}"
