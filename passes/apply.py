@@ -75,6 +75,7 @@ def _alive(order: list[Node]) -> set[Node]:
 
 def _topological_order(graph: Graph) -> list[Node] | None:
     """All nodes, each as early as its place in the graph and its operands allow; None if there is a cycle."""
+    # The graph knows operands and users as it is: a copy of it for networkx would cost more than the sort.
     nodes = list(graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
     pending = [len(n.all_input_nodes) for n in nodes]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import networkx
 import torch
 
 from hwbp_compiler.graph.chain import Chain
@@ -100,14 +101,9 @@ def _same(a: Order | None, b: Order | None) -> bool:
 
 
 def _triangular_order(width: int, support: set[tuple[int, int]]) -> tuple[int, ...]:
-    order: list[int] = []
-    while len(order) < width:
-        free = [
-            c
-            for c in range(width)
-            if c not in order and all(source in order or source == c for to, source in support if to == c)
-        ]
-        if not free:
-            raise Declined(Reason.STATE_IN_A_CIRCLE)
-        order.append(free[0])
-    return tuple(order)
+    feeds = networkx.DiGraph((source, to) for to, source in support if source != to)
+    feeds.add_nodes_from(range(width))
+    try:
+        return tuple(networkx.lexicographical_topological_sort(feeds))
+    except networkx.NetworkXUnfeasible:
+        raise Declined(Reason.STATE_IN_A_CIRCLE) from None
