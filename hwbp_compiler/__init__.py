@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import distributed as distributed
     from . import testing as testing
-    from .auto.calibrate import calibrate as calibrate
     from .auto.control import Schedule as Schedule
     from .auto.control import set_iterations as set_iterations
     from .auto.control import set_options as set_options
     from .auto.meter import GradientMeter as GradientMeter
+    from .calibration import calibrate as calibrate
     from .counting import counters as counters
     from .counting import reset_counters as reset_counters
     from .errors import HighwayError as HighwayError
@@ -35,7 +35,7 @@ _HOME = {
     "OptionError": "errors",
     "Options": "options",
     "Schedule": "auto.control",
-    "calibrate": "auto.calibrate",
+    "calibrate": "calibration",
     "counters": "counting",
     "explain": "report",
     "generate_code": "generate",

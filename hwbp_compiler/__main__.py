@@ -51,7 +51,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     from .errors import OptionError
     from .report import explain
-    from .report.capture import LossError
+    from .report.explaining import LossError
     from .report.text import show
 
     try:

@@ -6,8 +6,6 @@ import functools
 import hashlib
 from pathlib import Path
 
-import hwbp_compiler
-
 from . import passes
 
 SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
@@ -22,8 +20,8 @@ def source_digest() -> str:
     """
     # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
     found: dict[str, Path] = {}
-    for package, prefix in ((hwbp_compiler, Path()), (passes, Path("passes"))):
-        for root in package.__path__:
+    for roots, prefix in (([Path(__file__).parent], Path()), (passes.__path__, Path("passes"))):
+        for root in roots:
             for path in Path(root).rglob("*"):
                 if path.suffix in SOURCE_SUFFIXES:
                     found[(prefix / path.relative_to(root)).as_posix()] = path

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .auto.ladder import ladder
+from .cost.ladder import ladder
 from .cross_compile import CodeText, Kernel, Target, generate_kernels, need_triton
 from .errors import HighwayError
 from .graph.record import ChainRecord
@@ -21,7 +21,7 @@ from .pass_sequence import PassSequence
 from .pieces import keeping_pieces
 from .prepare import prepare
 from .recurrence.tracing import traced_whole
-from .report.capture import _isolated
+from .report.explaining import _isolated
 from .report.restore import left_as_it_was
 from .retarget import Retarget
 from .scan import register_lowerings

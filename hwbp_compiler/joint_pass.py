@@ -67,11 +67,11 @@ class HighwayPass(CustomGraphPass):
             log.info('switched off by torch._inductor.config.disabled_passes = "highway"')
             return
         trace_artifact("highway_joint_graph_after", lambda: _readable(graph))
-        told = [*self.loops, *records]
-        trace_artifact("highway_report", lambda: _report(told, nodes, len(graph.nodes)))
+        reported = [*self.loops, *records]
+        trace_artifact("highway_report", lambda: _report(reported, nodes, len(graph.nodes)))
         log.debug("joint graph of %d nodes: %d chains", nodes, len(records))
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s", _report(told, nodes, len(graph.nodes)))
+            log.debug("%s", _report(reported, nodes, len(graph.nodes)))
         if not self.quiet:
             report_all(records)
         self.records.extend(records)

@@ -1,8 +1,8 @@
 """Dynamo's graph before AOTAutograd sees it: what autograd would take apart, or could not take apart, is replaced.
 
 Loops of ``hwbp_compiler.recurrent`` become calls of a :class:`~.rolled.recurrence.Recurrence`; nn.GRU and its like
-become ``highway::recurrent``; fused cells are written out. The backend, ``explain``, ``generate_code`` and ``testing``
-all prepare here, so that all see the same graph.
+become ``highway::recurrent_module``; fused cells are written out. The backend, ``explain``, ``generate_code`` and
+``testing`` all prepare here, so that all see the same graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .options import Options, parse
 from .passes.replace_recurrent_modules import replace_recurrent_modules
 from .passes.write_out_cells import write_out_cells
 from .reroll import reroll_loops
-from .rolled.capture import replace_loops, rolled
+from .rolled.replace_loops import replace_loops, rolled
 from .torch_private import CONTROL_FLOW
 
 if TYPE_CHECKING:

@@ -59,14 +59,14 @@ class Compiled:
     def __init__(
         self,
         strict: bool = False,
-        told: bool = False,
+        warned: bool = False,
         given: tuple[Mapping[str, Any] | None, str | None] = (None, None),
     ) -> None:
         self.given = given
         self.options: Any = None
         self.meter: Any = None
         self.number = next(self._numbers)
-        self.strict, self.told = strict, told
+        self.strict, self.warned = strict, warned
         self.converted = False  # whether a frame was compiled while it ran
         self.given_up: list[str] = []  # frames that Dynamo looked at then, and left to eager mode
 
@@ -104,7 +104,7 @@ class lifted:
 
     def __enter__(self) -> None:
         self.outer, _here.running = getattr(_here, "running", None), self.compiled
-        self.hits = None if self.compiled.told else CacheHits()
+        self.hits = None if self.compiled.warned else CacheHits()
         self.marks = list(_lift(self.compiled)) if _marks else []
 
     def __exit__(self, *error: object) -> None:
@@ -160,7 +160,7 @@ def _convert(original: Any, converter: Any, frame: Any, entry: Any, state: Any) 
         mark.strategy = result.frame_exec_strategy
         if compiled is not None and compiles_now():  # not on account of where it was called
             mark.given_up_for.add(compiled.number)
-            if not compiled.told:
+            if not compiled.warned:
                 compiled.given_up.append(f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})")
     # Where it is lifted, some callable of ours is running: the mark is put back when that returns.
     return replace(result, apply_to_code=False) if mark.lifted else result
@@ -179,7 +179,7 @@ def _tell(compiled: Compiled, hits: int) -> None:
     """After the first call: a user who asked for this backend, and got nothing of it, should know."""
     if not compiles_now():
         return  # nothing could be compiled here; the next call tells
-    compiled.told = True
+    compiled.warned = True
     if compiled.converted or hits:
         return
     tried = "; ".join(dict.fromkeys(compiled.given_up))

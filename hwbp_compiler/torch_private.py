@@ -623,21 +623,21 @@ def configure_backend(
 
 
 class _Registry(dict):  # type: ignore[type-arg]
-    """torch's table of backends, in which ``again`` may be registered any number of times.
+    """torch's table of backends, in which ``ours`` may be registered any number of times.
 
     Where several threads are the first to look a backend up, each of them registers it; torch takes no lock, and
     refuses all but one of them ("duplicate name"). Threads that wait for our import read the table after it.
     """
 
-    def __init__(self, backends: Mapping[str, Any], again: Callable[..., Any]) -> None:
+    def __init__(self, backends: Mapping[str, Any], ours: Callable[..., Any]) -> None:
         super().__init__(backends)
-        self.again = again
+        self.ours = ours
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) and super().get(name) is not self.again
+        return super().__contains__(name) and super().get(name) is not self.ours
 
     def __setitem__(self, name: str, backend: Any) -> None:
-        if backend is not self.again and super().get(name) is self.again:
+        if backend is not self.ours and super().get(name) is self.ours:
             raise AssertionError(f"duplicate name: {name}")
         super().__setitem__(name, backend)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from typing import Any
 
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -24,12 +25,12 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
     Raises Declined, with the graph as before the emission, if the result would be cyclic, or if anything still used
     one of the ``superseded`` nodes: two versions of a link would be mixed then, which no k stands for.
     """
-    journal: list[tuple[Node, tuple, dict]] = []
+    journal: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
     final = _final(rewriting.replacements)
     # User by user, not replacement by replacement: the output node uses thousands of them.
     for user in dict.fromkeys(user for old in final for user in old.users):
         journal.append((user, user.args, dict(user.kwargs)))
-        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: final.get(n, n))  # type: ignore[assignment]
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: final.get(n, n))
     order = _topological_order(graph)
     refused = None
     if order is None:
@@ -74,6 +75,7 @@ def _alive(order: list[Node]) -> set[Node]:
 
 def _topological_order(graph: Graph) -> list[Node] | None:
     """All nodes, each as early as its place in the graph and its operands allow; None if there is a cycle."""
+    # The graph knows operands and users as it is: a copy of it for networkx would cost more than the sort.
     nodes = list(graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
     pending = [len(n.all_input_nodes) for n in nodes]

@@ -34,7 +34,7 @@ class Candidate:
     split: Split
 
     @property
-    def key(self) -> tuple:
+    def key(self) -> tuple[Node | None, ...]:
         return (*self.chain.states[0], *self.chain.last_known)
 
     @property
@@ -76,9 +76,9 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
         for r in refusals
         if r.why.code is not Reason.CONNECTION_SKIPS_STEPS or 2 * len(held.intersection(r.nodes)) < len(r.nodes)
     ]
-    told = taken.union(*(r.nodes for r in refusals))
-    refusals += [r for r in below if told.isdisjoint(r.nodes)]
-    return kept, refusals, [s for s in short if s.nodes.isdisjoint(told)]
+    covered = taken.union(*(r.nodes for r in refusals))
+    refusals += [r for r in below if covered.isdisjoint(r.nodes)]
+    return kept, refusals, [s for s in short if s.nodes.isdisjoint(covered)]
 
 
 def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: list[Refusal]) -> list[Candidate]:
@@ -203,13 +203,14 @@ def _split_and_group(
             inside = tuple(n for link in chain.links for n in link.raw[link.arity :] if n is not None)
             refusals.append(Refusal(inside, chain.length, declined.why))
             continue
-        candidate = Candidate(chain, group_links(info, chain), split)
-        if shorter := _without_the_last(chain):
+        whole, groups = group_links(info, chain)
+        candidate = Candidate(whole, groups, split)
+        if shorter := _without_the_last(whole):
             # Of the first block, what leads to its state and what leads to the same tensor as an input of every block
             # cannot be told apart: likeness to its neighbours comes first.
-            groups = group_links(info, shorter)
-            if shorter.length == candidate.chain.length:
+            shorter, groups = group_links(info, shorter)
+            if shorter.length == whole.length:
                 candidate = Candidate(shorter, groups, split_links(shorter))
-        alone = chain.length == 1 and ordinary(1, options) is not None
-        (short if alone or chain.length < options.min_length else found).append(candidate)
+        alone = whole.length == 1 and ordinary(1, options) is not None
+        (short if alone or whole.length < options.min_length else found).append(candidate)
     return found, short

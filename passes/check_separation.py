@@ -217,7 +217,7 @@ def _parts(info: GraphInfo, join: int) -> tuple[Node, ...]:
     """The terms that meet in ``join``, each pulled back to where it is a gradient of its own."""
     heavy: list[Node] = []
     light: list[Node] = []
-    for term in sum_terms(info.nodes[join], info):
+    for term in sum_terms(info.nodes[join]):
         node = term
         while not _is_own(info, node):
             carriers = info.sources[info.index[node]]
@@ -241,7 +241,7 @@ def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
     """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block. A block may end in
     a cast (autocast) or a view."""
     arrived = (Kind.HEAVY, Kind.MIXING)
-    return any(info.kind(_behind_carriers(info, info.index[term])) in arrived for term in sum_terms(node, info))
+    return any(info.kind(_behind_carriers(info, info.index[term])) in arrived for term in sum_terms(node))
 
 
 def _behind_carriers(info: GraphInfo, i: int) -> int:
@@ -342,7 +342,7 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
     for link, (before,) in zip(chain.links[:4], chain.states, strict=False):
         # What the neighbours have between state and branch point (the mask of a ReLU) belongs to this link too.
         assert before is not None
-        after = info.index[link.raw[link.outputs[0]]]  # type: ignore[index]
+        after = info.index[link.raw[link.outputs[0]]]
         inner = _branch_before(info, {info.index[before]}, after)
         if inner is None or inner == info.index[before]:
             break

@@ -59,7 +59,7 @@ def _complex_behind(real: object) -> Node | None:
         return None
     source = seen.args[0]
     if source.target is ADD and source.args[1] == 0 and not source.kwargs:  # it resolves conjugates
-        source = source.args[0]  # type: ignore[assignment]
+        source = source.args[0]
     return source if source.meta["val"].is_complex() else None
 
 

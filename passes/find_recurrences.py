@@ -74,9 +74,10 @@ def _longest(info: GraphInfo, free: list[bool], min_length: int) -> set[int] | N
         if not free[i]:
             continue
         for user in info.users[i]:
-            if free[user] and info.elementwise(i, user) and (ahead[i] is None or forks[user] > forks[ahead[i]]):  # type: ignore[index]
+            best = ahead[i]
+            if free[user] and info.elementwise(i, user) and (best is None or forks[user] > forks[best]):
                 ahead[i] = user
-        forks[i] = int(len(info.users[i]) > 1) + (forks[ahead[i]] if ahead[i] is not None else 0)  # type: ignore[index]
+        forks[i] = int(len(info.users[i]) > 1) + (0 if (after := ahead[i]) is None else forks[after])
     start = max(range(count), key=lambda i: forks[i], default=None)
     if start is None or forks[start] < min_length:
         return None
@@ -133,6 +134,6 @@ def _one_per_period(info: GraphInfo, states: list[int]) -> list[int]:
     return states if _kind(info, states[-1]) == common else states[:-1]
 
 
-def _kind(info: GraphInfo, i: int) -> tuple:
+def _kind(info: GraphInfo, i: int) -> tuple[str, ...]:
     """What takes a gradient from ``i``; what ``i`` itself is depends on whether a loss is added there."""
     return tuple(sorted(str(info.nodes[u].target) for u in info.users[i]))

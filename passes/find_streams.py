@@ -46,7 +46,8 @@ def _streams(info: GraphInfo) -> Iterator[list[int]]:
     passed = [0] * count  # most sums on an elementwise path that starts here
     for i in range(count - 1, -1, -1):
         for user in info.users[i]:
-            if info.elementwise(i, user) and (ahead[i] is None or passed[user] > passed[ahead[i]]):  # type: ignore[index]
+            best = ahead[i]
+            if info.elementwise(i, user) and (best is None or passed[user] > passed[best]):
                 ahead[i] = user
         passed[i] = _is_join(info, i) + (0 if (after := ahead[i]) is None else passed[after])
     used: set[int] = set()

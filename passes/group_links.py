@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Hashable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -39,8 +39,12 @@ from hwbp_compiler.graph.wiring import Pattern
 _WIRED = 3
 
 
-def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
-    """Groups of ``chain``'s links, lanes in forward order; adds the chain's last link where no join marks it."""
+def group_links(info: GraphInfo, chain: Chain) -> tuple[Chain, list[Group]]:
+    """``chain`` with its last link, where no join marks that one, and groups of its links, lanes in forward order.
+
+    Links take in what hangs off them sideways: those returned are copies, and the chain that was given stays as it is.
+    """
+    chain = Chain(list(chain.states), [link.copy() for link in chain.links], chain.tail)
     by_signature: dict[Hashable, Group] = {}
     for position, link in enumerate(chain.links):
         group = by_signature.setdefault(link.signature, Group([], []))
@@ -60,7 +64,7 @@ def group_links(info: GraphInfo, chain: Chain) -> list[Group]:
     for group in groups:  # forward order, as the model itself stacks things
         group.lanes.reverse()
         group.programs.reverse()
-    return groups
+    return chain, groups
 
 
 def _add_tail(info: GraphInfo, chain: Chain, groups: list[Group], states: set[Node], tainted: set[int]) -> bool:
@@ -120,7 +124,7 @@ class _Lane:
             return None
         externals: list[Node] = []
 
-        def argument(value):
+        def argument(value: Any) -> Any:
             if isinstance(value, Node):
                 if value in self.id_of and value not in self.closed:
                     return Ref(self.id_of[value])
@@ -201,7 +205,9 @@ def _anchor(statement: Statement) -> int | None:
     return max((ref.id for ref in references(statement.args)), default=None)
 
 
-def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set[Node]):
+def _counterpart(
+    lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set[Node]
+) -> tuple[Node, list[Node]] | None:
     node = lane.program.raw[anchor]
     if node is None:
         return None
@@ -217,9 +223,7 @@ def _counterpart(lane: _Lane, anchor: int, key: Hashable, slots: int, taken: set
 
 def sides_in_common(info: GraphInfo, links: list[Program]) -> int:
     """How many statements ``links``, equal ones that follow one another, take in together."""
-    group = Group([], [replace(p, statements=list(p.statements), raw=list(p.raw)) for p in links])
-    for program in group.programs:
-        program.externals = list(program.externals)
+    group = Group([], [program.copy() for program in links])
     states = {p.raw[i] for p in links for i in p.outputs} | {n for p in links for n in p.inputs}
     starts = {info.index[n] for n in states if n is not None}
     bounds = {n for n in states if n is not None}
@@ -297,7 +301,7 @@ def _goes_on(info: GraphInfo, found: Program, template: Program) -> bool:
     return False
 
 
-def _left_over(info: GraphInfo, link: Program) -> Counter:
+def _left_over(info: GraphInfo, link: Program) -> Counter[Any]:
     """What takes a gradient from the state of ``link`` without being part of it."""
     users = (info.nodes[u] for n in link.inputs if n is not None for u in info.users[info.index[n]])
     return Counter(user.target for user in users if user not in link.raw)

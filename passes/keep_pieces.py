@@ -27,7 +27,7 @@ def keep_pieces(graph: Graph, created: Set[Node]) -> None:
 
 def shared_pieces(concatenation: Node) -> list[Node]:
     """Pieces that Inductor would compute where they will lie although something else uses them too."""
-    pieces: list[Node] = concatenation.args[0]  # type: ignore[assignment]
+    pieces: list[Node] = concatenation.args[0]
     return [p for p in pieces if (len(p.users) > 1 or pieces.count(p) > 1) and not _is_copied(p)]
 
 

@@ -20,8 +20,8 @@ from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_ra
 from hwbp_compiler.graph.program import sum_terms, why_not_linear
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, is_complex, operator_name, shape_of
+from hwbp_compiler.graph.settled import is_settled
 from hwbp_compiler.reasons import Reason, Why
-from hwbp_compiler.rolled.settled import is_settled
 
 from .check_separation import Refusal
 from .find_chains import Track, find_chains, root_of_sum
@@ -102,7 +102,7 @@ class _ThroughComplex(GraphInfo):
 def _unknown(info: GraphInfo) -> Iterator[Refusal]:
     """Chains but for an operator that nothing is known of, on the way past every block."""
     proper = {j for track in find_chains(info) for j in track.joins}
-    told: set[int] = set()
+    covered: set[int] = set()
     looks: tuple[_ThroughComplex | _ThroughUnknown, ...] = (_ThroughComplex(info.graph), _ThroughUnknown(info.graph))
     for loose in looks:
         tracks = find_chains(loose)
@@ -111,9 +111,9 @@ def _unknown(info: GraphInfo) -> Iterator[Refusal]:
         for track in tracks:
             joins = [j for j in track.joins if j not in proper]
             inside = info.between({min(track.branches, default=joins[0])}, {joins[-1]}) if joins else set()
-            cuts = [info.nodes[i] for i in sorted(inside - told) if loose.passed(i)]
+            cuts = [info.nodes[i] for i in sorted(inside - covered) if loose.passed(i)]
             if len(joins) >= _SHORTEST_STRETCH and cuts:
-                told |= inside
+                covered |= inside
                 name = by_frequency(map(operator_name, cuts))[0]
                 (first, *_) = (node for node in cuts if operator_name(node) == name)
                 nodes = tuple(info.nodes[i] for i in sorted(inside))
@@ -125,17 +125,17 @@ def _recurrences(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
     them is that one line of the user's runs again and again."""
     tracks = [t for t in find_chains(info) if len(t.joins) > 1]
     excluded = set().union(*(info.between({min(t.branches, default=t.joins[0])}, {t.joins[-1]}) for t in tracks))
-    told: set[str] = set()
+    covered: set[str] = set()
     for inside in find_wide_recurrences(info, excluded, SHORTEST_RECURRENCE):
         nodes = tuple(info.nodes[i] for i in sorted(inside))
         run = {n for call in {n.meta.get("seq_nr") for n in nodes} for n in origins.by_call.get(call, ())}
         times = Counter((source_line(n), n.target) for n in run)
-        again = {key: count for key, count in times.items() if key[0] and count >= SHORTEST_RECURRENCE}
-        lines = {line for line, _ in again}
-        if again and told.isdisjoint(lines):
-            told |= lines
+        repeated = {key: count for key, count in times.items() if key[0] and count >= SHORTEST_RECURRENCE}
+        lines = {line for line, _ in repeated}
+        if repeated and covered.isdisjoint(lines):
+            covered |= lines
             yield Refusal(
-                nodes, min(again.values()), Reason.WIDE_ELEMENTWISE_RECURRENCE.of()
+                nodes, min(repeated.values()), Reason.WIDE_ELEMENTWISE_RECURRENCE.of()
             )  # a line may call an operator twice in a step
 
 
@@ -157,7 +157,7 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
     for i in range(len(info.nodes)):
         inner = len(info.users[i]) == 1 and info.is_sum(info.users[i][0])
         if info.is_sum(i) and not inner:
-            cuts = [c for term in sum_terms(info.nodes[i], info) if (c := _cut_behind(info, info.index[term]))]
+            cuts = [c for term in sum_terms(info.nodes[i]) if (c := _cut_behind(info, info.index[term]))]
             if len({shape_of(info.nodes[info.sources[c][0]]) for c in cuts}) > 1:
                 sums.append(i)
     if len(sums) < _SHORTEST_CONCATENATION:

@@ -10,8 +10,9 @@ kept, shows it. Masks that meet in a sum and cover everything are g itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -60,7 +61,7 @@ class _Masking:
         self.graph, self.settled = graph, settled
         self.gradients: set[Node] = set()
         self.parts: dict[Node, Part] = {}
-        self.masks: dict[tuple, Node] = {}
+        self.masks: dict[Hashable, Node] = {}
         self.first: Node | None = None
 
     def run(self) -> bool:
@@ -96,7 +97,7 @@ class _Masking:
         found: list[Part] = []
         left: list[list[Node]] = []  # of each piece, the terms that are no parts
         for piece, place in pieces:
-            terms = [] if is_zero(piece) else sum_terms(piece, None)  # type: ignore[arg-type]
+            terms = [] if is_zero(piece) else sum_terms(piece)
             parts = [self._cut_from(term, place, node) for term in terms]
             found += [part for part in parts if part is not None]
             left.append([term for term, part in zip(terms, parts, strict=True) if part is None])
@@ -113,7 +114,7 @@ class _Masking:
     def _cut_from(self, node: Node, place: Place, whole: Node) -> Part | None:
         """``node`` as what lies at ``place`` of a gradient of the form of ``whole``."""
         while node.target in (aten.clone.default, aten.alias.default):
-            node = node.args[0]  # type: ignore[assignment]
+            node = node.args[0]
         if node not in self.gradients or _cut(node) != place:
             return None
         source = node.args[0]
@@ -167,7 +168,7 @@ class _Masking:
     # -- masks that meet -----------------------------------------------------------------------------------------
 
     def _join(self, root: Node) -> None:
-        terms = sum_terms(root, None)  # type: ignore[arg-type]
+        terms = sum_terms(root)
         parts = [self.parts[t] for t in terms if t in self.parts]
         joined = _joined(parts)
         if len(joined) == len(parts):
@@ -199,13 +200,13 @@ def _written(node: Node) -> tuple[Node | None, list[tuple[Node, Place]]] | None:
         if not isinstance(_size(node, dim), int):
             return None  # where a piece lies is a symbol
         found, start = [], 0
-        for piece in pieces:  # type: ignore[union-attr]
-            if piece.meta["val"].dim() != node.meta["val"].dim():  # type: ignore[union-attr]
+        for piece in pieces:
+            if piece.meta["val"].dim() != node.meta["val"].dim():
                 return None  # an empty tensor of old
-            stop = start + _size(piece, dim)  # type: ignore[arg-type]
+            stop = start + _size(piece, dim)
             found.append((piece, Place(dim, start, stop)))
             start = stop
-        return None, found  # type: ignore[return-value]
+        return None, found
     base, piece = node.args[:2]
     place = _place(node, node.args[2:], node.kwargs, node.target is aten.select_scatter.default)
     if place is None or not isinstance(base, Node) or not isinstance(piece, Node):
@@ -222,7 +223,7 @@ def _cut(node: Node) -> Place | None:
     return _place(source, node.args[1:], node.kwargs, node.target is aten.select.int)
 
 
-def _place(whole: Node, args: Sequence, kwargs: dict, single: bool) -> Place | None:
+def _place(whole: Node, args: Sequence[Any], kwargs: dict[str, Any], single: bool) -> Place | None:
     if single:
         dim, index = (*args, *kwargs.values())[:2]
         dim = _dim(whole, dim)
@@ -242,10 +243,10 @@ def _place(whole: Node, args: Sequence, kwargs: dict, single: bool) -> Place | N
 
 
 def _dim(node: Node, dim: int) -> int:
-    return dim % node.meta["val"].dim()
+    return dim % int(node.meta["val"].dim())
 
 
-def _size(node: Node, dim: int) -> int:
+def _size(node: Node, dim: int) -> Any:
     return node.meta["val"].shape[dim]
 
 
@@ -255,7 +256,7 @@ def _complement(place: Place, size: int) -> Ranges:
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
     """Parts of one gradient as one where they do not overlap."""
-    found: dict[tuple, list[Ranges]] = {}
+    found: dict[tuple[Node, int], list[Ranges]] = {}
     for part in parts:
         groups = found.setdefault((part.gradient, part.dim), [])
         for i, group in enumerate(groups):

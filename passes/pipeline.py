@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from typing import Protocol
 
 from torch.fx import Graph, Node
@@ -14,11 +15,11 @@ from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.old_values import keep_old_values
 from hwbp_compiler.graph.origin import Origin, Origins
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.settled import is_settled
 from hwbp_compiler.graph.sizes import bytes_of
 from hwbp_compiler.graph.snapshot import Snapshot
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
-from hwbp_compiler.rolled.settled import is_settled
 from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
@@ -57,7 +58,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     settled |= {node for node in graph.nodes if is_settled(node)}
     before = Snapshot(graph)
     reworded = in_other_words(graph, settled)
-    decided: set[tuple] = set()
+    decided: set[Hashable] = set()
     first_look, rewrote = True, False
     while True:
         info = GraphInfo(graph, settled)

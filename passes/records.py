@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
 
 from hwbp_compiler.cost.decide import ordinary, shorter
 from hwbp_compiler.graph.describe import multiplier_text
@@ -80,7 +81,7 @@ def short(candidate: Candidate, origins: Origins, options: Options) -> ChainReco
 
 def collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
     """Equal refusals of equal lines as one record that counts them."""
-    kept: dict[tuple, ChainRecord] = {}
+    kept: dict[Hashable, ChainRecord] = {}
     for record in records:
         key = (record.length, record.reason, record.source, record.multiplier)
         if key in kept:

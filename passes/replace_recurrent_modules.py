@@ -1,4 +1,4 @@
-"""Before the joint graph: calls of ``torch.gru`` and its like become ``highway::recurrent``, layer by layer.
+"""Before the joint graph: calls of ``torch.gru`` and its like become ``highway::recurrent_module``, layer by layer.
 
 What can become a chain (one direction of a GRU or LSTM layer), or go back through time without PyTorch's recording, is
 a call of its own, so that its backward pass stands alone in the joint graph, where it is decided
@@ -18,7 +18,7 @@ from hwbp_compiler.cost.modules import estimate_recurrent
 from hwbp_compiler.graph.sizes import hint
 from hwbp_compiler.options import Options
 from hwbp_compiler.recurrence import dropout
-from hwbp_compiler.recurrence.arguments import KINDS, Arguments
+from hwbp_compiler.recurrence.module_call import KINDS, ModuleCall
 from hwbp_compiler.recurrence.operator import operator
 
 from .rewrite_recurrent_modules import THROUGH_TIME
@@ -39,9 +39,9 @@ def _replace_in(module: GraphModule, options: Options) -> None:
     for node in calls:
         if any(user.target is not python.getitem for user in node.users):
             continue  # Dynamo takes tuples apart; what does not is left to be unrolled
-        arguments = Arguments.of(_KIND[node.target], node.args, node.kwargs)
+        call = ModuleCall.of(_KIND[node.target], node.args, node.kwargs)
         with graph.inserting_before(node):
-            outputs = _Call(graph, node, arguments).outputs(options)
+            outputs = _Replacement(graph, node, call).outputs(options)
         for user in list(node.users):
             outputs[user.args[1]].meta.setdefault("example_value", user.meta.get("example_value"))
             user.replace_all_uses_with(outputs[user.args[1]])
@@ -51,30 +51,30 @@ def _replace_in(module: GraphModule, options: Options) -> None:
         module.recompile()
 
 
-class _Call:
+class _Replacement:
     """One call; new nodes take its place and its source line."""
 
-    def __init__(self, graph: Graph, origin: Node, arguments: Arguments) -> None:
-        self.graph, self.origin, self.arguments = graph, origin, arguments
-        dropout = arguments.dropout
+    def __init__(self, graph: Graph, origin: Node, call: ModuleCall) -> None:
+        self.graph, self.origin, self.call = graph, origin, call
+        dropout = call.dropout
         self.dropout = float(dropout.meta["example_value"]) if isinstance(dropout, Node) else float(dropout)
-        self.differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, arguments.tensors))
+        self.differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, call.tensors))
 
     def outputs(self, options: Options) -> list[Node]:
         """[output, h_n] or [output, h_n, c_n], in the place of what the call returned."""
-        call = self.arguments
+        call = self.call
         if call.batch_first:
             call = replace(call, input=self._emit(torch.transpose, call.input, 0, 1), batch_first=False)
         if self._takes_layers_apart(options):
             output, *last = self._by_layers(call)
         else:
             output, *last = self._recurrent(call, self.dropout)
-        if self.arguments.batch_first:
+        if self.call.batch_first:
             output = self._emit(torch.transpose, output, 0, 1)
         return [output, *last]
 
     def _takes_layers_apart(self, options: Options) -> bool:
-        call = self.arguments
+        call = self.call
         projected = len(call.cells[0]) != (4 if call.has_biases else 2)
         if not self.differentiable or options.rewrite == "never" or call.batch_sizes is not None or projected:
             return False
@@ -86,7 +86,7 @@ class _Call:
 
     def _is_worth_taking_apart(self, options: Options) -> bool:
         """cuDNN runs layers and directions side by side, which is lost."""
-        call, seen = self.arguments, self.arguments.input.meta.get("example_value")
+        call, seen = self.call, self.call.input.meta.get("example_value")
         alone = call.layers * call.directions == 1 and not options.auto
         if options.rewrite == "always" or alone or seen is None or seen.dim() != 3:
             return True
@@ -96,7 +96,7 @@ class _Call:
         tried = options.tried(hint(seen.shape[0])) if options.auto else [options.numbers]
         return any(estimate_recurrent(call.kind, seen, output, how, call.layers, call.directions).pays for how in tried)
 
-    def _by_layers(self, call: Arguments) -> list[Node]:
+    def _by_layers(self, call: ModuleCall) -> list[Node]:
         """The same with one call for each layer and direction, and the dropout between layers apart."""
         series, last = call.input, []
         for layer in range(call.layers):
@@ -119,11 +119,11 @@ class _Call:
 
     def _place(self, layer: int, direction: int) -> str:
         """What tells this part of the module from the others; "" where it is the whole module."""
-        call = self.arguments
+        call = self.call
         whole = call.layers * call.directions == 1
         return "" if whole else f"layer {layer} reverse" if direction else f"layer {layer}"
 
-    def _recurrent(self, call: Arguments, dropout: float, place: str = "") -> list[Node]:
+    def _recurrent(self, call: ModuleCall, dropout: float, place: str = "") -> list[Node]:
         record = [_may_need_gradient(t) for t in call.tensors] if self.differentiable else []
         node = self._emit(
             operator, call.kind, call.input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases,
@@ -145,9 +145,9 @@ class _Call:
         return node
 
 
-def _on_a_cpu(call: Arguments) -> bool:
+def _on_a_cpu(call: ModuleCall) -> bool:
     """Its weights tell: nothing is known yet of an input that is emitted here."""
-    return call.weights[0].meta["example_value"].device.type == "cpu"
+    return bool(call.weights[0].meta["example_value"].device.type == "cpu")
 
 
 def _may_need_gradient(tensor: Node) -> bool:

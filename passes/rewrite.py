@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -67,6 +68,8 @@ class _ChainRewriter:
         self.stackers: list[Stacker] = []
         self.sections: list[tuple[str, int | None, int]] = []
         self.stacked: dict[tuple[int, int], Value | None] = {}
+        self._left: dict[Node, list[Node]] = {}
+        self._sums: dict[Node, list[Node]] = {}
         self.like: list[torch.Tensor] = [n.meta["val"] for n in chain.last_known if n is not None]
 
     def run(self) -> Rewriting:
@@ -167,7 +170,9 @@ class _ChainRewriter:
                         zero = self.e.full(tuple(like.shape), 0.0, like)
                     column.append(zero)
             value = stacker(column)
-            total = value if total is None else stacker.e.apply(aten.add.Tensor, (total, value), {})  # type: ignore
+            added = value if total is None else stacker.e.apply(aten.add.Tensor, (total, value), {})
+            assert isinstance(added, Value)
+            total = added
         return total
 
     def _direct_injections(self, component: int) -> Node | None:
@@ -194,7 +199,7 @@ class _ChainRewriter:
                 outputs = group.template.outputs
                 parts.append(self._evaluator(g, None).value(Coefficient(source), outputs[to]))
             if all(isinstance(p, float) and p == parts[0] for p in parts):
-                found[to, source] = parts[0]  # type: ignore[assignment]
+                found[to, source] = parts[0]
             else:
                 found[to, source] = self._assemble(parts, self.like[to])
         return found
@@ -218,7 +223,7 @@ class _ChainRewriter:
                 assembled.append(self._assemble(parts, self.like[component], full=True))
         return assembled
 
-    def _assemble(self, parts: list, like: torch.Tensor, full: bool = False) -> Node:
+    def _assemble(self, parts: list[Any], like: torch.Tensor, full: bool = False) -> Node:
         """One part per group -> [links, ...] in chain order."""
         emitters = [stacker.e for stacker in self.stackers]
         lanes = [[self._row(p) - 1 for p in g.lanes if p < self.links] for g in self.groups]
@@ -238,7 +243,7 @@ class _ChainRewriter:
             if i in last.remainders:
                 own = [last.raw[ref.id] for ref in references(last.statements[i].args)]
                 value = self.e.call(aten.select.int, rows[component], 0, 0)
-                self._add_to(_root_of(last.remainders[i][0]), value, own, done)  # type: ignore[arg-type]
+                self._add_to(_root_of(last.remainders[i][0]), value, own, done)
 
     def _inside(self) -> set[Node]:
         inside: set[Node] = set()
@@ -260,10 +265,10 @@ class _ChainRewriter:
                 continue  # its items are statements of their own
             if value is None or any(n is None for n in nodes):
                 raise AssertionError(f"side output {nodes[0]} has no value")
-            root = _accumulation(nodes)  # type: ignore[arg-type]
+            root = _accumulation(nodes)
             # A term that a state has taken already is no term of this sum.
-            if root is not None and Counter(nodes) <= Counter(self._left.get(root, sum_terms(root, None))):  # type: ignore[arg-type]
-                self._add_to(root, stacker.e.sum_links(value), nodes, done)  # type: ignore[arg-type]
+            if root is not None and Counter(nodes) <= Counter(self._left.get(root, sum_terms(root))):
+                self._add_to(root, stacker.e.sum_links(value), nodes, done)
                 continue
             for lane, node in enumerate(nodes):
                 assert node is not None
@@ -273,7 +278,7 @@ class _ChainRewriter:
 
     def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
         """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links (plus what else is in it)."""
-        left = list(self._left.get(root, sum_terms(root, None)))  # type: ignore[arg-type]
+        left = list(self._left.get(root, sum_terms(root)))
         for node in nodes:
             left.remove(node)  # once: what a link gives to its state it may give to a side too
         self._left[root] = left
@@ -283,14 +288,6 @@ class _ChainRewriter:
             acc = self.e.call(aten.add.Tensor, acc, term)
         done.replacements[root] = acc
 
-    @property
-    def _left(self) -> dict[Node, list[Node]]:
-        return self.__dict__.setdefault("_left_terms", {})
-
-    @property
-    def _sums(self) -> dict[Node, list[Node]]:
-        return self.__dict__.setdefault("_summed", {})
-
 
 def _accumulation(nodes: list[Node]) -> Node | None:
     """The root of the one addition tree that all of ``nodes`` are single-use terms of."""
@@ -299,7 +296,7 @@ def _accumulation(nodes: list[Node]) -> Node | None:
     root = _root_of(nodes[0])
     if root is nodes[0]:
         return None
-    terms = sum_terms(root, None)  # type: ignore[arg-type]
+    terms = sum_terms(root)
     return root if set(nodes) <= set(terms) and len(set(nodes)) == len(nodes) else None
 
 
@@ -310,5 +307,5 @@ def _root_of(node: Node) -> Node:
     return node
 
 
-def _has_additive(args) -> bool:
+def _has_additive(args: tuple[Any, ...]) -> bool:
     return any(_has_additive(a) if isinstance(a, tuple) else isinstance(a, External) and a.additive for a in args)

@@ -1,4 +1,4 @@
-"""In the joint graph: ``highway::recurrent_backward`` becomes Highway-BP in plain operators, or stays exact.
+"""In the joint graph: ``highway::recurrent_module_backward`` becomes Highway-BP in plain operators, or stays exact.
 
 Exact is PyTorch's own backward kernel where it has one (cuDNN, oneDNN). On a CPU it has none for a GRU or an RNN, and
 replays every operator of every step; there all but the step from state to state is done at once
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator as python
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ def rewrite_recurrent_modules(
     _join_copies(graph)
     stepwise = _called_step_by_step(graph)
     for node in graph.find_nodes(op="call_function", target=backward_operator):
-        call = _Backward.of(node)
+        call = _BackwardCall.of(node)
         mine = _described(call)
         records += mine
         if watcher is not None:
@@ -105,12 +105,12 @@ def rewrite_recurrent_modules(
                 record.added_bytes = _held_at_once(emitted)
             if watcher is not None:
                 watcher.rewrote_module(mine, emitted)
-    return _told_once(records), created
+    return _collapsed(records), created
 
 
 def _called_step_by_step(graph: Graph) -> set[Node]:
     """Backward operators of calls with one step, whose state comes out of another such call or goes into one."""
-    calls = map(_Backward.of, graph.find_nodes(op="call_function", target=backward_operator))
+    calls = map(_BackwardCall.of, graph.find_nodes(op="call_function", target=backward_operator))
     single = {call.kept.args[0]: call for call in calls if call.unsound() is None and call.length == 1}
     found: set[Node] = set()
     for call in single.values():
@@ -127,9 +127,9 @@ def _called_step_by_step(graph: Graph) -> set[Node]:
     return found
 
 
-def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
+def _collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
     """What is declined alike of several calls with one step each as one record that counts them."""
-    kept: dict[tuple, ChainRecord] = {}
+    kept: dict[Hashable, ChainRecord] = {}
     for number, record in enumerate(records):
         alike = record.decision == "declined" and record.length == 1
         key = (record.module, record.source, record.reason) if alike else (number,)
@@ -138,7 +138,7 @@ def _told_once(records: list[ChainRecord]) -> list[ChainRecord]:
     return list(kept.values())
 
 
-def _described(call: _Backward) -> list[ChainRecord]:
+def _described(call: _BackwardCall) -> list[ChainRecord]:
     """One record for each layer and direction."""
     source, module = source_line(call.node), module_of(call.node)
     # Without an elementwise path there is no chain to be drawn.
@@ -193,7 +193,7 @@ def _join_copies(graph: Graph) -> None:
 
 
 @dataclass(frozen=True)
-class _Backward:
+class _BackwardCall:
     """A call of the backward operator, its arguments being nodes."""
 
     node: Node
@@ -212,13 +212,13 @@ class _Backward:
     wanted: list[bool]
 
     @classmethod
-    def of(cls, node: Node) -> _Backward:
+    def of(cls, node: Node) -> _BackwardCall:
         kind, *incoming, output, kept, input, sizes, state, weights = node.args[:10]
         biases, layers, _, _, both, cast, _, wanted = node.args[10:]
         return cls(
             node, kind, tuple(incoming), output, kept, input, sizes, tuple(state), tuple(weights), biases, layers, both,
             cast, list(wanted),
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     @property
     def chains(self) -> int:
@@ -258,7 +258,7 @@ class _Backward:
         return None
 
 
-def _decide(call: _Backward, options: Options) -> Decision:
+def _decide(call: _BackwardCall, options: Options) -> Decision:
     """What becomes of a layer that can be rewritten."""
     input, output = call.input.meta["val"], call.output.meta["val"]
 
@@ -269,7 +269,7 @@ def _decide(call: _Backward, options: Options) -> Decision:
     return decide(call.length, options, estimate, may_pay=call.chains == 1)
 
 
-def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None, options: Options) -> list[Node]:
+def _rewrite(graph: Graph, call: _BackwardCall, truncation: Truncation | None, options: Options) -> list[Node]:
     """In Highway-BP form; exact, through time, if ``truncation`` is None. The nodes emitted. Raises Declined, with the
     graph as it was, where that takes more memory than there may be."""
     steps = call.input.meta["val"].shape[0]
@@ -298,7 +298,7 @@ def _rewrite(graph: Graph, call: _Backward, truncation: Truncation | None, optio
         return created[-1]
 
     results: Any = inline(traced.graph, operands, emit)
-    wanted = {results[user.args[1]] for user in call.node.users}  # type: ignore[index]
+    wanted = {results[user.args[1]] for user in call.node.users}
     emitted = needed(operands, wanted & set(created))
     for node in reversed(created):
         if node not in emitted:

@@ -86,21 +86,22 @@ class SegmentRuns:
         return results
 
     def _evaluator(self, group: Group, stacker: Stacker, chosen: list[int], states: list[Value]) -> Evaluator:
-        def pick(value: Value | None) -> Value | None:
-            if value is None or not value.batched:
+        def pick(value: Value) -> Value:
+            if not value.batched:
                 return value
             key = value.node, tuple(chosen)
             if key not in self._picked:
                 self._picked[key] = rows_at(self.e, value.node, chosen)
             return Value(self._picked[key], True)
 
-        return Evaluator(
-            self.e.for_count(len(chosen)),
-            group,
-            states,  # type: ignore[arg-type]
-            stack=lambda slot: pick(stacker(group.external(slot))),  # type: ignore[arg-type,return-value]
-            inject=lambda statement: pick(self.injected(group, stacker, statement)),
-        )
+        def stack(slot: int) -> Value:
+            return pick(stacker(group.external(slot)))
+
+        def inject(statement: int) -> Value | None:
+            value = self.injected(group, stacker, statement)
+            return None if value is None else pick(value)
+
+        return Evaluator(self.e.for_count(len(chosen)), group, states, stack, inject)
 
     def _rows(self, of_first: list[Node], of_rest: list[Node]) -> Node:
         """Rows 0..L, from what each step led to, the ends first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 
@@ -28,7 +30,7 @@ def read_sizes_elsewhere(graph: Graph) -> None:
     if not any(graph.find_nodes(op="call_function", target=target) for target in _LOOKS_AT_SIZES):
         return
     gradients: set[Node] = set()
-    sizes: dict = {}
+    sizes: dict[Any, Node] = {}
     for node in list(graph.nodes):
         value = node.meta.get("val")
         if is_tangent(node) or not gradients.isdisjoint(node.all_input_nodes):
@@ -38,7 +40,7 @@ def read_sizes_elsewhere(graph: Graph) -> None:
             sizes.setdefault(size_of(node), node)
 
 
-def _replaced(graph: Graph, node: Node, sizes: dict) -> bool:
+def _replaced(graph: Graph, node: Node, sizes: dict[Any, Node]) -> bool:
     read = node.args[0]
     assert isinstance(read, Node)
     try:

@@ -7,8 +7,10 @@ they left, and K must be lower triangular when the state has several components.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
+import networkx
 import torch
 
 from hwbp_compiler.graph.chain import Chain
@@ -34,7 +36,7 @@ class Split:
 def split_links(chain: Chain) -> Split:
     """Raises Declined where the elementwise part is no diagonal, or no triangular matrix of diagonals."""
     support: set[tuple[int, int]] = set()
-    seen: set[tuple] = set()
+    seen: set[Hashable] = set()
     for link in chain.links:
         if link.signature in seen:
             continue
@@ -99,14 +101,9 @@ def _same(a: Order | None, b: Order | None) -> bool:
 
 
 def _triangular_order(width: int, support: set[tuple[int, int]]) -> tuple[int, ...]:
-    order: list[int] = []
-    while len(order) < width:
-        free = [
-            c
-            for c in range(width)
-            if c not in order and all(source in order or source == c for to, source in support if to == c)
-        ]
-        if not free:
-            raise Declined(Reason.STATE_IN_A_CIRCLE)
-        order.append(free[0])
-    return tuple(order)
+    feeds = networkx.DiGraph((source, to) for to, source in support if source != to)
+    feeds.add_nodes_from(range(width))
+    try:
+        return tuple(networkx.lexicographical_topological_sort(feeds))
+    except networkx.NetworkXUnfeasible:
+        raise Declined(Reason.STATE_IN_A_CIRCLE) from None

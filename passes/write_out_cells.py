@@ -8,6 +8,7 @@ it. Here they become, before autograd sees them, what they are on a CPU. Inducto
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,9 @@ def _is_fused(node: Node) -> bool:
 # kept in AOTAutograd's cache.
 
 
-def _gru_cell(graph: Graph, x: Node, h: Node, w_ih: Node, w_hh: Node, b_ih=None, b_hh=None) -> Node:
+def _gru_cell(
+    graph: Graph, x: Node, h: Node, w_ih: Node, w_hh: Node, b_ih: Node | None = None, b_hh: Node | None = None
+) -> Node:
     call = graph.call_function
     input_gates, hidden_gates = call(F.linear, (x, w_ih, b_ih)), call(F.linear, (h, w_hh, b_hh))
     r_i, z_i, n_i = _parts(graph, input_gates, 3)
@@ -63,7 +66,15 @@ def _gru_cell(graph: Graph, x: Node, h: Node, w_ih: Node, w_hh: Node, b_ih=None,
     return call(torch.add, (call(torch.mul, (call(torch.sub, (h, n)), z)), n))
 
 
-def _lstm_cell(graph: Graph, x: Node, state, w_ih: Node, w_hh: Node, b_ih=None, b_hh=None) -> tuple[Node, Node]:
+def _lstm_cell(
+    graph: Graph,
+    x: Node,
+    state: Sequence[Node],
+    w_ih: Node,
+    w_hh: Node,
+    b_ih: Node | None = None,
+    b_hh: Node | None = None,
+) -> tuple[Node, Node]:
     call = graph.call_function
     h, c = state
     gates = call(torch.add, (call(F.linear, (h, w_hh, b_hh)), call(F.linear, (x, w_ih, b_ih))))

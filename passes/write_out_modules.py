@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.reasons import Declined, Reason
-from hwbp_compiler.recurrence.arguments import Arguments
+from hwbp_compiler.recurrence.module_call import ModuleCall
 
 _CELLS: dict[Callable[..., Any], tuple[str, Any]] = {
     torch.rnn_tanh: ("rnn_tanh", torch.rnn_tanh_cell),
@@ -30,7 +30,7 @@ def write_out_modules(module: GraphModule) -> None:
     calls = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _CELLS]
     for node in calls:
         kind, cell = _CELLS[node.target]
-        call = Arguments.of(kind, node.args, node.kwargs)
+        call = ModuleCall.of(kind, node.args, node.kwargs)
         _check(call, kind)
         with module.graph.inserting_before(node):
             output, last = _Cells(module.graph, node, cell).run(call)
@@ -43,7 +43,7 @@ def write_out_modules(module: GraphModule) -> None:
         module.recompile()
 
 
-def _check(call: Arguments, kind: str) -> None:
+def _check(call: ModuleCall, kind: str) -> None:
     seen = call.input.meta["example_value"]
     projected = len(call.cells[0]) != (4 if call.has_biases else 2)
     steps = seen.shape[1 if call.batch_first else 0]
@@ -58,7 +58,7 @@ class _Cells:
     def __init__(self, graph: Graph, origin: Node, cell: Any) -> None:
         self.graph, self.origin, self.cell = graph, origin, cell
 
-    def run(self, call: Arguments) -> tuple[Node, list[Node]]:
+    def run(self, call: ModuleCall) -> tuple[Node, list[Node]]:
         """The module's output, and its last states ``[layers * directions, B, H]``."""
         time = 1 if call.batch_first else 0
         series = self._emit(torch.select, call.input, time, 0)
@@ -87,6 +87,6 @@ class _Cells:
         node.meta = {k: v for k, v in self.origin.meta.items() if k != "example_value"}
         held = [a.meta.get("example_value") if isinstance(a, Node) else a for a in args]
         if target is torch.select and isinstance(held[0], Tensor):
-            with held[0].fake_mode:  # type: ignore[attr-defined]
+            with held[0].fake_mode:
                 node.meta["example_value"] = torch.select(*held)
         return node

@@ -27,6 +27,9 @@ SEGMENTED = [(2, 0, 0.0), (2, 1, 0.3), (2, 2, 0.0), (2, 3, 0.3), (3, 1, 0.0), (3
              (7, 0, 0.0), (9, 0, 0.0)]  # fmt: skip
 
 
+# -- the same cell as a loop, rolled, and retold for the oracle ---------------------------------------------------
+
+
 def every_step(result):
     return probe_loss(result)
 
@@ -82,6 +85,9 @@ def assert_matches_oracle(case, cell, x, state, run, iterations, damping, loss, 
     expected, reference = reference_gradients(case.program(cell), args, loss, iterations, damping, segment=segment)
     assert_outputs_close(pytree.tree_leaves(output), pytree.tree_leaves(expected), 1e-12)
     assert_gradients_close(found, reference, tolerance)
+
+
+# -- gradients ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -811,6 +817,9 @@ def test_inputs_of_different_lengths_are_refused_inside_a_compiled_function_too(
     model = torch.compile(lambda *x: recurrent(cell, x, torch.zeros(3)), backend="highway", fullgraph=True)
     with pytest.raises(Exception, match="the inputs differ in dim 0"):
         model(torch.randn(LENGTH, 3), torch.randn(length, 3))
+
+
+# -- what is told -------------------------------------------------------------------------------------------------
 
 
 def test_without_gradients_the_loop_is_just_run():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import Residuals
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,10 +20,10 @@ import hwbp_compiler
 from hwbp_compiler import GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
 from hwbp_compiler.auto import forms as forms_module
 from hwbp_compiler.auto.check import CheckedPass, copied
-from hwbp_compiler.auto.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.auto.merge import Merging
 from hwbp_compiler.auto.policy import Policy
 from hwbp_compiler.cost.estimate import Estimate
+from hwbp_compiler.cost.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.testing import models, reference_gradients
@@ -365,7 +366,7 @@ def test_the_cosine_of_a_check_is_the_oracles(blocks):
 
 def checked(model, args, loss, given):
     """One step that compares ``given`` forms; what it has measured, one for each graph."""
-    from hwbp_compiler.auto.calibrate import checks_of
+    from hwbp_compiler.calibration import checks_of
 
     return checks_of(model, args, {}, loss, given, {})
 
@@ -533,21 +534,11 @@ def test_a_check_runs_the_forward_pass_once():
         torch.testing.assert_close(model.center, other.center)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
-
-    def forward(self, x):
-        for one in self.inner:
-            x = x + torch.tanh(one(x))
-        return x
-
-
 def test_modules_that_share_a_graph_are_all_checked():
     """Blocks of one class are: no form is used that is good for one of them alone."""
     torch.manual_seed(4)
-    first, good, bad = Block(), Block(), Block()  # the first has an input without a gradient, and a graph of its own
+    # The first has an input without a gradient, and a graph of its own.
+    first, good, bad = (Residuals(8) for _ in range(3))
     with torch.no_grad():
         for p in good.parameters():
             p *= 0.01
@@ -573,7 +564,7 @@ def test_modules_that_share_a_graph_are_all_checked():
 def test_what_goes_on_to_an_earlier_graph_counts_too():
     """Its parameters train on a gradient that has crossed every link."""
     torch.manual_seed(5)
-    stem, blocks = nn.Linear(4, 4), Block()
+    stem, blocks = nn.Linear(4, 4), Residuals(8)
 
     def run(x):
         h = stem(x)

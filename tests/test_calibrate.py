@@ -11,7 +11,7 @@ from torch import nn
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, calibrate
-from hwbp_compiler.auto.calibrate import Calibration, Row
+from hwbp_compiler.calibration import Calibration, Row
 from hwbp_compiler.testing import models, reference_gradients
 from hwbp_compiler.testing.models import Model, Stack
 

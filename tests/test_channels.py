@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import make_boxed_func
+from small import Residual
 from torch import nn
 from torch._dynamo.utils import compile_times, counters
 from torch._inductor import config as inductor_config
@@ -22,15 +23,6 @@ import hwbp_compiler
 from hwbp_compiler import backend
 
 ALWAYS = {"iterations": 1, "rewrite": "always"}
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x + torch.relu(self.linear(x))
 
 
 @pytest.fixture
@@ -47,7 +39,7 @@ def no_code(monkeypatch):
 
 
 def train():
-    model = nn.Sequential(*(Block() for _ in range(5)))
+    model = nn.Sequential(*(Residual() for _ in range(5)))
     torch.compile(model, backend="highway", options=ALWAYS)(torch.ones(2, 4)).sum().backward()
     return model
 
@@ -80,7 +72,7 @@ def test_the_debug_log_holds_the_report(no_code, caplog):
     with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
         train()
     assert "chain of 5 links rewritten" in caplog.text
-    assert "[0..4; " in caplog.text and "return x + torch.relu(self.linear(x))]" in caplog.text
+    assert "[0..4; " in caplog.text and "return x + self.block(x)]" in caplog.text
 
 
 def test_the_debug_log_tells_of_the_loops_of_a_graph_too(no_code, caplog):
@@ -99,7 +91,7 @@ def test_the_debug_log_tells_of_the_loops_of_a_graph_too(no_code, caplog):
 
 
 def test_a_log_of_a_dynamic_batch_holds_the_report_and_ties_the_graph_to_no_size(no_code, caplog):
-    model = nn.Sequential(*(Block() for _ in range(5)))
+    model = nn.Sequential(*(Residual() for _ in range(5)))
     compiled = torch.compile(model, backend="highway", options=ALWAYS, dynamic=True)
     with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
         for batch in (3, 400):  # bytes that are told in kB, and in MB

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import Residual
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,19 +29,7 @@ combination = pytest.mark.combination
 OPTIONS = {"iterations": 1, "rewrite": "always", "strict": True}
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.line = nn.Linear(4, 4)
-
-    def block(self, x):
-        return torch.tanh(self.line(x))
-
-    def forward(self, x):
-        return x + self.block(x)
-
-
-def make(blocks=5, kind=Block) -> nn.Sequential:
+def make(blocks=5, kind=Residual) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(kind() for _ in range(blocks)))
 
@@ -83,6 +72,9 @@ def check(model, x, step=None, tolerance=1e-4, **kwargs) -> None:
     assert_gradients_close(gradients(model), expected(model, x), tolerance, noise=1e-6)
 
 
+# -- precision, checkpoints, and gradients in several steps -------------------------------------------------------
+
+
 @combination("`torch.autocast` in bfloat16", "supported", "the residual stream stays float32")
 def test_autocast_bfloat16():
     model, x = make(), inputs()
@@ -107,7 +99,7 @@ def test_autocast_float16_with_a_gradient_scaler():
 
 @combination("`torch.utils.checkpoint`", "supported", "a checkpointed block is a link like any other")
 def test_activation_checkpoints():
-    class Checkpointed(Block):
+    class Checkpointed(Residual):
         def forward(self, x):
             return x + checkpoint(self.block, x, use_reentrant=False)
 
@@ -135,18 +127,21 @@ def test_retain_graph():
     assert_gradients_close(gradients(model), {k: 2 * g for k, g in expected(model, x).items()}, 1e-4, 1e-6)
 
 
+# -- parameters, hooks and buffers --------------------------------------------------------------------------------
+
+
 @combination("frozen parameters", "supported", "")
 def test_frozen_parameters():
     model = make()
     model[1].requires_grad_(False)
     check(model, inputs())
-    assert model[1].line.weight.grad is None
+    assert model[1].linear.weight.grad is None
 
 
 @combination("shared parameters", "supported", "")
 def test_shared_parameters():
     model = make()
-    model[3].line.weight = model[1].line.weight
+    model[3].linear.weight = model[1].linear.weight
     check(model, inputs())
 
 
@@ -164,13 +159,13 @@ def test_hooks():
     model, x = make(), inputs()
     seen = []
     model[2].register_forward_hook(lambda module, args, output: output * 1.0)
-    model[0].line.weight.register_hook(lambda g: seen.append("gradient") or 2 * g)
-    model[1].line.weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
+    model[0].linear.weight.register_hook(lambda g: seen.append("gradient") or 2 * g)
+    model[1].linear.weight.register_post_accumulate_grad_hook(lambda p: seen.append("accumulated"))
     output = compiled(model)(x)
     output.register_hook(lambda g: seen.append("output"))
     loss_of(output).backward()
     wanted = expected(model, x)
-    wanted["0.line.weight"] *= 2
+    wanted["0.linear.weight"] *= 2
     assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
     assert sorted(seen) == ["accumulated", "gradient", "output"]
 
@@ -240,7 +235,7 @@ def test_full_backward_hooks(changes):
 
 @combination("in-place updates (`z += x`)", "supported", "")
 def test_in_place_updates():
-    class InPlace(Block):
+    class InPlace(Residual):
         def forward(self, x):
             z = 1.0 * self.block(x)
             z += x
@@ -252,7 +247,7 @@ def test_in_place_updates():
 
 @combination("buffers written to in the forward pass", "supported", "")
 def test_buffers_mutated_in_forward():
-    class Counting(Block):
+    class Counting(Residual):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("mean", torch.zeros(4))
@@ -313,6 +308,9 @@ def test_buffers_changed_and_used_in_forward(iterations, many):
         assert_gradients_close(gradients(model), wanted, 1e-4, 1e-6)
 
 
+# -- how it is compiled -------------------------------------------------------------------------------------------
+
+
 @combination("dynamic batch size and sequence length", "supported", "`dynamic=True`: one compilation for all sizes")
 def test_dynamic_batch_and_length():
     model = make()
@@ -363,6 +361,9 @@ def test_compiled_autograd():
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         loss_of(step(x)).backward()
     assert_gradients_close(gradients(model), expected(model, x), 1e-4, 1e-6)
+
+
+# -- copies, files, threads ---------------------------------------------------------------------------------------
 
 
 @combination("`copy.deepcopy` and `state_dict` of a compiled model", "supported", "")
@@ -436,6 +437,9 @@ def test_threads():
     assert not failed and not any(thread.is_alive() for thread in threads), failed
 
 
+# -- gradients of gradients, and numbers that are none ------------------------------------------------------------
+
+
 @combination(
     "double backward (`create_graph=True`)",
     "refused",
@@ -468,6 +472,10 @@ def test_what_is_not_finite_stays_so(bad):
 
 
 # ------------------------------------------------------------------------------ several processes, and trainers
+
+
+# -- several processes --------------------------------------------------------------------------------------------
+
 
 DISTRIBUTED = """
 import os, sys, logging, torch, torch.distributed as dist
@@ -584,6 +592,9 @@ def test_fully_sharded_whole_model(tmp_path):
 @pytest.mark.slow
 def test_fully_sharded_blocks_are_left_exact(tmp_path):
     two_processes(FSDP, tmp_path, cut=True)
+
+
+# -- trainers -----------------------------------------------------------------------------------------------------
 
 
 class _Loss(nn.Module):

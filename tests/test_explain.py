@@ -15,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 import torch.nn.functional as F
+from small import PreNorm
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -30,17 +32,8 @@ WIDTH, DEPTH = 4, 5
 ALWAYS = {"iterations": 1, "rewrite": "always"}
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
 def mlp() -> nn.Module:
-    return nn.Sequential(*(Block() for _ in range(DEPTH)))
+    return nn.Sequential(*(PreNorm() for _ in range(DEPTH)))
 
 
 class ConvBlock(nn.Module):
@@ -200,10 +193,10 @@ def test_a_graph_break_gives_several_graphs_and_the_one_with_chains_is_shown(bro
 
 
 def test_the_text_names_the_users_own_line(mlp_report):
-    code = Path(__file__).read_text().splitlines()
+    code = Path(small.__file__).read_text().splitlines()
     line = code.index("        return x + self.down(torch.relu(self.up(self.norm(x))))") + 1
     text = str(mlp_report)
-    assert re.search(rf"\btest_explain.py:{line}\n\s+return x \+ self\.down\(", text)
+    assert re.search(rf"\bsmall.py:{line}\n\s+return x \+ self\.down\(", text)
     assert "1 chain in 1 joint graph: 1 rewritten, 0 declined" in text
 
 
@@ -256,12 +249,12 @@ def test_functions_and_keyword_arguments():
 
 
 def test_a_compiled_model_is_the_same_model():
-    model = torch.compile(Block(), backend="eager")
+    model = torch.compile(PreNorm(), backend="eager")
     assert len(explain(model, x()).graphs) == 1
 
 
 def test_a_model_compiled_in_place_stays_so():
-    counter, model = CompileCounter(), Block()
+    counter, model = CompileCounter(), PreNorm()
     model.compile(backend=counter)
     assert len(explain(model, x()).graphs) == 1
     model(x())
@@ -495,7 +488,7 @@ def test_a_repro_script_stands_alone_and_compares_gradients(mlp_report, tmp_path
 
 def test_a_repro_script_of_a_model_that_draws_random_numbers(tmp_path):
     """Forward and backward are one graph: the masks are those of the exact run, so only k makes a difference."""
-    blocks = nn.Sequential(*(nn.Sequential(Block(), nn.Dropout(0.5)) for _ in range(4)))
+    blocks = nn.Sequential(*(nn.Sequential(PreNorm(), nn.Dropout(0.5)) for _ in range(4)))
     explain(blocks, x(), options=ALWAYS).save_repro(tmp_path / "repro.py")
     found = runpy.run_path(str(tmp_path / "repro.py"))
     first, second = (found["gradients"](found["joint_graph"]()) for _ in range(2))
@@ -631,7 +624,7 @@ def test_keys_of_a_module_dict_are_told_as_they_are(keys):
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = nn.ModuleDict({key: Block() for key in keys})
+            self.blocks = nn.ModuleDict({key: PreNorm() for key in keys})
 
         def forward(self, x):
             for block in self.blocks.values():

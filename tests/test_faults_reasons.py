@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from test_refusals import Residual, declined, explained, only
+from small import Residual
+from test_refusals import declined, explained, only
 from torch import nn
 
 from hwbp_compiler import recurrent

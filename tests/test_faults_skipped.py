@@ -253,7 +253,7 @@ def test_another_backend_in_another_thread_is_answered_as_before():
     other, compiled = another(model, x), ours(model)
     compiled(x)
     before = frames_converted()
-    with skipped.lifted(skipped.Compiled(told=True)):  # as if a call of ours were running all the time
+    with skipped.lifted(skipped.Compiled(warned=True)):  # as if a call of ours were running all the time
         thread = threading.Thread(target=lambda: other(x))
         thread.start()
         thread.join()

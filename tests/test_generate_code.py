@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cells import CASES as CELLS
+from small import Residual
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -179,8 +180,8 @@ def test_every_kernel_compiles_for_the_target(name):
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_recurrent_module_stays_whole_and_its_exact_backward_is_pytorchs_own(kind):
     forward, backward = generate_code(*case(kind), options={"iterations": "exact"}, target=TARGET).graphs
-    assert "torch.ops.highway.recurrent.default" in forward.launches
-    assert backward.launches == ("torch.ops.highway.recurrent_backward.default",)
+    assert "torch.ops.highway.recurrent_module.default" in forward.launches
+    assert backward.launches == ("torch.ops.highway.recurrent_module_backward.default",)
 
 
 @pytest.mark.usefixtures("needs_triton")
@@ -217,19 +218,10 @@ def test_code_for_the_cpu_calls_the_scan_and_is_cplusplus():
 @pytest.mark.usefixtures("needs_triton")
 def test_a_model_on_the_meta_device_needs_no_memory():
     with torch.device("meta"):
-        model = nn.Sequential(*(ResidualLinear(1 << 14) for _ in range(4)))
+        model = nn.Sequential(*(Residual(1 << 14) for _ in range(4)))
         x = torch.empty(8, 1 << 14)
     code = generate_code(model, x, options={"rewrite": "always", "iterations": 1}, target=TARGET)
     assert "tl.load(" in code.backward and code.chains[0].decision == "rewritten"
-
-
-class ResidualLinear(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.linear(x))
 
 
 @pytest.mark.usefixtures("needs_triton")

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hwbp_compiler.recurrence import cpu
-from hwbp_compiler.recurrence.operator import Call, operator
+from hwbp_compiler.recurrence.operator import OperatorCall, operator
 
 sizes = st.integers(1, 40)  # below, at and above a vector's length, and no multiples of it
 
 
-def call_of(module: nn.GRU, x: torch.Tensor, h: torch.Tensor) -> Call:
+def call_of(module: nn.GRU, x: torch.Tensor, h: torch.Tensor) -> OperatorCall:
     weights = [w.detach() for w in module._flat_weights]
-    return Call("gru", x, None, [h], weights, module.bias, module.num_layers, 0.0, True, module.bidirectional, None)
+    return OperatorCall(
+        "gru", x, None, [h], weights, module.bias, module.num_layers, 0.0, True, module.bidirectional, None
+    )
 
 
 def made(steps, batch, width, hidden, dtype=torch.float64, seed=0, **options):

@@ -189,7 +189,7 @@ def test_layers_that_stay_exact_stay_one_call(hidden):
     model = nn.GRU(hidden, hidden, 3).to(DEVICE)
     x = torch.randn(64, 128, hidden, device=DEVICE)
     report = hwbp_compiler.explain(model, x, options={"iterations": 20})
-    calls = [n for n in report.graph_after.graph.nodes if n.target is torch.ops.highway.recurrent.default]
+    calls = [n for n in report.graph_after.graph.nodes if n.target is torch.ops.highway.recurrent_module.default]
     assert len(calls) == (1 if {c.decision for c in report.chains} == {"declined"} else 3), report
 
 

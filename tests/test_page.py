@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from small import PreNorm
 from torch import fx, nn
 
 from hwbp_compiler import explain
@@ -118,19 +119,10 @@ def browser():
     found.quit()
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     """A real report, with the error of w^k."""
-    model = nn.Sequential(nn.Linear(3, 4), *(Block() for _ in range(4)), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(3, 4), *(PreNorm() for _ in range(4)), nn.Linear(4, 2))
     path = tmp_path_factory.mktemp("page") / "page.html"
     explain(model, torch.randn(2, 3), options=ALWAYS, errors=True).to_html(path)
     return path

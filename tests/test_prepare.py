@@ -9,7 +9,7 @@ from torch import nn
 import hwbp_compiler
 from hwbp_compiler import backend, generate, testing
 from hwbp_compiler.passes import write_out_cells
-from hwbp_compiler.report import capture as report_capture
+from hwbp_compiler.report import explaining
 from hwbp_compiler.testing import capture as testing_capture
 
 LENGTH, BATCH, WIDTH = 6, 2, 3
@@ -56,7 +56,7 @@ def prepared(monkeypatch):
 
         return prepare
 
-    for module in (backend, report_capture, generate, testing_capture):
+    for module in (backend, explaining, generate, testing_capture):
         monkeypatch.setattr(module, "prepare", watched(module.__name__, module.prepare))
     monkeypatch.setattr(write_out_cells, "_is_fused", lambda node: True)  # as on a GPU
     return seen
@@ -75,7 +75,7 @@ def test_all_who_look_see_the_graph_that_is_compiled(prepared):
     compiled, *others = prepared.values()
     assert len(others) == 3 and all(other == compiled for other in (captured, *others))
     text = "\n".join(map(str, compiled))
-    assert "highway.recurrent" in text and "highway_recurrence_1" in text and "lstm_cell" not in text
+    assert "highway.recurrent_module" in text and "highway_recurrence_1" in text and "lstm_cell" not in text
 
 
 def test_generate_code_tells_of_loops_and_counts_nothing():

@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from small import PreNorm
 from torch import fx, nn
 
 from hwbp_compiler import passes
@@ -146,7 +147,7 @@ def test_detection_depends_neither_on_names_nor_on_the_order_of_nodes(spec, trac
 
 def test_a_batch_of_two_is_two_batches_of_one():
     torch.manual_seed(0)
-    model = nn.Sequential(*(_Block() for _ in range(4)))
+    model = nn.Sequential(*(PreNorm() for _ in range(4))).double()
     x = torch.randn(2, 3, 4, dtype=torch.float64)
 
     def gradients(x):
@@ -155,16 +156,6 @@ def test_a_batch_of_two_is_two_batches_of_one():
 
     whole, parts = gradients(x), [gradients(x[i : i + 1]) for i in range(2)]
     assert_gradients_close(whole, {k: parts[0][k] + parts[1][k] for k in whole}, 1e-10)
-
-
-class _Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)
-        self.double()
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(self.norm(x))))
 
 
 class _Noisy(nn.Module):
@@ -216,7 +207,7 @@ def test_rewritten_gradients_use_the_dropout_masks_of_their_forward():
 
 def joint_of(depth: int) -> fx.GraphModule:
     torch.manual_seed(0)
-    model = nn.Sequential(*(_Block() for _ in range(depth)))
+    model = nn.Sequential(*(PreNorm() for _ in range(depth))).double()
     x = torch.randn(2, 4, dtype=torch.float64)
     return trace(model, (x,), lambda out: out.square().sum()).joint.module
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import Residuals
 from torch import nn
 
 import hwbp_compiler
@@ -79,17 +80,6 @@ class Skipping(nn.Module):
         return x
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
-
-
 def reported(model, **options):
     torch.manual_seed(0)
     return hwbp_compiler.explain(model(), torch.randn(3, WIDTH, requires_grad=True), options=options)
@@ -99,11 +89,11 @@ def reported(model, **options):
     ("model", "options", "code"),
     [
         (DenseNet, {}, Reason.FEATURES_CONCATENATED),
-        (Residual, {"iterations": "exact"}, Reason.EXACT_ASKED_FOR),
-        (Residual, {"iterations": 5}, Reason.ITERATIONS_REACH_LENGTH),
-        (Residual, {"iterations": 2, "segment": 2}, Reason.ITERATIONS_REACH_SEGMENTS),
-        (Residual, {"min_length": 6}, Reason.TOO_SHORT),
-        (Residual, {"iterations": 1, "rewrite": "always"}, Reason.REWRITTEN_ALWAYS),
+        (Residuals, {"iterations": "exact"}, Reason.EXACT_ASKED_FOR),
+        (Residuals, {"iterations": 5}, Reason.ITERATIONS_REACH_LENGTH),
+        (Residuals, {"iterations": 2, "segment": 2}, Reason.ITERATIONS_REACH_SEGMENTS),
+        (Residuals, {"min_length": 6}, Reason.TOO_SHORT),
+        (Residuals, {"iterations": 1, "rewrite": "always"}, Reason.REWRITTEN_ALWAYS),
     ],
     ids=lambda value: value.name if isinstance(value, Reason) else "",
 )

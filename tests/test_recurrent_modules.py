@@ -39,6 +39,9 @@ from hwbp_compiler.testing.compare import assert_outputs_close
 from hwbp_compiler.torch_private import SERVES
 
 STEPS, BATCH, INPUT, HIDDEN = 7, 3, 4, 5
+# -- modules, retold for the oracle -------------------------------------------------------------------------------
+
+
 STEP = {"GRU": gru_step, "LSTM": lstm_step}
 
 
@@ -128,6 +131,9 @@ CASES = [
     Case("three_layers_dropout", dict(num_layers=3, dropout=0.4)),
     Case("unbatched", batched=False, state=True),
 ]
+# -- gradients, truncated and exact -------------------------------------------------------------------------------
+
+
 SETTINGS = [(0, 0.0), (1, 0.0), (2, 0.3), (5, 0.0), (STEPS - 1, 0.0), (1, 1.0)]
 
 
@@ -210,6 +216,9 @@ def test_iterations_up_to_the_length_are_backprop(kind, case):
 # ------------------------------------------------------------------------------------- through the whole of Inductor
 
 
+# -- compiled -----------------------------------------------------------------------------------------------------
+
+
 def compiled(model, dynamic=None, **kwargs):
     settings = {"rewrite": "always", "min_length": 2, "strict": True, **kwargs}
     return torch.compile(model, backend="highway", fullgraph=True, dynamic=dynamic, options=settings)
@@ -278,6 +287,9 @@ def test_the_exact_backward_of_an_rnn_knows_both_nonlinearities(nonlinearity):
     leaves = leaves_of(model, args)
     found = torch.autograd.grad(testing.probe_loss(compiled(model)(*args)), list(leaves.values()))
     assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-12)
+
+
+# -- inside other things ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
@@ -361,6 +373,9 @@ def test_inside_a_checkpoint_layers_are_chains_as_outside():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+# -- outputs that are changed, empty batches ----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("iterations", ["exact", STEPS - 1])
 def test_an_output_may_be_changed_in_place(iterations):
     """Eager mode on a CPU allows it, though the backward pass here reads that output."""
@@ -425,6 +440,9 @@ def test_a_recording_dies_with_its_output():
     assert len(operator.kept._alive) == 0
 
 
+# -- what is told -------------------------------------------------------------------------------------------------
+
+
 def test_projections_are_exact_with_a_reason():
     model, args = Case("", dict(proj_size=3)).build("LSTM")
     _, expected = eager_gradients(model, args)
@@ -453,8 +471,8 @@ def test_explain_shows_one_chain_per_layer_and_direction_with_the_users_line():
         assert "test_recurrent_modules.py" in chain.source and "self.module(" in chain.source
     places = {"layer 0", "layer 0 reverse", "layer 1", "layer 1 reverse"}
     assert {c.module for c in report.chains} == {f"module {place}" for place in places}
-    assert "recurrent_backward" in str(report.graph_before.graph)
-    assert "recurrent_backward" not in str(report.graph_after.graph)
+    assert "recurrent_module_backward" in str(report.graph_before.graph)
+    assert "recurrent_module_backward" not in str(report.graph_after.graph)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
@@ -464,7 +482,7 @@ def test_explain_draws_a_recurrent_module_shows_its_programs_and_measures_the_er
     (chain,), (graph,) = report.chains, report.graphs
     ((program,),) = graph.programs
     assert "self.module(" in program.forward[0]
-    assert "recurrent_backward(" in program.before and "linear_scan(" in program.after
+    assert "recurrent_module_backward(" in program.before and "linear_scan(" in program.after
     errors = [e.relative_error for e in graph.errors]
     assert errors[0] > errors[-1] and errors[-1] < 1e-2
     # The series of states at least, and no more than every value that the rewritten form computes.
@@ -475,6 +493,9 @@ def test_explain_draws_a_recurrent_module_shows_its_programs_and_measures_the_er
     assert page.count('class="block ') == STEPS
     report.save_repro(tmp_path / "repro.py")
     assert f"for k in (0, 1, {STEPS - 1}):" in (tmp_path / "repro.py").read_text()
+
+
+# -- lengths, precision, packed sequences -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
@@ -605,6 +626,9 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
     assert hwbp_compiler.counters() == counted  # explain compiles nothing
 
 
+# -- threads, and no gradients ------------------------------------------------------------------------------------
+
+
 def test_threads_that_overlap_do_not_switch_off_each_others_setting():
     """On torch 2.11 one setting holds for all threads."""
     pools = [ThreadPoolExecutor(1) for _ in range(2)]
@@ -627,6 +651,9 @@ def test_without_gradients_nothing_is_recorded():
         output = compiled(model, iterations="exact")(x)
         assert_outputs_close(output, model(x), 1e-12)  # our kernel sums in another order than PyTorch's
     assert len(operator.kept._alive) == 0
+
+
+# -- what the cost model decides ----------------------------------------------------------------------------------
 
 
 def test_the_cost_model_takes_a_gru_of_one_sequence_and_leaves_a_batch_and_onednns_lstm_alone(monkeypatch):
@@ -710,6 +737,10 @@ def test_on_a_gpu_layers_are_taken_apart_only_where_that_pays(rewrite, iteration
 
 
 # ------------------------------------------------------------------------------------------- in processes of their own
+
+
+# -- processes of their own ---------------------------------------------------------------------------------------
+
 
 ANOTHER_BACKEND = """
 import json, sys, torch

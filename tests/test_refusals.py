@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from small import Residual
 from torch import nn
 
 from hwbp_compiler import explain
@@ -189,7 +190,7 @@ def test_what_is_rewritten_stands_where_the_search_for_near_misses_fails(monkeyp
     def broken(*_):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("hwbp_compiler.report.capture.near_misses", broken)
+    monkeypatch.setattr("hwbp_compiler.report.explaining.near_misses", broken)
     report = explained(Spoken(), torch.randn(8, 2, 2))
     assert only(report.chains).decision == "rewritten" and report.graphs[0].failure is None
     assert report.notes == ["What looks like a chain and is none is not told of: IndexError: list index out of range."]
@@ -331,15 +332,6 @@ def test_an_operator_that_nobody_described():
     assert chain.length == 5 and chain.source.endswith("return x + swish(self.linear(x))")
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        return x + torch.relu(self.linear(x))
-
-
 def test_a_chain_below_min_length_is_told_once():
     chain = only(declined(nn.Sequential(Residual(), Residual()), torch.randn(3, WIDTH)))
     assert chain.reason == "shorter than min_length=4" and chain.advice.startswith(f"min_length={chain.length}")
@@ -434,7 +426,7 @@ unknown_to_us.register_autograd(lambda ctx, g: unknown_to_us(g))
 
 class ByAnUnknownOperator(Residual):
     def forward(self, x):
-        return unknown_to_us(x) + torch.relu(self.linear(x))
+        return unknown_to_us(x) + self.block(x)
 
 
 def test_an_operator_without_a_rule_on_the_way_past_the_blocks():

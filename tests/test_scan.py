@@ -31,6 +31,9 @@ LAYOUTS = ["contiguous", "transposed", "strided", "expanded", "reversed rank"]
 # ---- the oracle ---------------------------------------------------------------------------------------------
 
 
+# -- a loop in exact arithmetic, and what it may differ by --------------------------------------------------------
+
+
 def wide(x: Tensor | None) -> Tensor | None:
     """In double precision."""
     return None if x is None else x.to(torch.complex128 if x.dtype.is_complex else torch.float64)
@@ -84,6 +87,9 @@ def assert_as_good_as_a_loop(found: Tensor, values: Tensor, multipliers: Tensor 
 # ---- random scans -------------------------------------------------------------------------------------------
 
 
+# -- scans of all kinds -------------------------------------------------------------------------------------------
+
+
 def random(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     parts = low + (high - low) * torch.rand(*shape, 2, generator=generator, dtype=torch.float64)
@@ -134,6 +140,9 @@ def scans(draw, dtypes=(*REAL, *COMPLEX)) -> tuple[Tensor, Tensor | None, bool]:
     if multipliers.ndim:
         multipliers = laid_out(multipliers, draw(st.sampled_from(LAYOUTS)))
     return values, multipliers, draw(st.booleans())
+
+
+# -- values -------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=150, deadline=None)
@@ -193,6 +202,9 @@ def test_errors_are_on_average_those_of_a_float32_loop():
 
 
 # ---- sizes that take other ways through the kernel ----------------------------------------------------------
+
+
+# -- all ways of going through memory -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -256,6 +268,9 @@ def test_sixteen_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
         assert torch.equal(found.nan_to_num(0), want.nan_to_num(0))
 
 
+# -- zeros, infinities, inputs as they come -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("scan", [linear_scan, linear_scan_reference, linear_scan_hillis_steele])
 def test_the_first_multiplier_has_nothing_to_multiply(scan):
     values, multipliers = torch.ones(100, 3), torch.full((100,), 0.5)
@@ -306,6 +321,9 @@ def test_inputs_are_left_alone():
 # ---- tuples -------------------------------------------------------------------------------------------------
 
 
+# -- tuples of components -----------------------------------------------------------------------------------------
+
+
 def test_a_triangular_tuple_is_the_recurrence_of_its_matrix():
     length, width, size = 17, 5, 3
     for reverse in (False, True):
@@ -332,6 +350,9 @@ def test_a_component_fed_by_nothing_is_returned_as_a_copy():
 
 
 # ---- gradients and the rest of torch ------------------------------------------------------------------------
+
+
+# -- derivatives and transforms -----------------------------------------------------------------------------------
 
 
 def differentiable(dtype: torch.dtype, kind: str, reverse: bool) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -463,6 +484,9 @@ def test_complex_conjugates_that_are_only_views_are_resolved():
 # ---- compiled -----------------------------------------------------------------------------------------------
 
 
+# -- compiled -----------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(params=["lowered", "as an operator"])
 def lowered(request, monkeypatch):
     """Both ways through Inductor: with our lowering and without."""
@@ -532,6 +556,9 @@ def test_a_second_process_finds_the_compiled_graph_in_both_caches(tmp_path):
 # ---- no compiler --------------------------------------------------------------------------------------------
 
 
+# -- without a compiler -------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     def build(dtype: torch.dtype):
@@ -568,6 +595,10 @@ def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------
+
+
+# -- errors and documentation -------------------------------------------------------------------------------------
+
 
 V = torch.zeros(4, 3, 2)
 

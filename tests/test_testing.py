@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import Residual
 from torch import nn
 from zoo import CASES
 
@@ -22,7 +23,7 @@ BY_NAME = {case.name: case for case in CASES}
 def small():
     """Four blocks, float32, and the same retold."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(_Block() for _ in range(4)))
+    model = nn.Sequential(*(Residual() for _ in range(4)))
     x = torch.randn(3, 4, requires_grad=True)
 
     def program(model):
@@ -32,15 +33,6 @@ def small():
         return testing.Program(dict(model.named_parameters()), forward)
 
     return model, (x,), program
-
-
-class _Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return x + torch.tanh(self.linear(x))
 
 
 class _OverTime(nn.Module):
@@ -108,7 +100,7 @@ def test_full_length_is_checked_in_the_rewritten_form(kind, segment, monkeypatch
     """Outside of the assertion a chain is left alone where k reaches its length, which would prove nothing."""
     torch.manual_seed(0)
     if kind == "blocks":
-        model, x = nn.Sequential(*(_Block() for _ in range(6))), torch.randn(3, 4)
+        model, x = nn.Sequential(*(Residual() for _ in range(6))), torch.randn(3, 4)
     else:
         model, x = _OverTime(kind == "module"), torch.randn(6, 2, 4)
     options = {"damping": 0.3, "segment": segment}
@@ -157,7 +149,7 @@ def test_gradients_that_are_not_linear_are_noticed(small, compile_with):
         testing.assert_linear(model, args)
 
 
-class _Counts(_Block):
+class _Counts(Residual):
     """Its multiplier is the number of its forward passes, and part of it is computed in float32."""
 
     def __init__(self):
@@ -225,7 +217,7 @@ def test_a_wrong_segment_is_noticed(small, compile_with):
 def test_check_passes_with_segments(capsys):
     """Six blocks: three segments of two links, so that one iteration is short of backprop."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(_Block() for _ in range(6)))
+    model = nn.Sequential(*(Residual() for _ in range(6)))
 
     def program(model):
         return testing.Program(
@@ -248,7 +240,7 @@ def test_check_passes_with_segments(capsys):
 def test_with_segments_the_judge_knows_where_a_chain_begins(outside, length, tails):
     """Six blocks in segments of two, k = 0. What is truncated next to the input depends on where the chain begins."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(_Block() for _ in range(6))).double()
+    model = nn.Sequential(*(Residual() for _ in range(6))).double()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=tails)
     if not tails:  # the first two states want no gradient
         model[0].requires_grad_(False)

@@ -17,19 +17,19 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from hwbp_compiler import passes
+from hwbp_compiler.cost.devices import COMPILE_NODE
+from hwbp_compiler.cost.ladder import Rung, ladder, saved
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.joint_pass import HighwayPass, warn_once
 from hwbp_compiler.options import Options, Truncation
 
-from .ladder import Rung, ladder, saved
 from .measured import Check, Sums
 from .merge import Merging
 
 # A form is worth its compilation if that takes no longer than it saves in so many steps.
 STEPS = 1000
-SECONDS_PER_NODE = 0.012  # of a joint graph: the right size on one core of a server CPU
 
 _CHUNK = 1 << 22  # numbers that are held in float64 at a time
 
@@ -122,7 +122,7 @@ class CheckedPass(HighwayPass):
         other, loops = (copied(untouched), ()) if self.retraced is None else self.retraced(options)
         origins = _Origins()
         records = [*loops, *passes.run(other, options, origins)]
-        worth = rung.saves * STEPS >= (len(other.nodes) - nodes) * SECONDS_PER_NODE
+        worth = rung.saves * STEPS >= (len(other.nodes) - nodes) * COMPILE_NODE
         worth = worth or options.rewrite == "always"
         if worth and adding.add(len(self.rungs), rung.how, other, origins, rung.how == self.hands_out):
             self.rungs.append(rung if rung.how not in self.given else Rung(rung.how, saved(records)))

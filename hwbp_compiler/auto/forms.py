@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule
 
+from hwbp_compiler.cost.ladder import Rung
 from hwbp_compiler.counting import count
 from hwbp_compiler.errors import HighwayError, first_line
 from hwbp_compiler.graph.record import ChainRecord
@@ -19,7 +20,6 @@ from hwbp_compiler.torch_private import CONTROL_FLOW, CustomGraphPass, compile_f
 
 from .check import CheckedPass, copied
 from .halves import CheckedHalves
-from .ladder import Rung
 from .measured import Check
 from .source import Guards, Source
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from hwbp_compiler.graph.origin import plain_name
+from hwbp_compiler.graph.origin import names_of_inputs
 from hwbp_compiler.torch_private import LateCompilation
 
 
@@ -73,14 +73,6 @@ class Guards:
 
     def hold(self, values: Sequence[Any]) -> bool:
         return self.expression is None or self.source.late.holds(self.expression, [values[i] for i in self.symbols])
-
-
-def names_of_inputs(graph: Graph) -> list[str]:
-    """What the user calls the inputs of a Dynamo graph: ``blocks.0.up.weight``."""
-    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.find_nodes(op="placeholder")]
-    # A method of Dynamo's before torch 2.12, an attribute since.
-    names = [getattr(source, "name", "") for source in sources]
-    return [plain_name(str(name() if callable(name) else name)) for name in names]
 
 
 def copy_of(module: GraphModule) -> GraphModule:

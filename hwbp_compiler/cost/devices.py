@@ -15,6 +15,9 @@ from torch import Tensor
 
 from hwbp_compiler.graph.sizes import hint
 
+# Seconds to compile a node of a joint graph: the right size on one core of a server CPU.
+COMPILE_NODE = 0.012
+
 
 @dataclass(frozen=True)
 class Device:
@@ -25,6 +28,7 @@ class Device:
     cache_bytes   of what was touched just before, per core
     launch        seconds to launch a library call or a kernel
     piece         seconds to pass one link's tensor into a stack or out of one
+    step          seconds of Python in a time step of a loop: finding the rows and calling the compiled step
     cores         that share the work of one launch, where it is long enough
     grain         seconds of work that are worth sharing
     """
@@ -34,6 +38,7 @@ class Device:
     cache_bytes: float
     launch: float
     piece: float
+    step: float
     cores: int = 1
     grain: float = 0.0
 
@@ -46,8 +51,8 @@ class Device:
 def device_figures(device: torch.device) -> Device:
     """Fitted to measurements on one kind of server core; for accelerators round figures that nobody has measured."""
     if device.type == "cpu":
-        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, cores(), 3e-5)
-    return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6)
+        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, 6e-6, cores(), 3e-5)
+    return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6, 6e-6)
 
 
 def cores() -> int:
@@ -61,7 +66,8 @@ class Kernels:
     """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
     (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
     what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
-    ``kernel_flops``: those of PyTorch's own kernel. ``run_flops``: those of a run over segments on one of ``cores``."""
+    ``kernel_flops``: those of PyTorch's own kernel. ``run_flops``: those of a run over segments on one of ``cores``,
+    ``run_step``: its seconds a step beside the products."""
 
     flops: float
     bytes: float
@@ -71,6 +77,7 @@ class Kernels:
     more: float = 1.0
     kernel_flops: float = 0.0
     run_flops: float = 0.0
+    run_step: float = 0.0
     cores: int = 1
 
 
@@ -78,7 +85,7 @@ def kernel_figures(kind: str, like: Tensor) -> Kernels:
     if like.device.type != "cpu":
         return _kernels_of_a_gpu(kind, like)
     flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
-    run = {"run_flops": 60e9 / max(1.0, width), "cores": cores()}
+    run = {"run_flops": 60e9 / max(1.0, width), "run_step": 0.3e-6, "cores": cores()}
     if kind == "lstm" and like.dtype is torch.float32 and torch.backends.mkldnn.is_available():
         return Kernels(flops, bytes=12e9, launch=6e-6, step=5e-6, element=15e-9, **run)  # oneDNN's
     if kind == "gru":

@@ -25,9 +25,6 @@ _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 # Kernels in a step of a run on a GPU: a product, and what is elementwise before the next.
 _LAUNCHES = 2
 
-# Seconds of a step of a run on a CPU beside its products.
-_STEP = 0.3e-6
-
 
 def estimate_recurrent(
     kind: str, input: Tensor, output: Tensor, how: Truncation, layers: int = 1, directions: int = 1
@@ -79,10 +76,14 @@ def _of_a_run(kind: str, figures: Kernels, sizes: tuple[int, int, int, int], lan
     rows = lanes * batch
     flops = 2.0 * steps * batch * _GATES[kind] * hidden * hidden
     shared = min(figures.cores, rows) if rows > 1 else 1
-    return steps / lanes * _STEP + flops / (figures.run_flops * shared * min(1.0, (rows / shared + 4) / 10))
+    return steps / lanes * figures.run_step + flops / (figures.run_flops * shared * min(1.0, (rows / shared + 4) / 10))
 
 
 def _products(kind: str, figures: Kernels, sizes: tuple[int, int, int, int]) -> tuple[float, float]:
     """Seconds of one product of all steps with the weights of the input, and with those of the state."""
     steps, batch, width, hidden = sizes
-    return tuple(2.0 * steps * batch * _GATES[kind] * hidden * n / figures.flops for n in (width, hidden))  # type: ignore
+
+    def product(inner: int) -> float:
+        return 2.0 * steps * batch * _GATES[kind] * hidden * inner / figures.flops
+
+    return product(width), product(hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,22 +14,14 @@ from hwbp_compiler.errors import first_line
 from .chains import Plan, StagePlan
 from .errors import RankError
 
-if TYPE_CHECKING:
-    from .schedule import ScheduleHighway
 
-
-def agree_on_options(schedule: ScheduleHighway) -> None:
+def agree_on_options(stage: Any, options: dict[str, Any]) -> None:
     """Raises :class:`RankError` on every rank where two of them differ."""
-    stage = schedule.stage
     mine = {
         "torch": torch.__version__,
         "hwbp_compiler (a hash of its sources)": source_digest()[:16],
-        "iterations": "exact" if schedule.iterations is None else schedule.iterations,
-        "damping": schedule.damping,
-        "n_microbatches": schedule.batches,
-        "scale_grads": schedule.scale_grads,
         "num_stages": stage.num_stages,
-        "loss_fn given": schedule.has_loss,
+        **options,
     }
     same_everywhere("ScheduleHighway", mine, stage.group)
 
@@ -54,22 +46,21 @@ def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device:
         same_everywhere(where, mine, group)
 
 
-def nothing_new(schedule: ScheduleHighway, here: bool) -> bool:
+def nothing_new(stage: Any, here: bool) -> bool:
     """Whether no rank has anything new to tell. One number a rank and step."""
-    flag = torch.tensor([0 if here else 1], device=schedule.stage.device)
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=schedule.stage.group)
+    flag = torch.tensor([0 if here else 1], device=stage.device)
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group=stage.group)
     return not int(flag)
 
 
-def agree_on_plan(schedule: ScheduleHighway, mine: StagePlan, failure: Exception | None) -> Plan:
+def agree_on_plan(stage: Any, iterations: int | None, mine: StagePlan, failure: Exception | None) -> Plan:
     """The stages of all ranks in order; :class:`RankError` on every rank where one of them failed."""
-    index = schedule.stage.stage_index
-    everyone = _all((index, mine, failure and first_line(failure)), schedule.stage.group)
-    for rank, (stage, _, failed) in enumerate(everyone):
+    everyone = _all((stage.stage_index, mine, failure and first_line(failure)), stage.group)
+    for rank, (index, _, failed) in enumerate(everyone):
         if failed:
-            raise RankError(f"ScheduleHighway: rank {rank} (stage {stage}) failed: {failed}") from failure
-    stages = sorted(everyone, key=lambda told: told[0])
-    return Plan(tuple(plan for _, plan, _ in stages), schedule.iterations)
+            raise RankError(f"ScheduleHighway: rank {rank} (stage {index}) failed: {failed}") from failure
+    stages = sorted(everyone, key=lambda answer: answer[0])
+    return Plan(tuple(plan for _, plan, _ in stages), iterations)
 
 
 def _all(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -161,9 +161,9 @@ class Watch:
             if not self._store.check([key]):
                 silent.append(self._of(rank))
                 continue
-            told = json.loads(self._store.get(key))
-            if not told["waiting"] and told["seconds"] > STALL:
-                busy.append(f"{self._of(rank, told['name'])} stalls: {told['what']} for {told['seconds']:.0f} s")
+            doing = json.loads(self._store.get(key))
+            if not doing["waiting"] and doing["seconds"] > STALL:
+                busy.append(f"{self._of(rank, doing['name'])} stalls: {doing['what']} for {doing['seconds']:.0f} s")
         if silent:
             return f"{', '.join(silent)} does not answer: its process has ended, or hangs"
         return "; ".join(busy) or (
@@ -180,8 +180,8 @@ class Watch:
         if alarm == group.answered:
             return
         what, waiting, since = self._now
-        told = {"name": self.name, "what": what, "waiting": waiting, "seconds": time.monotonic() - since}
-        self._store.set(f"{self._key}/{alarm.decode()}/doing/{self.rank}", json.dumps(told))
+        doing = {"name": self.name, "what": what, "waiting": waiting, "seconds": time.monotonic() - since}
+        self._store.set(f"{self._key}/{alarm.decode()}/doing/{self.rank}", json.dumps(doing))
         group.answered = alarm
 
 

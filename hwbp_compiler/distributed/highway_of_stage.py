@@ -95,8 +95,8 @@ class StageHighway:
         # Autocast's casts are in the graph.
         casts = torch_private.without_autocast()
         with torch.no_grad(), casts, random_state.again() if self.random else contextlib.nullcontext():
-            *product, again = self.graph(*values)
-        _same_output(output.detach(), again)
+            *product, recomputed = self.graph(*values)
+        _same_output(output.detach(), recomputed)
         return product[0].expand_as(output).contiguous() if product else None
 
 
@@ -381,8 +381,8 @@ class CellHighway:
         if self.graph is not None:
             with torch.no_grad(), torch_private.without_autocast():
                 results = self.graph(*_read(self.reads, module, arguments))
-            for given, again in zip(after, results[len(self.pairs) :], strict=True):
-                _same_output(given.detach(), again)
+            for given, recomputed in zip(after, results[len(self.pairs) :], strict=True):
+                _same_output(given.detach(), recomputed)
             found |= {p: k.expand_as(before[p[0]]) for p, k in zip(self.pairs, results, strict=False)}
         return found
 
@@ -471,11 +471,11 @@ def _text(link: Any) -> str:
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
-def _same_output(given: Tensor, again: Tensor) -> None:
+def _same_output(given: Tensor, recomputed: Tensor) -> None:
     scale = given.norm().item()
     if not math.isfinite(scale):
         return  # what is not finite reaches the user's own check as it is
-    off = (given - again).norm().item()
+    off = (given - recomputed).norm().item()
     if not off <= _TOLERANCE.get(given.dtype, 1e-3) * max(scale, 1e-30):
         raise StageChanged(
             "the stage's output, computed again from the same inputs and random state, is "

@@ -126,7 +126,14 @@ class ScheduleHighway(ScheduleGPipe):
 
     def _step(self, *args: Any, **kwargs: Any) -> Any:
         if not self._opened:
-            agree_on_options(self)
+            options = {
+                "iterations": "exact" if self.iterations is None else self.iterations,
+                "damping": self.damping,
+                "n_microbatches": self.batches,
+                "scale_grads": self.scale_grads,
+                "loss_fn given": self.has_loss,
+            }
+            agree_on_options(self.stage, options)
             self._opened = True
         self._given.clear()
         self.losses.clear()
@@ -353,8 +360,8 @@ class ScheduleHighway(ScheduleGPipe):
                 self._product = None if idle or self._highway.graph is None else self._products()
         except Exception as error:
             failure, self._seen = error, None
-        if self._plan is None or not nothing_new(self, known and failure is None):
-            self._plan = agree_on_plan(self, self._mine, failure)
+        if self._plan is None or not nothing_new(self.stage, known and failure is None):
+            self._plan = agree_on_plan(self.stage, self.iterations, self._mine, failure)
         self._watch.agreed()
         self._seen = now
         return self._plan

@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from hwbp_compiler.reasons import Declined, Reason
 
-from .emitter import RULES, RULES_BY_NAME, TAKE_KEYWORDS, Emitter, Put, Rule, Value, flattened, mapped, plain
+from .emitter import (
+    RULES,
+    RULES_BY_NAME,
+    TAKE_KEYWORDS,
+    Args,
+    Emitter,
+    Keywords,
+    Put,
+    Result,
+    Rule,
+    Value,
+    flattened,
+    mapped,
+    plain,
+)
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -30,18 +45,19 @@ def _rule(*targets: object) -> Callable[[Rule], Rule]:
 
 @_rule(torch.Tag.pointwise, prims.convert_element_type.default, prims.fma.default)
 @_rule(aten.where.self, aten.alias.default, aten.detach.default)
-def _pointwise(e: Emitter, target, args, kwargs):
+def _pointwise(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     values = [v for v in flattened(args) if isinstance(v, Value)]
     rank = max(v.rank for v in values)
     return Value(e.call(target, *mapped(args, lambda v: e.aligned(v, rank)), **kwargs), True)
 
 
 @_rule(aten.clone.default, aten._to_copy.default)
-def _copy(e: Emitter, target, args, kwargs):
+def _copy(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     # A copy into another memory format says nothing once there is a link dimension.
+    x: Value = args[0]
     if target is aten._to_copy.default and kwargs.get("dtype") is not None:
-        return e.convert(args[0], kwargs["dtype"])
-    return args[0]
+        return e.convert(x, kwargs["dtype"])
+    return x
 
 
 def _shifted(dim: int, rank: int) -> int:
@@ -49,69 +65,68 @@ def _shifted(dim: int, rank: int) -> int:
 
 
 @_rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-def _view(e: Emitter, target, args, kwargs):
+def _view(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.reshape(args[0].node, [e.count, *args[1]]), True)
 
 
 @_rule(aten.permute.default)
-def _permute(e: Emitter, target, args, kwargs):
+def _permute(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     rank = args[0].rank
     return Value(e.permute(args[0].node, [0, *(_shifted(d, rank) for d in args[1])]), True)
 
 
 @_rule(aten.t.default)
-def _t(e: Emitter, target, args, kwargs):
-    if args[0].rank < 2:
-        return args[0]
-    return Value(e.permute(args[0].node, [0, 2, 1]), True)
+def _t(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
+    x: Value = args[0]
+    return x if x.rank < 2 else Value(e.permute(x.node, [0, 2, 1]), True)
 
 
 @_rule(aten.transpose.int)
-def _transpose(e: Emitter, target, args, kwargs):
+def _transpose(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     x, a, b = args
     return Value(e.call(target, x.node, _shifted(a, x.rank), _shifted(b, x.rank)), True)
 
 
 @_rule(aten.unsqueeze.default)
-def _unsqueeze(e: Emitter, target, args, kwargs):
+def _unsqueeze(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     x, dim = args
     return Value(e.call(target, x.node, dim + 1 if dim >= 0 else dim + x.rank + 2), True)
 
 
 @_rule(aten.squeeze.dim)
-def _squeeze(e: Emitter, target, args, kwargs):
+def _squeeze(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, _shifted(args[1], args[0].rank)), True)
 
 
 @_rule(aten.squeeze.dims)
-def _squeeze_dims(e: Emitter, target, args, kwargs):
+def _squeeze_dims(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, [_shifted(d, args[0].rank) for d in args[1]]), True)
 
 
 @_rule(aten.squeeze.default)
-def _squeeze_all(e: Emitter, target, args, kwargs):
+def _squeeze_all(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.reshape(args[0].node, [e.count, *(s for s in args[0].shape if s != 1)]), True)
 
 
 @_rule(aten.expand.default)
-def _expand(e: Emitter, target, args, kwargs):
+def _expand(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     x, sizes = args
     return Value(e.call(target, e.aligned(x, len(sizes)), [e.count, *sizes]), True)
 
 
 @_rule(aten.select.int)
-def _select(e: Emitter, target, args, kwargs):
+def _select(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, _shifted(args[1], args[0].rank), args[2]), True)
 
 
 @_rule(aten.slice.Tensor)
-def _slice(e: Emitter, target, args, kwargs):
+def _slice(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     x, dim, *rest = args if len(args) > 1 else (args[0], 0)
     return Value(e.call(target, x.node, _shifted(dim, x.rank), *plain(rest), **kwargs), True)
 
 
 @_rule(aten.split.Tensor, aten.split_with_sizes.default)
-def _split(e: Emitter, target, args, kwargs):
+def _split(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     x, sizes, dim = (*args, 0)[:3]
     sizes = list(sizes) if isinstance(sizes, (tuple, list)) else sizes
     node = e.call(target, x.node, sizes, _shifted(dim, x.rank))
@@ -119,44 +134,45 @@ def _split(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.unbind.int)
-def _unbind(e: Emitter, target, args, kwargs):
+def _unbind(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> list[Value]:
     x, dim = (*args, 0)[:2]
     dim = dim if dim >= 0 else dim + x.rank
     return [Value(e.call(aten.select.int, x.node, dim + 1, i), True) for i in range(int(x.shape[dim]))]
 
 
 @_rule(aten.cat.default)
-def _cat(e: Emitter, target, args, kwargs):
+def _cat(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     values, dim = (*args, 0)[:2]
     return Value(e.call(target, [e.batch(v) for v in values], _shifted(dim, values[0].rank)), True)
 
 
 @_rule(aten.stack.default)
-def _stack(e: Emitter, target, args, kwargs):
+def _stack(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     values, dim = (*args, 0)[:2]
     dim = dim + 1 if dim >= 0 else dim + values[0].rank + 2
     return Value(e.call(aten.cat.default, [e.call(aten.unsqueeze.default, e.batch(v), dim) for v in values], dim), True)
 
 
 @_rule(aten.flip.default, prims.rev.default)
-def _flip(e: Emitter, target, args, kwargs):
+def _flip(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, [_shifted(d, args[0].rank) for d in args[1]]), True)
 
 
 @_rule(aten.constant_pad_nd.default)
-def _pad(e: Emitter, target, args, kwargs):
+def _pad(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, *plain(args[1:]), **kwargs), True)
 
 
 @_rule(aten.slice_scatter.default, aten.select_scatter.default)
-def _scatter(e: Emitter, target, args, kwargs):
+def _scatter(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     base, source, dim, *rest = (*args, 0)[:3] if len(args) < 3 else args
     shifted = _shifted(dim, base.rank)
     return Value(e.call(target, e.batch(base), e.batch(source), shifted, *plain(rest), **kwargs), True)
 
 
 @_rule(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default)
-def _reduce(e: Emitter, target, args, kwargs):
+def _reduce(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
+    x: Value
     x, dims, *rest = (*args, None)[:3] if len(args) < 2 else args
     if isinstance(dims, int):
         dims = [dims]
@@ -167,20 +183,20 @@ def _reduce(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.sum.default)
-def _sum_all(e: Emitter, target, args, kwargs):
-    x = args[0]
+def _sum_all(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
+    x: Value = args[0]
     if x.rank == 0:
         return x
     return Value(e.call(aten.sum.dim_IntList, x.node, list(range(1, x.rank + 1)), **kwargs), True)
 
 
 @_rule(aten.cumsum.default)
-def _cumsum(e: Emitter, target, args, kwargs):
+def _cumsum(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     return Value(e.call(target, args[0].node, _shifted(args[1], args[0].rank), **kwargs), True)
 
 
 @_rule(aten.gather.default)
-def _gather(e: Emitter, target, args, kwargs):
+def _gather(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     x, dim, index, *rest = args
     if not x.rank or not index.rank:
         return e.vmap(target, args, kwargs)
@@ -188,7 +204,7 @@ def _gather(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.scatter.src, aten.scatter_add.default)
-def _scatter_src(e: Emitter, target, args, kwargs):
+def _scatter_src(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     base, dim, index, source = args
     if not base.rank or not index.rank:
         return e.vmap(target, (Value(e.own(base), True), *args[1:]), kwargs)
@@ -199,7 +215,7 @@ _MASKED_PUT = aten._unsafe_masked_index_put_accumulate.default
 
 
 @_rule(aten.index_put.default, aten._unsafe_index_put.default, _MASKED_PUT)
-def _index_put(e: Emitter, target, args, kwargs):
+def _index_put(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     """Links are one more index, the first. The gradient of an embedding is ``index_put`` into zeros."""
     base, *mask, indices, values = args[: 4 if target is _MASKED_PUT else 3]
     rest = list(args[3:]) if target is not _MASKED_PUT else []
@@ -219,7 +235,7 @@ def _index_put(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.mm.default)
-def _mm(e: Emitter, target, args, kwargs):
+def _mm(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     left, right = args
     if left.batched and not right.batched:  # shared weights: one tall product
         rows, inner = left.shape
@@ -229,7 +245,7 @@ def _mm(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.addmm.default)
-def _addmm(e: Emitter, target, args, kwargs):
+def _addmm(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     if kwargs:
         return e.vmap(target, args, kwargs)
     bias, left, right = args
@@ -238,7 +254,7 @@ def _addmm(e: Emitter, target, args, kwargs):
 
 
 @_rule(aten.bmm.default)
-def _bmm(e: Emitter, target, args, kwargs):
+def _bmm(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     left, right = (e.batch(a) for a in args)
     (count, batch, rows, inner), columns = left.meta["val"].shape, right.meta["val"].shape[3]
     product = e.call(
@@ -266,7 +282,7 @@ def _unfold(e: Emitter, node: Node) -> Value:
     aten._adaptive_avg_pool2d_backward.default,
     aten.max_pool2d_with_indices_backward.default,
 )
-def _pooling_backward(e: Emitter, target, args, kwargs):
+def _pooling_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
     """Pooling mixes neither the batch nor, where there is none, the channels: links go there."""
     return _unfold(e, e.call(target, *(_fold(e, a) if isinstance(a, Value) else a for a in args), **kwargs))
 
@@ -286,7 +302,7 @@ TAKE_KEYWORDS.update(_ATTENTION_BACKWARD)
 
 
 @_rule(*_ATTENTION_BACKWARD)
-def _attention_backward(e: Emitter, target, args, kwargs):
+def _attention_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> list[Any]:
     """Attention never mixes its batch dimension: links go there."""
     named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
     if named["dropout_p"] != 0:
@@ -294,7 +310,7 @@ def _attention_backward(e: Emitter, target, args, kwargs):
     if named.get("attn_bias") is not None:
         raise Declined(Reason.MASK_IN_ATTENTION.of(operator=target))
 
-    def fold(argument):
+    def fold(argument: Any) -> Any:
         if not isinstance(argument, Value):
             return argument
         if argument.rank >= 2:
@@ -312,7 +328,7 @@ def _attention_backward(e: Emitter, target, args, kwargs):
     return [None if gradient is None else _unfold(e, gradient) for gradient in gradients]
 
 
-def _folded_mask(e: Emitter, mask: Value, batch) -> Node:
+def _folded_mask(e: Emitter, mask: Value, batch: Any) -> Node:
     """An additive mask that broadcasts to [batch, heads, queries, keys], for [links * batch, ...]."""
     if not mask.batched and (mask.rank < 4 or mask.shape[0] == 1):
         return mask.node
@@ -324,7 +340,7 @@ def _folded_mask(e: Emitter, mask: Value, batch) -> Node:
     return e.reshape(node, [e.count * batch, *rest])
 
 
-def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
+def convolution_backward(e: Emitter, args: Args, which: int) -> Value:
     """Output ``which`` (0 input, 1 weight, 2 bias) of convolution_backward for all links.
 
     Shared weights: links join the batch. Own weights: links become groups of one convolution.
@@ -368,7 +384,7 @@ def convolution_backward(e: Emitter, args: tuple, which: int) -> Value:
 # -- matrix products in groups (mixtures of experts) ---------------------------------------------------------------
 
 
-def _all_groups(e: Emitter, offsets: Value, rows) -> Node:
+def _all_groups(e: Emitter, offsets: Value, rows: Any) -> Node:
     """Where the groups of all links end, one link's rows after the other's: [links * groups]."""
     ends = offsets.tensor
     first = e.call(aten.arange.default, e.count, dtype=ends.dtype, device=ends.device)
@@ -391,7 +407,7 @@ def _in_groups(e: Emitter, value: Value, offsets: Value, dim: int) -> Value:
 if hasattr(aten, "_grouped_mm"):
 
     @_rule(aten._grouped_mm.default)
-    def _grouped_mm(e: Emitter, target, args, kwargs):
+    def _grouped_mm(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
         """Links are more groups: of rows times their matrices, or of the inner dimension."""
         left, right, offsets, *rest = (*args, None)[: max(3, len(args))]
         if offsets is None or any(a is not None for a in rest[:1]) or left.rank != 2:
@@ -409,7 +425,7 @@ if hasattr(aten, "_grouped_mm"):
         return _unfold(e, e.call(target, tall, _fold(e, _in_groups(e, right, offsets, 0)), ends, *rest, **kwargs))
 
 
-def grouped_fallback(e: Emitter, target, args, kwargs):
+def grouped_fallback(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
     """transformers' own products in groups, for what PyTorch's does not take, and their backward."""
     input, weight, offsets, *gradient = args
     ends = _all_groups(e, offsets, input.shape[0])

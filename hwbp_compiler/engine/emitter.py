@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch.fx import Graph, Node
@@ -26,12 +26,15 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-Rule = Callable[["Emitter", Any, tuple, dict], Any]
-"""``(emitter, operator, args, kwargs)``; returns a Value or a list of Values."""
+Args = tuple[Any, ...]
+Keywords = dict[str, Any]
+Result = Union["Value", list["Value"]]
+Rule = Callable[["Emitter", Any, Args, Keywords], Result]
+"""``(emitter, operator, args, kwargs)``."""
 
 
 @functools.cache
-def decompositions() -> dict:
+def decompositions() -> dict[Any, Any]:
     from hwbp_compiler.torch_private import select_decomp_table
 
     return dict(select_decomp_table())
@@ -85,10 +88,11 @@ class Value:
 
     @property
     def tensor(self) -> torch.Tensor:
-        return self.node.meta["val"]
+        found: torch.Tensor = self.node.meta["val"]
+        return found
 
     @property
-    def shape(self) -> tuple:
+    def shape(self) -> tuple[Any, ...]:
         """Shape of one link's tensor; () for a number."""
         if not isinstance(self.tensor, torch.Tensor):
             return ()
@@ -103,7 +107,9 @@ class Value:
 class Emitter:
     """Appends nodes to ``graph`` before ``before``, each with its fake value in ``meta["val"]``."""
 
-    def __init__(self, graph: Graph, before: Node, fake_mode, count: int, sizes: dict[Any, Node] | None = None) -> None:
+    def __init__(
+        self, graph: Graph, before: Node, fake_mode: Any, count: int, sizes: dict[Any, Node] | None = None
+    ) -> None:
         self.graph = graph
         self.before = before
         self.fake_mode = fake_mode
@@ -119,24 +125,24 @@ class Emitter:
 
     # -- plain nodes --------------------------------------------------------------------------------------------
 
-    def call(self, target, *args, **kwargs) -> Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """One operator, decomposed if Inductor decomposes it: at this stage Inductor no longer does."""
         if target in decompositions() and target not in _KEPT:
             return self._decomposed(target, args, kwargs)
         return self._append(target, args, kwargs)
 
-    def _append(self, target, args, kwargs) -> Node:
+    def _append(self, target: Any, args: Args, kwargs: Keywords) -> Node:
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         self.created.append(node)
         node.meta["val"] = self._fake(target, args, kwargs)
         return node
 
-    def _decomposed(self, target, args, kwargs) -> Node:
+    def _decomposed(self, target: Any, args: Args, kwargs: Keywords) -> Node:
         inputs: list[Node] = []
         torch.fx.map_arg((args, kwargs), inputs.append)
 
-        def operator_alone(*tensors):
+        def operator_alone(*tensors: Any) -> Any:
             replaced = iter(tensors)
             replacing = torch.fx.map_arg((args, kwargs), lambda _: next(replaced))
             return target(*replacing[0], **replacing[1])
@@ -145,12 +151,14 @@ class Emitter:
             traced = make_fx(operator_alone, decompositions())(*(n.meta["val"] for n in inputs))
         return self._inline(traced.graph, inputs)
 
-    def _fake(self, target, args, kwargs):
+    def _fake(self, target: Any, args: Args, kwargs: Keywords) -> Any:
         read = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode:
             return target(*read[0], **read[1])
 
-    def full(self, shape: Sequence, fill: float | bool, like: torch.Tensor, dtype: torch.dtype | None = None) -> Node:
+    def full(
+        self, shape: Sequence[Any], fill: float | bool, like: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Node:
         return self.call(
             aten.full.default,
             [self.size(s) for s in shape],
@@ -161,7 +169,7 @@ class Emitter:
             pin_memory=False,
         )
 
-    def size(self, value):
+    def size(self, value: Any) -> Any:
         """A size as an argument: an int, or a node that computes it."""
         if isinstance(value, (int, Node)):
             return value
@@ -172,7 +180,7 @@ class Emitter:
             self.sizes[expression] = self._computed_size(expression)
         return self.sizes[expression]
 
-    def _computed_size(self, expression) -> Node:
+    def _computed_size(self, expression: Any) -> Node:
         from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
 
         symbols = sorted(expression.free_symbols, key=str)
@@ -180,12 +188,12 @@ class Emitter:
             raise Declined(Reason.SIZE_NOT_AT_HAND.of(size=expression))
         inputs = [self.sizes[symbol] for symbol in symbols]
 
-        def compute(*values):
+        def compute(*values: Any) -> Any:
             return sympy_interp(PythonReferenceAnalysis, dict(zip(symbols, values, strict=True)), expression)
 
         return self._inline(make_fx(compute)(*(n.meta["val"] for n in inputs)).graph, inputs)
 
-    def reshape(self, node: Node, shape: Sequence) -> Node:
+    def reshape(self, node: Node, shape: Sequence[Any]) -> Node:
         sizes = [self.size(s) for s in shape]
         if shape_of(node) == tuple(size_of(s) if isinstance(s, Node) else s for s in sizes):
             return node
@@ -219,7 +227,7 @@ class Emitter:
 
     # -- one operator -------------------------------------------------------------------------------------------
 
-    def apply(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
+    def apply(self, target: Any, args: Args, kwargs: Keywords) -> Result:
         """``target`` for every link. ``args`` and ``kwargs`` hold Value, nested tuples and constants."""
         values = [v for v in flattened((*args, *kwargs.values())) if isinstance(v, Value)]
         if not any(v.batched for v in values):
@@ -250,18 +258,18 @@ class Emitter:
             return value.node
         return self.call(aten.clone.default, self.batch(value), memory_format=torch.contiguous_format)
 
-    def _wrap(self, node: Node, batched: bool) -> Value | list[Value]:
+    def _wrap(self, node: Node, batched: bool) -> Result:
         value = node.meta["val"]
         if isinstance(value, (tuple, list)):
             return [Value(self.call(operator.getitem, node, i), batched) for i in range(len(value))]
         return Value(node, batched)
 
-    def vmap(self, target, args: tuple, kwargs: dict) -> Value | list[Value]:
+    def vmap(self, target: Any, args: Args, kwargs: Keywords) -> Result:
         # Sizes are inputs of what is traced too: a symbol may not stand in a graph as it is.
         values = [v if isinstance(v, Value) else Value(v, False)
                   for v in flattened((*args, *kwargs.values())) if isinstance(v, (Value, Node))]  # fmt: skip
 
-        def one_link(*inputs):
+        def one_link(*inputs: Any) -> Any:
             replaced = iter(inputs)
             found = mapped((*args, *kwargs.values()), lambda _: next(replaced), (Value, Node))
             return target(*found[: len(args)], **dict(zip(kwargs, found[len(args) :], strict=True)))
@@ -278,7 +286,7 @@ class Emitter:
             return [Value(r, True) for r in result]
         return Value(result, True)
 
-    def _inline(self, graph: Graph, inputs: list[Node]):
+    def _inline(self, graph: Graph, inputs: list[Node]) -> Any:
         """Copy a traced graph to here; its result: a node, or a list of nodes."""
         try:
             return inline(graph, inputs, lambda node, args, kwargs: self._append(node.target, args, kwargs))
@@ -299,13 +307,13 @@ class Emitter:
                 return pushed
         if node.target is aten.bmm.default and self._is_ours(node):
             left, right = node.args
-            count, rows, inner = left.meta["val"].shape  # type: ignore[union-attr]
-            columns = right.meta["val"].shape[2]  # type: ignore[union-attr]
-            tall_left = self.reshape(self.permute(left, [0, 2, 1]), [count * inner, rows])  # type: ignore[arg-type]
-            tall_right = self.reshape(right, [count * inner, columns])  # type: ignore[arg-type]
+            count, rows, inner = left.meta["val"].shape
+            columns = right.meta["val"].shape[2]
+            tall_left = self.reshape(self.permute(left, [0, 2, 1]), [count * inner, rows])
+            tall_right = self.reshape(right, [count * inner, columns])
             return self.call(aten.mm.default, self.permute(tall_left, [1, 0]), tall_right)
         if node.target is aten.sum.dim_IntList and self._is_ours(node) and len(node.args) >= 2:
-            source, dims = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+            source, dims = node.args[0], list(node.args[1])
             keep = len(node.args) > 2 and bool(node.args[2])
             summed = self.call(aten.sum.dim_IntList, source, [0, *dims], keep, **node.kwargs)
             return self.call(aten.squeeze.dim, summed, 0) if keep else summed
@@ -314,15 +322,16 @@ class Emitter:
     def _sum_puts(self, put: Put) -> Node:
         """What all links add, added to one: ``[links, *base]`` is never made."""
         base = self.apply(aten.mul.Tensor, (put.base, self.count), {})
+        assert isinstance(base, Value)
         first, *others = put.indices
         places = [self.aligned(Value(self.batch(first), True), put.rank), *(self.aligned(i, put.rank) for i in others)]
-        return self.call(put.target, base.node, *put.mask, places, put.source, *put.rest)  # type: ignore[union-attr]
+        return self.call(put.target, base.node, *put.mask, places, put.source, *put.rest)
 
     def _is_ours(self, node: Node) -> bool:
         return node.meta.get("val") is not None
 
 
-def _has_view(tensor: torch.Tensor, sizes: Sequence) -> bool:
+def _has_view(tensor: torch.Tensor, sizes: Sequence[Any]) -> bool:
     """Whether ``tensor.view(sizes)`` needs no copy. Symbolic sizes: known of contiguous tensors only."""
     if tensor.is_contiguous():
         return True
@@ -346,7 +355,7 @@ def _can_view(tensor: torch.Tensor) -> bool:
     return True
 
 
-def flattened(args):
+def flattened(args: Iterable[Any]) -> Iterator[Any]:
     for a in args:
         if isinstance(a, (tuple, list)):
             yield from flattened(a)
@@ -354,8 +363,8 @@ def flattened(args):
             yield a
 
 
-def mapped(args, function: Callable, what=Value):
-    def one(a):
+def mapped(args: Iterable[Any], function: Callable[[Any], Any], what: Any = Value) -> Args:
+    def one(a: Any) -> Any:
         if isinstance(a, (tuple, list)):
             return [one(x) for x in a]
         return function(a) if isinstance(a, what) else a
@@ -363,11 +372,11 @@ def mapped(args, function: Callable, what=Value):
     return tuple(one(a) for a in args)
 
 
-def plain(args):
+def plain(args: Iterable[Any]) -> Args:
     return mapped(args, lambda v: v.node)
 
 
-def plain_keywords(kwargs):
+def plain_keywords(kwargs: Keywords) -> Keywords:
     return {k: v.node if isinstance(v, Value) else v for k, v in kwargs.items()}
 
 
@@ -381,20 +390,20 @@ class Put:
     indices: list[Value]
     rank: int
     source: Node
-    rest: list
+    rest: list[Any]
 
 
 # -- pushing a sum over links through views ---------------------------------------------------------------------
 
 
-def _through_permute(e: Emitter, node: Node):
+def _through_permute(e: Emitter, node: Node) -> Node | None:
     source, dims = node.args
     if dims[0] != 0:
         return None
     return e.permute(e.sum_links(Value(source, True)), [d - 1 for d in dims[1:]])
 
 
-def _through_view(e: Emitter, node: Node):
+def _through_view(e: Emitter, node: Node) -> Node | None:
     source = node.args[0]
     before, after = source.meta["val"].shape, node.meta["val"].shape
     if not before or before[0] != after[0]:
@@ -402,7 +411,10 @@ def _through_view(e: Emitter, node: Node):
     return e.reshape(e.sum_links(Value(source, True)), list(after[1:]))
 
 
-_TRANSPARENT: dict[object, Callable] = {aten.permute.default: _through_permute, aten.view.default: _through_view}
+_TRANSPARENT: dict[object, Callable[[Emitter, Node], Node | None]] = {
+    aten.permute.default: _through_permute,
+    aten.view.default: _through_view,
+}
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------

@@ -15,18 +15,19 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from hwbp_compiler.graph.chain import Group
-from hwbp_compiler.graph.program import INPUT, SUM, External, Ref, elementwise_argument, references
+from hwbp_compiler.graph.program import INPUT, SUM, External, Ref, Statement, elementwise_argument, references
 from hwbp_compiler.graph.rules import Kind, as_written, is_zero, linear_arguments, rule_of, shape_of
 
 from .batching import convolution_backward
-from .emitter import Emitter, Value
+from .emitter import Args, Emitter, Keywords, Value
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -44,6 +45,9 @@ class Coefficient:
     component: int
 
 
+Asked = Mode | Coefficient
+
+
 class Evaluator:
     """One group, one set of state values. ``stack(slot)`` gives an external for all lanes; ``inject(statement)`` the
     stacked injections of a sum or None."""
@@ -52,7 +56,7 @@ class Evaluator:
         self,
         emitter: Emitter,
         group: Group,
-        states: list[Value | None],
+        states: Sequence[Value | None],
         stack: Callable[[int], Value],
         inject: Callable[[int], Value | None],
     ) -> None:
@@ -62,9 +66,9 @@ class Evaluator:
         self.states = states
         self.stack = stack
         self.inject = inject
-        self._memo: dict[tuple[object, int], object] = {}
+        self._memo: dict[tuple[Asked, int], Any] = {}
 
-    def value(self, mode: Mode | Coefficient, statement: int):
+    def value(self, mode: Asked, statement: int) -> Any:
         """Value, list of Value, float (a coefficient that is the same number everywhere), or None for zero."""
         todo = [(mode, statement)]
         while todo:  # links can be deep: no recursion over statements
@@ -82,7 +86,7 @@ class Evaluator:
 
     # -- what a statement needs --------------------------------------------------------------------------------
 
-    def _operand_mode(self, mode, i: int, ref: Ref):
+    def _operand_mode(self, mode: Asked, i: int, ref: Ref) -> Asked | None:
         """The mode in which statement i takes ``ref``; None where the edge is cut."""
         if mode is Mode.REST:
             return mode if elementwise_argument(self.program, i, ref) else Mode.STATE
@@ -90,7 +94,7 @@ class Evaluator:
             return mode if elementwise_argument(self.program, i, ref) else None
         return mode
 
-    def _requirements(self, mode, i: int):
+    def _requirements(self, mode: Asked, i: int) -> Iterator[tuple[Asked, int]]:
         statement = self.program.statements[i]
         if statement.target is INPUT:
             return
@@ -102,7 +106,7 @@ class Evaluator:
             if wanted is not None:
                 yield (wanted, ref.id)
 
-    def _is_convolution_output(self, statement) -> bool:
+    def _is_convolution_output(self, statement: Statement) -> bool:
         return (
             statement.target is operator.getitem
             and isinstance(statement.args[0], Ref)
@@ -111,7 +115,7 @@ class Evaluator:
 
     # -- one statement ------------------------------------------------------------------------------------------
 
-    def _compute(self, mode, i: int):
+    def _compute(self, mode: Asked, i: int) -> Any:
         statement = self.program.statements[i]
         if statement.target is INPUT:
             return self._input(mode, statement.args[0])
@@ -123,14 +127,14 @@ class Evaluator:
             return None  # evaluated per output, see _item
         return self._operation(mode, i)
 
-    def _input(self, mode, position: int):
+    def _input(self, mode: Asked, position: int) -> Value | float | None:
         if mode in (Mode.FULL, Mode.STATE):
             return self.states[position]
         if isinstance(mode, Coefficient) and mode.component == position:
             return 1.0
         return None
 
-    def _sum(self, mode, i: int):
+    def _sum(self, mode: Asked, i: int) -> Any:
         terms = [self._operand(mode, i, r) for r in self.program.statements[i].args]
         if mode in (Mode.FULL, Mode.INJECT):
             terms.append(self.inject(i))
@@ -146,14 +150,14 @@ class Evaluator:
             total = self._apply(aten.add.Tensor, (total, other), {})
         return self._apply(aten.add.Tensor, (total, constant), {}) if constant else total
 
-    def _apply(self, target, args, kwargs):
+    def _apply(self, target: Any, args: Args, kwargs: Keywords) -> Any:
         return self.e.apply(target, args, kwargs)
 
-    def _operand(self, mode, i: int, ref: Ref):
+    def _operand(self, mode: Asked, i: int, ref: Ref) -> Any:
         wanted = self._operand_mode(mode, i, ref)
         return None if wanted is None else self._memo[wanted, ref.id]
 
-    def _item(self, mode, i: int):
+    def _item(self, mode: Asked, i: int) -> Any:
         statement = self.program.statements[i]
         source, which = statement.args
         if self._is_convolution_output(statement):
@@ -162,7 +166,7 @@ class Evaluator:
         values = self._operand(mode, i, source)
         return None if values is None else values[which]
 
-    def _operation(self, mode, i: int):
+    def _operation(self, mode: Asked, i: int) -> Any:
         statement = self.program.statements[i]
         if isinstance(mode, Coefficient):
             short = self._coefficient(mode, i)
@@ -176,17 +180,17 @@ class Evaluator:
             return simple
         return self._apply(statement.target, args, self._keywords(statement))
 
-    def _keywords(self, statement) -> dict:
+    def _keywords(self, statement: Statement) -> Keywords:
         return {k: self._outside(v) for k, v in statement.kwargs}
 
-    def _outside(self, a):
+    def _outside(self, a: Any) -> Any:
         """An argument that does not depend on the state. Rules take a size as what it is, not as a tensor to batch."""
         if isinstance(a, External):
             value = self.stack(a.slot)
             return value if isinstance(value.tensor, torch.Tensor) else self.e.size(value.node)
         return tuple(map(self._outside, a)) if isinstance(a, tuple) else a
 
-    def _with_zeros(self, target, args):
+    def _with_zeros(self, target: Any, args: Args) -> Any:
         """add and sub with a zero operand, without making zeros."""
         if target in (aten.add.Tensor, aten.sub.Tensor) and args[1] is _Zero:
             return args[0]
@@ -196,13 +200,13 @@ class Evaluator:
             return self._apply(aten.neg.default, (args[1],), {})
         return NotImplemented
 
-    def _arguments(self, mode, i: int):
+    def _arguments(self, mode: Asked, i: int) -> Args | None:
         """The statement's arguments in ``mode``; None if it is linear in what is zero."""
         statement = self.program.statements[i]
         linear = self._linear(i)
         alive = False
 
-        def argument(a, additive: bool):
+        def argument(a: Any, additive: bool) -> Any:
             nonlocal alive
             if isinstance(a, Ref):
                 value = self._operand(mode, i, a)
@@ -241,6 +245,12 @@ class Evaluator:
         operand = node.args[position]
         return isinstance(operand, Node) and shape_of(operand) == shape_of(node)
 
+    def _like(self, ref: Ref) -> torch.Tensor:
+        node = self.program.raw[ref.id]
+        assert node is not None
+        value: torch.Tensor = node.meta["val"]
+        return value
+
     def _linear(self, i: int) -> frozenset[int]:
         node = self.program.raw[i]
         assert node is not None
@@ -250,12 +260,12 @@ class Evaluator:
         # A side statement may be linear in nothing the table knows: then all of it is needed.
         return found if found is not None else frozenset(positions)
 
-    def _materialise(self, a):
+    def _materialise(self, a: Any) -> Any:
         if isinstance(a, tuple):
             return tuple(self._materialise(x) for x in a)
         if isinstance(a, _zero_like):
             statement = self.program.statements[a.ref.id]
-            like = self.program.raw[a.ref.id].meta["val"]  # type: ignore[union-attr]
+            like = self._like(a.ref)
             return Value(self.e.full(statement.shape or (), 0.0, like, statement.dtype), False)
         if isinstance(a, _zero_external):
             return self._zeros_like(a.external)
@@ -263,14 +273,14 @@ class Evaluator:
 
     # -- coefficients -------------------------------------------------------------------------------------------
 
-    def _coefficient(self, mode: Coefficient, i: int):
+    def _coefficient(self, mode: Coefficient, i: int) -> Any:
         """A number stays a number through views, casts and scalings; otherwise it becomes a tensor of it."""
         statement = self.program.statements[i]
         values = {p: self._operand(mode, i, a) for p, a in enumerate(statement.args) if isinstance(a, Ref)}
         present = {p: v for p, v in values.items() if v is not None}
         if not present:
             return None
-        rule = rule_of(self.program.raw[i])  # type: ignore[arg-type]
+        rule = rule_of(self.program.raw[i])
         assert rule is not None
         numbers = {p: v for p, v in present.items() if isinstance(v, float)}
         target = statement.target
@@ -292,13 +302,13 @@ class Evaluator:
                     return factor if number == 1.0 else self._apply(aten.mul.Tensor, (factor, number), {})
         return self._coefficient_by_operator(mode, i, present)
 
-    def _coefficient_by_operator(self, mode: Coefficient, i: int, present: dict):
+    def _coefficient_by_operator(self, mode: Coefficient, i: int, present: dict[int, Any]) -> Any:
         statement = self.program.statements[i]
-        args: list = []
+        args: list[Any] = []
         for p, a in enumerate(statement.args):
             if isinstance(a, Ref):
                 source = self.program.statements[a.id]
-                like = self.program.raw[a.id].meta["val"]  # type: ignore[union-attr]
+                like = self._like(a)
                 v = present.get(p)
                 if v is None or isinstance(v, float):
                     v = Value(self.e.full(source.shape or (), v or 0.0, like, source.dtype), False)
@@ -315,7 +325,7 @@ class Evaluator:
         node = self.program.externals[external.slot]
         return Value(self.e.full(shape_of(node) or (), 0.0, node.meta["val"]), False)
 
-    def _expand(self, value: Value, shape: tuple) -> Value:
+    def _expand(self, value: Value, shape: tuple[Any, ...]) -> Value:
         if tuple(as_written(s) for s in value.shape) == shape:
             return value
         node = self.e.aligned(value, len(shape))

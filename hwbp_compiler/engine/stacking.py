@@ -184,7 +184,7 @@ def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | No
         if isinstance(argument, Node):
             if not all(isinstance(m, Node) and form_of(m) == form_of(argument) for m in members):
                 return None
-            columns.append((position, members))  # type: ignore[arg-type]
+            columns.append((position, members))
         elif not all(same_value(m, argument) for m in members):
             return None
     return columns or None
@@ -212,7 +212,7 @@ def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
     size = base.meta["val"].shape[dim]
     if not isinstance(size, int):
         return None
-    rows = [n.args[2] % size for n in nodes]  # type: ignore[operator]
+    rows = [n.args[2] % size for n in nodes]
     step = rows[1] - rows[0]
     if step == 0 or any(b - a != step for a, b in zip(rows, rows[1:], strict=False)):
         return None

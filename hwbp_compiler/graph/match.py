@@ -187,7 +187,7 @@ class _Matcher:
             raise _Mismatch
 
     def _match_sum(self, i: int, node: Node) -> None:
-        terms = sum_terms(node, self.info)
+        terms = sum_terms(node)
         missing: list[int] = []
         for ref in self.template.statements[i].args:
             target = self.bound[ref.id]

@@ -231,6 +231,14 @@ def module_of(node: Node) -> str:
     return plain_name(names[-1]) if names else ""
 
 
+def names_of_inputs(graph: Graph) -> list[str]:
+    """What the user calls the inputs of a Dynamo graph: ``blocks.0.up.weight``."""
+    sources = [getattr(node.meta.get("grapharg"), "source", None) for node in graph.find_nodes(op="placeholder")]
+    # A method of Dynamo's before torch 2.12, an attribute since.
+    names = [getattr(source, "name", "") for source in sources]
+    return [plain_name(str(name() if callable(name) else name)) for name in names]
+
+
 def plain_name(name: str) -> str:
     """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too. The key of an
     ``nn.ModuleDict`` may hold quotes and brackets; it is spelt as it is."""

@@ -120,11 +120,15 @@ class Program:
     def inputs(self) -> State:
         return tuple(self.raw[: self.arity])
 
+    def copy(self) -> Program:
+        """The same link, to which statements can be added without changing this one."""
+        return replace(self, statements=list(self.statements), raw=list(self.raw), externals=list(self.externals))
+
     def statement_of(self) -> dict[Node, int]:
         return {node: i for i, node in enumerate(self.raw) if node is not None}
 
 
-def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[Node]:
+def sum_terms(root: Node, leaves: Iterable[Node] = ()) -> list[Node]:
     """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is no addition)."""
     stop = set(leaves)
     terms: list[Node] = []
@@ -252,7 +256,7 @@ class _Builder:
     def _terms(self, node: Node, outputs: set[Node]) -> list[Node] | None:
         if not _is_plain_add(node):
             return None
-        return sum_terms(node, self.info, leaves=self.input_nodes | (outputs - {node}))
+        return sum_terms(node, self.input_nodes | (outputs - {node}))
 
     def _check_outside(self, node: Node) -> None:
         if self.info.index[node] in self.tainted:

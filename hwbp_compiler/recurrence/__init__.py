@@ -4,8 +4,9 @@
 |---|---|
 | ``tracing`` | Dynamo traces the modules as one call each, for our backend alone |
 | ``packed`` | packed sequences, at which Dynamo breaks the graph |
-| ``arguments`` | such a call in one form |
-| ``operator`` | ``highway::recurrent``, which takes the call's place, and ``highway::recurrent_backward`` |
+| ``module_call`` | such a call in one form |
+| ``operator_call`` | the same as the operator's kernels take it |
+| ``operator`` | ``highway::recurrent_module``, which takes the call's place, and its backward pass as an operator |
 | ``kept`` | a forward pass's recording, tied to the life of a tensor |
 | ``dropout`` | the random factors between layers |
 | ``layer``, ``gru``, ``lstm`` | Highway-BP of one layer in plain operators |

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
 from .kernels import ADDRESS, FLAG, NUMBER, native_kernel
+from .operator_call import OperatorCall
 
 native = native_kernel(
     "gru.cpp",
@@ -23,7 +23,7 @@ native = native_kernel(
 )
 
 
-def gru(call: Call) -> tuple[Tensor, Tensor] | None:
+def gru(call: OperatorCall) -> tuple[Tensor, Tensor] | None:
     """Outputs [T, B, H directions], last states [layers directions, B, H]; None where PyTorch's kernel has to run."""
     tensors = (call.input, *call.state, *call.weights)
     served = call.kind == "gru" and call.autocast is None and call.batch_sizes is None and not call.random

@@ -1,11 +1,11 @@
-"""``highway::recurrent``: what ``torch.gru``, ``lstm``, ``rnn_tanh`` and ``rnn_relu`` compute, as one operator.
+"""``highway::recurrent_module``: what ``torch.gru``, ``lstm``, ``rnn_tanh``, ``rnn_relu`` compute, as one operator.
 
 AOTAutograd would take those functions apart, step of time by step of time. This operator stays whole: forward it calls
 PyTorch's own kernel, whichever that is on the device (cuDNN, oneDNN, ATen), but of a GRU that records nothing on a CPU
-ours (:mod:`.cpu`). Its backward pass is a second operator, ``highway::recurrent_backward``, that calls the kernel's
-own. No graph and no code grows with the length. ``record`` names the tensors (input, states, weights) that will need a
-gradient; where a pass puts Highway-BP in the place of ``recurrent_backward`` it also empties that list, and the forward
-keeps nothing.
+ours (:mod:`.cpu`). Its backward pass is a second operator, ``highway::recurrent_module_backward``, that calls the
+kernel's own. No graph and no code grows with the length. ``record`` names the tensors (input, states, weights) that
+will need a gradient; where a pass puts Highway-BP in the place of ``recurrent_module_backward`` it also empties that
+list, and the forward keeps nothing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from hwbp_compiler.torch_private import below_autograd, recording_autograd
 
 from . import cpu, kept
-from .call import Call
+from .operator_call import OperatorCall
 
-NAME = "highway::recurrent"
-BACKWARD_NAME = "highway::recurrent_backward"
+NAME = "highway::recurrent_module"
+BACKWARD_NAME = "highway::recurrent_module_backward"
 
 _OPTIONS = (
     "bool has_biases, int layers, float dropout, bool train, bool bidirectional, ScalarType? autocast, bool[] record"
@@ -33,22 +33,23 @@ library = torch.library.Library("highway", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 # Random: with dropout between layers two equal calls must not become one.
 library.define(
-    f"recurrent(str kind, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS})"
+    f"recurrent_module(str kind, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(*_TAGS, torch.Tag.nondeterministic_seeded),
 )
 library.define(
-    "recurrent_backward(str kind, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output, Tensor kept,"
-    f" Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS}, bool[] wanted) -> Tensor[]",
+    "recurrent_module_backward(str kind, Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor output,"
+    f" Tensor kept, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS}, bool[] wanted)"
+    " -> Tensor[]",
     tags=_TAGS,
 )
-operator = torch.ops.highway.recurrent.default
-backward_operator = torch.ops.highway.recurrent_backward.default
+operator = torch.ops.highway.recurrent_module.default
+backward_operator = torch.ops.highway.recurrent_module_backward.default
 
 
 def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *arguments, record = given
-    call = Call(*arguments)
+    call = OperatorCall(*arguments)
     if any(record):
         recording = _Recording(call, record)
         output, *last = (t.detach() for t in recording.outputs)
@@ -72,7 +73,7 @@ def _outputs(dtype: torch.dtype, output: Tensor, last: list[Tensor]) -> tuple[Te
 class _Recording:
     """One run of the kernel with the autograd graph it recorded."""
 
-    def __init__(self, call: Call, record: Sequence[bool]) -> None:
+    def __init__(self, call: OperatorCall, record: Sequence[bool]) -> None:
         with recording_autograd():
             tensors = (call.input, *call.state, *call.weights)
             self.leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, record, strict=True)]
@@ -101,7 +102,7 @@ def _recurrent_backward(
     assert all(recorded or not want for recorded, want in zip(record, wanted, strict=True)), "not recorded"
     recording = kept.take(token)
     if recording is None:  # a second backward pass through the same forward pass
-        recording = _again(Call(kind, *arguments), record)
+        recording = _again(OperatorCall(kind, *arguments), record)
     found = recording.gradients((grad_output, grad_h_n, grad_c_n))
     return [
         leaf.new_empty(0) if not want else torch.zeros_like(leaf) if g is None else g.contiguous()
@@ -109,7 +110,7 @@ def _recurrent_backward(
     ]
 
 
-def _again(call: Call, record: Sequence[bool]) -> _Recording:
+def _again(call: OperatorCall, record: Sequence[bool]) -> _Recording:
     if call.random:
         raise RuntimeError(
             "backward through a recurrent module with dropout between its layers a second time: its random masks are "
@@ -119,7 +120,7 @@ def _again(call: Call, record: Sequence[bool]) -> _Recording:
 
 
 def _fake(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call = Call(*given[:-1])
+    call = OperatorCall(*given[:-1])
     input, h = call.input, call.state[0]
     output = input.new_empty((*input.shape[:-1], h.shape[-1] * (1 + call.bidirectional)), dtype=call.dtype)
     c_n = h.new_empty(call.state[1].shape, dtype=call.dtype) if call.kind == "lstm" else output.new_empty(0)
@@ -132,8 +133,8 @@ def _fake_backward(kind: str, *arguments: Any) -> list[Tensor]:
     return [t.new_empty(t.shape if want else 0) for t, want in zip((input, *state, *weights), wanted, strict=True)]
 
 
-library.impl("recurrent", _recurrent, "CompositeExplicitAutograd")
-library.impl("recurrent_backward", _recurrent_backward, "CompositeExplicitAutograd")
+library.impl("recurrent_module", _recurrent, "CompositeExplicitAutograd")
+library.impl("recurrent_module_backward", _recurrent_backward, "CompositeExplicitAutograd")
 torch.library.register_fake(NAME, _fake, lib=library)
 torch.library.register_fake(BACKWARD_NAME, _fake_backward, lib=library)
 
@@ -194,7 +195,7 @@ def _halved(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    library.impl("recurrent", _under_autocast(_device), _key)
+    library.impl("recurrent_module", _under_autocast(_device), _key)
 
 # Said of a layer by itself (its weights lie in the memory of the module's) and of weights just cast: cuDNN packs them
 # in every call, which costs little beside a run over time.

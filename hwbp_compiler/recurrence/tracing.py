@@ -29,7 +29,7 @@ from hwbp_compiler.torch_private import (
     tracing_for_another_backend,
 )
 
-from .arguments import KINDS, Arguments
+from .module_call import KINDS, ModuleCall
 from .operator import operator
 
 _here = threading.local()
@@ -44,7 +44,7 @@ class traced_whole:
     backends had it give up (see Note [Skipped frames])."""
 
     def __init__(self, compiled: Compiled | None = None) -> None:
-        self.lifted = lifted(compiled or Compiled(told=True))
+        self.lifted = lifted(compiled or Compiled(warned=True))
 
     def __enter__(self) -> None:
         self.lifted.__enter__()
@@ -68,16 +68,15 @@ class traced_whole:
         self.lifted.__exit__(kind, error, trace)
 
 
-def shapes_of(arguments: Arguments) -> tuple[Any, ...]:
-    """(output, h_n) or (output, h_n, c_n) of ``arguments``, tensors, as the functions of torch return them."""
-    a = arguments
-    input = a.input.transpose(0, 1) if a.batch_first else a.input
+def shapes_of(call: ModuleCall) -> tuple[Any, ...]:
+    """(output, h_n) or (output, h_n, c_n) of ``call``, of tensors, as the functions of torch return them."""
+    input = call.input.transpose(0, 1) if call.batch_first else call.input
     output, h_n, c_n, _ = operator(
-        a.kind, input, a.batch_sizes, list(a.state), list(a.weights), a.has_biases, a.layers, a.dropout, a.train,
-        a.bidirectional, None, [],
+        call.kind, input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases, call.layers,
+        call.dropout, call.train, call.bidirectional, None, [],
     )  # fmt: skip
-    output = output.transpose(0, 1) if a.batch_first else output
-    return (output, h_n, c_n) if a.kind == "lstm" else (output, h_n)
+    output = output.transpose(0, 1) if call.batch_first else output
+    return (output, h_n, c_n) if call.kind == "lstm" else (output, h_n)
 
 
 def _whole(kind: str, original: Any) -> Any:
@@ -88,7 +87,7 @@ def _whole(kind: str, original: Any) -> Any:
             # Of a function with another backend, called from one of ours; inside torch.func.grad and the like: eager
             # mode, as under any other backend.
             raise UnsupportedOperatorException(getattr(torch.ops.aten, kind))
-        return shapes_of(Arguments.of(kind, args, kwargs))
+        return shapes_of(ModuleCall.of(kind, args, kwargs))
 
     return kernel
 

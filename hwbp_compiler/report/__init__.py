@@ -1,6 +1,6 @@
 """Looking at what the compiler does: ``explain`` and its report as text, data, page, drawings and repro script.
 
-capture    trace a model and run the passes on copies of its joint graphs
+explaining trace a model and run the passes on copies of its joint graphs
 advice     what it is said to take, tried
 restore    leave the model as it was
 programs   blocks as their forward source and their backward program, before and after
@@ -12,8 +12,8 @@ draw       graphs as DOT and SVG
 repro      a script that stands alone
 """
 
-from .capture import explain
 from .data import ExplainedGraph
+from .explaining import explain
 from .report import Report
 
 __all__ = ["ExplainedGraph", "Report", "explain"]

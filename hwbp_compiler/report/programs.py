@@ -13,11 +13,11 @@ from hwbp_compiler.graph.origin import Origin, source_line
 from hwbp_compiler.graph.program import INPUT, SUM, External, Program, Ref, closure
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.graph.rules import Kind, is_heavy_operator, rule_of
+from hwbp_compiler.graph.settled import MARK
 from hwbp_compiler.passes.candidates import Candidate
 from hwbp_compiler.passes.rewrite import Rewriting
-from hwbp_compiler.rolled.capture import is_ours
 from hwbp_compiler.rolled.recurrence import Plan
-from hwbp_compiler.rolled.settled import MARK
+from hwbp_compiler.rolled.replace_loops import is_ours
 
 from .data import BlockPrograms
 

@@ -19,8 +19,8 @@ from hwbp_compiler.options import Options
 from hwbp_compiler.passes.write_out_cells import write_out_cells
 from hwbp_compiler.passes.write_out_modules import write_out_modules
 from hwbp_compiler.reasons import Declined, Reason, Why
-from hwbp_compiler.rolled.capture import as_around
 from hwbp_compiler.rolled.recurrence import Recurrence, build
+from hwbp_compiler.rolled.replace_loops import as_around
 from hwbp_compiler.rolled.trace import Body, MutatingCell
 from hwbp_compiler.torch_private import enter_autocast, exit_autocast
 

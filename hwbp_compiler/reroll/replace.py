@@ -56,10 +56,10 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
         return made
     put_back(gm.graph, numbers)
     left = set(gm.graph.nodes)
-    told: set[Node] = set()
+    covered: set[Node] = set()
     for among, record in refused.values():
-        if record is not None and among <= left and not among & told:
-            told |= among
+        if record is not None and among <= left and not among & covered:
+            covered |= among
             made.records.append(record)
     seen = set().union(*(among for among, _ in refused.values()))
     made.records += [record for among, record in told_apart(gm, options) if not among & seen]

@@ -27,13 +27,13 @@ from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_tensors import TensorSeries, multiplier
 from hwbp_compiler.graph.chain import Group
 from hwbp_compiler.graph.program import Program
+from hwbp_compiler.graph.settled import settled
 from hwbp_compiler.options import Truncation
 
 from .lanes import operator as loop_segments
 from .link import Affine, Backward
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of
-from .settled import settled
 from .trace import depends_on, fractions_in, operands_outside
 
 aten = torch.ops.aten

@@ -17,7 +17,7 @@ from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.options import parse
 from hwbp_compiler.torch_private import TorchDynamoException, serving_backend, wrap
 
-from .capture import encode, enter, first, rolled
+from .replace_loops import encode, enter, first, rolled
 
 
 def recurrent(

@@ -21,7 +21,7 @@ from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
 
 from .chain import HighwayLoop, How, LoopLink, run_affine
-from .decide import decide_loop
+from .decide_loop import decide_loop
 from .link import Affine, look_backward, look_for_affine
 from .live import AllSteps, LiveEmitter, Sizes, constant
 from .loop import code_of, copy

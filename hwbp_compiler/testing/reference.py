@@ -127,13 +127,13 @@ class LinkAt:
         self._state = _leaves(state)
         self._side = _leaves(link.side)
 
-        def again(hold: Hold) -> tuple[Tensors, Tensors]:
+        def run(hold: Hold) -> tuple[Tensors, Tensors]:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(rng_state)  # the dropout masks of the forward run
                 return link.step(self._state, self._side, hold)
 
-        self._whole, self._outputs = again(keep)
-        self._highway, _ = again(torch.Tensor.detach)
+        self._whole, self._outputs = run(keep)
+        self._highway, _ = run(torch.Tensor.detach)
 
     def whole(self, w: Tensors) -> Tensors:
         return _vjp(self._whole, self._state, w)

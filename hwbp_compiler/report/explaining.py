@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from hwbp_compiler import passes
-from hwbp_compiler.auto.ladder import Rung, ladder
-from hwbp_compiler.auto.source import names_of_inputs
+from hwbp_compiler.cost.ladder import Rung, ladder
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
+from hwbp_compiler.graph.origin import names_of_inputs
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.pass_sequence import PassSequence

@@ -10,7 +10,7 @@ KINDS = ("gru", "lstm", "rnn_tanh", "rnn_relu")
 
 
 @dataclass(frozen=True)
-class Arguments:
+class ModuleCall:
     """One call; tensors may be graph nodes.
 
     input        [T, B, I], [B, T, I] if ``batch_first``, or [sum of batch_sizes, I]
@@ -32,7 +32,7 @@ class Arguments:
     batch_first: bool
 
     @classmethod
-    def of(cls, kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Arguments:
+    def of(cls, kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> ModuleCall:
         """Both overloads: ``(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)``
         and ``(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)``."""
         names = ("hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")

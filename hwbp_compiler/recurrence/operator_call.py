@@ -1,4 +1,4 @@
-"""A call of ``highway::recurrent``, as its kernels take it."""
+"""A call of ``highway::recurrent_module``, as its kernels take it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Call(NamedTuple):
+class OperatorCall(NamedTuple):
     """What the operator is called with, but for ``record``: the arguments of the schema, in its order."""
 
     kind: str

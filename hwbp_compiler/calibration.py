@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from hwbp_compiler.errors import HighwayError
-from hwbp_compiler.options import Options, Truncation, parse
-from hwbp_compiler.recurrence.tracing import traced_whole
-from hwbp_compiler.report.capture import _isolated
-from hwbp_compiler.report.measure import backward
-from hwbp_compiler.report.restore import left_as_it_was
-from hwbp_compiler.torch_private import RUNS_IN, SERVES
-
-from .forms import Checks, Forms
-from .measured import Check, Compared
-from .source import Source
+from .auto.forms import Checks, Forms
+from .auto.measured import Check, Compared
+from .auto.source import Source
+from .backend import compiled_in_one_form
+from .errors import HighwayError
+from .options import Options, Truncation, parse
+from .recurrence.tracing import traced_whole
+from .report.explaining import _isolated
+from .report.measure import backward
+from .report.restore import left_as_it_was
+from .torch_private import RUNS_IN, SERVES
 
 _ITERATIONS, _SEGMENTS, _DAMPINGS = (0, 1, 2, 4, 8), (1, 4, 8, 16, 32), (0.0,)
 _WARM_UP, _REPEATS = 2, 5
@@ -229,8 +229,6 @@ def checks_of(
     progress: Callable[[], Any] | None = None,
 ) -> list[Check]:
     """What one step measures of the ``given`` forms: one check for each of the model's graphs with a chain."""
-    from hwbp_compiler.backend import compiled_in_one_form  # which brings this package
-
     chosen = {"rewrite": "always", **options, "iterations": "exact", "segment": 1, "damping": 0.0}
     ours, patches = parse(chosen)
     arrived: list[Callable[[], Check] | None] = []

@@ -15,9 +15,6 @@ from hwbp_compiler.options import Options, Truncation
 from .chain import How
 from .link import Backward
 
-# Python's part of a time step: finding the rows and calling the compiled step.
-_CALL = 6e-6
-
 
 def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, ChainRecord]:
     """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
@@ -64,10 +61,10 @@ def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
     figures = device_figures(like.device)
     group = Group([0], [link.program])
     block = set().union(*(closure(link.program, i) for i in link.program.outputs))
-    substitution = length * (_CALL + seconds_of(group, block, figures, 1))
+    substitution = length * (figures.step + seconds_of(group, block, figures, 1))
     rewritten = len(link.tangents) * of_scans(like, length, figures, how, link.has_block)
     if link.has_block:
         rewritten += of_blocks(group, block, figures, how, range(length))
         if how.segment > 1:
-            rewritten += (how.iterations + 1) * how.segment * _CALL
+            rewritten += (how.iterations + 1) * how.segment * figures.step
     return Estimate(substitution, rewritten, 0)

@@ -38,7 +38,7 @@ def ladder(records: Iterable[ChainRecord], most: int = RUNGS) -> list[Rung]:
 def saved(records: Iterable[ChainRecord]) -> float:
     """Seconds a step that the cost model expects of what was rewritten; less than nothing where it is slower."""
     rewritten = [r for r in records if r.decision == "rewritten" and r.estimate is not None]
-    return sum(r.times * (r.estimate.substitution - r.estimate.rewritten) for r in rewritten)
+    return sum((r.times * (r.estimate.substitution - r.estimate.rewritten) for r in rewritten), 0.0)
 
 
 def _spread(rungs: Sequence[Rung], most: int) -> list[Rung]:

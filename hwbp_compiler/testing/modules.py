@@ -1,0 +1,194 @@
+"""The modules that a :class:`.specs.Model` is built of, written as a user would write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import USED_TWICE, Block, BlockKind, Cell, Learnt, Normal, activated, updated
+from .reference import Hold, Tensors, keep
+from .specs import Model, Recurrence, Stack
+
+
+class Residual(nn.Module):
+    """One link; ``forward(x, context) -> (next state, hidden activity)`` as a user would write it."""
+
+    def __init__(self, stack: Stack, kind: BlockKind, batch: int, length: int, context: int) -> None:
+        super().__init__()
+        width = stack.width
+        self.update, self.after, self.layout = stack.update, stack.after, stack.layout
+        self.pre = Normal(stack.pre, width)
+        self.block = Block(kind, width, length, context)
+        self.learnt = Learnt(stack.update, width, batch, length)
+        self.post = Normal(stack.after, width)
+        self.vector = nn.Parameter(0.3 * torch.randn(width)) if stack.vectors else None
+        if stack.after == "mask":
+            self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
+
+    def forward(
+        self, x: Tensor, context: Tensor, first: Tensor | None = None, hold: Hold = keep
+    ) -> tuple[Tensor, Tensor]:
+        u = self.pre(x, hold if self.update in USED_TWICE else keep)
+        z, hidden = self.block(u if first is None else u + first, context)
+        if self.layout == "flat" and self.update != "kept" and self.after != "mask":
+            shape = x.shape
+            flat = (x.reshape(-1, shape[-1]), u.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]))
+            found = self._joined(*flat, hold).view(shape)
+        else:
+            found = self._joined(x, u, z, hold)
+        if self.layout == "swap":
+            found = found.transpose(1, 2).contiguous().transpose(1, 2)
+        return found, hidden
+
+    def _joined(self, x: Tensor, u: Tensor, z: Tensor, hold: Hold) -> Tensor:
+        x = activated(self.after, updated(self.update, x, u, z, self.learnt, hold))
+        x = self.post(x, hold)
+        if self.after == "mask":
+            x = self.mask.to(x.dtype) * x
+        return x if self.vector is None else x + self.vector
+
+
+class Links(nn.Module):
+    """A stack; ``forward(x, context) -> (states 0..depth, taps, penalties)``."""
+
+    def __init__(self, spec: Stack, batch: int, length: int, context: int) -> None:
+        super().__init__()
+        self.spec = spec
+        kinds = [spec.blocks[i % len(spec.blocks)] for i in range(spec.depth)]
+        links: list[nn.Module] = []
+        for i, kind in enumerate(kinds):
+            shares = spec.shared and i >= spec.shared
+            made = links[i - spec.shared] if shares else Residual(spec, kind, batch, length, context)
+            links.append(made)
+            if i + 1 in spec.frozen:
+                made.requires_grad_(False)
+        self.links = nn.ModuleList(links)
+        self.heads = nn.ModuleList(nn.Linear(spec.width, 2) for _ in spec.taps if spec.heads)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        states, penalties = [x], []
+        first = x if self.spec.rereads else None
+        for i, link in enumerate(self.links, start=1):
+            for start, end in self.spec.skips:
+                if end == i:
+                    x = x + states[start]
+            x, hidden = link(x, context, first)
+            states.append(x)
+            if i in self.spec.penalties:
+                penalties.append(hidden)
+        return states, self.taps(states), penalties
+
+    def taps(self, states: list[Tensor]) -> list[Tensor]:
+        found = [states[i] for i in self.spec.taps]
+        return [head(tap) for head, tap in zip(self.heads, found, strict=True)] if self.spec.heads else found
+
+
+class Loop(nn.Module):
+    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``; ``given`` is the first state if that is."""
+
+    def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
+        super().__init__()
+        self.spec = spec
+        widths = [inputs, *[spec.width] * (spec.layers - 1)]
+        self.cells = nn.ModuleList(Cell(spec.cell, width, spec.width) for width in widths)
+        if spec.start == "learnt":
+            self.first = nn.Parameter(0.5 * torch.randn(spec.layers, 2, spec.width))
+        if spec.masked:
+            ends = torch.randint(1, length + 1, (batch, 1))
+            self.register_buffer("mask", torch.arange(length) < ends)
+        if spec.frozen:
+            self.requires_grad_(False)
+
+    def start(self, x: Tensor, given: Tensor | None, layer: int) -> Tensors:
+        count = self.cells[layer].components
+        if given is not None:
+            return tuple(given[layer, i] for i in range(count))
+        if self.spec.start == "learnt":
+            return tuple(self.first[layer, i].expand(x.shape[0], -1) for i in range(count))
+        return tuple(x.new_zeros(x.shape[0], self.spec.width) for _ in range(count))
+
+    def times(self, x: Tensor) -> list[int]:
+        steps = list(range(x.shape[1]))
+        return steps[::-1] if self.spec.reverse else steps
+
+    def step(self, layer: int, t: int, x_t: Tensor, state: Tensors, hold: Hold = keep) -> Tensors:
+        new = self.cells[layer](x_t, state, hold)
+        if not self.spec.masked:
+            return new
+        mask = self.mask[:, t, None]
+        return tuple(torch.where(mask, a, b) for a, b in zip(new, state, strict=True))
+
+    def forward(self, x: Tensor, given: Tensor | None) -> Tensor:
+        states = [self.start(x, given, layer) for layer in range(self.spec.layers)]
+        outputs = []
+        for t in self.times(x):
+            value = x[:, t]
+            for layer in range(self.spec.layers):
+                states[layer] = self.step(layer, t, value, states[layer])
+                value = states[layer][0]
+            outputs.append(value)
+        return torch.stack(outputs, 1) if self.spec.every_step else outputs[-1].unsqueeze(1)
+
+
+class ResidualModel(nn.Module):
+    """The model of a :class:`Model`; returns ``{"final", "taps", "penalties"}`` and, with dead ends, ``"ignored"``."""
+
+    def __init__(self, spec: Model) -> None:
+        super().__init__()
+        self.spec = spec
+        widths = [stage.width for stage in spec.stacks]
+        inputs = widths[:1] * len(widths) if spec.parallel else [widths[0], *widths]
+        self.stem = nn.Linear(widths[0], widths[0]) if spec.stem else nn.Identity()
+        self.between = nn.ModuleList(nn.Linear(a, b) for a, b in zip(inputs[1:], widths[1:], strict=False))
+        self.head = nn.Linear(widths[-1], 2) if spec.head else nn.Identity()
+        self.stacks = nn.ModuleList()
+        for stage, length in zip(spec.stacks, spec.lengths, strict=True):
+            if isinstance(stage, Stack):
+                self.stacks.append(Links(stage, spec.batch, length, widths[0]))
+            else:
+                self.stacks.append(Loop(stage, stage.width, spec.batch, length))
+
+    def context(self, x: Tensor) -> Tensor:
+        """What the first stage's cross-attention looks at: the input, of which that chain's first state is no part."""
+        return x if self.spec.stem else x.detach()
+
+    def given(self, states: tuple[Tensor, ...]) -> Iterator[Tensor | None]:
+        """For every stage the first state that the model was given, None where it is not."""
+        rest = iter(states)
+        for stage in self.spec.stacks:
+            yield next(rest) if isinstance(stage, Recurrence) and stage.start == "given" else None
+
+    def forward(self, x: Tensor, *states: Tensor) -> dict[str, Any]:
+        found: dict[str, Any] = {"taps": [], "penalties": []}
+        given = self.given(states)
+        ignored = x
+        context, x = self.context(x), self.stem(x)
+        first = x
+        finals = []
+        for number, (stage, start) in enumerate(zip(self.stacks, given, strict=True)):
+            if number:
+                x = torch.tanh(self.between[number - 1](first if self.spec.parallel else x))
+            if isinstance(stage, Loop):
+                x = stage(x, start)
+            else:
+                passed, taps, penalties = stage(x, context)
+                found["taps"] += taps
+                found["penalties"] += penalties
+                x = passed[-1]
+                if self.spec.dead_ends:
+                    for state in passed:
+                        torch.cosh(state)
+            if number == 0 and not self.spec.parallel:
+                context = x
+            ignored = torch.sin(x)
+            finals.append(x)
+        return self.returned(found, finals, ignored)
+
+    def returned(self, found: dict[str, Any], finals: list[Tensor], ignored: Tensor) -> dict[str, Any]:
+        found["final"] = self.head(finals[-1])
+        if self.spec.parallel:
+            found["others"] = finals[:-1]
+        return {**found, "ignored": ignored} if self.spec.dead_ends else found

@@ -1,0 +1,158 @@
+"""Residual and recurrent models as plain data; :mod:`.models` builds them.
+
+A :class:`Model` is a few stages, stacks of links or loops over time, with heavy steps between them. Its ``repr``
+names only what differs from the simplest model, so a failing example can be read, and pasted back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .blocks import After, BlockKind, CellKind, Norm, Update
+
+PreNorm = Norm
+
+
+class _ReadableRepr:
+    def __repr__(self) -> str:
+        values = ((f.name, getattr(self, f.name), f.default) for f in fields(self))  # type: ignore[arg-type]
+        shown = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
+        return f"{type(self).__name__}({shown})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what hypothesis prints
+        printer.text(repr(self))
+
+
+@dataclass(frozen=True, repr=False)
+class Stack(_ReadableRepr):
+    """``depth`` links of width ``width``; link i is ``after(update(x, block(pre(x))) + vector)``.
+
+    blocks      kinds of block, taken in turn, see :class:`.blocks.Block`
+    update      how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
+                "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
+                "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
+                "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
+                "part" the same for one column of the state alone;
+                "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
+    pre         normalisation in front of the block (in J)
+    after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
+    shared      0: every link has its own weights; p: links i and i + p share theirs
+    vectors     a learnt vector is added to every state (not a link)
+    taps        states, 1..depth, that the model returns; ``heads``: through a linear layer each
+    penalties   links, 1..depth, whose hidden activity the model returns
+    skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
+    unet        the skips (0, depth), (1, depth - 1), ...
+    rereads     every block's input has the first state added to it
+    layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
+    frozen      links, 1..depth, whose parameters want no gradient
+    """
+
+    depth: int = 3
+    width: int = 3
+    blocks: tuple[BlockKind, ...] = ("mlp",)
+    update: Update = "add"
+    pre: PreNorm = "none"
+    after: After = "none"
+    shared: int = 0
+    vectors: bool = False
+    taps: tuple[int, ...] = ()
+    heads: bool = False
+    penalties: tuple[int, ...] = ()
+    skip: tuple[int, int] | None = None
+    unet: bool = False
+    rereads: bool = False
+    layout: Literal["none", "flat", "swap"] = "none"
+    frozen: tuple[int, ...] = ()
+
+    @property
+    def skips(self) -> tuple[tuple[int, int], ...]:
+        """(i, j): state i is added to the input of link j."""
+        if self.unet:
+            return tuple((i, self.depth - i) for i in range(self.depth) if self.depth - i > i + 1)
+        return () if self.skip is None else (self.skip,)
+
+
+@dataclass(frozen=True, repr=False)
+class Recurrence(_ReadableRepr):
+    """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
+
+    cell         see :class:`.blocks.Cell`
+    every_step   hands on the states of all steps, else of the last
+    start        the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
+                 width], that requires a gradient
+    masked       past its end a sequence keeps its state: where(mask, new, old)
+    """
+
+    width: int = 3
+    cell: CellKind = "gru"
+    layers: int = 1
+    every_step: bool = True
+    start: Literal["zeros", "learnt", "given"] = "zeros"
+    reverse: bool = False
+    masked: bool = False
+    frozen: bool = False
+
+    @property
+    def has_highway(self) -> bool:
+        """An elementwise path from state to state; past its end, a masked sequence has one in any case."""
+        return self.cell != "tanh" or self.masked
+
+
+Stage = Stack | Recurrence
+
+
+@dataclass(frozen=True, repr=False)
+class Model(_ReadableRepr):
+    """Stages in a row with ``tanh(linear(x))`` between them, on inputs [batch, length, stacks[0].width].
+
+    stem        start with a linear layer too
+    head        end with one
+    input_grad  the input requires a gradient
+    dead_ends   every state is used for something that nobody wants, and one such thing is returned but not in the
+                loss
+    parallel    stages side by side: each reads the input, and all outputs are returned
+    dtype       of parameters and input
+    dynamic     compiled with sizes known only at run time, where it is compiled by way of Dynamo
+    """
+
+    stacks: tuple[Stage, ...] = (Stack(),)
+    batch: int = 2
+    length: int = 2
+    stem: bool = False
+    head: bool = False
+    input_grad: bool = True
+    dead_ends: bool = False
+    parallel: bool = False
+    dtype: Literal["float64", "float32"] = "float64"
+    dynamic: bool = False
+    seed: int = 0
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the contract says what the chains are, so that truncated gradients can be predicted."""
+        return not any(isinstance(stage, Stack) and (stage.skips or stage.rereads) for stage in self.stacks)
+
+    @property
+    def chain_lengths(self) -> list[int]:
+        """The length of every chain, in forward order."""
+        return [len(chain) for chain in _chains(self)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The length of every stage's input: a recurrence can hand on its last state alone."""
+        found, length = [], self.length
+        for stage in self.stacks:
+            found.append(length)
+            if isinstance(stage, Recurrence) and not stage.every_step and not self.parallel:
+                length = 1
+        return found
+
+
+def _chains(spec: Model) -> Iterator[range]:
+    for stage, length in zip(spec.stacks, spec.lengths, strict=True):
+        if isinstance(stage, Stack):
+            yield range(stage.depth)
+        elif stage.has_highway:
+            yield from [range(length)] * stage.layers
