@@ -710,7 +710,7 @@ def step_number_added(m, x):
     return h
 
 
-@refused("another shape", cell=lambda: nn.GRUCell(I + H, H))
+@refused("changes its shape from step to step", cell=lambda: nn.GRUCell(I + H, H))
 def attention_over_all_states(m, x):
     h = x.new_zeros(B, H)
     states = h[:, None]
@@ -731,7 +731,7 @@ def memory_written_and_read(m, x):
     return h
 
 
-@refused("changes in place what a step computed", cell=gru)
+@refused("changes in place a result of a step", cell=gru)
 def changed_behind_the_loop(m, x):
     h, states = x.new_zeros(B, H), []
     for t in range(T):
@@ -741,7 +741,7 @@ def changed_behind_the_loop(m, x):
     return torch.stack(states, 1)
 
 
-@refused("does not move evenly", cell=gru)
+@refused("does not advance evenly", cell=gru)
 def uneven_places(m, x):
     h, out = x.new_zeros(B, H), torch.zeros(B, T * T, H)
     for t in range(T):
@@ -760,7 +760,7 @@ class Clipped(torch.autograd.Function):
         return gradient.clamp(-0.1, 0.1)
 
 
-@refused("its own way to differentiate", cell=gru)
+@refused("its own derivative", cell=gru)
 def gradient_clipped_by_a_function(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):
@@ -768,7 +768,7 @@ def gradient_clipped_by_a_function(m, x):
     return h
 
 
-@refused("its own way to differentiate", cell=gru)
+@refused("its own derivative", cell=gru)
 def checkpointed_steps(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):
@@ -794,7 +794,7 @@ def module_of_two_steps(m, x):
     return h
 
 
-@refused("another step computed", cell=gru, head=lambda: nn.Linear(H, I))
+@refused("a step other than the previous one", cell=gru, head=lambda: nn.Linear(H, I))
 def the_third_state_again(m, x):
     h, third = x.new_zeros(B, H), x[:, 0]
     for t in range(T):
@@ -834,7 +834,7 @@ def changed_after_it_was_written(m, x, keep):
     return out
 
 
-@refused("changes in place what a step computed", cell=gru)
+@refused("changes in place a result of a step", cell=gru)
 def changed_by_place_of_the_argument(m, x):
     h, states = x.new_zeros(B, H), []
     for t in range(T):
@@ -844,7 +844,7 @@ def changed_by_place_of_the_argument(m, x):
     return torch.stack(states, 1), out
 
 
-@refused("does not move evenly", cell=gru)
+@refused("does not advance evenly", cell=gru)
 def spread_over_two_places(m, x):
     h, out = x.new_zeros(B, H), torch.zeros(B, 2 * T, H)
     for t in range(T):
@@ -853,7 +853,7 @@ def spread_over_two_places(m, x):
     return out
 
 
-@refused("effect alone", cell=gru)
+@refused("only for its side effect", cell=gru)
 def asserted_in_every_step(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):

@@ -647,7 +647,7 @@ def own_function(x, h):
 
 
 @pytest.mark.parametrize(
-    ("cell", "why"), [(stops_gradients, "gradients on or off"), (own_function, "its own way to differentiate")]
+    ("cell", "why"), [(stops_gradients, "gradients on or off"), (own_function, "its own derivative")]
 )
 def test_what_autograd_would_see_otherwise_is_recorded(cell, why):
     recurrence = exactly(cell, leaf(LENGTH, 3), leaf(3))
@@ -867,9 +867,9 @@ def test_explain_draws_a_loop_and_shows_its_programs(tmp_path):
     assert f"[{LENGTH}, " in program.after and "linear_scan" in program.after
     report.to_html(tmp_path / "page.html")
     assert f'data-link="{LENGTH}"' in (tmp_path / "page.html").read_text()
-    assert "its loops rewritten before it was traced" in str(report) and "left as it is" not in str(report)
+    assert "its loops rewritten before it was traced" in str(report) and ", unchanged" not in str(report)
     report.save_repro(tmp_path / "repro.py")
-    assert "for a report about them, send the cell" in (tmp_path / "repro.py").read_text()
+    assert "For a report about them, send the cell" in (tmp_path / "repro.py").read_text()
 
 
 @pytest.mark.parametrize("options", [{"iterations": "exact"}, {"min_length": 20}, {"iterations": 7}])

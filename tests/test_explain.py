@@ -473,7 +473,7 @@ def test_a_failing_pass_raises_where_strict(broken_pass):
 
 def test_a_chain_on_which_a_pass_failed_is_told_from_one_that_was_declined(monkeypatch):
     monkeypatch.setattr(passes, "run", lambda *args: [ChainRecord(4, "declined", "KeyError: 1", failed=True)])
-    assert "4 links, left as it is: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
+    assert "4 links, unchanged: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
 
 
 # -- drawings, repro script, measurements -----------------------------------------------------------------------

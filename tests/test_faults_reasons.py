@@ -87,7 +87,7 @@ def kalman():
 @pytest.mark.parametrize(("model", "min_length"), [(rwkv, 1), (rwkv, 4), (kalman, 1)])
 def test_an_elementwise_recurrence_of_several_tensors_is_called_one(model, min_length):
     chain = only(declined(model(), inputs(3 if model is rwkv else WIDTH), min_length=min_length))
-    assert chain.reason.startswith("a recurrence that is elementwise altogether and carries several tensors")
+    assert chain.reason.startswith("a recurrence that is entirely elementwise and carries several tensors")
     assert RECURRENT in chain.advice and 4 <= chain.length <= STEPS
 
 
@@ -475,7 +475,7 @@ class Changing(nn.Module):
 def test_a_backward_that_is_not_linear_in_the_gradient_is_called_so(name, on_trunk):
     chains = declined(Changing(changed_by(FORMULAS[name]), on_trunk), torch.randn(2, WIDTH))
     chain = chains[-1]
-    assert chain.reason == f"the gradient goes into aten::{name} in a place where the result is not linear in it"
+    assert chain.reason == f"the gradient is an argument of aten::{name} in which the result is not linear"
     assert chain.length >= STEPS - 1 and "hook" in chain.advice
 
 
@@ -489,4 +489,4 @@ def test_a_hook_that_is_not_linear_in_the_gradient_is_called_so():
             return x
 
     reasons = [chain.reason for chain in declined(Hooked(None, False), torch.randn(2, WIDTH))]
-    assert any(reason.endswith("in a place where the result is not linear in it") for reason in reasons), reasons
+    assert any(reason.endswith("in which the result is not linear") for reason in reasons), reasons
