@@ -781,11 +781,11 @@ def other_structure(x, h):
     ("cell", "says"),
     [
         (scaled_in_place, "changes component 0 of its state in place"),
-        (grows, r"makes a state of shape \(3, 8\) from one of shape \(3, 4\)"),
+        (grows, r"turns a state of shape \(3, 4\) into one of shape \(3, 8\)"),
         (forgets, "must return a pair"),
         (other_structure, "returns a state of structure"),
         (lambda x, h: (h, print(h) or h), "cannot be traced in one piece"),
-        (lambda x, h: (h, h @ x), "fails by itself"),
+        (lambda x, h: (h, h @ x), "itself raises"),
     ],
 )
 def test_a_cell_that_cannot_be_compiled_is_told_why(cell, says):

@@ -1,4 +1,4 @@
-"""Which way a loop's gradient goes: Highway-BP, or step after step."""
+"""Decide how a loop's gradient is computed: Highway-BP, or step after step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from hwbp_compiler.options import Options, Truncation
 from .chain import How
 from .link import Backward
 
-# Python's part of a time step: finding the rows and calling the compiled step.
+# Python's share of a time step in seconds: finding the rows and calling the compiled step.
 _CALL = 6e-6
 
 
 def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, ChainRecord]:
-    """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
+    """Decide for the current ``length``. Other lengths get the same decision, except those on the other side of
+    ``shortest``.
+    """
     record = ChainRecord(length, "declined", "", link.multiplier)
     if link.split is None:
         assert link.why is not None
@@ -34,7 +36,7 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         return How(None), record
     chosen = options.numbers
     shortest = max(chosen.iterations + 1, options.min_length)
-    if chosen.segment > 1:  # as many as need more segments than iterations make exact
+    if chosen.segment > 1:  # the fewest links for which the iterations are not exact
         shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)
     if not decision.rewrites:
         return How(None, shortest), record
@@ -51,14 +53,14 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
 
 
 def _held_by_a_link(link: Backward) -> int:
-    """Bytes of everything that one link computes: those of all steps are there at once, at most."""
+    """Bytes of everything that one link computes. At most, the values of all steps exist at once."""
     nodes = [node for node in link.module.graph.nodes if node.op == "call_function"]
     kinds = [(node, rule_of(node)) for node in nodes]
     return sum(bytes_of(n.meta.get("val")) for n, rule in kinds if rule is None or rule.kind is not Kind.LAYOUT)
 
 
 def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
-    """Seconds for the gradients at all states; parameter and input gradients cost the same either way."""
+    """Seconds for the gradients at all states. Parameter and input gradients cost the same either way."""
     assert link.program is not None and link.split is not None
     like = link.tangents[0].meta["val"]
     figures = device_figures(like.device)
