@@ -177,7 +177,7 @@ def block_input():
 @pytest.mark.parametrize(("iterations", "min_length"), [(1, 1), (4, 4), ("exact", 1)])
 def test_nothing_is_advised_for_one_link(iterations, min_length):
     chain = only(declined(Residual(), block_input(), iterations=iterations, min_length=min_length))
-    assert chain.length == 1 and chain.advice.startswith("Nothing: one link alone")
+    assert chain.length == 1 and chain.advice.startswith("Nothing to do: a single link")
 
 
 class OneStep(nn.Module):
@@ -195,7 +195,7 @@ class OneStep(nn.Module):
 @pytest.mark.parametrize("through_recurrent", [True, False])
 def test_nothing_is_advised_for_one_step(through_recurrent):
     found = declined(OneStep(through_recurrent), inputs()[:1], iterations=1, min_length=1)
-    assert found and all(chain.advice.startswith("Nothing: one link alone") for chain in found)
+    assert found and all(chain.advice.startswith("Nothing to do: a single link") for chain in found)
 
 
 def test_one_link_may_still_be_left_out_where_that_is_asked_for():

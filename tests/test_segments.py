@@ -75,7 +75,7 @@ def test_what_is_advised_is_no_ordinary_backprop(length, segment, iterations):
     why = ordinary(length, chosen)
     assert (why is None) == (chosen.truncation(length) is not None)
     if why is None or length == 1:
-        assert why is None or why.advice.startswith("Nothing: one link alone")
+        assert why is None or why.advice.startswith("Nothing to do: a single link")
         return
     for advice in (why.advice, shorter(length, chosen).advice):
         if "egment below" in advice:
