@@ -101,7 +101,7 @@ def end_of_all(folder, fault, last_batch=4):
     [
         (raises, "rank 1 (stage 1) raised ValueError: the weather is bad"),
         (is_killed, "rank 1 does not answer: its process has ended, or hangs"),
-        (stalls, "rank 1 (stage 1) stalls: its forward pass of micro-batch 0 runs for"),
+        (stalls, "rank 1 (stage 1) stalls: it runs its forward pass of micro-batch 0 for"),
     ],
     ids=["raises", "is_killed", "stalls"],
 )

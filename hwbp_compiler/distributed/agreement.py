@@ -1,4 +1,4 @@
-"""All ranks start from the same: options and versions before the first step, the plan whenever a stage changes."""
+"""All ranks agree: on options and versions before the first step, and on the plan whenever a stage changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def agree_on_options(schedule: ScheduleHighway) -> None:
-    """Raises :class:`RankError` on every rank where two of them differ."""
+    """Raise :class:`RankError` on every rank if any two ranks differ."""
     stage = schedule.stage
     mine = {
         "torch": torch.__version__,
@@ -46,7 +46,9 @@ def same_everywhere(where: str, mine: dict[str, Any], group: dist.ProcessGroup |
 
 
 def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
-    """:func:`same_everywhere` for every call: two numbers cross, and only where they differ what they stand for."""
+    """:func:`same_everywhere`, cheap enough for every call: only two numbers are sent, and the values themselves only
+    if the numbers differ.
+    """
     number = int.from_bytes(hashlib.sha256(repr(mine).encode()).digest()[:7], "big")
     largest = torch.tensor([number, -number], device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -55,14 +57,14 @@ def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device:
 
 
 def nothing_new(schedule: ScheduleHighway, here: bool) -> bool:
-    """Whether no rank has anything new to tell. One number a rank and step."""
+    """Whether no rank has news. Costs one number per rank and step."""
     flag = torch.tensor([0 if here else 1], device=schedule.stage.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=schedule.stage.group)
     return not int(flag)
 
 
 def agree_on_plan(schedule: ScheduleHighway, mine: StagePlan, failure: Exception | None) -> Plan:
-    """The stages of all ranks in order; :class:`RankError` on every rank where one of them failed."""
+    """The stages of all ranks in order. Raises :class:`RankError` on every rank if one of them failed."""
     index = schedule.stage.stage_index
     everyone = _all((index, mine, failure and first_line(failure)), schedule.stage.group)
     for rank, (stage, _, failed) in enumerate(everyone):

@@ -1,8 +1,8 @@
-"""Run a flat graph through Inductor's code, quickly and as often as one likes.
+"""Run a flat graph through Inductor's code, quickly and repeatedly.
 
-What Inductor decides (fusion, in which memory a buffer lies, what is written in place of what) shows in its code and
-not in the graph. ``torch.compile`` builds every kernel apart, which takes seconds each; here all kernels of several
-graphs are one file, built once, without optimisation.
+Inductor's decisions (fusion, which memory a buffer uses, what is overwritten) show in its code and not in the graph.
+``torch.compile`` builds every kernel separately, which takes seconds each. Here all kernels of several graphs are one
+file, built once, without optimisation.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor, fx
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, compile_step
 
-# Memory that is never used twice: what is computed so does not depend on where it lies.
+# Options under which memory is never reused, so that results do not depend on where buffers lie.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
 
 _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>"
 
 
 def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> Any:
-    """What the code of ``graph`` computes, compiled as our backend has it compiled.
+    """The results of ``graph``'s code, compiled as our backend compiles it.
 
-    Raises AssertionError where the same code computes something else in memory that is never used twice: something
-    was overwritten that was still needed. Rounding alone may differ, as products do with the alignment of memory.
+    Raises AssertionError if the same code gives other results when memory is never reused: something was overwritten
+    that was still needed. Only rounding may differ, because products depend on the alignment of memory.
     """
     with _kernels_together():
         options = {"fx_graph_cache": False, "cpp.threads": 1}
@@ -62,7 +62,7 @@ def _kernels_together() -> Iterator[None]:
 
 class _Kernels:
     def __init__(self) -> None:
-        self.sources: dict[str, str] = {}  # source, the name left out -> name
+        self.sources: dict[str, str] = {}  # source without the name -> name
         self.library: Any = None
 
     def add(self, types: list[str], source: str) -> Callable[..., None]:
@@ -82,7 +82,7 @@ class _Kernels:
             for source, name in self.sources.items():
                 body = source.replace(_INCLUDE, "")
                 parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
-            # As the part that is to be optimised, which is what Inductor precompiles its headers for.
+            # Passed as the part to optimise, because Inductor precompiles its headers for that.
             self.library = CppCodeCache.load("", optimized_code="\n".join(parts), extra_flags=("-O0",))
         return self.library
 
@@ -92,7 +92,7 @@ def _address(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Relative to the largest number; infinite where only one of two is a number."""
+    """The difference relative to the largest number; infinite if only one of the two is finite somewhere."""
     finite = torch.isfinite(other)
     if not torch.equal(torch.isfinite(one), finite):
         return float("inf")

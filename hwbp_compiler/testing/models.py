@@ -1,7 +1,7 @@
 """Residual and recurrent models made from plain data, each paired with its programs for the oracle.
 
-A :class:`Model` is a few stages, stacks of links or loops over time, with heavy steps between them. Its ``repr``
-names only what differs from the simplest model, so a failing example can be read, and pasted back.
+A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` names
+only what differs from the simplest model, so a failing example can be read and pasted back.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _ReadableRepr:
         shown = ", ".join(f"{name}={value!r}" for name, value, default in values if value != default)
         return f"{type(self).__name__}({shown})"
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # what hypothesis prints
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # called by hypothesis
         printer.text(repr(self))
 
 
@@ -49,23 +49,23 @@ class Stack(_ReadableRepr):
     """``depth`` links of width ``width``; link i is ``after(update(x, block(pre(x))) + vector)``.
 
     blocks      kinds of block, taken in turn, see :class:`.blocks.Block`
-    update      how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
+    update      how block output z and state x are combined: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
                 "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
                 "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
                 "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
-                "part" the same for one column of the state alone;
+                "part" x + z for only one column of the state;
                 "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
-    pre         normalisation in front of the block (in J)
-    after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
+    pre         normalisation before the block (in J)
+    after       what follows the update within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
     shared      0: every link has its own weights; p: links i and i + p share theirs
     vectors     a learnt vector is added to every state (not a link)
-    taps        states, 1..depth, that the model returns; ``heads``: through a linear layer each
+    taps        states, 1..depth, that the model returns; ``heads``: each through a linear layer
     penalties   links, 1..depth, whose hidden activity the model returns
-    skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
+    skip        (i, j): state i is added to the input of link j > i + 1; it is left open which chains remain
     unet        the skips (0, depth), (1, depth - 1), ...
-    rereads     every block's input has the first state added to it
+    rereads     the first state is added to every block's input
     layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
-    frozen      links, 1..depth, whose parameters want no gradient
+    frozen      links, 1..depth, whose parameters require no gradient
     """
 
     depth: int = 3
@@ -98,7 +98,7 @@ class Recurrence(_ReadableRepr):
     """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
 
     cell         see :class:`.blocks.Cell`
-    every_step   hands on the states of all steps, else of the last
+    every_step   return the states of all steps, otherwise of the last
     start        the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
                  width], that requires a gradient
     masked       past its end a sequence keeps its state: where(mask, new, old)
@@ -115,7 +115,7 @@ class Recurrence(_ReadableRepr):
 
     @property
     def has_highway(self) -> bool:
-        """An elementwise path from state to state; past its end, a masked sequence has one in any case."""
+        """Whether there is an elementwise path from state to state. A masked sequence always has one past its end."""
         return self.cell != "tanh" or self.masked
 
 
@@ -129,11 +129,10 @@ class Model(_ReadableRepr):
     stem        start with a linear layer too
     head        end with one
     input_grad  the input requires a gradient
-    dead_ends   every state is used for something that nobody wants, and one such thing is returned but not in the
-                loss
+    dead_ends   every state is used for something that is not needed; one such result is returned but not in the loss
     parallel    stages side by side: each reads the input, and all outputs are returned
     dtype       of parameters and input
-    dynamic     compiled with sizes known only at run time, where it is compiled by way of Dynamo
+    dynamic     compile with sizes known only at run time, if it is compiled through Dynamo
     """
 
     stacks: tuple[Stage, ...] = (Stack(),)
@@ -150,7 +149,7 @@ class Model(_ReadableRepr):
 
     @property
     def pinned(self) -> bool:
-        """Whether the contract says what the chains are, so that truncated gradients can be predicted."""
+        """Whether the contract determines the chains, so that truncated gradients can be predicted."""
         return not any(isinstance(stage, Stack) and (stage.skips or stage.rereads) for stage in self.stacks)
 
     @property
@@ -160,7 +159,7 @@ class Model(_ReadableRepr):
 
     @property
     def lengths(self) -> list[int]:
-        """The length of every stage's input: a recurrence can hand on its last state alone."""
+        """The length of every stage's input: a recurrence may return only its last state."""
         found, length = [], self.length
         for stage in self.stacks:
             found.append(length)
@@ -254,7 +253,7 @@ class Links(nn.Module):
 
 
 class Loop(nn.Module):
-    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``; ``given`` is the first state if that is."""
+    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``. ``given`` is the first state, or None."""
 
     def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
         super().__init__()
@@ -301,7 +300,7 @@ class Loop(nn.Module):
 
 
 class ResidualModel(nn.Module):
-    """The model of a :class:`Model`; returns ``{"final", "taps", "penalties"}`` and, with dead ends, ``"ignored"``."""
+    """Built from a :class:`Model`; returns ``{"final", "taps", "penalties"}`` and, with dead ends, ``"ignored"``."""
 
     def __init__(self, spec: Model) -> None:
         super().__init__()
@@ -319,11 +318,11 @@ class ResidualModel(nn.Module):
                 self.stacks.append(Loop(stage, stage.width, spec.batch, length))
 
     def context(self, x: Tensor) -> Tensor:
-        """What the first stage's cross-attention looks at: the input, of which that chain's first state is no part."""
+        """What the first stage's cross-attention reads: the input, with no gradient to that chain's first state."""
         return x if self.spec.stem else x.detach()
 
     def given(self, states: tuple[Tensor, ...]) -> Iterator[Tensor | None]:
-        """For every stage the first state that the model was given, None where it is not."""
+        """For every stage, the first state passed to the model; None if there is none."""
         rest = iter(states)
         for stage in self.spec.stacks:
             yield next(rest) if isinstance(stage, Recurrence) and stage.start == "given" else None
@@ -362,7 +361,7 @@ class ResidualModel(nn.Module):
 
 
 def loss(output: dict[str, Any]) -> Tensor:
-    """Of everything the model returns but ``"ignored"``."""
+    """A loss of everything the model returns except ``"ignored"``."""
     return probe_loss({key: value for key, value in output.items() if key != "ignored"})
 
 
@@ -378,21 +377,21 @@ def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
     return model, (x.requires_grad_(spec.input_grad), *(h.requires_grad_() for h in given)), loss
 
 
-# ------------------------------------------------------------------------------------- the model, retold
+# ----------------------------------------------------------------------------- the model as a program of the oracle
 
 
 def program(model: ResidualModel) -> Program:
-    """The model of a pinned :class:`Model`, retold for the oracle on the same parameters."""
+    """The model of a pinned :class:`Model` as a program of the oracle, on the same parameters."""
     if not model.spec.pinned:
-        raise ValueError(f"which chains {model.spec} has is left open: there is no single program for it")
+        raise ValueError(f"{model.spec} does not determine its chains: there is no single program for it")
     return next(programs(model))
 
 
 def programs(model: ResidualModel) -> Iterator[Program]:
-    """Every way of reading chains into the model: one where it is pinned, many where links are skipped.
+    """Every way of reading chains into the model: one if it is pinned, many if links are skipped.
 
-    Highway-BP of any of them is sound; which one a compiler chooses is its own affair. Where every block reads the
-    first state, that of the first block is its state: a side input, or not.
+    Highway-BP of any of them is sound, and a compiler may choose any. If every block reads the first state, then for
+    the first block this may count as its state or as a side input.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
     if len(skipped) > 1:
@@ -410,12 +409,13 @@ def programs(model: ResidualModel) -> Iterator[Program]:
 
 
 Reading = tuple[tuple[int, ...], ...]
-"""Chains by their states, for example ((0, 1, 2), (2, 4)): what lies between two successive ones is one link. State i
-of a stack is what link i returns, plus what skips add to it; a last state written -i is without that."""
+"""Chains by their states, for example ((0, 1, 2), (2, 4)): everything between two successive states is one link. State
+i of a stack is what link i returns, plus what skips add to it. A last state written as -i excludes what skips add.
+"""
 
 
 def _readings(stack: Stack) -> Iterator[Reading]:
-    """All sound readings of at most two chains of at least two links, the longest first; what is in none is exact."""
+    """All sound readings of at most two chains of at least two links, longest first. Links in no chain are exact."""
     found = [
         states
         for count in range(stack.depth + 1, 2, -1)
@@ -435,7 +435,9 @@ def _readings(stack: Stack) -> Iterator[Reading]:
 
 
 def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool:
-    """No skip by-passes one of ``states``: it comes from before the chain, or from within the link it leads to."""
+    """Whether no skip bypasses one of ``states``: each comes from before the chain, or from inside the link it leads
+    to.
+    """
     for source, link in stack.skips:
         target = link - 1
         if states[0] < target <= states[-1] - bare:
@@ -483,7 +485,7 @@ def _retold(
 
 
 def _link(link: Residual, penalised: bool, side: Tensors, its_own: bool = False) -> Link:
-    """``its_own``: the first state that it reads is its state."""
+    """``its_own``: the first state, which the block reads, is also the link's state."""
 
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
         found, hidden = link(state[0], *((side[0], state[0]) if its_own else side), hold=hold)
@@ -520,7 +522,7 @@ def _run_skipping(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States 0..depth as the model returns them, and penalties."""
     spec = stage.spec
-    known = {0: x}  # state by number, with what skips add
+    known = {0: x}  # state by number, including what skips add
     penalties: dict[int, Tensor] = {}
     starts = {states[0]: states for states in reading}
     position = 0
@@ -548,12 +550,12 @@ def _run_skipping(
         if bare:
             added = (known[source] for source, link in spec.skips if link == position + 1)
             known[position] = sum(added, known[position])
-    # Nobody looks at a state to which a skip adds something before it does: see ``strategies.stacks``.
+    # No state that a skip adds to is read before the addition: see ``strategies.stacks``.
     return [known[i] for i in range(spec.depth + 1)], [penalties[i] for i in spec.penalties]
 
 
 def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], context: Tensor, bare: bool) -> Link:
-    """State ``start`` to state ``end`` as one link; the states between them and all penalties leave sideways."""
+    """State ``start`` to state ``end`` as one link. The states between them and all penalties are side outputs."""
     spec = stage.spec
 
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
