@@ -371,7 +371,7 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
 
 
 def _branch_before(info: GraphInfo, starts: set[int], join: int) -> int | None:
-    """The last node before ``join`` that every path from ``starts`` passes through and with more than one path onward."""
+    """The last node before ``join`` on every path from ``starts`` that more than one path leaves."""
     inside = info.between(starts, {join})
     reach = -1
     found = None
