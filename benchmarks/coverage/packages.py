@@ -1,6 +1,7 @@
-"""Models from packages that bring no torch of their own: ``pip install --no-deps -r benchmarks/coverage/packages.txt``.
+"""Models from packages that install without a torch of their own: ``pip install --no-deps -r
+benchmarks/coverage/packages.txt``.
 
-What is not installed is left out.
+Packages that are not installed are skipped.
 """
 
 from __future__ import annotations

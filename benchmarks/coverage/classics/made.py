@@ -1,4 +1,4 @@
-"""From a class and the shapes of its inputs to a case."""
+"""Build a case from a class and the shapes of its inputs."""
 
 from __future__ import annotations
 

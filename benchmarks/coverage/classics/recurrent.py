@@ -1,6 +1,6 @@
 """Recurrences: a cell in a Python loop over six steps, torch's own modules, and scans written by hand.
 
-The first state is zeros and wants no gradient, and every step's output is used: as many links as steps.
+The first state is zeros and requires no gradient, and every step's output is used, so there are as many links as steps.
 """
 
 from __future__ import annotations
