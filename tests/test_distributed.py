@@ -271,7 +271,7 @@ def test_a_number_that_changed_where_no_module_keeps_it_is_told_of(found):
 
 def test_complex_activations_are_refused_on_every_rank(found):
     for got in found(3)["complex"]:
-        assert "RankError" in got["error"] and "stage 0 hands on or takes complex128 [2, 3, 5]" in got["error"]
+        assert "RankError" in got["error"] and "stage 0 sends or receives complex128 [2, 3, 5]" in got["error"]
 
 
 def test_other_options_are_refused_on_every_rank(found):
@@ -345,7 +345,7 @@ def test_fewer_ranks_than_stages_are_refused(tmp_path):
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage a rank"):
+        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage per rank"):
             ScheduleHighway(PipelineStage(PreLN(), 0, 2, torch.device("cpu")), 1, loss_fn=loss_fn)
     finally:
         dist.destroy_process_group()

@@ -258,7 +258,7 @@ class Peepholes(nn.Module):
 
 def test_a_state_whose_gradient_has_too_many_terms():
     chain = only(declined(Peepholes(), torch.randn(6, 2, 3)))
-    assert chain.reason.startswith("the gradient of a step's state is the sum of 5 terms")
+    assert chain.reason.startswith("the gradient of a step's state is a sum of 5 terms")
     assert "hwbp_compiler.recurrent" in chain.advice
 
 
@@ -295,7 +295,7 @@ class Turned(nn.Module):
 
 def test_a_state_that_is_permuted_in_every_block():
     chain = only(declined(Turned(), torch.randn(3, 3, WIDTH)))
-    assert "elements in another order" in chain.reason and "transpose inside the block" in chain.advice
+    assert "elements in a different order" in chain.reason and "transpose inside the block" in chain.advice
 
 
 @torch.library.custom_op("hwbp_test::swish", mutates_args=())
@@ -342,7 +342,7 @@ class Residual(nn.Module):
 
 def test_a_chain_below_min_length_is_told_once():
     chain = only(declined(nn.Sequential(Residual(), Residual()), torch.randn(3, WIDTH)))
-    assert chain.reason == "shorter than min_length=4" and chain.advice.startswith(f"min_length={chain.length}")
+    assert chain.reason == "shorter than min_length=4" and f"min_length={chain.length} " in chain.advice
 
 
 def test_equal_refusals_are_one_record_that_counts_them():
@@ -440,7 +440,7 @@ class ByAnUnknownOperator(Residual):
 def test_an_operator_without_a_rule_on_the_way_past_the_blocks():
     blocks = nn.Sequential(*(ByAnUnknownOperator() for _ in range(5)))
     chain = only(declined(blocks, torch.randn(2, WIDTH, requires_grad=True)))
-    assert "the state passes through hwbp_test::unknown on its way past the blocks" in chain.reason
+    assert "on its way past the blocks the state goes through hwbp_test::unknown" in chain.reason
     assert (chain.length, chain.module) == (5, "0..4")
 
 

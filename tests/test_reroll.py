@@ -216,7 +216,7 @@ def test_explain_gives_the_reason_why_a_loop_stays_unrolled():
 def test_a_long_loop_is_told_how_to_skip_tracing(caplog):
     with caplog.at_level(logging.INFO, "hwbp_compiler"):
         prepared(Last(256), series(B, 256, I))
-    assert "256 steps was rolled up again" in caplog.text
+    assert "256 steps was rerolled" in caplog.text
     assert "hwbp_compiler.recurrent" in caplog.text
 
 

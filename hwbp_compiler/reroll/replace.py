@@ -111,7 +111,7 @@ def _advise(loops: Sequence[Recurrence]) -> None:
     longest = max(record.length for loop in loops for record in loop.records)
     if longest >= _LONG:
         log.info(
-            "A Python loop of %d steps was rolled up. Dynamo traced every step of it first, which takes most of the "
+            "A Python loop of %d steps was rerolled. Dynamo traced every step of it first, which takes most of the "
             "compile time; hwbp_compiler.recurrent(cell, inputs, state) instead of the loop avoids that too.",
             longest,
         )
