@@ -1,4 +1,4 @@
-"""Python loops over time as people write them, and some that cannot be rolled up again."""
+"""Python loops over time as people write them, and some that cannot be rerolled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ B, I, H, T = 3, 4, 5, 6  # noqa: E741
 
 @dataclass(frozen=True)
 class PythonLoop:
-    """``model(*args())``; ``lengths`` of the loops that it holds, each with so many ``recurrences`` that need one
-    another only one way."""
+    """``model(*args())``. ``lengths``: of the loops in it. ``recurrences``: how many Recurrences each loop becomes,
+    none of which depends on a later one.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -27,7 +28,7 @@ class PythonLoop:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """A loop that has to stay as it is, for ``reason``."""
+    """A loop that has to stay unrolled, for ``reason``."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -62,7 +63,7 @@ def loop(
     recurrences: int = 1,
     **modules: Any,
 ):
-    """The decorated function is a loop over the modules that these make."""
+    """Decorate a function that is a loop over the modules which ``args`` make."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         def model() -> nn.Module:

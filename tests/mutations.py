@@ -1,7 +1,7 @@
 """Planted bugs, each with the tests that must fail on it:  python tests/mutations.py [NAME ...]
 
-Every bug is put into a copy of the sources, and the tests named beside it are run there. Prints a table; the exit
-status is 1 if a bug went unnoticed. ``tests/test_mutations.py`` keeps the list in step with the sources.
+Each bug is put into a copy of the sources, and the tests named with it run there. Prints a table. The exit status is 1
+if a bug was not noticed. ``tests/test_mutations.py`` checks that the list still matches the sources.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BREADTH = "tests/test_breadth.py::test_every_step_is_a_link_and_its_gradient_is_
 
 @dataclass(frozen=True)
 class Mutation:
-    """``old`` becomes ``new`` in ``file``; one of ``tests`` (pytest node ids) has to fail."""
+    """``old`` becomes ``new`` in ``file``. At least one of ``tests`` (pytest node ids) has to fail."""
 
     name: str
     file: str
@@ -463,7 +463,7 @@ MUTATIONS = [
 
 
 def caught(mutation: Mutation) -> bool:
-    """Whether one of the tests fails where the bug is planted."""
+    """Whether one of the tests fails when the bug is planted."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info")
@@ -478,7 +478,7 @@ def caught(mutation: Mutation) -> bool:
             text=True,
             timeout=900,
         )
-    if done.returncode not in (0, 1):  # neither passed nor failed: could not be run
+    if done.returncode not in (0, 1):  # neither passed nor failed: the tests could not run
         raise RuntimeError(f"{mutation.name}: {done.stdout}{done.stderr}")
     return done.returncode == 1
 

@@ -1,4 +1,6 @@
-"""What is not rewritten says why in words of PyTorch's, and what to change: no name of ours, none of a node's."""
+"""What is not rewritten gives a reason in PyTorch's terms, and says what to change. It names no node and nothing
+internal.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ WIDTH = 4
 
 
 def explained(model, *args, **options):
-    """The report; no reason and no advice in it names a node of the graph or an internal of ours."""
+    """The report. None of its reasons and advice names a node of the graph or an internal of ours."""
     report = explain(model, *args, options={**ALWAYS, **options})
     for chain in report.chains:
         text = f"{chain.reason} {chain.advice}"
@@ -101,7 +103,7 @@ def test_a_strided_shortcut_beside_one_layer():
 
 
 class Gated(nn.Module):
-    """Two layers side by side in front of a chain, and no block."""
+    """Two layers side by side in front of a chain, but not a block."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +154,7 @@ def test_the_line_of_a_densely_connected_network_is_the_one_that_concatenates():
 
 
 class DenseList(Dense):
-    """The way torchvision keeps its features: in a list."""
+    """Keeps its features in a list, as torchvision does."""
 
     def forward(self, x):
         features = [x]
@@ -168,7 +170,7 @@ def test_a_densely_connected_network_that_keeps_a_list():
 
 
 class Spoken(nn.Module):
-    """A loss at every second step: gradients that are cut off something, and of no dense network."""
+    """A loss at every second step: gradients are cut off, but the network is not dense."""
 
     def __init__(self):
         super().__init__()
@@ -196,7 +198,7 @@ def test_what_is_rewritten_stands_where_the_search_for_near_misses_fails(monkeyp
 
 
 class Notes(nn.Module):
-    """An LSTM cell that keeps two notes: four tensors from step to step, weights shared by all steps."""
+    """An LSTM cell with two extra states: four tensors from step to step, with weights shared by all steps."""
 
     def __init__(self):
         super().__init__()
@@ -219,7 +221,7 @@ def test_the_gradient_of_a_shared_weight_is_no_shortcut():
 
 
 class Wide(nn.Module):
-    """A recurrence that carries ``count`` tensors, each with a gate, each seen by all others."""
+    """A recurrence that carries ``count`` tensors, each with a gate that sees all others."""
 
     def __init__(self, count):
         super().__init__()
@@ -240,7 +242,7 @@ def test_a_state_of_more_tensors_than_are_handled():
 
 
 class Peepholes(nn.Module):
-    """An LSTM whose gates see the cell state, so that its gradient has a term for each of them."""
+    """An LSTM whose gates see the cell state, so that its gradient has a term for each gate."""
 
     def __init__(self):
         super().__init__()
@@ -275,7 +277,7 @@ def test_a_loop_of_unknown_length():
 
     report = explained(model, torch.randn(6, WIDTH))
     chain = only(report.chains)
-    assert chain.decision == "declined" and report.notes == []  # its body is no piece of the model
+    assert chain.decision == "declined" and report.notes == []  # its body is not a piece of the model
     assert chain.reason.startswith("a loop written with torch's scan may have any length")
     assert "Python loop" in chain.advice
 
@@ -381,7 +383,7 @@ class U(nn.Module):
 
 
 def test_connections_that_skip_over_blocks_leave_two_chains():
-    """The state in the middle is the last one of the way up: what skips over blocks is added there."""
+    """The state in the middle is the last one of the way up: the skips over blocks are added there."""
     up, down = explained(U(), torch.randn(2, WIDTH), min_length=2).chains
     assert [(chain.decision, chain.length) for chain in (up, down)] == [("rewritten", 5), ("rewritten", 3)]
 

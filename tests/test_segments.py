@@ -1,6 +1,6 @@
-"""Segments of unrolled chains: exact inside, highway across, against the oracle (docs/design.md, "Segments").
+"""Segments of unrolled chains: exact inside, highway across, compared with the oracle (docs/design.md, "Segments").
 
-Recurrent modules and cells of one's own have their claims in test_recurrent_modules.py and test_any_cell.py.
+The claims for recurrent modules and user-defined cells are in test_recurrent_modules.py and test_any_cell.py.
 """
 
 from __future__ import annotations
