@@ -128,7 +128,7 @@ class Reason(enum.Enum):
         "Let each tensor of the state feed only itself and the tensors after it.",
     )
     SHORTCUT_HAS_LAYER = (
-        "the shortcut of this block {what}: it is no elementwise path from the state to the next one",
+        "the shortcut of this block {what}: it is not an elementwise path from the state to the next one",
         "Nothing to do if it is a strided or widening block: it stays exact, and the blocks before and after it form "
         "separate chains.",
     )
