@@ -93,7 +93,7 @@ def _triton() -> tuple[str, bool]:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed: needed for GPUs alone", not torch.cuda.is_available()
+        return "not installed: needed only for GPUs", not torch.cuda.is_available()
     return f"triton {version}; on a GPU the scan is a Triton kernel that Inductor generates", True
 
 

@@ -102,8 +102,8 @@ def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) 
     except Exception as error:
         if gm.graph.find_nodes(op="call_function", target=rolled):  # a placeholder for a loop, which cannot be run
             raise HighwayError(
-                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}): a defect of ours, "
-                "please report it with the cell. A Python loop over the cell trains all the same."
+                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}). This is a "
+                "bug in hwbp_compiler: please report it with the cell. A Python loop over the cell still trains."
             ) from error
         raise PreparationFailed(error, loops) from error
     return prepared

@@ -27,7 +27,7 @@ def tokens(length: int = 8, most: int = 20) -> tuple[Tensor]:
 
 
 def drawn(*shape: int) -> tuple[Tensor]:
-    """It wants a gradient: a state that it is is one like any other."""
+    """A random input that requires a gradient, so that a state among the inputs is like any other state."""
     return (torch.randn(shape, requires_grad=True),)
 
 

@@ -128,7 +128,7 @@ class Program:
 
 
 def sum_terms(root: Node, info: GraphInfo, leaves: Iterable[Node] = ()) -> list[Node]:
-    """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is no addition)."""
+    """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is not an addition)."""
     stop = set(leaves)
     terms: list[Node] = []
     todo = [root]
