@@ -1,15 +1,15 @@
 """What approximate gradients cost in quality: ``python -m benchmarks run --suite accuracy``
 
-The paper's experiments, made small enough for two CPU cores and an hour: a ResNet of 15 links, language models (a
-Transformer, a GRU), and a GRU that reads images pixel by pixel, each trained from three seeds with exact backprop, with
-Highway-BP at k = 0, 1, 3, 5, 10, and with fixed-point iteration. They are the scripts in ``examples/`` with the
-arguments below; the same seed gives the same weights and batches whatever the method.
+These are the paper's experiments, made small enough for two CPU cores and an hour: a ResNet of 15 links, language
+models (a Transformer, a GRU), and a GRU that reads images pixel by pixel. Each is trained from three seeds with exact
+backprop, with Highway-BP at k = 0, 1, 3, 5, 10, and with fixed-point iteration. They are the scripts in ``examples/``
+with the arguments below. The same seed gives the same weights and batches with every method.
 
-Two kinds of rows. ``"kind": "quality"``: what a run reached on held-out data. ``"kind": "cosine"`` (the paper's Figure
-6): along the exact run of the first seed, at the weights it had after ``step`` steps, the cosine of each method's
-gradient of all parameters with the exact one, averaged over ``BATCHES`` batches.
+There are two kinds of rows. ``"kind": "quality"``: what a run reached on held-out data. ``"kind": "cosine"`` (the
+paper's Figure 6): the cosine between each method's gradient of all parameters and the exact one, averaged over
+``BATCHES`` batches, at the weights of the exact run of the first seed after ``step`` steps.
 
-It can be interrupted and started again: rows that the results file holds are not measured anew.
+The suite can be interrupted and restarted: it skips rows that the results file has.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .harness import ROOT, say
 
 RESUMES = True
 SEEDS = (0, 1, 2)
-QUALITY_EVERY = 8  # looks at held-out data in a run; at the same steps the gradients are compared
+QUALITY_EVERY = 8  # evaluations on held-out data in a run; gradients are compared at the same steps
 BATCHES = 4
 
 
@@ -114,7 +114,7 @@ class Trained:
         return int(args.steps or max(1, round(args.epochs * self.module.task(args).epoch)))
 
     def run(self, seed: int, look: Callable[[dict[str, torch.Tensor]], None] = lambda state: None) -> dict[str, Any]:
-        """Train; ``look`` sees the weights whenever held-out data are looked at."""
+        """Train. ``look`` receives the weights at every evaluation on held-out data."""
         args = self.arguments(seed)
         task = self.module.task(args)
         self.model.load_state_dict(task.model.state_dict())
@@ -140,15 +140,15 @@ class Trained:
         }
 
     def gradient(self, task: Any, step: int) -> torch.Tensor:
-        """The method's gradient on the batch of a step, at the model's present weights."""
+        """The method's gradient on the batch of a step, at the model's current weights."""
         x, target = (tensor.to(self.device) for tensor in task.batch(step))
-        torch.manual_seed(step)  # of dropout masks
+        torch.manual_seed(step)  # for dropout masks
         found: torch.Tensor = self.training.gradient(replace(task, model=self.model), self.compiled, x, target)
         return found
 
 
 class Course:
-    """The exact run of the first seed: its weights along the way, and its gradients there."""
+    """The exact run of the first seed: its weights on the way, and its gradients at them."""
 
     def __init__(self, case: Case, device: str, quick: bool) -> None:
         exact = Trained(case, EXACT, device, quick)

@@ -1,4 +1,4 @@
-"""The section of ``docs/benchmarks.md`` on quality, its two figures, and the paper's claims beside the numbers."""
+"""The section of ``docs/benchmarks.md`` on quality: its two figures, and the paper's claims beside our numbers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .accuracy import CASES, FPI, HIGHWAY, SEEDS
 from .rows import PAGE, Row, by, markdown, places
 
 HIGHER_IS_BETTER = {"accuracy": True, "held_out_loss": False}
-SEEN = 0.001  # a cosine that falls by less has not fallen
+SEEN = 0.001  # a smaller drop of the cosine does not count
 WORDS = {"accuracy": "held-out accuracy", "held_out_loss": "held-out loss, nats per character"}
 
 
 @dataclass(frozen=True)
 class Quality:
-    """One method in one case: what its runs reached, seed by seed."""
+    """What the runs of one method in one case reached, seed by seed."""
 
     metric: str
     values: list[float]
@@ -39,7 +39,7 @@ class Quality:
         return self.mean > other.mean if HIGHER_IS_BETTER[self.metric] else self.mean < other.mean
 
     def as_good_as(self, other: Quality) -> bool:
-        """Better, or no further behind than the larger of the two spreads."""
+        """Better, or not further behind than the larger of the two spreads."""
         return self.better_than(other) or abs(self.mean - other.mean) <= max(self.spread, other.spread)
 
 
@@ -91,7 +91,7 @@ def section(found: list[Row]) -> str | None:
 
 
 def took(found: list[Row]) -> str:
-    """How long all runs together lasted, for who wants to repeat them."""
+    """The total time of all runs, for anyone who wants to repeat them."""
     runs = [row for row in found if row["kind"] == "quality"]
     training = sum(row["seconds"] for row in runs) / 60
     compiled = {(row["case"], row["run"], row["commit"], row["compile_s"]) for row in runs}

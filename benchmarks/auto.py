@@ -1,14 +1,14 @@
 """Whether "auto", the default, trains as well as exact backprop: ``python -m benchmarks run --suite auto``
 
 ``"kind": "course"``: the same short trainings as in ``segments``, from several seeds, with exact gradients and with the
-default options (compared with the exact gradient at every ``CHECK_EVERY``-th step): held-out quality on the way, the
-form that was in use at every check, and its cosine with the exact gradient. ``forms`` is empty where "auto" has found
-nothing that it expects to be faster: then it *is* exact backprop, and one seed is enough to see it.
+default options (compared with the exact gradient at every ``CHECK_EVERY``-th step). Rows hold the held-out quality
+during training, the form in use at every check, and its cosine with the exact gradient. ``forms`` is empty if "auto"
+found nothing that it expects to be faster. Then it *is* exact backprop, and one seed is enough to show that.
 
-``"kind": "time"``: a training step of the model at hand, in turn: eager mode, Inductor, our exact backprop, and the
-default options between two checks; beside it the time of a check.
+``"kind": "time"``: a training step of the same model in turn with eager mode, Inductor, our exact backprop, and the
+default options between two checks. The time of a check is reported too.
 
-It can be interrupted and started again, as ``segments``.
+The suite can be interrupted and restarted, like ``segments``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .segments import CASES, CLIP, LOOKS, SEEDS, Case, example, problem
 RESUMES = True
 KINDS = ("course", "time")
 CHECK_EVERY = 20
-# As in ``segments``, and with batches so small that a recurrence waits for its steps.
+# As in ``segments``, and with batches so small that a recurrence spends its time waiting for its steps.
 
 
 def one_long_sequence(cell: str) -> Case:
@@ -53,7 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 class Watched:
-    """What a compiled model was measured to be at each step of a training."""
+    """The measurements of a compiled model at each step of a training."""
 
     def __init__(self, compiled: Any) -> None:
         self.step = 0
@@ -61,13 +61,13 @@ class Watched:
         self.meter = hwbp_compiler.GradientMeter(compiled, callback=self._take, warn_below=None)
 
     def _take(self, reading: Any) -> None:
-        # A check is read at the step after it.
+        # The result of a check is read at the step after it.
         found = [self.step - 1, reading.iterations, reading.segment, reading.cosine, reading.trains]
         self.checks.append(found)
 
 
 def train(case: Case, task: Any, device: str, function: Any, watched: Watched) -> tuple[list[Any], list[float]]:
-    """As ``segments.train``; also the seconds of every step."""
+    """As ``segments.train``; also returns the seconds of every step."""
     training = example("training")
     model = task.model
     optimizer = torch.optim.Adam(model.parameters(), lr=case.lr)
@@ -138,12 +138,12 @@ def time_rows(case: Case, device: str, quick: bool) -> Iterator[dict[str, Any]]:
     for function in functions.values():
         for _ in range(3):
             step(function)
-    # Any form is good enough for this one, so that every step of it is a check.
+    # Here any form is good enough, so that every step of it is a check.
     every = {"check_every": 1, "target_cosine": 1e-6}
     checking = torch.compile(model, backend="highway", dynamic=False, options=every)
     hwbp_compiler.reset_counters()
     seconds = [step(checking)["step"] for _ in range(4 if quick else 8)][1:]
-    checks = hwbp_compiler.counters().get("checks", 0)  # read at the step after each
+    checks = hwbp_compiler.counters().get("checks", 0)  # read at the step after each check
     check = statistics.median(seconds) * 1e3 if checks == len(seconds) else None
     samples = in_turns({name: lambda f=f: step(f) for name, f in functions.items()}, 5 if quick else 41, 8.0)  # type: ignore[misc]
     for name, found in samples.items():

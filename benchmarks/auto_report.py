@@ -15,7 +15,7 @@ EXACT = "exact backprop"
 
 
 def section(found: list[Row], folder: Path) -> str | None:
-    """``folder``: where the page lies, and the figure beside it."""
+    """``folder`` is the folder of the page and of the figure."""
     if not found:
         return None
     parts = [
@@ -31,7 +31,7 @@ def section(found: list[Row], folder: Path) -> str | None:
 
 
 def quality(courses: list[Row]) -> str:
-    """One line for each case: what both reach, which forms were in use, and how good those were."""
+    """One line per case: what both runs reach, which forms were in use, and how good those were."""
     lines = []
     for case in OWN:
         runs = {run: [r for r in courses if r["case"] == case.name and r["run"] == run] for run in RUNS}
@@ -49,7 +49,7 @@ def quality(courses: list[Row]) -> str:
 
 
 def forms(auto: list[Row]) -> tuple[str, str, str]:
-    """Which were in use and how often, over all seeds; the least cosine; the longest time below ``LEAST``."""
+    """Which forms were in use and how often, over all seeds; the smallest cosine; the longest time below ``LEAST``."""
     shares: dict[str, int] = {}
     used: list[list[float]] = []
     for row in auto:
@@ -84,7 +84,7 @@ def times(found: list[Row]) -> str:
         runs = {row["run"]: row for row in found if row["case"] == case}
         others = min(row["step_ms"] for run, row in runs.items() if run != "auto")
         ratio = f"{others / runs['auto']['step_ms']:.2f}x"
-        check = runs["auto"].get("checked_ms")  # rows before 2026-11-30 timed steps that were not all checks
+        check = runs["auto"].get("checked_ms")  # rows before 2026-11-30 timed some steps that were not checks
         batch, length = runs["auto"]["batch"], runs["auto"]["length"]
         cells = (time(row, "step") for row in runs.values())
         lines.append((case, batch, length, *cells, ratio, "" if check is None else f"{check:.1f}"))
@@ -98,7 +98,7 @@ def times(found: list[Row]) -> str:
 
 
 def figure(courses: list[Row], folder: Path) -> bool:
-    """Whether there is anything to draw."""
+    """Draw the figure. Returns whether there is anything to draw."""
     drawn = [row for row in courses if any(trains for *_, trains in row["checks"])]
     cases = list(dict.fromkeys(row["case"] for row in drawn))
     if not cases:

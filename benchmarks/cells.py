@@ -1,9 +1,9 @@
 """A user's own cell over time: ``python -m benchmarks run --suite cells``
 
-``hwbp_compiler.recurrent`` against the same loop written in Python: eager, and compiled by stock Inductor, which
-unrolls it (only up to 64 steps: its compile time grows faster than the length). Whole training step, forward and
-backward; ``exact`` is ``iterations="exact"``. Reported besides: the backward alone, seconds of a cold compile, and the
-cosine of all parameter gradients with eager's.
+Compares ``hwbp_compiler.recurrent`` with the same loop written in Python: in eager mode, and compiled by stock
+Inductor, which unrolls it (only up to 64 steps: its compile time grows faster than the length). A measurement is a
+whole training step, forward and backward; ``exact`` is ``iterations="exact"``. Also reported: the backward alone,
+seconds of a cold compile, and the cosine of all parameter gradients with eager mode's.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ LONGEST_UNROLLED = 64
 
 
 class LayerNormGRU(nn.Module):
-    """No library has a fast kernel for it.
+    """A GRU with a LayerNorm, for which no library has a fast kernel.
 
-    The norm brings what comes from the state to size ``gain``, however small the weights: with the usual 1, much of an
-    untrained cell's gradient goes through the blocks, and w^k needs a larger k than that of a GRU without a norm.
+    The norm scales what comes from the state to size ``gain``, however small the weights are. With the usual gain of 1,
+    much of an untrained cell's gradient goes through the blocks, and w^k needs a larger k than for a GRU without a
+    norm.
     """
 
     def __init__(self, hidden: int, gain: float = 1.0) -> None:

@@ -1,7 +1,7 @@
 """How long the pass takes and how many nodes it leaves: ``python -m benchmarks run --suite compile``
 
-The joint graphs of GRUCell loops and residual stacks of growing length are traced without Dynamo and rewritten, no
-code being generated. Reported: nodes before and after, those the backward needs, seconds of the pass.
+The joint graphs of GRUCell loops and residual stacks of growing length are traced without Dynamo and rewritten, without
+generating code. Reported: nodes before and after, the nodes that the backward needs, and seconds of the pass.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def joint_graph(model: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
 
 
 def backward_nodes(graph: torch.fx.Graph) -> int:
-    """Operators that depend on a tangent; taking one link's row out of a stack is not counted."""
+    """Operators that depend on a tangent. Taking one link's row from a stack is not counted."""
     carries: set[torch.fx.Node] = set()
     for node in graph.nodes:
         if is_tangent(node) or (node.op == "call_function" and any(n in carries for n in node.all_input_nodes)):

@@ -1,4 +1,4 @@
-"""What every suite shares: where it ran, competitors that take turns, medians and spread, one JSON object a line."""
+"""What every suite shares: environment, contenders that take turns, medians and spread, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Device, threads, versions, commit, load and date: what a figure means nothing without."""
+    """Device, threads, versions, commit, load and date. A figure means nothing without them."""
 
     def version(package: str) -> str | None:
         try:
@@ -53,7 +53,7 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The short hash of the checkout, with a + where more than results has changed; None outside a checkout."""
+    """The short hash of the checkout, with a + if more than results has changed. None outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -65,7 +65,7 @@ def commit() -> str | None:
 
 
 def start_anew() -> None:
-    """Forget all compiled code. One function is then compiled in more ways than Dynamo would stand."""
+    """Forget all compiled code. Otherwise Dynamo's limit on recompilations of one function would be reached."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -79,9 +79,11 @@ def synchronize(device: str) -> None:
 def in_turns(
     runs: Mapping[str, Callable[[], Mapping[str, float]]], repeats: int, budget: float = float("inf")
 ) -> dict[str, dict[str, list[float]]]:
-    """Run everything in turn ``repeats`` times, so that a busy machine slows all alike, every time in another order,
-    so that none always finds the memory as the same other one left it; each run returns seconds by name. One that has
-    used up ``budget`` seconds drops out, but not before its third turn."""
+    """Run everything in turn ``repeats`` times. Each run returns seconds by name.
+
+    Turns make a busy machine slow all runs alike. The order changes every time, so that no run always finds the memory
+    as the same other run left it. A run that has used ``budget`` seconds drops out, but not before its third turn.
+    """
     shuffle = random.Random(0).shuffle
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
     spent = dict.fromkeys(runs, 0.0)
@@ -107,8 +109,9 @@ def summary(what: str, seconds: list[float]) -> dict[str, float]:
 
 
 def most_held(device: str, run: Callable[[], object]) -> float:
-    """Megabytes of tensors that ``run`` holds at once beyond those it finds, at the highest. Of a CPU what the process
-    resides in would not tell: its allocator keeps what an earlier contender has used."""
+    """The peak of the memory (in megabytes) of tensors that ``run`` allocates. On a CPU, the resident memory of the
+    process would not show it: the allocator keeps what an earlier contender has used.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -123,5 +126,5 @@ def most_held(device: str, run: Callable[[], object]) -> float:
 
 
 def say(*words: object) -> None:
-    """Progress and tables go to standard error; standard output is for the rows."""
+    """Print progress and tables to standard error; standard output is for the rows."""
     print(*words, file=sys.stderr, flush=True)

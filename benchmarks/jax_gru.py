@@ -1,7 +1,7 @@
-"""``nn.GRU`` written for JAX: ``jax.lax.scan`` under ``jit``, the exact peer on a CPU.
+"""``nn.GRU`` written for JAX: ``jax.lax.scan`` under ``jit``, the exact counterpart on a CPU.
 
-The products with the inputs are taken out of the loop, as PyTorch's kernels do. JAX gives the output and all gradients
-in one compiled call, so there is no forward of its own to time.
+As in PyTorch's kernels, the products with the inputs are computed outside the loop. JAX gives the output and all
+gradients in one compiled call, so there is no separate forward to time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def available() -> bool:
 
 
 class JaxGRU:
-    """A contender like :class:`~benchmarks.recurrent.Contender`. ``unroll``: steps that a turn of the loop takes."""
+    """A contender like :class:`~benchmarks.recurrent.Contender`. ``unroll``: steps per turn of the loop."""
 
     k, gamma = None, 0.0
 
@@ -59,7 +59,7 @@ class JaxGRU:
         self.gradient = torch.cat([torch.from_numpy(_copy(g)).flatten() for g in gradients]).double()
 
     def compile_again(self) -> None:
-        """JAX keeps no compiled code between processes unless it is told to."""
+        """By default, JAX keeps no compiled code between processes."""
 
     def step(self) -> dict[str, float]:
         start = time.perf_counter()
@@ -67,7 +67,7 @@ class JaxGRU:
         return {"step": time.perf_counter() - start}
 
     def memory(self) -> None:
-        """PyTorch's profiler does not see it."""
+        """PyTorch's profiler does not see JAX's memory."""
 
 
 def _array(tensor: torch.Tensor) -> Any:

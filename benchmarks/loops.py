@@ -1,9 +1,9 @@
 """Python loops over time: ``python -m benchmarks run --suite loops``
 
-``for t in range(T): h = cell(x[:, t], h)`` in eager mode, compiled by stock Inductor, which unrolls it (up to 256
-steps: its compile time grows faster than the length), and rolled up again by the compiler; ``nn.GRU`` or ``nn.LSTM``
-in eager mode beside them. Whole training step. A compilation is cold; of its seconds, those in which Dynamo traces the
-loop are told apart, which no backend can save.
+Compares ``for t in range(T): h = cell(x[:, t], h)`` in eager mode, compiled by stock Inductor, which unrolls it (up to
+256 steps: its compile time grows faster than the length), and rerolled by the compiler, with ``nn.GRU`` or ``nn.LSTM``
+in eager mode. A measurement is a whole training step. Compilations are cold. The seconds in which Dynamo traces the
+loop are reported separately, since no backend can save them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
 
 
 def traced_s() -> float:
-    """Seconds that Dynamo has spent in tracing so far."""
+    """The seconds that Dynamo has spent on tracing so far."""
     times = dict(zip(*compile_times(repr="csv", aggregate=True), strict=True))
     return float(times.get("bytecode_tracing", 0.0))
 

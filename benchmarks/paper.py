@@ -1,4 +1,4 @@
-"""What the paper measured, for reference: its Table 6, a whole training step of recurrent networks on a GPU."""
+"""The paper's Table 6, for reference: a whole training step of recurrent networks on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STEP_MS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "GRU, 1024 steps": (715, (205, 210, 210, 210, 230, 248, 292), (191, 207, 204, 203, 209, 216, 241)),
 }
 
-# The same cases as the recurrent suite has them: kind, layers, steps.
+# The same cases in the form of the recurrent suite: kind, layers, steps.
 CASES = {
     "LSTM, 256 steps": ("LSTM", 1, 256),
     "GRU, 256 steps": ("GRU", 1, 256),

@@ -1,23 +1,24 @@
 """Recurrent modules against eager mode: ``python -m benchmarks run --suite recurrent``
 
-Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, which is therefore the baseline:
-oneDNN's kernel for an LSTM in float32, ATen's for the rest. All are compiled first, then take turns:
+Stock ``torch.compile`` leaves ``nn.GRU``, ``nn.LSTM`` and ``nn.RNN`` to eager mode, so eager mode is the baseline:
+oneDNN's kernel for an LSTM in float32, ATen's for the rest. All contenders are compiled first, then take turns:
 
-    exact           ordinary backprop. What it gains over eager mode (GRU and RNN on a CPU) comes from kernels of our
-                    own, and from computing gates and weights' gradients for all steps at once; what any k gains over
-                    it is Highway-BP's
-    k=2             that many iterations; ``k=1, S=16`` one iteration over segments of 16 links
+    exact           ordinary backprop. Its gain over eager mode (GRU and RNN on a CPU) comes from our own kernels, and
+                    from computing gates and weights' gradients for all steps at once. The gain of any k over exact is
+                    Highway-BP's
+    k=2             that many iterations; ``k=1, S=16`` is one iteration over segments of 16 links
     auto            rewrite="profitable" at k = 2
     fpi             fixed-point iteration (gamma = 1)
-    jax             the same GRU on JAX, where it is installed (``jax_gru``); ``jax, unrolled`` with 8 steps in a turn
-                    of its loop
-    loop            the same GRU as a loop over its cell, compiled by stock Inductor, which unrolls it: at 128 steps
-                    alone, for at 512 it compiles for many minutes
+    jax             the same GRU on JAX, if it is installed (``jax_gru``); ``jax, unrolled`` has 8 steps per turn of its
+                    loop
+    loop            the same GRU as a loop over its cell, compiled by stock Inductor, which unrolls it. Only at 128
+                    steps: at 512 it compiles for many minutes
 
 Reported: the backward and the whole step, seconds of a cold and a warm compile, peak memory of a step, and the cosine
-of the weights' gradient with eager mode's. The weights are not trained: cosines of trained ones are in ``segments``. On
-a GPU the baseline is cuDNN, the cases are the paper's, of one and three layers, and products of float32 matrices may be
-rounded to TF32 (``matmul`` "high"), as cuDNN's are by default, or not ("highest", PyTorch's default for products).
+of the weights' gradient with eager mode's. The weights are not trained; ``segments`` has cosines of trained weights. On
+a GPU the baseline is cuDNN, and the cases are the paper's, with one and three layers. There, products of float32
+matrices are rounded to TF32 (``matmul`` "high"), as cuDNN does by default, or not ("highest", PyTorch's default for
+products).
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ ITERATIONS = {"cpu": (0, 1, 2, 4, 8), "cuda": (0, 1, 2, 5, 10)}
 SHAPES = ((1, 128, 512), (4, 128, 512), (16, 128, 512), (32, 64, 1024), (32, 256, 256))
 SEGMENTS = ((1, 16), (1, 32), (1, "L/4"))  # k, S
 UNROLLED = ((1, 128, 128), (16, 128, 128))  # beside a compiled loop
-LONG = ((1, 64, 1_000), (1, 64, 10_000))  # the time a step must not grow with the length
+LONG = ((1, 64, 1_000), (1, 64, 10_000))  # a step's time must not grow with the length
 PAPER = ((128, 512, 256), (128, 64, 1024))
 
 
 @dataclass(frozen=True)
 class Case:
-    """``matmul``: how exactly float32 matrices are multiplied, as ``torch.set_float32_matmul_precision`` has it."""
+    """``matmul`` is the precision of float32 products, as in ``torch.set_float32_matmul_precision``."""
 
     kind: str
     batch: int
@@ -91,7 +92,7 @@ class Loop(nn.Module):
 
 
 class Contender:
-    """One way to run a layer; the first call, if it compiles, is timed."""
+    """One way to run a layer. The first call, which may compile, is timed."""
 
     def __init__(self, name: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor, how: Any, device: str):
         self.name, self.model, self.x, self.target, self.device = name, model, x, target, device
@@ -101,7 +102,7 @@ class Contender:
         start = time.perf_counter()
         self.step()
         self.compile_s = time.perf_counter() - start if how else None
-        self.step()  # the first one after it chooses algorithms and fills pools of memory
+        self.step()  # the first step chooses algorithms and fills memory pools
         self.gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
 
     def compile(self) -> None:
@@ -126,7 +127,7 @@ class Contender:
         synchronize(self.device)
         middle = time.perf_counter()
         output.backward(self.target)
-        del output  # eager mode frees its autograd graph here, a compiled backward at its end: both are timed
+        del output  # eager mode frees its autograd graph here, a compiled backward at its end: time both
         synchronize(self.device)
         end = time.perf_counter()
         return {"forward": middle - start, "backward": end - middle, "step": end - start}
@@ -184,7 +185,7 @@ def measured(case: Case, made: list[Contender | jax_gru.JaxGRU], repeats: int) -
             row |= summary(what, seconds)
             row[f"{what}_ratio"] = base[what] / row[f"{what}_ms"]
         row["cosine"] = torch.nn.functional.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
-        row["peak_memory_mb"] = c.memory()  # before compiling anew, for which all compiled code is forgotten
+        row["peak_memory_mb"] = c.memory()  # before compiling again, which forgets all compiled code
         rows.append(row)
     for row, c in zip(rows, made, strict=True):
         yield row | {"compile_s": c.compile_s, "compile_warm_s": c.compile_again()}

@@ -26,7 +26,7 @@ def rows(suite: str) -> list[Row]:
 
 
 def write() -> None:
-    """Rewrite the page, and what stands between the two marks in README.md and examples/README.md."""
+    """Rewrite the page, and the text between the two marks in README.md and examples/README.md."""
     parts = [HEAD]
     for section in SECTIONS:
         text = section()
@@ -61,16 +61,16 @@ def ratio(row: Row, what: str) -> str:
 
 
 def memory(row: Row, group: list[Row]) -> str:
-    """Megabytes, of a table in which all are known. What a process resides in, which some suites read on a CPU, misses
-    what its allocator has kept from before: a table with a zero in it is no measurement."""
+    """Megabytes, if all rows of the table have them. Some suites read the resident memory on a CPU, which misses what
+    the allocator kept from before. So a table with a zero in it shows no memory.
+    """
     if any(r.get("peak_memory_mb") is None or r["peak_memory_mb"] <= 0 for r in group):
         return ""
     return f"{row['peak_memory_mb']:.1f}"
 
 
 def compiling(row: Row) -> str:
-    """Seconds of the first call, cold and (where it was measured) from warm caches; nothing where a suite was compiled
-    ahead."""
+    """Seconds of the first call, cold and (if measured) from warm caches. Empty if the suite was compiled ahead."""
     if "compile_s" in row:
         cold = row["compile_s"]
     else:
@@ -128,7 +128,7 @@ def recurrent_rows() -> list[Row]:
 
 
 def case_of(row: Row, mark: str = "") -> str:
-    """In words."""
+    """A description of the case."""
     layers = f" of {row['layers']} layers" if row["layers"] > 1 else ""
     precision = "" if row["device"] == "cpu" else f", {precision_of(row)}"
     shape = f"batch {row['batch']}, hidden {row['hidden']}, {row['steps']} steps"
@@ -295,7 +295,7 @@ def scan() -> str | None:
 
 
 def draw_scaling(found: list[Row]) -> None:
-    """Step time (solid) and compile time (dotted) against size, one panel a curve."""
+    """Step time (solid) and compile time (dotted) against size, one panel per curve."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -382,13 +382,14 @@ SECTIONS: list[Callable[[], str | None]] = [
 
 def in_short() -> str:
     """README's tables: the time of a step with every recurrent module, quality and time of trained models, and k = 2 of
-    every unrolled chain, with what the cost model decided."""
+    every unrolled chain with the cost model's decision.
+    """
     tables = [recurrent_in_short(), segments_report.in_short(rows("segments"), README.parent / "docs"), deep_in_short()]
     return "\n\n".join(filter(None, tables)) + "\n\nAll tables: [docs/benchmarks.md](docs/benchmarks.md)."
 
 
 def recurrent_in_short() -> str:
-    """A table for each device."""
+    """One table per device."""
     return "\n\n".join(map(recurrent_on, by(recurrent_rows(), "device").values()))
 
 

@@ -27,20 +27,21 @@ def by(found: list[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def where(row: Row) -> str:
-    """One line that says what a table was measured on."""
+    """One line that says where a table was measured."""
     return (
         f"{row['device_name']}, {row['threads']} threads, torch {row['torch']}, commit {row['commit']}, {row['date']}"
     )
 
 
 def places(found: list[Row]) -> str:
-    """Where and on what the rows were measured, each once."""
+    """Where the rows were measured, each place once."""
     return "; ".join(dict.fromkeys(where(row) for row in found))
 
 
 def time(row: Row, what: str) -> str:
-    """Median and, in brackets, interquartile range; marked where the one says little beside the other. Nothing where
-    it was not measured."""
+    """Median and, in brackets, interquartile range, with a mark if the range is large beside the median. Empty if it
+    was not measured.
+    """
     if f"{what}_ms" not in row:
         return ""
     return f"{row[f'{what}_ms']:.2f} ({row[f'{what}_iqr_ms']:.2f}){doubtful(row, what)}"

@@ -1,9 +1,10 @@
 """Where it pays: ``python -m benchmarks run --suite scaling``
 
-Step and compile time against length or depth, width, and batch, each from where the machine waits for launches to where
-it is busy, so that the crossover shows: recurrences that ``nn.GRU`` rolls, and stacks and loops that Dynamo unrolls.
-Baseline is ``torch.compile`` with Inductor (PyTorch's own kernels for ``nn.GRU``); ``auto`` is what the cost model
-makes of k = 2. A point's methods take turns; points that the results file holds are not measured anew.
+Step and compile time against length or depth, width, and batch. Each range goes from sizes where the machine waits for
+launches to sizes where it is busy, so that the crossover shows. The models are recurrences that ``nn.GRU`` runs, and
+stacks and loops that Dynamo unrolls. The baseline is ``torch.compile`` with Inductor (PyTorch's own kernels for
+``nn.GRU``); ``auto`` is what the cost model decides at k = 2. The methods of a point take turns. Points that the
+results file has are skipped.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def rolled(steps: int, batch: int, hidden: int) -> Build:
     return lambda: (Rolled(hidden), torch.randn(steps, batch, hidden))
 
 
-# what is drawn -> what varies -> the model at a size, sizes
+# name of the curve -> what varies, the model at a size, sizes
 AXES: dict[str, tuple[str, Callable[[int], Build], tuple[int, ...]]] = {
     "residual stack, width 64, batch 8": ("blocks", lambda n: stack(n, 8, 64), (8, 32, 128, 512)),
     "residual stack, 32 blocks, batch 8": ("width", lambda n: stack(32, 8, n), (16, 64, 256, 1024)),

@@ -1,8 +1,8 @@
 """How fast is ``linear_scan``?  ``python -m benchmarks run --suite scan``
 
-Every competitor computes the same scan in the same run, in turn, and is measured against a copy that moves as many
-bytes: values and multipliers read, output written. Copy and scans all allocate their output. A competitor that cannot
-run where the suite runs has a row that says why.
+All competitors compute the same scan in the same run, in turn. Each is compared with a copy that moves as many bytes:
+values and multipliers read, output written. The copy and all scans allocate their output. A competitor that cannot run
+on the device gets a row that says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def associative_scan_generic(values: Tensor, multipliers: Tensor) -> Tensor:
 
 
 def accelerated_scan(values: Tensor, multipliers: Tensor) -> Run | str:
-    """The published package's Triton kernel, for [batch, columns, length]; or why it cannot run."""
+    """The published package's Triton kernel, for [batch, columns, length], or why it cannot run."""
     if not values.is_cuda:
         return "needs a CUDA GPU"
     try:
@@ -49,7 +49,7 @@ def accelerated_scan(values: Tensor, multipliers: Tensor) -> Run | str:
 
 
 def assoc_scan(values: Tensor, multipliers: Tensor) -> Run | str:
-    """The published package's scan in torch operators, for [batch, length, columns]; or why it cannot run."""
+    """The published package's scan in torch operators, for [batch, length, columns], or why it cannot run."""
     try:
         from assoc_scan import AssocScan
     except ImportError as error:
@@ -60,7 +60,7 @@ def assoc_scan(values: Tensor, multipliers: Tensor) -> Run | str:
 
 
 def competitors(shape: tuple[int, ...], device: str, quick: bool) -> dict[str, tuple[Run | str, int]]:
-    """Name -> what to run, or why it cannot run, and the bytes it has to move."""
+    """Name -> what to run, or the reason why it cannot run, and the bytes it has to move."""
     values = torch.randn(shape, device=device)
     multipliers = torch.rand(shape, device=device)
     size = values.numel() * values.element_size()
@@ -113,7 +113,7 @@ def run(device: str, quick: bool) -> Iterator[dict[str, Any]]:
                 "least_ms": 1e3 * min(samples[name][name]),
                 "gb_per_s": moved / median[name] / 1e9,
                 "of_copy": median[copy] / median[name],
-                # On a machine that does other things too, the quickest turns are the undisturbed ones.
+                # On a machine that does other work too, the fastest turns are the undisturbed ones.
                 "of_copy_least": min(samples[copy][copy]) / min(samples[name][name]),
             }
 

@@ -1,19 +1,19 @@
 """What segments are worth on trained models: ``python -m benchmarks run --suite segments``
 
-Every model is trained once with exact gradients, in eager mode. Three kinds of rows, in this order:
+Every model is trained once with exact gradients, in eager mode. There are three kinds of rows, in this order:
 
-``"kind": "cosine"``: the gradient at the trained weights, for every k in ``ITERATIONS`` and S in ``SEGMENTS``, against
-the exact one on held-out batches: cosine and relative error of all parameters, and ``within``, the cosine of the
-chain's own parameters alone (a head's gradient is exact whatever k). The rewritten graphs run in eager mode. ``exact``
-marks what is ordinary backprop and was not computed.
+``"kind": "cosine"``: the gradient at the trained weights, for every k in ``ITERATIONS`` and S in ``SEGMENTS``, compared
+with the exact gradient on held-out batches: cosine and relative error of all parameters, and ``within``, the cosine of
+the chain's own parameters alone (a head's gradient is exact for any k). The rewritten graphs run in eager mode.
+``exact`` marks (k, S) that are ordinary backprop and were not computed.
 
-``"kind": "time"``: a training step of the trained model, compiled, at some (k, S); all contenders take turns.
+``"kind": "time"``: a training step of the trained model, compiled, at some (k, S). All contenders take turns.
 
-``"kind": "course"``: compiled runs from several seeds, trained with gradients of some (k, S): held-out quality on the
-way. The same seed gives the same weights and batches to all.
+``"kind": "course"``: compiled runs from several seeds, trained with gradients of some (k, S): held-out quality during
+training. The same seed gives the same weights and batches to all.
 
-It can be interrupted and started again: rows that the results file holds are not measured anew, and the trained
-weights wait in ``out/segments``. ``--only "cosine;"`` takes one kind, ``--only "GRU, 64 steps;"`` one case.
+The suite can be interrupted and restarted: it skips rows that the results file has, and keeps the trained weights in
+``out/segments``. ``--only "cosine;"`` selects one kind, ``--only "GRU, 64 steps;"`` one case.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ ITERATIONS = (0, 1, 2, 4, 8, 16)
 SEGMENTS = (1, 4, 8, 16, 32)
 SEEDS = (0, 1, 2)
 BATCHES, BATCH = 4, 32  # held out
-LOOKS = 10  # at held-out data in a course
-CLIP = 1.0  # the norm of a gradient: a recurrent net's is now and then a hundred times its usual one
+LOOKS = 10  # evaluations on held-out data in a course
+CLIP = 1.0  # of the gradient's norm: in a recurrent net it is sometimes a hundred times the usual norm
 KINDS = ("cosine", "time", "course")
 
 
@@ -73,10 +73,10 @@ EXACT, EAGER = Way("exact"), Way("eager")
 class Case:
     """A model and how it is trained.
 
-    model    "pixels" (an image read pixel by pixel, the loss on the last state alone) or an example's name
-    words    of pixels the module and the side of an image, of an example its arguments
-    length   L, the links of its chain; ``within``: what the names of the chain's parameters begin with
-    timed    the batches of which a step is timed
+    model    "pixels" (an image read pixel by pixel, with a loss only on the last state) or an example's name
+    words    for pixels, the module and the side of an image; for an example, its arguments
+    length   L, the links of its chain; ``within``: the prefix of the names of the chain's parameters
+    timed    the batches at which a step is timed
     course   whether courses are run
     """
 
@@ -105,7 +105,7 @@ class Case:
         return iterations >= Options(segment=segment).needed(self.length)
 
     def ways(self, *wanted: tuple[int, int]) -> list[Way]:
-        """Those of ``wanted`` that are no ordinary backprop, each once."""
+        """Those of ``wanted`` that are not ordinary backprop, each once."""
         return [Way.of(k, s) for k, s in dict.fromkeys(wanted) if not self.is_exact(k, s)]
 
     def timed_ways(self) -> list[Way]:
@@ -159,7 +159,7 @@ def example(name: str) -> ModuleType:
 
 
 class Pixels(nn.Module):
-    """[B, steps, 1] -> [B, classes], of the last state alone."""
+    """[B, steps, 1] -> [B, classes], from the last state only."""
 
     def __init__(self, kind: str, hidden: int, classes: int = 10) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ Batches = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def problem(case: Case, seed: int) -> tuple[Any, Callable[[int], Batches]]:
-    """The example's ``Task`` (weights, training batches, loss, quality), and held-out batches of a size."""
+    """The example's ``Task`` (weights, training batches, loss, quality), and held-out batches of one size."""
     data, training = example("data"), example("training")
     if case.model == "pixels":
         kind, side = case.words[0], int(case.words[1])
@@ -211,8 +211,9 @@ def in_a_row(images: Tensor, side: int) -> Tensor:
 def train(
     case: Case, task: Any, device: str, function: Callable[[Tensor], Tensor] | None = None
 ) -> list[tuple[int, float]]:
-    """With Adam, the examples' schedule, and gradients clipped; ``function`` is the task's model as a caller compiled
-    it. Steps and held-out quality."""
+    """Train with Adam, the examples' schedule, and clipped gradients. ``function`` is the task's model as the caller
+    compiled it. Returns the steps and the held-out quality.
+    """
     training = example("training")
     model = task.model.to(device).train()
     function = model if function is None else function
@@ -245,7 +246,7 @@ class Trained:
 
 @functools.lru_cache(maxsize=1)
 def trained(case: Case, device: str, keep: bool) -> Trained:
-    """Trained now, or (``keep``) by an earlier run that described the case alike."""
+    """Train now, or (with ``keep``) load the weights of an earlier run whose case has the same description."""
     task, held_out = problem(case, SEEDS[0])
     path = ROOT / "out" / "segments" / f"{case.name.replace(', ', '-').replace(' ', '-')}.pt"
     found = torch.load(path, map_location=device) if keep and path.exists() else {}
@@ -273,7 +274,9 @@ Gradients = dict[Any, Tensor]
 
 
 class Compared:
-    """The gradients of a trained model on held-out batches: exact ones by autograd, others by the rewritten graph."""
+    """The gradients of a trained model on held-out batches: the exact ones by autograd, the others by the rewritten
+    graph.
+    """
 
     def __init__(self, case: Case, model: Trained, device: str) -> None:
         self.case, self.task = case, model.task
@@ -295,7 +298,7 @@ class Compared:
         return {name: gradient for (name, _), gradient in zip(model.named_parameters(), found, strict=True)}
 
     def rewritten(self, iterations: int, segment: int) -> list[Gradients]:
-        """LookupError where it is not the case's chain that is rewritten."""
+        """Raises LookupError if what is rewritten is not the case's chain."""
         found = []
         for batch, (x, _) in enumerate(self.batches):
             self.captured.args, self.captured.loss = (x,), self.loss(batch)
@@ -349,7 +352,7 @@ def compiled(model: nn.Module, way: Way) -> Callable[[Tensor], Tensor]:
 
 
 def first_call(case: Case, way: Way, call: Callable[[], object]) -> float:
-    """Its seconds; LookupError where what should have been rewritten was not."""
+    """The seconds of the first call. Raises LookupError if nothing was rewritten although it should have been."""
     before = hwbp_compiler.counters()["chains_rewritten"]
     start = time.perf_counter()
     call()
@@ -386,7 +389,7 @@ def time_rows(case: Case, batch: int, device: str, quick: bool) -> Iterator[dict
         runs[way.label] = functools.partial(step, compiled(task.model, way))
         seconds = first_call(case, way, runs[way.label])
         compiling[way.label] = None if way is EAGER else seconds
-        runs[way.label]()  # the first one after it chooses algorithms and fills pools of memory
+        runs[way.label]()  # the first step chooses algorithms and fills memory pools
     samples = in_turns(runs, 5 if quick else 21, 1.0 if quick else 8.0)
     for way in ways:
         row = {"run": way.label, "k": way.iterations, "segment": way.segment, "length": case.length, "batch": batch}
@@ -430,7 +433,7 @@ def course_rows(case: Case, device: str, quick: bool, done: set[tuple[Any, ...]]
 
 
 def parts(quick: bool) -> Iterator[tuple[str, Case, int | None]]:
-    """What is measured at a time, in order: kind, case, and of times the batch."""
+    """The parts of the suite in order: kind, case, and for times the batch."""
     cases = QUICK if quick else CASES
     yield from (("cosine", case, None) for case in cases)
     yield from (("time", case, batch) for case in cases for batch in case.timed)
@@ -442,7 +445,7 @@ def name_of(kind: str, case: Case, batch: int | None) -> str:
 
 
 def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
-    """What there is to compile ahead: the steps that are timed."""
+    """What can be compiled ahead: the steps that are timed."""
     timed = {(row["case"], row["batch"]) for row in done if row["kind"] == "time"}
     return [name_of(*part) for part in parts(quick) if part[0] == "time" and (part[1].name, part[2]) not in timed]
 
@@ -463,7 +466,7 @@ def run(
             found = cosine_rows(case, device, quick, cosines)
         elif kind == "time" and (case.name, batch) not in times:
             assert batch is not None
-            found = iter(list(time_rows(case, batch, device, quick)))  # all rows of a table or none
+            found = iter(list(time_rows(case, batch, device, quick)))  # all rows of a table, or none
         elif kind == "course":
             found = course_rows(case, device, quick, courses)
         for row in found:

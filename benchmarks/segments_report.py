@@ -15,7 +15,7 @@ FIGURE = "segments.svg"
 
 
 class Results:
-    """The rows of the suite, of which any may be missing; of rows measured twice the last counts."""
+    """The rows of the suite. Any may be missing; of rows measured twice the last one counts."""
 
     def __init__(self, found: list[Row]) -> None:
         self.rows = found
@@ -43,7 +43,7 @@ class Results:
 
 
 def section(found: list[Row], folder: Path) -> str | None:
-    """``folder``: where the page lies, and the figure beside it."""
+    """``folder`` is the folder of the page and of the figure."""
     if not found:
         return None
     results = Results(found)
@@ -58,7 +58,7 @@ def section(found: list[Row], folder: Path) -> str | None:
 
 
 def in_short(found: list[Row], folder: Path) -> str:
-    """README's table: cosines of trained models at few (k, S), the figure of their times above it."""
+    """README's table: cosines of trained models at a few (k, S), below the figure of their times."""
     results = Results(found)
     lines = []
     for case in CASES:
@@ -90,7 +90,7 @@ def short_cell(row: Row | None) -> str:
 
 
 def runs(iterations: int, segment: int) -> int:
-    """How often the arithmetic of a backward pass over the states is done: once an iteration at S = 1."""
+    """How often a backward pass over the states computes everything: once per iteration at S = 1."""
     return iterations if segment == 1 else iterations + 1
 
 
@@ -109,7 +109,9 @@ def gradients(results: Results) -> str:
 
 
 def against_the_paper(results: Results) -> str:
-    """Two runs over segments of 16 links beside k = 8 of the paper, counted; cases in which it loses are named."""
+    """Compare two runs over segments of 16 links with k = 8 of the paper: count the cases, and name those in which
+    segments lose.
+    """
     pairs = []
     for case in CASES:
         ours, paper = results.cosine(case.name, 1, 16), results.cosine(case.name, 8, 1)
@@ -210,7 +212,7 @@ def told(quality: Quality) -> str:
 
 
 def points(results: Results, case: str) -> list[tuple[Way, float, float, float]]:
-    """Way, milliseconds of a step, their interquartile range, cosine: what was both timed and compared."""
+    """Way, milliseconds of a step, interquartile range, cosine, for the ways that were both timed and compared."""
     batches = [batch for name, batch in results.times if name == case]
     found = []
     for row in results.times[case, max(batches)].values() if batches else ():
@@ -224,7 +226,7 @@ def points(results: Results, case: str) -> list[tuple[Way, float, float, float]]
 
 
 def figure(results: Results, folder: Path) -> bool:
-    """Whether there is anything to draw."""
+    """Draw the figure. Returns whether there is anything to draw."""
     panels = {case: found for case in DRAWN if len(found := points(results, case)) > 1}
     if not panels:
         return False

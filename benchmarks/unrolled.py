@@ -1,10 +1,11 @@
 """Unrolled chains against stock Inductor: ``python -m benchmarks run --suite deep``
 
-Models whose backward is a long sequence of small steps, and some where it is not: deep residual stacks, whose blocks
-have their own weights; loops over GRUCell, whose steps share them; a pre-norm Transformer and a pre-activation ResNet.
-Every k is compiled first; then all of them and stock Inductor take turns. Reported: the backward and the whole step
-(forward and backward), seconds of a cold compile, peak memory of a step, and the cosine of all parameter gradients
-with stock's. ``auto`` is rewrite="profitable" at k = 2, ``fpi`` fixed-point iteration (gamma = 1).
+Most of these models have a backward that is a long sequence of small steps: deep residual stacks, whose blocks have
+their own weights; loops over GRUCell, whose steps share them; a pre-norm Transformer and a pre-activation ResNet. In
+some the backward is not such a sequence. Every k is compiled first; then all of them and stock Inductor take turns.
+Reported: the backward and the whole step (forward and backward), seconds of a cold compile, peak memory of a step, and
+the cosine of all parameter gradients with stock Inductor's. ``auto`` is rewrite="profitable" at k = 2, ``fpi``
+fixed-point iteration (gamma = 1).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class ConvolutionBlock(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """``size`` blocks or steps, a model and its input; ``why`` says what the case is there for."""
+    """``size`` blocks or steps, a model and its input. ``why`` says why the case is measured."""
 
     name: str
     why: str
@@ -140,12 +141,12 @@ class Contender:
         return middle - start, time.perf_counter() - middle
 
     def compile_again(self) -> float:
-        """The same from the caches of the first compilation, together."""
+        """The same from the caches of the first compilation, for forward and backward together."""
         start_anew()
         return sum(self.compile())
 
     def step(self) -> dict[str, float]:
-        """Seconds of the backward and of forward and backward together."""
+        """Seconds of the backward alone, and of forward and backward together."""
         self.model.zero_grad()
         synchronize(self.device)
         start = time.perf_counter()
@@ -163,7 +164,7 @@ class Contender:
 
 
 def contenders(case: Case, device: str, iterations: tuple[int, ...] = ITERATIONS) -> list[Contender]:
-    """Stock Inductor, every k, and what the cost model makes of k = 2; all compiled."""
+    """Stock Inductor, every k, and what the cost model decides at k = 2, all compiled."""
     start_anew()
     torch.manual_seed(0)
     model, x = case.build()
@@ -183,7 +184,9 @@ def contenders(case: Case, device: str, iterations: tuple[int, ...] = ITERATIONS
 
 
 def measured(case: Case, made: list[Contender], repeats: int, warm: bool = True) -> Iterator[dict[str, Any]]:
-    """One row per contender; ratios are of stock Inductor's median to the contender's. ``warm``: compile anew too."""
+    """One row per contender. Ratios are stock Inductor's median divided by the contender's. ``warm``: compile again
+    too.
+    """
     samples = in_turns({c.name: c.step for c in made}, repeats)
     stock = samples["inductor"]
     base = {what: summary(what, stock[what])[f"{what}_ms"] for what in stock}
@@ -197,7 +200,7 @@ def measured(case: Case, made: list[Contender], repeats: int, warm: bool = True)
         row["cosine"] = F.cosine_similarity(c.gradient, made[0].gradient, dim=0).item()
         row |= c.compiling | {"peak_memory_mb": c.memory()}
         rows.append(row)
-    for row, c in zip(rows, made, strict=True):  # all compiled code is forgotten on the way
+    for row, c in zip(rows, made, strict=True):  # the loop forgets all compiled code
         yield row | ({"compile_warm_s": c.compile_again()} if warm else {})
 
 
@@ -212,7 +215,7 @@ def table(rows: list[dict[str, Any]]) -> None:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """On a GPU without the long loop, which stock Inductor compiles for minutes."""
+    """The cases. A GPU skips the long loop, which stock Inductor compiles for minutes."""
     return [case for case in CASES if (case.quick or not quick) and (device == "cpu" or case.size <= 64)]
 
 
@@ -221,7 +224,7 @@ def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
 
 
 def run(device: str, quick: bool, wanted: Callable[[str], bool], repeats: int = 30) -> Iterator[dict[str, Any]]:
-    """The suite: rows of all cases, or of the short ones."""
+    """The rows of all cases, or only of the short ones."""
     for case in cases(device, quick):
         if not wanted(case.name):
             continue

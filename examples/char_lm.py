@@ -1,11 +1,11 @@
 """A character-level language model: GRU or LSTM of one to three layers, or a Transformer like GPT-2.
 
-    python examples/char_lm.py                                      # GRU on the text behind Python's help()
-    python examples/char_lm.py --cell transformer --iterations 5    # damping 0.2 unless said otherwise
+    python examples/char_lm.py                                      # GRU on the text of Python's help()
+    python examples/char_lm.py --cell transformer --iterations 5    # damping 0.2 by default
     python examples/char_lm.py --cell lstm --layers 3 --preset paper --text war_and_peace.txt
 
-Every state has a loss here. ``--preset paper`` takes the paper's sizes (recurrent: 512 wide, 256 steps, batch 128;
-Transformer: 12 layers, 256 wide), which want a GPU; ``small``, the default, is for a laptop.
+Every state has a loss here. ``--preset paper`` uses the paper's sizes (recurrent: 512 wide, 256 steps, batch 128;
+Transformer: 12 layers, 256 wide), which need a GPU. ``small``, the default, is for a laptop.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Recurrent(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward network, each behind a LayerNorm: two links."""
+    """Attention and feed-forward network, each after a LayerNorm: two links."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Characters [B, length] -> logits [B, length, alphabet]; initialised as GPT-2 is."""
+    """Characters [B, length] -> logits [B, length, alphabet]; initialised like GPT-2."""
 
     def __init__(self, alphabet: int, width: int, layers: int, length: int) -> None:
         super().__init__()
@@ -83,10 +83,10 @@ class Transformer(nn.Module):
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p = parser(__doc__, epochs=5, iterations=3)
     p.add_argument("--cell", choices=["gru", "lstm", "transformer"], default="gru")
-    p.add_argument("--preset", choices=["small", "paper"], default="small", help="the defaults of what follows")
+    p.add_argument("--preset", choices=["small", "paper"], default="small", help="defaults for the options below")
     p.add_argument("--layers", type=int)
     p.add_argument("--width", type=int)
-    p.add_argument("--length", type=int, help="characters in a sample")
+    p.add_argument("--length", type=int, help="characters per sample")
     p.add_argument("--text", help="a text file; default: the language reference that Python's help() shows")
     args, _ = p.parse_known_args(words)
     family = "transformer" if args.cell == "transformer" else "recurrent"

@@ -1,11 +1,11 @@
-"""A recurrent cell of your own reads images pixel by pixel: a GRU with a LayerNorm inside.
+"""A user-defined recurrent cell reads images pixel by pixel: a GRU with a LayerNorm inside.
 
     python examples/custom_cell.py                                   # digits: 64 steps, k = 10
     python examples/custom_cell.py --method exact                    # the same with exact backprop
     python examples/custom_cell.py --loop --method exact --steps 20  # as a Python loop, which has to be unrolled
 
-No library has a fast kernel for such a cell, and a Python loop over it is unrolled by ``torch.compile``.
-``hwbp_compiler.recurrent`` compiles one step, runs it over time, and finds the highway (here the update gate) in it.
+No library has a fast kernel for such a cell, and ``torch.compile`` unrolls a Python loop over it.
+``hwbp_compiler.recurrent`` compiles one step, runs it over time, and finds the highway in it (here the update gate).
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Reader(nn.Module):
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p = parser(__doc__, epochs=20, batch=64, iterations=10, lr=5e-3)
     p.add_argument("--hidden", type=int, default=48)
-    p.add_argument("--loop", action="store_true", help="a Python loop over the cell in place of recurrent")
+    p.add_argument("--loop", action="store_true", help="use a Python loop over the cell instead of recurrent")
     p.add_argument("--data", choices=["digits", "cifar10", "cifar100"], default="digits")
-    p.add_argument("--folder", help="where CIFAR lies unpacked; without it, torchvision downloads it")
+    p.add_argument("--folder", help="folder with the unpacked CIFAR; by default, torchvision downloads it")
     return p.parse_args(words)
 
 

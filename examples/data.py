@@ -1,4 +1,4 @@
-"""Real data for the examples, none of it downloaded unless asked for."""
+"""Real data for the examples. Nothing is downloaded unless requested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Images = tuple[Tensor, Tensor, Tensor, Tensor]  # train [N, C, H, W] in 0..1, te
 
 
 def images(name: str, folder: str | None) -> Images:
-    """digits: 1,797 images of 8 x 8, shipped with scikit-learn. cifar10, cifar100: from a folder or torchvision."""
+    """digits: 1,797 images of 8 x 8, included in scikit-learn. cifar10, cifar100: from a folder or torchvision."""
     return digits() if name == "digits" else cifar(name, folder)
 
 
@@ -58,7 +58,7 @@ def cifar(name: str, folder: str | None) -> Images:
 
     def read(part: str) -> tuple[Tensor, Tensor]:
         with (Path(folder) / part).open("rb") as file:
-            found = pickle.load(file, encoding="bytes")  # the data set's own format: open only what you trust
+            found = pickle.load(file, encoding="bytes")  # the data set's own format: open only files you trust
         labels = found[b"labels" if name == "cifar10" else b"fine_labels"]
         return torch.tensor(found[b"data"]).view(-1, 3, 32, 32) / 255, torch.tensor(labels)
 
@@ -68,7 +68,7 @@ def cifar(name: str, folder: str | None) -> Images:
 
 
 def shuffled(x: Tensor, target: Tensor, batch: int, seed: int) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Step (from 1) -> its batch, in an order that is another in each epoch; an incomplete last batch is left out."""
+    """Step (from 1) -> its batch. The order changes every epoch; an incomplete last batch is left out."""
     batch = min(batch, len(x))
     per_epoch = len(x) // batch
 
@@ -82,7 +82,7 @@ def shuffled(x: Tensor, target: Tensor, batch: int, seed: int) -> Callable[[int]
 
 
 def flipped_and_shifted(x: Tensor, rng: torch.Generator) -> Tensor:
-    """The usual augmentation: every image mirrored or not, and moved by up to four pixels."""
+    """The usual augmentation: images are randomly mirrored and shifted by up to four pixels."""
     flip = torch.rand(len(x), generator=rng) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     down, right = torch.randint(9, (2, len(x), 1, 1, 1), generator=rng)
@@ -93,7 +93,7 @@ def flipped_and_shifted(x: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """Random numbers of their own for each seed and step."""
+    """A separate random generator for each seed and step."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
@@ -101,7 +101,9 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def text(path: str | None) -> str:
-    """A file; without one, the language reference that Python's ``help()`` shows (470 kB, by Python's version)."""
+    """The text of a file. Without one, the language reference of Python's ``help()`` (470 kB, depending on the
+    version).
+    """
     if path is not None:
         return read(path, "--text")
     from pydoc_data.topics import topics
@@ -117,7 +119,7 @@ def read(path: str, option: str) -> str:
 
 
 def characters(text: str) -> tuple[Tensor, str]:
-    """The text as numbers, and the alphabet they count in."""
+    """The text as numbers, and the alphabet that they index."""
     alphabet = "".join(sorted(set(text)))
     number = {character: i for i, character in enumerate(alphabet)}
     return torch.tensor([number[character] for character in text]), alphabet
@@ -136,7 +138,8 @@ def windows(stream: Tensor, length: int, batch: int, seed: int) -> Callable[[int
 
 def sentence_pairs(path: str | None) -> list[tuple[int, str, str]]:
     """Label, sentence, sentence: the lines of a file, separated by tabs. Without a file: the two halves of each
-    sentence in Python's language reference, in their order (1) or swapped (0)."""
+    sentence in Python's language reference, in their order (1) or swapped (0).
+    """
     if path is not None:
         rows = [line.split("\t") for line in read(path, "--pairs").splitlines() if line.strip()]
         wrong = next((i for i, row in enumerate(rows, 1) if len(row) != 3 or not row[0].isdigit()), None)

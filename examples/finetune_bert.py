@@ -3,13 +3,13 @@
     python examples/finetune_bert.py                                            # small, random weights
     python examples/finetune_bert.py --pairs pairs.tsv --weights bert-base-uncased/ --lr 2e-5 --batch 32
 
-``--pairs`` is a file of lines LABEL<tab>SENTENCE<tab>SENTENCE. Without one, the question is whether two halves of a
-sentence, from Python's language reference, come in the right order. ``--weights`` is a folder that
-transformers can load, weights and tokenizer; without one, a BERT of 6 layers with random weights, and a vocabulary of
-the pairs' own words.
+``--pairs`` is a file of lines LABEL<tab>SENTENCE<tab>SENTENCE. Without it, the task is whether two halves of a sentence
+from Python's language reference are in the right order. ``--weights`` is a folder that transformers can load, with
+weights and tokenizer. Without it, the model is a BERT of 6 layers with random weights, and its vocabulary is the words
+of the pairs.
 
-After every residual addition there is a LayerNorm, so K is no identity but weight / sigma. The paper damps it by 0.8
-(RoBERTa), the default here.
+A LayerNorm follows every residual addition, so K is not the identity but weight / sigma. The default damping is the
+paper's for RoBERTa, 0.8.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data import sentence_pairs, shuffled
 from torch import Tensor, nn
 from training import Task, accuracy, main, parser
 
-LENGTH = 48  # tokens in a pair
+LENGTH = 48  # tokens per pair
 Pair = tuple[int, str, str]
 
 
@@ -43,7 +43,7 @@ class Encoder(nn.Module):
 
 
 def own_words(pairs: list[Pair], words: int = 4000) -> tuple[Tensor, int]:
-    """The pairs as [N, 3, LENGTH], in the commonest of their own words; and the number of words."""
+    """The pairs as [N, 3, LENGTH], in the most common of their own words, and the number of words."""
     split = [tuple(re.findall(r"\w+|[^\w\s]", sentence.lower()) for sentence in pair[1:]) for pair in pairs]
     common = Counter(word for pair in split for sentence in pair for word in sentence).most_common(words)
     number = {word: i for i, (word, _) in enumerate(common, 4)}  # 0 padding, 1 CLS, 2 SEP, 3 any other word
@@ -69,8 +69,8 @@ def with_tokenizer(folder: str, pairs: list[Pair]) -> Tensor:
 
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p = parser(__doc__, damping=0.8, epochs=8, batch=16, lr=5e-4)
-    p.add_argument("--pairs", help="a file of labelled pairs")
-    p.add_argument("--weights", help="a folder with weights and tokenizer")
+    p.add_argument("--pairs", help="file of labelled pairs")
+    p.add_argument("--weights", help="folder with weights and tokenizer")
     p.add_argument("--layers", type=int, default=6, help="without --weights (default: 6)")
     p.add_argument("--width", type=int, default=64, help="without --weights (default: 64)")
     return p.parse_args(words)
@@ -90,7 +90,7 @@ def task(args: argparse.Namespace) -> Task:
     torch.manual_seed(args.seed)
     if args.weights:
         x = with_tokenizer(args.weights, pairs)
-        # A classifier of other classes, if the weights have one, is replaced by a new one.
+        # If the weights have a classifier for other classes, a new one replaces it.
         encoder = AutoModelForSequenceClassification.from_pretrained(
             args.weights, num_labels=classes, ignore_mismatched_sizes=True
         )

@@ -4,7 +4,7 @@ Look at one:
 
     python -m hwbp_compiler explain examples/inspect_models.py:resnet -o iterations=2 --errors --html resnet.html
 
-Write the outputs and pictures of docs/inspecting.md anew (pictures need chromium, chromedriver, selenium and Pillow):
+Write the outputs and pictures of docs/inspecting.md again (pictures need chromium, chromedriver, selenium and Pillow):
 
     python examples/inspect_models.py
 """
@@ -33,7 +33,7 @@ def gpt2():
 
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(use_cache=False))
-    model.loss_type = "ForCausalLM"  # named by no default, it would be warned of, and the warning cuts the graph
+    model.loss_type = "ForCausalLM"  # without a name, the model logs a warning, which breaks the graph
     tokens = torch.randint(model.config.vocab_size, (1, 32))
     return model, {"input_ids": tokens, "labels": tokens}, lambda output: output.loss
 
@@ -138,7 +138,7 @@ def take_pictures(pages: dict[str, Path]) -> None:
     from PIL import Image
     from selenium import webdriver
 
-    os.environ["SE_AVOID_STATS"] = "true"  # selenium reports what it does to the network unless told otherwise
+    os.environ["SE_AVOID_STATS"] = "true"  # by default, selenium reports usage over the network
     options = webdriver.ChromeOptions()
     options.binary_location = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars"):
@@ -162,8 +162,8 @@ def take_pictures(pages: dict[str, Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}; all if absent")
-    parser.add_argument("--no-pictures", action="store_true", help="write the text alone")
+    parser.add_argument("models", nargs="*", default=list(MODELS), help=f"some of {', '.join(MODELS)} (default: all)")
+    parser.add_argument("--no-pictures", action="store_true", help="write only the text")
     arguments = parser.parse_args()
     document = DOCS / "inspecting.md"
     with tempfile.TemporaryDirectory() as folder:

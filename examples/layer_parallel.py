@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 4 examples/layer_parallel.py --iterations 1 --blocks 16
     torchrun --nproc-per-node 4 examples/layer_parallel.py --schedule gpipe      # ordinary backprop, to compare with
 
-Digits (scikit-learn's) are read as 16 patches of 4 pixels. Every rank builds its own blocks from the same seed; the
-first one embeds, the last one has the head and the loss.
+Digits (scikit-learn's) are read as 16 patches of 4 pixels. Every rank builds its own blocks from the same seed. The
+first rank embeds the patches; the last one has the head and the loss.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Head(nn.Module):
 
 
 def stage_of(rank: int, ranks: int, blocks: int, width: int, seed: int) -> nn.Sequential:
-    """Blocks are shared out as evenly as may be; every one has a seed of its own, whatever the number of ranks."""
+    """Blocks are divided as evenly as possible. Each has its own seed, whatever the number of ranks."""
     mine = range(rank * blocks // ranks, (rank + 1) * blocks // ranks)
     layers: list[nn.Module] = []
     for number in mine:
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--every", type=int, default=10, help="steps between two lines of progress")
+    p.add_argument("--every", type=int, default=10, help="print progress every N steps")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
 

@@ -1,11 +1,11 @@
-"""A GRU reads images pixel by pixel and tells from its last state alone what they show.
+"""A GRU reads images pixel by pixel and classifies them from its last state.
 
     python examples/pixel_gru.py                                     # digits: 64 steps, k = 10
     python examples/pixel_gru.py --method fpi                        # the same without the highway
     python examples/pixel_gru.py --data cifar10 --folder ... --batch 128 --lr 1e-3 --epochs 100   # 1,024 steps
 
-The gradient has to travel from the last pixel to the first. Along the highway (the product of the update gates) it
-does in one scan; fixed-point iteration moves it one step per iteration, and sees the last k + 1 pixels only.
+The gradient has to travel from the last pixel to the first. Along the highway (the product of the update gates), one
+scan is enough. Fixed-point iteration moves the gradient one step per iteration, and sees only the last k + 1 pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--hidden", type=int, default=64, help="64, the paper's")
     p.add_argument("--layers", type=int, default=1)
     p.add_argument("--data", choices=["digits", "cifar10", "cifar100"], default="digits")
-    p.add_argument("--folder", help="where CIFAR lies unpacked; without it, torchvision downloads it")
+    p.add_argument("--folder", help="folder with the unpacked CIFAR; by default, torchvision downloads it")
     return p.parse_args(words)
 
 

@@ -1,12 +1,12 @@
-"""Handwritten digits, exact backprop and Highway-BP side by side: a deep residual network, and a GRU over pixels.
+"""Handwritten digits with exact backprop and Highway-BP side by side: a deep residual network, and a GRU over pixels.
 
     python examples/quickstart.py                # both: exact, and the defaults, which choose k and S by themselves
     python examples/quickstart.py --only deep --iterations 0 2 --epochs 10
 
-The digits (1,797 images of 8 x 8 pixels) ship with scikit-learn; the GRU reads them enlarged to 16 x 16, one pixel
-after the other. Every run starts from the same seed and sees the same batches; only the gradient differs. Shown for
-each: what the compiler found, test accuracy, the least cosine between its gradient and the exact one while it trained,
-the form that was in use in the end, and the median time of a training step.
+The digits (1,797 images of 8 x 8 pixels) are included in scikit-learn. The GRU reads them enlarged to 16 x 16, one
+pixel after the other. Every run starts from the same seed and sees the same batches; only the gradient differs. Each
+run prints what the compiler found, the test accuracy, the smallest cosine between its gradient and the exact one during
+training, the form in use at the end, and the median time of a training step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def deep(blocks: int = 24, width: int = 64) -> nn.Module:
 
 
 class Pixels(nn.Module):
-    """Reads an image one pixel after the other, with a loss after the last one only."""
+    """Reads an image one pixel after the other, with a loss only after the last pixel."""
 
     def __init__(self, hidden: int = 128) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def enlarged(x: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def train(name: str, build: Callable[[], nn.Module], how: dict[str, Any] | None, epochs: int, args, data) -> dict:
-    """One run from the seed; ``how`` are the arguments of torch.compile, or None for eager mode."""
+    """One run from the seed. ``how``: the arguments of torch.compile, or None for eager mode."""
     train_x, test_x, train_y, test_y = data
     torch._dynamo.reset()
     torch.manual_seed(args.seed)
@@ -97,15 +97,15 @@ def train(name: str, build: Callable[[], nn.Module], how: dict[str, Any] | None,
         "cosine": min((reading.cosine for reading in used), default=1.0),
         "form": f"k = {used[-1].iterations}, S = {used[-1].segment}" if used else "exact",
         "step": statistics.median(times),
-        "compiling": sum(sorted(times)[-3:]),  # each form compiles in the first step that takes it
+        "compiling": sum(sorted(times)[-3:]),  # each form compiles in its first step
     }
 
 
 def compare(title: str, build: Callable[[], nn.Module], runs: dict[str, Any], epochs: int, args, data) -> None:
-    """Train every run of ``runs`` (name -> how to compile); the first is what the others are compared with."""
+    """Train every run of ``runs`` (name -> how to compile). The others are compared with the first."""
     torch.manual_seed(args.seed)
     shown = runs["defaults"]["options"]
-    print(f"{title}; {len(data[0])} images to learn from\n", flush=True)
+    print(f"{title}; {len(data[0])} training images\n", flush=True)
     print(hwbp_compiler.explain(build(), data[0][: args.batch], options=shown), "\n", flush=True)
     first = next(iter(runs))
     print(f"{'':>16} {'accuracy':>9} {'least cosine':>13} {'form':>14} {'step':>9} {'compile':>9}  against {first}")
@@ -126,21 +126,23 @@ def highway(iterations: int | str, rewrite: str = "always") -> dict[str, Any]:
 
 
 def by_default(args) -> dict[str, Any]:
-    """The default options, but that so short a training is checked more often."""
+    """The default options, but with more frequent checks, because the training is so short."""
     return {"backend": "highway", "options": {"check_every": args.every}}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["deep", "pixels"], help="one of the two")
-    parser.add_argument("--iterations", type=int, nargs="*", default=[], metavar="K", help="of the deep network, too")
+    parser.add_argument("--only", choices=["deep", "pixels"], help="run only one of the two")
+    parser.add_argument(
+        "--iterations", type=int, nargs="*", default=[], metavar="K", help="also run the deep network at these k"
+    )
     parser.add_argument("--blocks", type=int, default=24)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--side", type=int, default=16, help="of the images that the GRU reads")
-    parser.add_argument("--every", type=int, default=50, metavar="N", help="steps from one check to the next")
+    parser.add_argument("--side", type=int, default=16, help="side of the images that the GRU reads")
+    parser.add_argument("--every", type=int, default=50, metavar="N", help="check every N steps")
     parser.add_argument("--pixel-batch", type=int, default=8)
     parser.add_argument("--pixel-epochs", type=int, default=3)
     parser.add_argument("--pixel-learning-rate", type=float, default=3e-3)
@@ -154,11 +156,11 @@ def main() -> None:
         compare(title, lambda: deep(args.blocks, args.width), runs, args.epochs, args, data)
     if args.only != "deep":
         runs = {"exact, eager": None, "exact": highway("exact"), "defaults": by_default(args)}
-        # Small batches: there a recurrence waits for its steps more than it computes.
+        # With small batches, a recurrence spends more time waiting for its steps than computing.
         args.batch, args.learning_rate = args.pixel_batch, args.pixel_learning_rate
         data = (*(enlarged(x, args.side) for x in data[:2]), *data[2:])
         compare(f"A GRU over {args.side**2} pixels, one at a time", Pixels, runs, args.pixel_epochs, args, data)
-    print("least cosine: of the gradient that trained with the exact one, whenever they were compared.")
+    print("least cosine: the smallest cosine, over all checks, between the gradient used and the exact one.")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Pre-activation ResNet32, ResNet56 or ResNet110 on CIFAR, or on scikit-learn's digits when nothing else is at hand.
+"""Pre-activation ResNet32, ResNet56 or ResNet110 on CIFAR, or by default on scikit-learn's digits.
 
     python examples/resnet_cifar.py                                         # digits, ResNet32, k = 3
     python examples/resnet_cifar.py --method exact
     python examples/resnet_cifar.py --data cifar10 --depth 110 --width 16 --shortcut strided --epochs 100 --iterations 4
 
-``--shortcut identity``, after the paper: every residual path is an identity. The only down-sampling is an invertible
-one before the first block (pixels into channels), so all blocks are one chain: 15, 27 or 54 links.
-``--shortcut strided``: the standard network, three stages with a strided convolution on the residual path between
-them; each stage is a chain and what lies between is exact. Its default schedule is much shorter than the 200 epochs
-usual for CIFAR.
+``--shortcut identity``, as in the paper: every residual path is an identity. The only down-sampling is an invertible
+one before the first block (pixels into channels), so all blocks are one chain: 15, 27 or 54 links. ``--shortcut
+strided``: the standard network, three stages with a strided convolution on the residual path between them. Each stage
+is a chain; what lies between is exact. The default schedule is much shorter than the usual 200 epochs for CIFAR.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--width", type=int, default=16, help="channels of the first stage (default: 16)")
     p.add_argument("--shortcut", choices=["identity", "strided"], default="identity")
     p.add_argument("--data", choices=["digits", "cifar10", "cifar100"], default="digits")
-    p.add_argument("--folder", help="where CIFAR lies unpacked; without it, torchvision downloads it")
+    p.add_argument("--folder", help="folder with the unpacked CIFAR; by default, torchvision downloads it")
     return p.parse_args(words)
 
 

@@ -1,10 +1,11 @@
-"""A GRU reads images pixel by pixel, every process a stretch of them, and all stretches are differentiated at once.
+"""A GRU reads images pixel by pixel. Every process has a stretch of pixels, and all stretches are differentiated at
+once.
 
     torchrun --nproc-per-node 2 examples/time_parallel.py
     torchrun --nproc-per-node 4 examples/time_parallel.py --iterations 0
     torchrun --nproc-per-node 4 examples/time_parallel.py --iterations 3      # ranks - 1: ordinary backprop
 
-Digits (scikit-learn's) are 64 steps. The loss is on the last state alone, and counted on the last rank.
+Digits (scikit-learn's) are 64 steps. The loss is only on the last state, and counted on the last rank.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--lr", type=float, default=1e-2)
     p.add_argument("--steps", type=int, default=100)
-    p.add_argument("--every", type=int, default=10, help="steps between two lines of progress")
+    p.add_argument("--every", type=int, default=10, help="print progress every N steps")
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args()
 
@@ -59,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         loss = F.cross_entropy(logits, labels[rows])
         (loss * float(rank == ranks - 1)).backward()  # on every rank: all take part in the backward pass
         for weight in weights:
-            dist.all_reduce(weight.grad)  # each has the gradient of its own stretch
+            dist.all_reduce(weight.grad)  # each rank has the gradient of its own stretch
         optimizer.step()
         if rank == 0 and (step % args.every == 0 or step == 1):
             right = (logits.argmax(-1) == labels[rows]).float().mean()

@@ -3,7 +3,7 @@
     python examples/training.py out/exact out/highway --to both.png     # the logs of several runs in one plot
 
 An example describes a :class:`Task` and calls :func:`main`. Exact backprop, Highway-BP at any k and damping, and
-fixed-point iteration differ in :func:`compile_options` alone: the same seed gives the same weights and batches.
+fixed-point iteration differ only in :func:`compile_options`: the same seed gives the same weights and batches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 @dataclass
 class Task:
-    """What to train: a model, its batches, a loss, and what is measured on held-out data."""
+    """What to train: a model, its batches, a loss, and a measure of quality on held-out data."""
 
     model: nn.Module
     batch: Callable[[int], tuple[Tensor, Tensor]]
@@ -42,20 +42,20 @@ class Task:
 
 
 def positive(word: str) -> int:
-    """For options that count something."""
+    """The type of options that count something."""
     if (number := int(word)) < 1:
         raise argparse.ArgumentTypeError(f"{number}, but at least 1 is needed")
     return number
 
 
 def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> argparse.ArgumentParser:
-    """The options all examples have; ``defaults`` gives some of them another default."""
+    """The options of all examples. ``defaults`` overrides some of their defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--method", choices=["exact", "highway", "fpi"], default="highway")
     p.add_argument("--iterations", type=int, default=3, metavar="K", help="for highway and fpi (default: %(default)s)")
     p.add_argument("--damping", type=float, default=damping, metavar="G", help="gamma, for highway; fpi is gamma = 1")
     p.add_argument(
-        "--rewrite", choices=["always", "profitable"], default="always", help="profitable: only where it is faster"
+        "--rewrite", choices=["always", "profitable"], default="always", help="profitable: only if it is faster"
     )
     p.add_argument("--seed", type=int, default=0)
     length = p.add_mutually_exclusive_group()
@@ -66,16 +66,18 @@ def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> ar
     p.add_argument("--every", type=positive, metavar="N", help="evaluate, log, save every N steps (default: 20 times)")
     p.add_argument("--watch", type=int, default=0, metavar="N", help="log the cosine with the exact gradient")
     p.add_argument("--out", type=Path, help="folder of log.csv, log.png, checkpoint.pt (default: out/...)")
-    p.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
-    p.add_argument("--stop", type=positive, metavar="N", help="leave after step N, to be resumed later")
-    p.add_argument("--explain", action="store_true", help="print what the compiler finds, and leave")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out, if there is one")
+    p.add_argument("--stop", type=positive, metavar="N", help="stop after step N, to be resumed later")
+    p.add_argument("--explain", action="store_true", help="print what the compiler finds, and stop")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.set_defaults(**defaults)
     return p
 
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Where exact backprop, Highway-BP and fixed-point iteration (the highway damped away) differ."""
+    """The options of torch.compile for exact backprop, Highway-BP or fixed-point iteration (which damps the highway
+    away).
+    """
     if args.method == "exact":
         return {"iterations": "exact"}
     damping = 1.0 if args.method == "fpi" else args.damping
@@ -92,7 +94,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Tensor] | None = None) -> list[dict]:
-    """Train, log and save; returns the rows of the log. ``compiled`` is task.model as a caller has compiled it."""
+    """Train, log and save. Returns the rows of the log. ``compiled`` is task.model as the caller compiled it."""
     model, steps = task.model.to(args.device), args.steps or max(1, round(args.epochs * task.epoch))
     every = args.every or max(1, steps // 20)
     if compiled is None:
@@ -101,7 +103,7 @@ def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Ten
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     out = folder(args)
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)  # of dropout masks, and the like
+    torch.manual_seed(args.seed)  # for dropout masks and the like
     done, rows, losses = load(out, model, optimizer, args) if args.resume else (0, [], [])
     last = min(args.stop or steps, steps)
     times: list[float] = []
@@ -158,7 +160,7 @@ def evaluate(task: Task) -> dict[str, float]:
 
 
 def accuracy(x: Tensor, labels: Tensor) -> Callable[[nn.Module], dict[str, float]]:
-    """For ``Task.evaluate``: the share of right answers."""
+    """For ``Task.evaluate``: the share of correct answers."""
 
     def of(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -185,11 +187,11 @@ def main(task: Task, args: argparse.Namespace) -> None:
 
 
 class Watch:
-    """Compares gradients at the current weights; the run itself is the same with and without it."""
+    """Compares gradients at the current weights. The run itself is the same with and without it."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        # Compiled too: eager code would draw other dropout masks.
+        # Compiled too, because eager code would draw other dropout masks.
         self.exact = torch.compile(task.model, backend="highway", options={"iterations": "exact"})
 
     def cosine(self, compiled: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> float:
@@ -198,7 +200,9 @@ class Watch:
 
 
 def gradient(task: Task, function: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
-    """Of the loss with respect to all parameters, as one vector in double precision. ``function``: the task's model."""
+    """The gradient of the loss with respect to all parameters, as one double-precision vector. ``function``: the task's
+    model.
+    """
     with unchanged(task.model):
         loss = task.loss(function(x), target)
         found = torch.autograd.grad(loss, list(task.model.parameters()), allow_unused=True, materialize_grads=True)
@@ -207,7 +211,7 @@ def gradient(task: Task, function: Callable[[Tensor], Tensor], x: Tensor, target
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Random number generators and buffers (BatchNorm's statistics) end as they began."""
+    """Restore random number generators and buffers (BatchNorm's statistics) at the end."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng():
         yield
@@ -224,7 +228,7 @@ FREE = {"resume", "stop", "out", "device", "explain"}
 
 def save(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, args: argparse.Namespace, step: int,
          rows: list[dict], losses: list[Tensor]) -> None:  # fmt: skip
-    """The checkpoint goes to its place in one move: an interruption leaves the old one or the new one."""
+    """Write the checkpoint in one atomic move: an interruption leaves either the old one or the new one."""
     state = {
         "step": step,
         "rows": rows,
@@ -294,7 +298,7 @@ def plot(runs: list[Path], to: Path) -> None:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="what --out was")
+    p.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the --out folder of a run")
     p.add_argument("--to", type=Path, default=Path("runs.png"))
     arguments = p.parse_args()
     plot(arguments.runs, arguments.to)

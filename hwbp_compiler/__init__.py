@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="highway")``: backpropagation in Highway-BP form (arXiv 2501.17086).
 
-No import is needed to compile: the backend is found by its entry point. What can be imported from here is
-listed in ``__all__``; each name is loaded when it is first used, so the import itself costs nothing.
+No import is needed to compile: torch finds the backend by its entry point. ``__all__`` lists what can be imported from
+here. Each name is loaded when it is first used, so importing the package is cheap.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .rolled import recurrent as recurrent
     from .scan import linear_scan as linear_scan
 
-# A public function must not be called like the module it stands in: importing a submodule binds its name
-# on the package, and the module would hide the function.
+# A public function must not have the name of the module that defines it. Importing a submodule binds its name on the
+# package, and the module would then hide the function.
 _HOME = {
     "GradientMeter": "auto.meter",
     "HighwayError": "errors",

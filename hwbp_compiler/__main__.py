@@ -21,7 +21,7 @@ positional arguments or a dict of keyword arguments; loss(output) is one number.
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    # A script's own folder is on sys.path; a module's is the one it is started in.
+    # Python puts a script's own folder on sys.path, but not the current folder, where the user's module may be.
     sys.path.insert(0, str(Path.cwd()))
     return arguments.run(arguments)
 
@@ -88,7 +88,7 @@ def _explain(arguments: argparse.Namespace) -> int:
             report.save_repro(arguments.repro)
         if arguments.draw:
             report.draw(arguments.draw)
-    except ValueError as error:  # there is no graph, or one that no script can spell out
+    except ValueError as error:  # there is no graph, or a script cannot contain it
         print(f"python -m hwbp_compiler explain: {error}", file=sys.stderr)
         return 1
     return 0
@@ -131,7 +131,7 @@ def _load_file(path: Path) -> Any:
 
 
 def _check_places(arguments: argparse.Namespace) -> None:
-    """What cannot be written is told before the work, not after it."""
+    """Report a path that cannot be written before the work starts, not after it."""
     from .report import draw
 
     for place in filter(None, (arguments.html, arguments.json, arguments.repro, arguments.draw)):
@@ -149,7 +149,7 @@ def _check_takes_nothing(function: Callable[..., Any], name: str) -> None:
         inspect.signature(function).bind()
     except TypeError as error:
         raise _Usage(f"{name} cannot be called without arguments: {error}. {_MAKER}") from None
-    except ValueError:  # what is written in C may have no signature
+    except ValueError:  # functions written in C may have no signature
         pass
 
 

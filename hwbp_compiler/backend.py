@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-# Loaded with the backend, not with the first pass: they bring the operators that rewritten graphs call, and a
-# graph found in torch.compile's caches runs no pass.
+# Imported with the backend and not with the first pass: these modules register the operators that rewritten graphs
+# call, and no pass runs when torch.compile finds a graph in its caches.
 from .auto.source import Source
 from .auto.variants import Variants
 from .counting import count
@@ -78,7 +78,7 @@ def compiled_in_one_form(
     given: Mapping[str, Any],
     checks: Callable[[Options, Prepared], Checks] | None = None,
 ) -> Callable[..., Any]:
-    """One form of ``gm``, which this changes; ``checks`` makes it the one that compares."""
+    """Compile one form of ``gm`` and change ``gm`` on the way. ``checks`` makes it the form that compares gradients."""
     patches = keeping_pieces(given)
     loops: Sequence[Recurrence] = ()
     try:
@@ -101,8 +101,8 @@ def compiled_in_one_form(
     rewriting = {**patches, "joint_custom_pre_pass": in_sequence(*user_joint_passes(patches), rewrite)}
     how: dict[str, Any] = {}
     if any(isinstance(value, torch.SymInt) for value in example_inputs) and "layout_optimization" not in given:
-        # Seen in torch 2.13 on CPUs: a view that is kept for the backward pass and goes into a convolution, as our
-        # stacks do, makes Inductor compare symbolic strides, which raises. Elsewhere it does without by itself.
+        # Seen in torch 2.13 on CPUs: our stacks save a view for the backward pass that goes into a convolution, and
+        # Inductor then compares symbolic strides, which raises. With static sizes Inductor skips that step by itself.
         how["inner_compile"] = without_layout_optimization(
             lambda: any(r.decision == "rewritten" for r in rewrite.records)
         )
@@ -125,7 +125,7 @@ def compiled_in_one_form(
 def _unprepared(
     gm: torch.fx.GraphModule, options: Options, error: Exception, loops: Sequence[Recurrence]
 ) -> Callable[..., Any]:
-    """Dynamo's code as it was: half a change of the graph is not compiled into it."""
+    """Run Dynamo's code in eager mode: the graph is half changed, so it must not be compiled."""
     count("failures")
     if options.strict:
         raise as_highway_error("preparing the graph failed", error, _EAGER) from error
@@ -141,7 +141,7 @@ def _less_compiled(
     loops: Sequence[Recurrence],
     error: Exception,
 ) -> Callable[..., Any]:
-    """Without the rewrite; in eager mode where that fails too (no C++ compiler, say, or a loop that is at fault)."""
+    """Compile without the rewrite. If that fails too (no C++ compiler, or a loop is at fault), run in eager mode."""
     reason = first_line(error)
     log.debug("where it failed", exc_info=error)
     eager = torch.fx.GraphModule(gm, gm.graph)
@@ -159,7 +159,9 @@ def _less_compiled(
 
 
 def _in_eager_mode(gm: torch.fx.GraphModule, loops: Iterable[Recurrence]) -> Callable[..., Any]:
-    """As the user wrote it, loops over time too: nothing of what may have failed is tried again."""
+    """Run the code as the user wrote it, with its loops over time step by step. Nothing that may have failed is tried
+    again.
+    """
     for loop in loops:
         loop.step_through()
     return gm.forward  # type: ignore[no-any-return]
@@ -171,11 +173,11 @@ setattr(highway, SERVES, True)
 def _context(
     mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """What a callable that is being compiled with these runs in. Raises OptionError."""
+    """The context in which a callable compiled with these options runs. Raises OptionError."""
     return functools.partial(traced_whole, Compiled(parse(options, mode)[0].strict, given=(options, mode)))
 
 
-# torch.compile gives the options to this at once, and to the backend only with the first graph.
+# torch.compile passes its options to this function at once, but to the backend only with the first graph.
 configure_backend(highway, _context)
 watch_graph_breaks(packed.seen)
 registered_by_any_thread(highway)

@@ -1,4 +1,4 @@
-"""``calibrate``: which k, S and gamma a model's gradient needs, on a batch of its own."""
+"""``calibrate``: which k, S and gamma a model's gradient needs, measured on one batch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Row:
     """One form of the model's backward pass.
 
     iterations, segment, damping   k, S and gamma
-    cosine          of the parameter gradient with the exact one, over all parameters whose gradient is approximated
-    relative_error  norm of the difference, relative to the norm of the exact one, over the same
-    change          norm of what changed since the row before with the same S and gamma, relative to the same; nan in
-                    the first such row
-    saves           seconds a step that the cost model expects to be saved; below zero where exact backprop is faster
-    seconds         median of a measured step, with ``measure=True``; None without
+    cosine          with the exact gradient, over all parameters whose gradient is approximated
+    relative_error  norm of the difference relative to the exact norm, over the same parameters
+    change          norm of the change since the previous row with the same S and gamma, relative to the exact norm; nan
+                    in the first such row
+    saves           seconds per step that the cost model expects to save; negative if exact backprop is faster
+    seconds         median time of a measured step with ``measure=True``; else None
     chains          cosine and relative error by chain
     parameters      the same by parameter
     """
@@ -63,8 +63,8 @@ class Calibration:
     """What :func:`calibrate` found.
 
     table          one :class:`Row` for each form, by S, gamma and k
-    target_cosine  what ``options`` have to meet
-    exact_seconds  median of a measured step with exact gradients; None without ``measure=True``
+    target_cosine  the cosine that ``options`` must reach
+    exact_seconds  median time of a measured step with exact gradients; None without ``measure=True``
     """
 
     table: list[Row]
@@ -73,8 +73,9 @@ class Calibration:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For ``torch.compile``: the cheapest form that meets the target, ``{"iterations": "exact"}`` where none does
-        or none is faster."""
+        """Options for ``torch.compile``: the cheapest form that reaches the target. ``{"iterations": "exact"}`` if no
+        form reaches it, or none is faster.
+        """
         best = self.best
         if best is None:
             return {"iterations": "exact"}
@@ -93,7 +94,7 @@ class Calibration:
 
     @property
     def growing(self) -> list[Row]:
-        """Rows whose last iteration changed more than the one before: terms grow there before they fall."""
+        """Rows whose last iteration changed more than the previous one: terms grow there before they shrink."""
         found = {(row.segment, row.damping, row.iterations): row for row in self.table}
         grown = []
         for (segment, damping, k), row in found.items():
@@ -127,7 +128,7 @@ class Calibration:
         return " (exact backprop is faster)" if good else " (no form tried is good enough)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: None for what is not finite."""
+        """Plain data, ready for JSON. Values that are not finite become None."""
         return _finite(
             {
                 "options": self.options,
@@ -138,8 +139,9 @@ class Calibration:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Relative error against k, a line for each S and gamma; returns
-        matplotlib's figure, written to ``path`` where that is given. HighwayError without matplotlib."""
+        """Plot the relative error against k, with one line for each S and gamma. Returns matplotlib's figure, and
+        writes it to ``path`` if given. Raises HighwayError without matplotlib.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -228,7 +230,7 @@ def checks_of(
     options: Mapping[str, Any],
     progress: Callable[[], Any] | None = None,
 ) -> list[Check]:
-    """What one step measures of the ``given`` forms: one check for each of the model's graphs with a chain."""
+    """What one step measures about the ``given`` forms: one check for each of the model's graphs with a chain."""
     chosen = {"rewrite": "always", **options, "iterations": "exact", "segment": 1, "damping": 0.0}
     ours, patches = parse(chosen)
     arrived: list[Callable[[], Check] | None] = []
@@ -258,7 +260,9 @@ def checks_of(
 
 
 def _rows(checks: Sequence[Check]) -> list[Row]:
-    """One row for each form; a model in several graphs has the worst of them, and what all of them save."""
+    """One row for each form. If the model has several graphs, the row holds the worst of them and the sum of what they
+    save.
+    """
     rows = []
     for how in dict.fromkeys(how for check in checks for how in check.forms):
         parts = [(check, check.forms.index(how)) for check in checks if how in check.forms]
@@ -282,12 +286,12 @@ def _rows(checks: Sequence[Check]) -> list[Row]:
 
 
 def _or_less(cosine: float) -> float:
-    """What is not finite is worse than anything."""
+    """Order values that are not finite below all others."""
     return -inf if isnan(cosine) else cosine
 
 
 def _measure(found: Calibration, model: Any, args: Any, kwargs: Any, loss: Any, options: dict[str, Any]) -> None:
-    """Steps of the forms that meet the target and of exact backprop, in turn, so that noise hits all of them."""
+    """Time steps of exact backprop and of the forms that reach the target, in turn, so that noise affects all."""
     good = sorted((row for row in found.table if row.cosine >= found.target_cosine), key=lambda row: -row.saves)
     rows = [row for row in good if row.saves > 0] or good[:1]
     exact: dict[str, Any] = {"iterations": "exact"}
@@ -316,7 +320,7 @@ def _measure(found: Calibration, model: Any, args: Any, kwargs: Any, loss: Any, 
 
 
 class _Bar:
-    """A progress bar, where there is a terminal to draw it on and tqdm to draw it."""
+    """A progress bar, if stderr is a terminal and tqdm is installed."""
 
     def __init__(self, total: int, what: str) -> None:
         self._bar: Any = None

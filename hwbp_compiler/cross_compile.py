@@ -1,11 +1,11 @@
-"""Seeing GPU code without a GPU: Inductor's Triton kernels for a described device, as text, as PTX and as cubin.
+"""GPU code without a GPU: Inductor's Triton kernels for a described device, as text, as PTX and as cubin.
 
-Inductor asks the machine what its GPU is like before it generates code, and Triton asks which target to compile
-for. Both questions are answered here from a small table instead, so a laptop with CPU-only torch and the
-``triton`` package shows the kernels an H100 would run, and a test can assert that a fusion still happens.
+Inductor asks the machine about its GPU before it generates code, and Triton asks which target to compile for. Here a
+small table answers both. So a laptop with CPU-only torch and the ``triton`` package shows the kernels an H100 would
+run, and a test can assert that a fusion still happens.
 
-Nothing is run and nothing is allocated: inputs are fake tensors. This is the half that starts from a graph;
-:mod:`.generate` is the half that gets one from a model.
+Nothing runs and nothing is allocated: inputs are fake tensors. This module starts from a graph; :mod:`.generate` gets
+the graph from a model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.fx import GraphModule
 from .errors import HighwayError, OptionError
 from .torch_private import cuda_device_guard
 
-# Streaming multiprocessors of a common device of each compute capability: A100, A10, L40, H100, B200, ...
-# Inductor decides by them how far to split reductions.
+# Streaming multiprocessors of a common device of each compute capability: A100, A10, L40, H100, B200, ... Inductor uses
+# the number to decide how far to split reductions.
 _MULTIPROCESSORS = {
     (7, 0): 80,
     (7, 5): 40,
@@ -70,11 +70,11 @@ class Target:
 
     @property
     def properties(self) -> SimpleNamespace:
-        """What ``torch.cuda.get_device_properties`` would say, as far as Inductor asks."""
+        """What ``torch.cuda.get_device_properties`` would return: the fields that Inductor reads."""
         threads = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
         return SimpleNamespace(
             name=str(self),
-            gcnArchName=str(self),  # what Inductor asks where torch was built without CUDA
+            gcnArchName=str(self),  # read by Inductor where torch was built without CUDA
             major=self.major,
             minor=self.minor,
             multi_processor_count=_MULTIPROCESSORS[self.major, self.minor],
@@ -93,9 +93,9 @@ class Target:
 class Kernel:
     """One generated kernel.
 
-    name     what the code that calls it calls it
+    name     its name in the code that calls it
     source   the Python module that defines it; on a CPU its C++
-    target   the device it is for; None is the CPU of this machine
+    target   the device it is for; None means the CPU of this machine
     """
 
     name: str
@@ -104,18 +104,18 @@ class Kernel:
 
     @property
     def ptx(self) -> str:
-        """The assembly Triton compiles it to. See :func:`compile_kernel`."""
+        """The PTX that Triton compiles it to. See :func:`compile_kernel`."""
         return compile_kernel(self).ptx
 
     @property
     def cubin(self) -> bytes:
-        """The binary Triton compiles it to: an ELF file. See :func:`compile_kernel`."""
+        """The binary that Triton compiles it to, an ELF file. See :func:`compile_kernel`."""
         return compile_kernel(self).cubin
 
 
 @dataclass(frozen=True)
 class Binary:
-    """A kernel compiled: its assembly and its machine code."""
+    """A compiled kernel: its assembly and its machine code."""
 
     ptx: str
     cubin: bytes
@@ -123,7 +123,7 @@ class Binary:
 
 @dataclass(frozen=True)
 class CodeText:
-    """The code generated for one graph: ``source`` is the whole wrapper module, ``kernels`` the kernels within it."""
+    """The code generated for one graph: ``source`` is the whole wrapper module, ``kernels`` the kernels in it."""
 
     target: Target | None
     source: str
@@ -131,7 +131,7 @@ class CodeText:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """What the code calls, in order: kernels by their names, and functions of libraries (``extern_kernels.mm``)."""
+        """The calls in the code, in order: kernels by name, and library functions (``extern_kernels.mm``)."""
         return tuple(_launches_of(self.source, {kernel.name for kernel in self.kernels}))
 
     def __str__(self) -> str:
@@ -142,7 +142,7 @@ class CodeText:
 def described_device(target: Target) -> Iterator[None]:
     """While this lasts, Inductor and Triton believe that device 0 is a ``target``.
 
-    Process-wide, so not for use while another thread compiles.
+    It acts on the whole process, so no other thread may compile meanwhile.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -186,7 +186,7 @@ def described_device(target: Target) -> Iterator[None]:
         "raise_if_triton_unavailable": lambda device=None: None,
         "is_bf16_supported": lambda including_emulation=False: target.major >= 8,
     }
-    # torch.cuda.is_available stays as it is: it also guards calls into the driver.
+    # torch.cuda.is_available is not patched: torch also uses it to guard calls into the driver.
     module = {
         "get_device_properties": answers["get_device_properties"],
         "current_device": answers["current_device"],
@@ -202,7 +202,7 @@ def described_device(target: Target) -> Iterator[None]:
                 {name: staticmethod(answers[name]) for name in ("current_device", "get_device_properties")},
             ),
             (torch.cuda, module),
-            # Holds on to what the machine is; a fresh one is made where it is needed.
+            # This cache remembers the machine's properties. None makes Inductor build a new one when it needs it.
             (select_algorithm, {"_ALGORITHM_SELECTOR_CACHE": None}),
             # The generated modules would look for a real driver.
             (triton_helpers, {"set_driver_to_gpu": lambda: None}),
@@ -217,7 +217,7 @@ def described_device(target: Target) -> Iterator[None]:
 
 
 def need_triton(target: Target) -> None:
-    """Raises HighwayError where the ``triton`` package is missing."""
+    """Raise HighwayError if the ``triton`` package is missing."""
     if importlib.util.find_spec("triton") is None:
         raise HighwayError(
             f"code for {str(target)!r} is generated by the triton package, which is not installed here: "
@@ -249,7 +249,7 @@ def generate_kernels(
         HighwayError: there is no ``triton`` package.
     """
     from .scan import inductor as scan_lowering
-    from .torch_private import (  # the steps of Inductor's inner compiler up to the text
+    from .torch_private import (  # the steps of Inductor's inner compiler, up to the generated text
         DebugContext,
         GraphLowering,
         V,
@@ -267,7 +267,7 @@ def generate_kernels(
     gm = copy.deepcopy(gm)
     inputs = list(fake_inputs)
     device = contextlib.nullcontext() if target is None else described_device(target)
-    # No compile workers: they would ask the real machine.
+    # No compile workers: they would query the real machine.
     with device, inductor_config.patch(compile_threads=1, fx_graph_cache=False), torch.no_grad():
         view_to_reshape(gm)
         mode = fake_tensor_prop(gm, inputs)
@@ -288,8 +288,9 @@ def generate_kernels(
 
 
 def _kernels_of(source: str, target: Target | None) -> Iterator[Kernel]:
-    """The kernels a wrapper defines: ``name = async_compile.triton('name', '''source''', ...)``, or on a CPU
-    ``name = async_compile.cpp_pybinding([types], '''source''')``."""
+    """The kernels that a wrapper module defines: ``name = async_compile.triton('name', '''source''', ...)`` for a GPU,
+    ``name = async_compile.cpp_pybinding([types], '''source''')`` for a CPU.
+    """
     for node in ast.walk(ast.parse(source)):
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)):
             continue
@@ -323,13 +324,13 @@ def compile_kernel(kernel: Kernel) -> Binary:
 
     if kernel.target is None:
         raise HighwayError(f"{kernel.name} is C++ for the CPU: only kernels of CUDA targets compile to PTX and cubin")
-    # The static launcher keeps the binary and drops the text.
+    # Triton's static launcher keeps the binary and drops the PTX text.
     with (
         described_device(kernel.target),
         inductor_config.patch(use_static_cuda_launcher=False),
         tempfile.TemporaryDirectory() as folder,
     ):
-        # Triton reads a kernel's source back from its file.
+        # Triton reads a kernel's source from its file.
         path = Path(folder) / f"{kernel.name}.py"
         path.write_text(kernel.source)
         scope: dict[str, Any] = {"__name__": kernel.name, "__file__": str(path)}

@@ -1,4 +1,4 @@
-"""What the package is made of, as one hash: part of every key under which torch.compile caches our work."""
+"""One hash over the package's source. It is part of every key under which torch.compile caches our work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SOURCE_SUFFIXES = {".py", ".cpp", ".h"}
 
 @functools.cache
 def source_digest() -> str:
-    """A hash over the names and contents of all source files of the package, taken once per process.
+    """A hash over the names and contents of all source files of the package, computed once per process.
 
-    Compiled graphs outlive the process in torch.compile's caches, and a graph found there is used without
-    running a pass: whatever the passes do must be in the key.
+    Compiled graphs outlive the process in torch.compile's caches. A cached graph is used without running a pass, so the
+    key must cover everything the passes do.
     """
-    # In a checkout passes/ lies beside the package, in a wheel inside it: the same names come out.
+    # In a checkout passes/ lies beside the package, in a wheel inside it. Both give the same names.
     found: dict[str, Path] = {}
     for roots, prefix in (([Path(__file__).parent], Path()), (passes.__path__, Path("passes"))):
         for root in roots:

@@ -1,4 +1,4 @@
-"""``python -m hwbp_compiler doctor``: what this machine has, and what the compiler will use of it."""
+"""``python -m hwbp_compiler doctor``: what this machine has, and what the compiler will use."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _OLDEST = (2, 11)
 
 
 def checks() -> Iterator[tuple[str, str, bool]]:
-    """(what, finding, whether that is well), in the order a reader needs them. Nothing here raises."""
+    """Yield (what, finding, whether it is fine), in the order a reader needs them. Nothing here raises."""
     for what, look in _LOOKS:
         try:
             finding, well = look()
-        except Exception as error:  # the doctor tells of what is broken; it must not break on it
+        except Exception as error:  # the doctor reports broken things, so it must not fail on them
             finding, well = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}", False
         yield what, finding, well
 
 
 def text() -> tuple[str, bool]:
-    """All findings, and whether all is well."""
+    """All findings as text, and whether all are fine."""
     found = list(checks())
     width = max(len(what) for what, _, _ in found)
     lines = [f"{'ok' if well else '!!'} {what.ljust(width)}  {finding}" for what, finding, well in found]
@@ -93,7 +93,7 @@ def _triton() -> tuple[str, bool]:
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return "not installed: needed for GPUs alone", not torch.cuda.is_available()
+        return "not installed: needed only for GPUs", not torch.cuda.is_available()
     return f"triton {version}; on a GPU the scan is a Triton kernel that Inductor generates", True
 
 

@@ -36,7 +36,7 @@ from .torch_private import (
 
 CPU = "cpu"
 
-# Options of Inductor's that have it measure on the GPU.
+# Inductor options that make it measure on the GPU.
 _MEASURING = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 
 
@@ -86,7 +86,7 @@ def generate_code(
     generating = _Generating(ours, patches, where)
     with left_as_it_was(model) as keep:
         generating.trace(model, keep)(*args, **kwargs)
-        if rungs := ladder(generating.chains) if ours.auto else []:  # all that differs is in the backward pass
+        if rungs := ladder(generating.chains) if ours.auto else []:  # the forms differ in the backward pass only
             generating = _Generating(ours.at(rungs[0].how), patches, where)
             generating.trace(model, keep)(*args, **kwargs)
     if not any(graph.name.startswith("backward") for graph in generating.graphs):
@@ -97,8 +97,9 @@ def generate_code(
 def _joint_passes(
     patches: Mapping[str, Any], rewrite: HighwayPass | None, where: Target | None
 ) -> dict[str, PassSequence]:
-    """For a GPU, our pass sees the graph on the GPU, Inductor's own see it on the CPU (some of them compute with its
-    constants), and what follows the joint graph sees it on the GPU again."""
+    """The passes before and after Inductor's own. For a GPU target, our pass sees the graph on the GPU, Inductor's own
+    passes see it on the CPU (some compute with its constants), and later steps see it on the GPU again.
+    """
     first: list[Any] = list(user_joint_passes(patches))
     last: list[Any] = list(user_joint_passes(patches, "joint_custom_post_pass"))
     highway: list[Any] = [] if rewrite is None else [rewrite]
@@ -118,7 +119,7 @@ class GraphCode(CodeText):
 
 
 class GeneratedCode(str):
-    """Generated code: a string, and its parts.
+    """Generated code: a string that also gives access to its parts.
 
     target    what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
     graphs    the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``
@@ -141,7 +142,7 @@ class GeneratedCode(str):
 
     @property
     def backward(self) -> str:
-        """The generated modules of the backward pass, rewritten where its chains were."""
+        """The generated modules of the backward pass, with its chains rewritten."""
         return self._part("backward")
 
     def _part(self, name: str) -> str:
@@ -149,17 +150,17 @@ class GeneratedCode(str):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """All generated kernels, those of the forward pass first. Calls of libraries are not among them."""
+        """All generated kernels, those of the forward pass first. Calls into libraries are not included."""
         return tuple(kernel for graph in self.graphs for kernel in graph.kernels)
 
     @property
     def ptx(self) -> dict[str, str]:
-        """``"<graph>.<kernel>"`` -> its PTX. Compiled by Triton at first use. HighwayError on a CPU."""
+        """Map ``"<graph>.<kernel>"`` to its PTX. Triton compiles it at first use. Raises HighwayError on a CPU."""
         return {f"{graph.name}.{kernel.name}": kernel.ptx for graph in self.graphs for kernel in graph.kernels}
 
     @property
     def cubin(self) -> dict[str, bytes]:
-        """``"<graph>.<kernel>"`` -> its machine code, an ELF file. As :attr:`ptx`."""
+        """Map ``"<graph>.<kernel>"`` to its machine code, an ELF file. Otherwise like :attr:`ptx`."""
         return {f"{graph.name}.{kernel.name}": kernel.cubin for graph in self.graphs for kernel in graph.kernels}
 
 
@@ -180,13 +181,13 @@ class _Generating:
         self.chains: list[ChainRecord] = []
 
     def trace(self, model: Callable[..., Any], keep: Callable[[Any], None]) -> Callable[..., Any]:
-        """``model``, such that running it generates code."""
+        """``model`` in a form that generates code when it runs."""
 
         def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.pieces += 1
             loops = prepare(module, self.options).records
             rewrite = None if self.options.rewrite == "never" else HighwayPass(self.options, loops, quiet=True)
-            # Inductor owns the module it is given and may change it.
+            # Inductor owns the module it gets and may change it, so the eager run uses a copy.
             eager = fx.GraphModule(module, copy.deepcopy(module.graph))
             with backward_at_once(), contextlib.nullcontext() if self.where is None else cuda_device_guard():
                 compiled = compile_fx(
@@ -219,7 +220,7 @@ class _Generating:
         return eager
 
     def _generate(self, module: fx.GraphModule, example_inputs: Any, **about: Any) -> Callable[..., Any]:
-        # The example inputs are those of this machine; the graph's own say where they would be.
+        # The example inputs lie on this machine's CPU; the values in the graph lie on the target device.
         inputs = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
         backward = bool(about.get("is_backward"))
         code = generate_kernels(

@@ -2,8 +2,8 @@
 
     import hwbp_compiler.huggingface
 
-Accelerate keeps a closed list of backends, read before ``torch.compile`` is reached, so that the entry point cannot
-help: importing this module adds the name to that list. Nothing else changes. Needs the ``accelerate`` package.
+Accelerate checks the name against a fixed list before it calls ``torch.compile``, so the entry point alone is not
+enough. Importing this module adds the name to that list and changes nothing else. Needs the ``accelerate`` package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME = "HIGHWAY"
 
 
 def register() -> None:
-    """Let Accelerate accept ``"highway"`` as a dynamo backend; calling it again does nothing."""
+    """Make Accelerate accept ``"highway"`` as a Dynamo backend. Calling it twice does nothing more."""
     if NAME in DynamoBackend._value2member_map_:
         return
     # An enum with members cannot be extended by inheritance. Checked on accelerate 1.15.0.

@@ -1,4 +1,4 @@
-"""The rewrite as a pass of Inductor's over the joint graph; what it did is counted and logged."""
+"""The rewrite as one of Inductor's passes over the joint graph, with counting and logging."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ UNCHANGED = "this graph is compiled as Inductor would compile it"
 
 @dataclass(frozen=True)
 class HighwayPass(CustomGraphPass):
-    """The rewrites of ``hwbp_compiler.passes`` as one pass of Inductor's over the joint graph.
+    """Runs the rewrites of ``hwbp_compiler.passes`` as one of Inductor's passes over the joint graph.
 
-    loops     what was decided about the loops of ``hwbp_compiler.recurrent`` before, for the report
-    quiet     nothing is counted and no decision is logged: only a look at what would be compiled
-    records   what was decided about the chains
+    loops     earlier decisions about the loops of ``hwbp_compiler.recurrent``, for the report
+    quiet     count and log nothing: the caller only looks at what would be compiled
+    records   the decisions about the chains
     """
 
     options: Options
@@ -63,7 +63,7 @@ class HighwayPass(CustomGraphPass):
             warn_once(first_line(error))
             log.debug("where it failed", exc_info=error)
             return
-        if records is None:  # config.disabled_passes names it
+        if records is None:  # disabled in config.disabled_passes
             log.info('switched off by torch._inductor.config.disabled_passes = "highway"')
             return
         trace_artifact("highway_joint_graph_after", lambda: _readable(graph))
@@ -82,7 +82,8 @@ class HighwayPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """Changes with every option, every source file of the package, the torch version, and the number of cores,
-        which the cost model reads."""
+        which the cost model reads.
+        """
         return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}"
 
 
@@ -92,13 +93,13 @@ def _readable(graph: torch.fx.Graph) -> str:
 
 
 def _report(records: list[ChainRecord], before: int, after: int) -> str:
-    from .report.text import graph_text  # brings what explain needs
+    from .report.text import graph_text  # imported here: it loads everything explain needs
 
     return _whatever_happens(lambda: graph_text(records, before, after))
 
 
 def _whatever_happens(text: Callable[[], str]) -> str:
-    """Telling what was done must not undo it."""
+    """Return ``text()``; a report that fails must not undo the compilation."""
     try:
         return text()
     except Exception as error:
@@ -109,7 +110,7 @@ def _whatever_happens(text: Callable[[], str]) -> str:
 
 
 def report_all(records: Iterable[ChainRecord]) -> None:
-    """Count and log what was decided."""
+    """Count and log the decisions."""
     for record in records:
         count("chains_found")
         count(f"chains_{record.decision}")
@@ -124,7 +125,7 @@ def report_all(records: Iterable[ChainRecord]) -> None:
 
 
 def take_back(records: Iterable[ChainRecord]) -> None:
-    """What was rewritten is not compiled after all: count it as declined."""
+    """Count rewritten chains as declined: the rewritten graph is not used after all."""
     undone = sum(record.decision == "rewritten" for record in records)
     if undone:
         count("chains_rewritten", -undone)

@@ -8,7 +8,7 @@ import torch
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes, all of them; of a device that cannot be asked (it is not there) as for the CPU."""
+    """The total memory of ``device`` in bytes. For a device that is not present, that of the CPU."""
     if device.type == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -24,20 +24,24 @@ REROLLS = ("auto", "always", "never")
 
 @dataclass(frozen=True)
 class Truncation:
-    """How a chain's gradient is cut short: k, gamma and S of :class:`Options`, k being short of ordinary backprop."""
+    """How a chain's gradient is truncated: k, gamma and S of :class:`Options`, with k below ordinary backprop."""
 
     iterations: int
     damping: float = 0.0
     segment: int = 1
 
     def segments(self, length: Any) -> Any:
-        """C of a chain of ``length`` links, a number or a symbol; the segment next to the input takes the remainder."""
+        """C, the number of segments of a chain of ``length`` links, which may be a symbol. The segment next to the
+        input takes the remainder.
+        """
         return (length + self.segment - 1) // self.segment
 
     def needed(self, length: int) -> int:
-        """The least iterations that are ordinary backprop of a chain of ``length`` links: L, or C - 1 with segments.
+        """The fewest iterations that equal ordinary backprop for a chain of ``length`` links: L, or C - 1 with
+        segments.
 
-        The first state of all is what a segment ends at, so with segments its gradient takes no iteration more.
+        With segments it is not C, because the first state of all ends a segment, so its gradient needs no further
+        iteration.
         """
         return length if self.segment == 1 else -(-length // self.segment) - 1
 
@@ -46,11 +50,11 @@ class Truncation:
 
     @property
     def reach(self) -> int:
-        """Links over which no path is lost, at least."""
+        """The number of links over which at least no path is lost."""
         return self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
 
 
-# Stands for "auto" where ``iterations`` is that, and for the paper's value elsewhere.
+# Means "auto" if ``iterations`` is "auto", and the paper's value otherwise.
 UNSAID: Any = object()
 
 
@@ -111,8 +115,9 @@ class Options:
             _refuse("strict", self.strict, "True or False", False)
 
     def shown(self) -> dict[str, Any]:
-        """By name, without what only "auto" reads where nothing is to be chosen, without a limit that is none, and
-        without ``reroll`` where it is the default."""
+        """The options by name, for display. Leaves out what only "auto" reads if nothing is "auto", an absent memory
+        limit, and ``reroll`` at its default.
+        """
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         unread = set() if self.auto else {"target_cosine", "check_every"}
         unread |= {"max_extra_memory"} if self.max_extra_memory is None else set()
@@ -121,12 +126,13 @@ class Options:
 
     @property
     def auto(self) -> bool:
-        """Whether something is to be chosen while the model trains."""
+        """Whether anything is chosen while the model trains."""
         return self.iterations != "exact" and "auto" in (self.iterations, self.segment, self.damping)
 
     def tried(self, length: int) -> list[Truncation]:
-        """What may be written out for a chain of ``length`` links; more than one only with "auto". None of them is
-        ordinary backprop."""
+        """The truncations that may be written out for a chain of ``length`` links; more than one only with "auto". None
+        of them is ordinary backprop.
+        """
         if not self.auto:
             found = self.truncation(length)
             return [] if found is None else [found]
@@ -139,17 +145,21 @@ class Options:
 
     @property
     def numbers(self) -> Truncation:
-        """k, gamma and S, none of which is to be chosen. ("exact" is as good as no iterations here.)"""
+        """k, gamma and S, if none of them is "auto". ("exact" gives k = 0 here, which is never used.)"""
         assert not self.auto
         iterations = self.iterations if isinstance(self.iterations, int) else 0
         return Truncation(iterations, self.damping, self.segment)  # type: ignore[arg-type]
 
     def at(self, how: Truncation) -> Options:
-        """These options with numbers in the place of what is to be chosen; how it is chosen is forgotten."""
+        """These options with the numbers of ``how`` in place of "auto". The options that control the choice return to
+        their defaults.
+        """
         return replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping, **_HOW_TO_CHOOSE)
 
     def in_numbers(self) -> Options:
-        """These options with k = 4 and the paper's other values in the place of "auto", where one form has to do."""
+        """These options with k = 4 and the paper's other values in place of "auto", for callers that need a single
+        form.
+        """
         return replace(
             self,
             iterations=4 if self.iterations == "auto" else self.iterations,
@@ -162,18 +172,18 @@ class Options:
         return replace(self, iterations="exact", segment=1, damping=0.0, **_HOW_TO_CHOOSE)
 
     def truncation(self, length: int) -> Truncation | None:
-        """What to write out for a chain of ``length`` links; None where that is ordinary backprop, or still to be
-        chosen."""
+        """What to write out for a chain of ``length`` links. None if that is ordinary backprop, or not chosen yet."""
         if self.iterations == "exact" or self.auto:
             return None
         how = self.numbers
         return how if how.iterations < how.needed(length) else None
 
     def needed(self, length: int) -> int:
-        """As :meth:`Truncation.needed`."""
+        """See :meth:`Truncation.needed`."""
         return Truncation(0, segment=1 if self.segment == "auto" else self.segment).needed(length)
 
-    # numpy's numbers register as Integral and Real; a bool is an int to Python, but never a count to a user.
+    # numpy's numbers register as Integral and Real. A bool is an int to Python, but a user who passes one as a count
+    # made a mistake.
     def _integer(self, key: str, least: int, also: str = "") -> int:
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
@@ -182,7 +192,7 @@ class Options:
 
     def _fraction(self, key: str, also: str = "") -> float:
         value = getattr(self, key)
-        # Written so that nan, which compares false with everything, is refused.
+        # This form refuses nan, which compares false with everything.
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
             _refuse(key, value, f"a number from 0 to 1{also}", _DEFAULTS[key])
         return float(value)
@@ -212,7 +222,7 @@ class Options:
 
 
 def _is(value: Any, word: str) -> bool:
-    """Equal, whatever comparing ``value`` may do."""
+    """Equality that is safe for any ``value``: comparing an array, say, does not give a bool."""
     return isinstance(value, str) and value == word
 
 
@@ -220,10 +230,10 @@ _HOW_TO_CHOOSE: dict[str, Any] = {"target_cosine": Options.target_cosine, "check
 
 _SHARE = re.compile(r"\d+(\.\d+)?%")
 
-# k that "auto" tries with every segment.
+# The values of k that "auto" tries with every segment length.
 _ITERATIONS = [0, 1, 2, 4]
 
-# What ``parse`` makes; testing puts a class in its place that writes out more rounds.
+# The class that ``parse`` instantiates. Tests replace it with one that writes out more rounds.
 made_by: ContextVar[type[Options]] = ContextVar("made_by", default=Options)
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)} | {"segment": "auto", "damping": "auto"}
@@ -232,9 +242,9 @@ _DEFAULTS = {field.name: field.default for field in fields(Options)} | {"segment
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:
     """Split ``options`` into ours and Inductor's.
 
-    Returns the highway's :class:`Options` and the config patches Inductor makes of ``mode`` and of all other
-    keys. As in Inductor, a dash in a key stands for an underscore. Raises :class:`OptionError` for anything
-    that neither of the two accepts.
+    Returns the highway's :class:`Options`, and the config patches that Inductor derives from ``mode`` and from all
+    other keys. As in Inductor, a dash in a key counts as an underscore. Raises :class:`OptionError` for anything that
+    neither accepts.
     """
     if options is not None and not isinstance(options, Mapping):
         raise OptionError(
@@ -255,7 +265,7 @@ def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[O
 def _mode_patches(mode: str | None) -> dict[str, Any]:
     try:
         return inductor_patches(mode, None)
-    except (RuntimeError, TypeError):  # TypeError: not even hashable
+    except (RuntimeError, TypeError):  # TypeError: the mode is not even hashable
         allowed = ", ".join(map(repr, list_mode_options()))
         raise OptionError(
             f'backend="highway": mode = {mode!r} is not allowed; it takes one of {allowed}. '

@@ -13,7 +13,7 @@ from .torch_private import CustomGraphPass
 
 @dataclass(frozen=True)
 class PassSequence(CustomGraphPass):
-    """Several joint passes as one, first to last: torch 2.11 has room for a single one."""
+    """Runs several joint passes in order as one: torch 2.11 accepts only a single one."""
 
     passes: tuple[Callable[[torch.fx.Graph], Any], ...]
 
@@ -22,7 +22,7 @@ class PassSequence(CustomGraphPass):
             each(graph)
 
     def uuid(self) -> tuple[Any, ...] | None:
-        """None, which keeps the graph out of the caches, unless every pass can tell what it is."""
+        """None, which keeps the graph out of the caches, unless every pass has a uuid."""
         uuids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes)
         return uuids if all(uuids) else None
 

@@ -1,4 +1,4 @@
-"""Dynamo's graph before AOTAutograd sees it: what autograd would take apart, or could not take apart, is replaced.
+"""Change Dynamo's graph before AOTAutograd sees it: replace what autograd would take apart, or cannot take apart.
 
 Loops of ``hwbp_compiler.recurrent`` become calls of a :class:`~.rolled.recurrence.Recurrence`; nn.GRU and its like
 become ``highway::recurrent_module``; fused cells are written out. The backend, ``explain``, ``generate_code`` and
@@ -34,10 +34,10 @@ log = logging.getLogger(__name__)
 class Prepared:
     """What was done to a graph.
 
-    loops      the loops in it, decided upon already: those of ``hwbp_compiler.recurrent`` in graph order, and then the
+    loops      the loops in it, already decided: first those of ``hwbp_compiler.recurrent`` in graph order, then the
                Python loops that were rolled up again
-    plain      a copy in which cells are as they were: what is compiled where the rewrite fails
-    unrolled   what is told of Python loops that stay unrolled
+    plain      a copy in which cells are not written out; it is compiled if the rewrite fails
+    unrolled   records of the Python loops that stay unrolled
     """
 
     loops: Sequence[Recurrence]
@@ -46,13 +46,14 @@ class Prepared:
 
     @property
     def records(self) -> tuple[ChainRecord, ...]:
-        """What was decided about the loops."""
+        """The decisions about the loops."""
         return (*(record for loop in self.loops for record in loop.records), *self.unrolled)
 
 
 def _of_a_loop(own: Mapping[str, Any], outer: Options) -> Options:
-    """A loop's ``own`` options inside a function that is compiled with ``outer``: k, S and gamma are the function's
-    where the loop says nothing of them."""
+    """A loop's ``own`` options inside a function compiled with ``outer``: the loop takes k, S and gamma from the
+    function if it sets none itself.
+    """
     said = parse(own)[0]
     if "iterations" not in own:
         outers = {key: getattr(outer, key) for key in ("iterations", "segment", "damping") if key not in own}
@@ -72,7 +73,7 @@ def _warn_of_auto() -> None:
 
 
 class PreparationFailed(HighwayError):
-    """The graph may run in eager mode, with ``loops`` in it, but is not to be compiled: it is half changed."""
+    """The graph is half changed: it may run in eager mode, with ``loops`` in it, but must not be compiled."""
 
     def __init__(self, reason: Exception, loops: Sequence[Recurrence]) -> None:
         super().__init__(f"preparing the graph failed: {first_line(reason)}", inner_exception=reason)
@@ -82,8 +83,8 @@ class PreparationFailed(HighwayError):
 def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) -> Prepared:
     """Prepare ``gm``, a graph from Dynamo, in place.
 
-    ``of_loops``: in place of every loop's own options. Raises HighwayError where a loop cannot be built, which leaves
-    nothing that could run, and PreparationFailed for any other failure.
+    ``of_loops`` replaces every loop's own options. Raises HighwayError if a loop cannot be built, since nothing is left
+    that could run, and PreparationFailed for any other failure.
     """
     loops: list[Recurrence] = []
     try:
@@ -99,10 +100,10 @@ def prepare(gm: GraphModule, options: Options, of_loops: Options | None = None) 
     except (HighwayError, *CONTROL_FLOW):
         raise
     except Exception as error:
-        if gm.graph.find_nodes(op="call_function", target=rolled):  # stands for a loop, and cannot be run
+        if gm.graph.find_nodes(op="call_function", target=rolled):  # a placeholder for a loop, which cannot be run
             raise HighwayError(
-                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}): a defect of ours, "
-                "please report it with the cell. A Python loop over the cell trains all the same."
+                f"a loop of hwbp_compiler.recurrent could not be built ({first_line(error)}). This is a "
+                "bug in hwbp_compiler: please report it with the cell. A Python loop over the cell still trains."
             ) from error
         raise PreparationFailed(error, loops) from error
     return prepared

@@ -1,8 +1,8 @@
-"""A joint graph traced on a CPU, as the same model gives it on a GPU.
+"""Turn a joint graph traced on a CPU into the one that the same model gives on a GPU.
 
-Autograd cannot be traced on tensors of a device that this build of torch was made without, not even on fake ones, so
-:func:`hwbp_compiler.generate_code` traces on the CPU and moves the finished graph. What such a graph says of its
-device is: where its tensors are, where its factories create new ones, and which attention kernel was chosen.
+Autograd cannot be traced on tensors, not even fake ones, of a device that this build of torch does not support. So
+:func:`hwbp_compiler.generate_code` traces on the CPU and moves the finished graph. Three things in such a graph depend
+on the device: where its tensors are, where its factories create new ones, and which attention kernel was chosen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Retarget(CustomGraphPass):
             replace_operators_of_cpus(graph)
 
     def uuid(self) -> None:
-        """None keeps the graph out of torch.compile's caches: it is no graph of this machine's."""
+        """None, which keeps the graph out of torch.compile's caches: it is not a graph of this machine."""
         return None
 
 
@@ -47,10 +47,10 @@ def move(graph: Graph, device: torch.device) -> None:
 
 
 def replace_operators_of_cpus(graph: Graph) -> None:
-    """Exchange, in place, what PyTorch calls on a CPU alone for what it calls on a GPU.
+    """Replace, in place, operators that PyTorch calls only on a CPU by those it calls on a GPU.
 
     Raises:
-        HighwayError: an operator without counterpart.
+        HighwayError: an operator has no counterpart.
     """
     for node in list(graph.nodes):
         if node.target is aten._scaled_dot_product_flash_attention_for_cpu.default:
@@ -61,7 +61,7 @@ def replace_operators_of_cpus(graph: Graph) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The fake tensors in ``value``, on ``device``."""
+    """The fake tensors in ``value``, moved to ``device``."""
 
     def move(fake: FakeTensor) -> torch.Tensor:
         with fake.fake_mode:
@@ -71,7 +71,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 def _copy_constant(graph: Graph, node: Node, device: torch.device) -> None:
-    """A constant is a real tensor and stays where it is; what uses it uses a copy."""
+    """A constant is a real tensor and stays where it is. Its users get a copy instead."""
     users = [user for user in node.users if user.target is not prims.device_put.default]
     if not users:
         return
@@ -86,7 +86,7 @@ def _copy_constant(graph: Graph, node: Node, device: torch.device) -> None:
 
 
 def _replace_attention(graph: Graph, forward: Node) -> None:
-    """The fused attention ``F.scaled_dot_product_attention`` chooses on a GPU, and its backward."""
+    """Use the fused attention that ``F.scaled_dot_product_attention`` chooses on a GPU, and its backward."""
     arguments: Any = forward.args
     query, key, value, *rest = arguments
     dropout, causal = rest + [0.0, False][len(rest) :]
@@ -111,11 +111,11 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
         fused, options = aten._scaled_dot_product_flash_attention.default, (dropout, causal)
     else:
         fused, options = aten._scaled_dot_product_efficient_attention.default, (mask, bool(backward), dropout, causal)
-    # Of the outputs: the result, its logsumexp, and the state of the random numbers.
+    # The outputs used here: the result, its logsumexp, and the state of the random numbers.
     with graph.inserting_before(forward):
         new = _call(graph, fused, (query, key, value, *options), scale)
         parts = [_call(graph, operator.getitem, (new, i)) for i in ((0, 1, 6, 7) if flash else (0, 1, 2, 3))]
-    for node in list(forward.users):  # output and logsumexp come first on either device
+    for node in list(forward.users):  # output and logsumexp come first on both devices
         node.replace_all_uses_with(parts[node.args[1]])
         graph.erase_node(node)
     graph.erase_node(forward)
@@ -124,7 +124,7 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
         with graph.inserting_before(node):
             if flash:
                 target = aten._scaled_dot_product_flash_attention_backward.default
-                # The cumulative lengths, which dense batches have not, and the longest of each.
+                # Cumulative lengths, which dense batches do not have, then the longest of each.
                 lengths = (None, None, like.shape[-2], key.meta["val"].shape[-2])
                 rest = [out, logsumexp, *lengths, dropout, causal, *parts[2:]]
             else:
@@ -139,7 +139,7 @@ def _replace_attention(graph: Graph, forward: Node) -> None:
 
 
 def _call(graph: Graph, target: Any, args: tuple, scale: Any = None) -> Node:
-    """A new node and its value."""
+    """Add a node and compute its fake value."""
     node = graph.call_function(target, args, {} if scale is None else {"scale": scale})
     values, kwargs = pytree.tree_map_only(Node, lambda n: n.meta["val"], (node.args, node.kwargs))
     fakes = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor)]

@@ -1,16 +1,19 @@
-"""Frames that Dynamo has given up for other backends are traced for ours.
+"""Let our backend trace frames that Dynamo has given up for other backends.
 
 Note [Skipped frames]
-Where Dynamo finds nothing to compile in a frame, it marks the frame's code as skipped: from then on it looks at no
-call of it, in whatever module and for whatever backend (pytorch issue 141184). Any other backend breaks the graph at
-``nn.GRU`` and its like, so that a wrapper around one is skipped; under ours the call stays in the graph, but nobody
-would ask. The marks are therefore lifted while a callable that is compiled with our backend runs, and put back when it
-returns, as torch made them. They never hold for ours but where Dynamo gave the frame up while the same callable ran.
-While a mark is lifted, other backends (in another thread, or called from within) are answered as the mark would.
+~~~~~~~~~~~~~~~~~~~~~
+If Dynamo finds nothing to compile in a frame, it marks the frame's code as skipped. From then on it looks at no call of
+that code, in any module and for any backend (pytorch issue 141184). Other backends break the graph at ``nn.GRU`` and
+similar modules, so Dynamo skips a wrapper around one. Under our backend the call stays in the graph, but Dynamo would
+never look at the frame again.
 
-What was skipped before this module was loaded is not known. There, marks are wiped off once, and other backends look
-again at what they meet. What becomes of a frame is seen by standing around Dynamo's conversion of frames
-(``watch_frames``); a frame that is found in the cache passes nothing of ours.
+So the marks are lifted while a callable compiled with our backend runs, and put back as torch made them when it
+returns. A mark applies to our backend only if Dynamo gave the frame up while the same callable ran. While a mark is
+lifted, other backends (in another thread, or called from within) still get the answer that the mark would give.
+
+Frames skipped before this module was loaded are not known. Their marks are removed once, so other backends look at
+those frames again. ``watch_frames`` wraps Dynamo's conversion of frames, so this module sees what becomes of each
+frame; a frame found in the cache never gets here.
 """
 
 from __future__ import annotations
@@ -48,10 +51,10 @@ _TRACE = FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT)
 class Compiled:
     """One callable that is compiled with our backend.
 
-    strict    HighwayError where nothing was compiled in its first call, which is otherwise warned of
-    given     options and mode: those that ``torch.compile`` got, with what was changed since
-    options   what is in force in their place, from the next call on; None for what was given
-    meter     what reads along while it trains
+    strict    raise HighwayError if the first call compiled nothing; otherwise that is only a warning
+    given     options and mode: those passed to ``torch.compile``, with later changes
+    options   the options that replace them from the next call on; None if they are unchanged
+    meter     the gradient meter attached to it
     """
 
     _numbers = itertools.count()
@@ -68,25 +71,25 @@ class Compiled:
         self.number = next(self._numbers)
         self.strict, self.warned = strict, warned
         self.converted = False  # whether a frame was compiled while it ran
-        self.given_up: list[str] = []  # frames that Dynamo looked at then, and left to eager mode
+        self.given_up: list[str] = []  # frames that Dynamo looked at then and left to eager mode
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a compiled model is not read by the meter of the first."""
+        """A copy of a compiled model starts without a meter."""
         return {**self.__dict__, "meter": None}
 
 
 @dataclass(eq=False)
 class _Mark:
-    """On a code object, one of Dynamo's: what to do with its frames."""
+    """The mark that Dynamo puts on a code object: how to treat its frames."""
 
     code: ref[CodeType]
-    state: Any  # torch's own of this code, another one after ``torch._dynamo.reset()``
+    state: Any  # torch's state for this code; a different object after ``torch._dynamo.reset()``
     strategy: Any
-    given_up_for: set[int] = field(default_factory=set)  # numbers of callables of ours
-    lifted: int = 0  # for how many calls that are running
+    given_up_for: set[int] = field(default_factory=set)  # numbers of our callables for which Dynamo gave it up
+    lifted: int = 0  # the number of running calls for which it is lifted
 
 
-_marks: dict[int, _Mark] = {}  # by id of the code: code objects compare by what they contain
+_marks: dict[int, _Mark] = {}  # by the id of the code, because code objects compare by their content
 _lock = threading.RLock()
 _here = threading.local()
 
@@ -97,7 +100,7 @@ def running() -> Compiled | None:
 
 
 class lifted:
-    """A context in which the frames that ``compiled`` meets are traced although other backends have given them up."""
+    """A context in which frames met by ``compiled`` are traced, although other backends have given them up."""
 
     def __init__(self, compiled: Compiled) -> None:
         self.compiled = compiled
@@ -119,7 +122,7 @@ def _lift(compiled: Compiled) -> Iterator[_Mark]:
     with _lock:
         for key, mark in list(_marks.items()):
             code = mark.code()
-            if code is None or not was_seen(code):  # gone, or Dynamo was reset
+            if code is None or not was_seen(code):  # the code is gone, or Dynamo was reset
                 _marks.pop(key, None)
             elif compiled.number not in mark.given_up_for:
                 mark.lifted += 1
@@ -137,7 +140,7 @@ def _put_back(marks: list[_Mark]) -> None:
 
 
 def _convert(original: Any, converter: Any, frame: Any, entry: Any, state: Any) -> Any:
-    """In the place of Dynamo's ``original(converter, frame, entry, state)``."""
+    """Replaces Dynamo's ``original(converter, frame, entry, state)``."""
     code = frame.f_code
     mark = _marks.get(id(code))
     if mark is not None and mark.state is not state:
@@ -150,7 +153,7 @@ def _convert(original: Any, converter: Any, frame: Any, entry: Any, state: Any) 
         if compiled is not None:
             compiled.converted = True
         return result
-    # A region of its own has marks of its own; and what Dynamo never traces, it traces for nobody.
+    # An isolated region has its own marks. Frames that Dynamo never traces are never traced for any backend.
     skips = result.apply_to_code and result.frame_exec_strategy.cur_action != FrameAction.DEFAULT
     if not skips or in_an_isolated_region() or never_traced(code):
         return result
@@ -158,11 +161,11 @@ def _convert(original: Any, converter: Any, frame: Any, entry: Any, state: Any) 
         if mark is None or _marks.get(id(code)) is not mark:
             mark = _marks[id(code)] = _Mark(ref(code, _forget(id(code))), state, result.frame_exec_strategy)
         mark.strategy = result.frame_exec_strategy
-        if compiled is not None and compiles_now():  # not on account of where it was called
+        if compiled is not None and compiles_now():  # not given up because of the place of the call
             mark.given_up_for.add(compiled.number)
             if not compiled.warned:
                 compiled.given_up.append(f"{code.co_name} ({code.co_filename}:{code.co_firstlineno})")
-    # Where it is lifted, some callable of ours is running: the mark is put back when that returns.
+    # If the mark is lifted, a callable of ours is running and puts the mark back when it returns.
     return replace(result, apply_to_code=False) if mark.lifted else result
 
 
@@ -176,9 +179,9 @@ def _forget(key: int) -> Any:
 
 
 def _tell(compiled: Compiled, hits: int) -> None:
-    """After the first call: a user who asked for this backend, and got nothing of it, should know."""
+    """After the first call, tell users who asked for this backend if it compiled nothing."""
     if not compiles_now():
-        return  # nothing could be compiled here; the next call tells
+        return  # nothing could be compiled here; check again in the next call
     compiled.warned = True
     if compiled.converted or hits:
         return
@@ -186,8 +189,8 @@ def _tell(compiled: Compiled, hits: int) -> None:
     text = (
         "torch.compile compiled nothing in the first call of a model: all of it ran in eager mode, with exact "
         f"gradients. Dynamo {f'gave up {tried}' if tried else 'looked at none of its code'}. "
-        "torch._dynamo.reset() makes it forget what it has given up before and look again; "
-        'TORCH_LOGS="graph_breaks" tells why it gives up.'
+        "torch._dynamo.reset() makes it look again at code that it gave up before; "
+        'TORCH_LOGS="graph_breaks" shows why it gives up.'
     )
     if compiled.strict:
         raise HighwayError(f"strict=True: {text}")

@@ -1,16 +1,18 @@
-"""``torch.ops.highway.stack``: [links, ...] from one tensor per link. ``torch.ops.highway.cat``: pieces side by side.
+"""``torch.ops.highway.stack`` stacks one tensor per link to [links, ...]. ``torch.ops.highway.cat`` concatenates
+pieces.
 
 Note [One call to stack]
 ~~~~~~~~~~~~~~~~~~~~~~~~
-It is ``torch.stack``, as an operator that Inductor calls rather than compiles. Compiled, a concatenation is one loop
-per piece: for a recurrence of 256 steps that is thousands of lines of C++ per saved tensor, most of the compile time of
-the whole backward. Called, it is one line and one pass over the pieces; what the forward saves stays what it was.
+``highway::stack`` is ``torch.stack`` as an operator that Inductor calls and does not compile. Inductor compiles a
+concatenation to one loop per piece. For a recurrence of 256 steps these are thousands of lines of C++ per saved tensor,
+and most of the compile time of the backward. A call is one line of code and one pass over the pieces, and the forward
+saves the same tensors as before.
 
 Note [A concatenation with memory of its own]
 ~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
-``highway::cat`` is ``torch.cat`` whose pieces stay where they are. Those of ``aten::cat`` become parts of the whole,
-and sharing memory went wrong (Note [Pieces of a concatenation] in ``pieces.py``). On a CPU it is called; in GPU code
-every element is loaded where it is used (``scan/inductor.py``).
+``highway::cat`` is ``torch.cat``, but its pieces keep their own memory. With ``aten::cat`` Inductor places the pieces
+inside the result, and this sharing gave wrong values (Note [Pieces of a concatenation] in ``pieces.py``). On a CPU the
+operator is called. In GPU code every element is loaded where it is used (``scan/inductor.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def _fake(tensors: list[Tensor]) -> Tensor:
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    # Into a given result: left to itself, torch.stack hands on the strides of images that are channels-last.
+    # Writes into a given result. Without one, torch.stack copies the strides of channels-last images.
     return torch.stack(tensors, out=_fake(tensors))
 
 

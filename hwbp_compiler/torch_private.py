@@ -1,34 +1,34 @@
-"""Every private torch API the package uses, in this one file however long it grows: a new torch is looked through here
-alone, and ``tests/test_torch_private.py`` makes sure that no other file names one. All of
-them were found on torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which tests ran on each.
+"""Every private torch API that the package uses. They are all in this file, however long it grows: only this file must
+be checked against a new torch release. ``tests/test_torch_private.py`` makes sure that no other file names one. All of
+them exist in torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which tests ran on each.
 
 | name here | torch's | why |
 |---|---|---|
 | `ShortenTraceback` | `torch._dynamo.exc` | exceptions of this class leave a backend unwrapped |
-| `CONTROL_FLOW` | `torch._dynamo.exc` | what a backend raises to make Dynamo start again is no failure |
+| `CONTROL_FLOW` | `torch._dynamo.exc` | exceptions that make Dynamo start again; they are not failures |
 | `CustomGraphPass` | `torch._inductor.custom_graph_pass` | a pass with a uuid keeps graphs cacheable |
 | `CustomSchedulerPass`, `SCHEDULER_PASS` | the same, `torch._inductor.config` | a pass over Inductor's kernels |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
 | `compile_step` | `torch._inductor.compile_fx.compile_fx_inner` | a graph called often, without guards around it |
-| `counter` | `torch._dynamo.utils.counters` | where every other part of torch.compile counts |
+| `counter` | `torch._dynamo.utils.counters` | where all parts of torch.compile count |
 | `inductor_patches` | `torch._TorchCompileInductorWrapper` | how Inductor reads `mode=` and `options=` |
-| `inductor_option_type` | `torch._inductor.config.get_type` | what to say when Inductor refuses a value |
+| `inductor_option_type` | `torch._inductor.config.get_type` | for the message when Inductor refuses a value |
 | `user_joint_passes` | `torch._inductor.config` | the user's own `joint_custom_pre_pass` |
 | `configure_backend` | `torch._dynamo.eval_frame.get_compiler_fn` | sees a backend, its options; `backend_ctx_ctor` |
-| `registered_by_any_thread` | `torch._dynamo.backends.registry` | several threads look a backend up at once |
+| `registered_by_any_thread` | `torch._dynamo.backends.registry` | several threads may look a backend up at once |
 | `watch_nested` | `torch._dynamo.eval_frame._TorchDynamoContext`, `VariableBuilder.wrap_module` \
-| options that Dynamo drops where it inlines |
+| finds options that Dynamo drops where it inlines |
 | `select_decomp_table` | `torch._inductor.decomposition`, `torch._inductor.lowering` | Inductor's decompositions |
 | `ddp_cuts_graphs` | `DistributedDataParallel._get_active_ddp_module`, `torch._dynamo.utils.get_optimize_ddp_mode` | \
 whether Dynamo's DDP optimizer is about to split the model at its buckets |
-| `FakeTensor` | `torch._subclasses.fake_tensor` | what a traced graph knows of its tensors |
-| `backward_at_once` | `torch._functorch.config` | backward graphs are otherwise compiled when first run |
+| `FakeTensor` | `torch._subclasses.fake_tensor` | the type of the values in a traced graph |
+| `backward_at_once` | `torch._functorch.config` | otherwise backward graphs are compiled when first run |
 | `runs_backward_once` | `CompiledFunction.metadata` in `torch._functorch`, `._forward_cls` | whether backward \
 may run twice |
 | `device_decompositions` | `torch._inductor.decomposition.select_decomp_table` | some depend on the device |
 | `cuda_device_guard` | libc10's `device_guard_impl_registry` | fake CUDA tensors in a torch without CUDA |
-| `allow_rnn` | `torch._dynamo.config.allow_rnn`, `_config` of it | recurrent modules in the graph |
-| `override_python_kernels` | `OpOverload.py_kernels` | what tracing runs for `aten.gru` and its like |
+| `allow_rnn` | `torch._dynamo.config.allow_rnn` and its `_config` | recurrent modules in the graph |
+| `override_python_kernels` | `OpOverload.py_kernels` | what tracing runs for `aten.gru` and similar operators |
 | `guard_composite` | `OpOverload.py_impl`, `._op_dk` | tracing breaks the graph at `aten._pad_packed_sequence` |
 | `recording_autograd`, `below_autograd` | `torch._C._ForceDispatchKeyGuard` | autograd on or off in a kernel |
 | `observed` | `torch.fx.passes.graph_transform_observer` | names, times and can switch off a pass |
@@ -37,14 +37,14 @@ may run twice |
 | `compilations_forgotten` | `torch._dynamo.eval_frame._debug_get_cache_entry_list`, `torch._dynamo.convert_frame`, \
 `torch._dynamo.guards` | on torch 2.11, which cannot keep compilations of the same code apart |
 | `serving_backend`, `tracing_for_another_backend` | `torch._dynamo.symbolic_convert` | whose graph is traced |
-| `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | sees where a graph of ours is broken |
-| `watch_frames`, `seen_codes`, `was_seen`, `set_code_exec_strategy`, `FrameExecStrategy` and what it is made of | \
+| `watch_graph_breaks` | `InstructionTranslatorBase.log_graph_break` there | reports where Dynamo breaks our graphs |
+| `watch_frames`, `seen_codes`, `was_seen`, `set_code_exec_strategy`, `FrameExecStrategy` and its parts | \
 `torch._dynamo.convert_frame`, `torch._dynamo.types`, `torch._C._dynamo.eval_frame` | which frames Dynamo has given up |
 | `never_traced` | `torch._dynamo.trace_rules` | frames that Dynamo passes over for every backend |
 | `compiles_now`, `in_an_isolated_region`, `CacheHits` | `torch._dynamo.eval_frame` | whether a call compiled anything |
 | (import) | `torch._inductor.inductor_prims` | registers `prims.fma`, which joint graphs contain |
 
-What is used as it stands, in one place each, is in ``LATE``: torch's own name behind the name here.
+``LATE`` lists names that are used unchanged, each in one place: our name, then torch's.
 
 `torch._inductor.list_options` and `list_mode_options` are public.
 """
@@ -94,14 +94,14 @@ from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
 try:
     from torch._inductor.custom_graph_pass import CustomSchedulerPass as CustomSchedulerPass
-except ImportError:  # torch 2.11 takes passes over kernels and over graphs for one kind
+except ImportError:  # torch 2.11 has one class for passes over kernels and over graphs
     CustomSchedulerPass = CustomGraphPass  # type: ignore
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 SCHEDULER_PASS = "_pre_fusion_custom_pass"
 NEWEST_KNOWN = (2, 14)
 
-# name here -> module, or module:name, of torch's. Imported when asked for: most bring in all of Inductor.
+# name here -> torch's module, or module:name. Imported on first use, because most of them load all of Inductor.
 LATE = {
     # scan/inductor.py: the lowering of linear_scan
     "BackendFeature": "torch._inductor.codegen.common:BackendFeature",
@@ -155,9 +155,9 @@ LATE = {
     "has_data_mutation": "torch:_functionalize_has_data_mutation",
     "sympy_interp": "torch.utils._sympy.interp:sympy_interp",
     "wrap": "torch._higher_order_ops.wrap:wrap",
-    # recurrence/tracing.py: said while Dynamo runs a call on fake tensors, it breaks the graph there
+    # recurrence/tracing.py: raised while Dynamo runs a call on fake tensors, it breaks the graph there
     "UnsupportedOperatorException": "torch._subclasses.fake_tensor:UnsupportedOperatorException",
-    # distributed/: a stage's joint graph without Dynamo, and where faults are noted down
+    # distributed/: a stage's joint graph without Dynamo, and the store where ranks record faults
     "aot_export_joint_with_descriptors": "torch._functorch.aot_autograd:aot_export_joint_with_descriptors",
     "GradAOTOutput": "torch._functorch._aot_autograd.descriptors:GradAOTOutput",
     "PlainAOTInput": "torch._functorch._aot_autograd.descriptors:PlainAOTInput",
@@ -199,25 +199,25 @@ _warn_if_newer(torch.__version__)
 
 
 def compile_fx(gm: torch.fx.GraphModule, example_inputs: list[Any], patches: Mapping[str, Any], **how: Any) -> Any:
-    """Compile a Dynamo graph with Inductor, ``patches`` laid over its config for this compilation alone.
+    """Compile a Dynamo graph with Inductor, with ``patches`` applied to its config for this compilation only.
 
     ``how`` may hold Inductor's ``inner_compile``, which gets every forward and backward graph, and ``decompositions``.
     """
-    # Imported late: it brings in all of Inductor, which a process that only looks at options never needs.
+    # Imported late: it loads all of Inductor, which a process that only parses options never needs.
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, example_inputs, config_patches=dict(patches), **how)
 
 
 def compile_fx_inner() -> Callable[..., Any]:
-    """Inductor's compiler of one forward or backward graph."""
+    """Inductor's compiler for one forward or backward graph."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     return compile_fx_inner
 
 
 def without_layout_optimization(when: Callable[[], bool]) -> Callable[..., Any]:
-    """Inductor's ``inner_compile``, which leaves convolutions their layout where ``when()`` says so."""
+    """Inductor's ``inner_compile``, which does not change the layout of convolutions if ``when()`` is true."""
     from torch._inductor.compile_fx import compile_fx_inner
 
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
@@ -229,11 +229,13 @@ def without_layout_optimization(when: Callable[[], bool]) -> Callable[..., Any]:
 
 
 class LateCompilation:
-    """What a compilation that starts now needs to know when it goes on after Dynamo: the shapes' symbols, and under
-    which number torch files what it logs. Torch keeps the same for a backward graph that it compiles when it is run."""
+    """Keeps what a compilation that starts now needs to continue after Dynamo has finished: the symbols of the shapes,
+    and the number under which torch files its logs. Torch keeps the same for a backward graph that it compiles when it
+    is first run.
+    """
 
     def __init__(self, inputs: Sequence[Any]) -> None:
-        # Dynamo's own, and not that of the compilation at hand: it is what the graph's values were made with.
+        # Dynamo's fake mode, not that of the current compilation: the graph's values were made with Dynamo's.
         self.fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
         self.number = torch._guards.CompileContext.try_get()
         self.records = torch.is_grad_enabled()
@@ -245,12 +247,12 @@ class LateCompilation:
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """A compilation, under the modes that Dynamo traced under."""
+        """A context for compiling under the modes that were active when Dynamo traced."""
         from torch.utils._python_dispatch import _disable_current_modes as without_modes
 
         with contextlib.ExitStack() as stack:
             stack.enter_context(convert_frame.compile_lock)
-            stack.enter_context(without_modes())  # of a compilation that this one is a part of
+            stack.enter_context(without_modes())  # modes of a compilation that contains this one
             stack.enter_context(torch._guards.tracing(torch._guards.TracingContext(self.fake_mode)))
             stack.enter_context(torch._guards.compile_context(self.number))
             stack.enter_context(dynamo_timed("highway.late"))
@@ -260,12 +262,12 @@ class LateCompilation:
             yield
 
     def guards(self) -> int:
-        """How many conditions on symbolic sizes are known."""
+        """The number of known conditions on symbolic sizes."""
         shapes = self.fake_mode and self.fake_mode.shape_env
         return len(shapes.guards) if shapes else 0
 
     def expression(self, symbols: list[Any]) -> str | None:
-        """All conditions, as what :meth:`holds` takes; None where there are none."""
+        """All conditions in the form that :meth:`holds` takes; None if there are none."""
         return self.fake_mode.shape_env.produce_guards_expression(symbols)  # type: ignore[union-attr]
 
     def holds(self, expression: str, sizes: list[Any]) -> bool:
@@ -273,19 +275,20 @@ class LateCompilation:
 
 
 def without_autocast() -> AbstractContextManager[Any]:
-    """While this lasts, operators run in the dtypes that they are given."""
+    """While this lasts, operators run in the dtypes of their arguments."""
     return torch._C._DisableAutocast()  # type: ignore[no-any-return]
 
 
 def saves_through_hooks() -> bool:
-    """Whether what autograd saves goes through somebody's hooks: a checkpoint in eager mode, for one."""
+    """Whether hooks process what autograd saves, as a checkpoint in eager mode does."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def runs_backward_once(outputs: Sequence[torch.Tensor]) -> bool:
-    """Whether compiled code behind ``outputs`` gives what it saved away with its first backward pass (donated buffers).
+    """Whether compiled code behind ``outputs`` frees what it saved in its first backward pass (donated buffers).
 
-    Torch's own check asks its config alone, so that where this was changed in the meantime it finds nothing wrong."""
+    Torch's own check reads only its config, so it misses the case where the config was changed in between.
+    """
     todo = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen = set(todo)
     while todo:
@@ -299,8 +302,10 @@ def runs_backward_once(outputs: Sequence[torch.Tensor]) -> bool:
 
 
 def random_as_compiled(target: Any, args: Any, kwargs: Any) -> Any:
-    """The numbers that Inductor's code draws, where ``target`` is one of Inductor's operators for that; None for all
-    others. In eager mode they draw other numbers, and others again where a backward pass draws them anew."""
+    """The numbers that Inductor's code draws, if ``target`` is one of Inductor's random operators; None for all other
+    operators. In eager mode these operators draw other numbers, and different ones again if a backward pass redraws
+    them.
+    """
     prims = torch.ops.prims
     if target not in {getattr(prims, f"inductor_{name}").default for name in ("seed", "seeds", "random", "randint")}:
         return None
@@ -319,7 +324,7 @@ _SEED = "seed"
 def _drawing(
     target: Any, places: tuple[Any, ...], kwargs: tuple[Any, ...], device: torch.device
 ) -> Callable[[list[torch.Tensor]], torch.Tensor]:
-    """The operator alone, compiled; ``places`` are its arguments, with ``_SEED`` where a tensor goes."""
+    """The operator alone, compiled. ``places`` are its arguments, with ``_SEED`` in place of tensors."""
     from torch._inductor.virtualized import V
     from torch._subclasses import FakeTensorMode
 
@@ -343,26 +348,26 @@ def _drawing(
 
 def select_decomp_table() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions."""
-    importlib.import_module("torch._inductor.lowering")  # that of max pooling takes it for imported
+    importlib.import_module("torch._inductor.lowering")  # the decomposition of max pooling expects it to be imported
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()  # type: ignore[return-value]
 
 
 def backward_at_once() -> contextlib.AbstractContextManager[Any]:
-    """While this lasts, a backward graph is compiled with its forward and not when it is first run."""
+    """While this lasts, a backward graph is compiled together with its forward, not when it is first run."""
     return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
 @contextlib.contextmanager
 def cuda_device_guard() -> Iterator[None]:
-    """While this lasts, operators may be called on fake CUDA tensors also where torch was built without CUDA.
+    """While this lasts, operators may be called on fake CUDA tensors even if torch was built without CUDA.
 
-    Much of torch's C++ (indexing, ``copy_``, ``~``) asks for the guard of a tensor's device, which switches to that
-    device, before anybody can tell that the tensor is fake. In a build without CUDA there is none. The meta
-    device has one that does nothing: it stands in.
+    Much of torch's C++ (indexing, ``copy_``, ``~``) fetches the guard of a tensor's device, which switches to that
+    device, before it checks whether the tensor is fake. A build without CUDA has no such guard. The meta device has a
+    guard that does nothing, and it is used instead.
     """
-    torch._C._ensureCUDADeviceGuardSet()  # in a build with CUDA, on a machine without a GPU
+    torch._C._ensureCUDADeviceGuardSet()  # for a build with CUDA on a machine without a GPU
     library = next(iter(Path(torch.__file__).parent.glob("lib/*c10.*")))
     registry = "_ZN3c104impl26device_guard_impl_registryE"
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(ctypes.CDLL(str(library)), registry)
@@ -380,7 +385,7 @@ _CUDA, _META = 1, 14  # c10::DeviceType
 
 
 def device_decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions without those that write small products out on a CPU and not on a GPU."""
+    """Inductor's decompositions, except those that write out small matrix products on a CPU but not on a GPU."""
     products = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm}
     table = select_decomp_table()
     return {op: rule for op, rule in table.items() if getattr(op, "overloadpacket", None) not in products}
@@ -389,10 +394,10 @@ def device_decompositions() -> dict[Any, Callable[..., Any]]:
 def compile_step(
     gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor], patches: Mapping[str, Any]
 ) -> Callable[[list[torch.Tensor]], Any]:
-    """Compile a flat graph of operators for inputs like these; the result takes a list and checks nothing.
+    """Compile a flat graph of operators for inputs like these. The result takes a list and checks nothing.
 
-    It is called once per time step, where microseconds count: so without Inductor's checks of sizes and strides, and
-    without what its caller does around a graph.
+    It is called once per time step, where microseconds count. So it leaves out Inductor's checks of sizes and strides,
+    and the wrapper that Inductor usually puts around a graph.
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -402,10 +407,11 @@ def compile_step(
 
 
 class AnyNumber:
-    """Fake tensors whose first dimension is any number from two on, or the one given: for descriptions (shape without
-    that dimension, stride, dtype, device); and others, for (shape, stride, dtype, device).
+    """Fake tensors whose first dimension is either the given number or any number from two on. The first part of
+    ``description`` holds (shape without that dimension, stride, dtype, device) for these tensors. The second part holds
+    (shape, stride, dtype, device) for tensors without that dimension.
 
-    What is compiled for them may have compared that number with another; :meth:`allows` tells whether it still serves.
+    Compiling for them may compare that number with another one; :meth:`allows` says whether the result fits a number.
     """
 
     def __init__(self, description: tuple[Any, Any], number: int | None) -> None:
@@ -432,7 +438,7 @@ class AnyNumber:
             self.examples.append(example)
 
     def allows(self, number: int) -> bool:
-        """Whether every comparison made so far comes out for ``number`` as it did."""
+        """Whether every comparison made so far has the same outcome for ``number``."""
         values = {**self._strides, **dict.fromkeys(self._numbers, number)}
         return all(bool(guard.expr.xreplace(values)) for guard in self._env.guards)
 
@@ -443,9 +449,9 @@ _compiled_here = threading.local()
 
 @contextlib.contextmanager
 def compilations_forgotten() -> Iterator[None]:
-    """On leaving, drop what Dynamo compiled inside, in this thread, where ``torch.compile`` has no
-    ``isolate_recompiles``. There Dynamo gives a function up after ``recompile_limit`` compilations, whoever asked for
-    them."""
+    """On leaving, drop what Dynamo compiled inside, in this thread, if ``torch.compile`` has no ``isolate_recompiles``.
+    There Dynamo gives a function up after ``recompile_limit`` compilations, no matter who asked for them.
+    """
     if ISOLATES:
         yield
         return
@@ -469,15 +475,15 @@ def _note_compilations() -> None:
         if (codes := getattr(_compiled_here, "codes", None)) is not None:
             codes.append((code, compiled))
 
-    register_bytecode_hook(note)  # and never removed: another thread may be going through the hooks
+    register_bytecode_hook(note)  # never removed: another thread may be iterating over the hooks
 
 
 def _drop(guards: Any) -> None:
     from torch._dynamo.guards import DeletedGuardManagerWrapper
 
     deleted = DeletedGuardManagerWrapper("hwbp_compiler compiled this to look at it")
-    # The entry stays in its list, where it never matches. Dynamo counts those that guard the same objects as the frame
-    # at hand, or none; this one guards an object that no frame has.
+    # The entry stays in its list, where it never matches. Dynamo counts the entries that guard no object or the same
+    # objects as the current frame. This one guards an object that no frame has.
     deleted.id_matched_objs = {"": object}
     guards.extra_state.invalidate(guards.cache_entry, deleted)
 
@@ -491,60 +497,63 @@ _Found = TypeVar("_Found")
 
 
 def observed(graph: torch.fx.Graph, name: str, run: Callable[[torch.fx.Graph], _Found]) -> _Found | None:
-    """``run(graph)`` under the observer of Inductor's own passes: timed as ``pass.{name}``, drawn where
-    ``config.trace.log_url_for_graph_xform`` asks for it, and None instead where ``config.disabled_passes`` names it."""
+    """``run(graph)`` under the observer that Inductor uses for its own passes. It is timed as ``pass.{name}`` and drawn
+    if ``config.trace.log_url_for_graph_xform`` asks for it. Returns None without running if ``config.disabled_passes``
+    names it.
+    """
     return GraphTransformObserver(graph.owning_module, name).apply_graph_pass(run)  # type: ignore[arg-type]
 
 
 def timed(name: str) -> AbstractContextManager[Any]:
-    """Time a step as ``pass.{name}`` among Dynamo's own (``torch._dynamo.utils.compile_times()``)."""
+    """Time a step as ``pass.{name}`` together with Dynamo's own (``torch._dynamo.utils.compile_times()``)."""
     return dynamo_timed(f"pass.{name}")
 
 
 def trace_artifact(name: str, text: Callable[[], str]) -> None:
-    """Put ``text()`` into the structured trace as an artifact; not called where nothing records one."""
+    """Put ``text()`` into the structured trace as an artifact. ``text`` is not called if nothing records the trace."""
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=text)
 
 
 def inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The config patches ``backend="inductor"`` would make of ``mode`` and ``options``.
+    """The config patches that ``backend="inductor"`` would derive from ``mode`` and ``options``.
 
-    Raises RuntimeError where Inductor refuses a key, the type of a value or the mode.
+    Raises RuntimeError if Inductor refuses a key, the type of a value or the mode.
     """
     return torch._TorchCompileInductorWrapper(mode, options, None).config
 
 
 def inductor_option_type(key: str) -> str:
-    """The type Inductor's config declares for ``key``, as readable text."""
+    """The type that Inductor's config declares for ``key``, as readable text."""
     declared = inductor_config.get_type(key)
     plain = typing.get_origin(declared) is None and isinstance(declared, type)
     return declared.__name__ if plain else str(declared)
 
 
 def inductor_setting(name: str, patches: Mapping[str, Any]) -> Any:
-    """What is in force for a compilation under ``patches``."""
+    """The value that a compilation under ``patches`` uses."""
     return patches[name] if name in patches else getattr(inductor_config, name)
 
 
 def user_joint_passes(
     patches: Mapping[str, Any], which: str = "joint_custom_pre_pass"
 ) -> tuple[Callable[[torch.fx.Graph], Any], ...]:
-    """The joint passes in force before ours: those in ``patches``, else those in Inductor's config."""
+    """The user's joint passes: those in ``patches``, or else those in Inductor's config."""
     chosen = inductor_setting(which, patches)
     if chosen is None:
         return ()
-    # Newer releases also take several; older ones take one.
+    # Newer releases also accept several passes; older ones accept one.
     return tuple(chosen) if isinstance(chosen, (list, tuple)) else (chosen,)
 
 
 def recording_autograd() -> contextlib.AbstractContextManager[None]:
-    """Autograd works inside although an operator's kernel is running, which it otherwise does not."""
+    """Let autograd record inside an operator's kernel, where it is normally off."""
     return _autograd(True)
 
 
 def below_autograd() -> contextlib.AbstractContextManager[None]:
-    """Operators do without autograd, and without its bookkeeping of views and in-place changes: a tenth of the time of
-    many small ones. Only for tensors that do not leave as views of one another."""
+    """Run operators without autograd and without its bookkeeping of views and in-place changes. Many small operators
+    then take a tenth of the time. Use it only for tensors that do not leave as views of one another.
+    """
     return _autograd(False)
 
 
@@ -560,13 +569,13 @@ def _autograd(records: bool) -> Iterator[None]:
 
 
 def config_is_per_thread() -> bool:
-    """Whether what is set in Dynamo's config holds in this thread alone: on torch 2.13 and 2.14; for all on 2.11."""
+    """Whether Dynamo's config holds for this thread only (torch 2.13 and 2.14) or for all threads (2.11)."""
     entry = getattr(dynamo_config, "_config", {}).get("allow_rnn")
     return isinstance(getattr(entry, "user_override", None), ContextVar)
 
 
 def allow_rnn(allowed: bool) -> bool:
-    """Let Dynamo trace recurrent modules, or not; returns what was in force."""
+    """Let Dynamo trace recurrent modules, or not. Returns the previous setting."""
     before: bool = dynamo_config.allow_rnn
     if before != allowed:
         dynamo_config.allow_rnn = allowed
@@ -574,7 +583,7 @@ def allow_rnn(allowed: bool) -> bool:
 
 
 def override_python_kernels(operator: Any, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put ``make(original)`` in the place of every kernel that tracing uses for the composite ``operator``."""
+    """Replace every kernel that tracing uses for the composite ``operator`` by ``make(original)``."""
     for key, original in list(operator.py_kernels.items()):
         if callable(original):
             operator.py_kernels[key] = make(original)
@@ -582,8 +591,9 @@ def override_python_kernels(operator: Any, make: Callable[[Callable[..., Any]], 
 
 
 def guard_composite(operator: Any, look: Callable[[], None]) -> None:
-    """While tracing, call ``look()``, which may raise, before the composite ``operator``, which has no kernel in Python
-    that :func:`override_python_kernels` could replace."""
+    """While tracing, call ``look()``, which may raise, before the composite ``operator``. This operator has no kernel
+    in Python that :func:`override_python_kernels` could replace.
+    """
     key = torch._C.DispatchKey.CompositeImplicitAutograd
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -593,20 +603,20 @@ def guard_composite(operator: Any, look: Callable[[], None]) -> None:
     operator.py_impl(key)(guarded)
 
 
-# Backends carry a maker of contexts under this name: what they compile runs inside one.
+# Attribute of a backend that holds a function returning a context. What the backend compiles runs in such a context.
 RUNS_IN = "highway_context"
 
 
 def configure_backend(
     backend: Callable[..., Any], prepare: Callable[..., Callable[[], contextlib.AbstractContextManager[Any]]]
 ) -> None:
-    """For every ``torch.compile`` that is given ``backend``: call ``prepare(mode=..., options=...)`` at that moment,
-    which returns a maker of contexts; every call of what is compiled runs inside one. Another backend may carry such a
-    maker as its attribute ``RUNS_IN``.
+    """Call ``prepare(mode=..., options=...)`` in every ``torch.compile`` that is given ``backend``. ``prepare`` returns
+    a maker of contexts, and every call of the compiled result runs inside such a context. Another backend may have its
+    own maker in the attribute ``RUNS_IN``.
 
-    ``torch.compile`` hands options to a named backend only with the first graph, deep inside the first call
-    of the model. Every backend passes through ``get_compiler_fn`` when ``torch.compile`` is called; others
-    are left exactly as they are.
+    ``torch.compile`` passes options to a named backend only with the first graph, deep inside the first call of the
+    model. But every backend goes through ``get_compiler_fn`` when ``torch.compile`` is called, so this function is
+    replaced. Other backends are not affected.
     """
     original = eval_frame.get_compiler_fn
 
@@ -625,8 +635,8 @@ def configure_backend(
 class _Registry(dict):  # type: ignore[type-arg]
     """torch's table of backends, in which ``ours`` may be registered any number of times.
 
-    Where several threads are the first to look a backend up, each of them registers it; torch takes no lock, and
-    refuses all but one of them ("duplicate name"). Threads that wait for our import read the table after it.
+    If several threads look a backend up for the first time, each of them registers it. Torch takes no lock and refuses
+    all but one of them ("duplicate name"). Threads that wait for our import read the table after it.
     """
 
     def __init__(self, backends: Mapping[str, Any], ours: Callable[..., Any]) -> None:
@@ -643,21 +653,24 @@ class _Registry(dict):  # type: ignore[type-arg]
 
 
 def registered_by_any_thread(backend: Callable[..., Any]) -> None:
-    """Let ``backend`` be registered more than once, to the same effect."""
+    """Allow ``backend`` to be registered more than once, with the same effect."""
     registry._COMPILER_FNS = _Registry(registry._COMPILER_FNS, backend)
 
 
 def context_of(compiled: Any) -> Any:
-    """The maker of contexts (see :func:`configure_backend`) that calls of ``compiled`` run in: of what
-    ``torch.compile`` returned, or of a module whose ``compile`` was called. None where there is none."""
+    """The maker of contexts (see :func:`configure_backend`) for calls of ``compiled``, which is the result of
+    ``torch.compile`` or a module whose ``compile`` was called. None if there is none.
+    """
     inner = getattr(compiled, "_compiled_call_impl", None)
     found = getattr(getattr(compiled, "dynamo_ctx", None), "_backend_ctx_ctor", None)
     return found or getattr(compiled, "highway_context", None) or getattr(inner, "highway_context", None)
 
 
 def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
-    """Call ``seen(inner, outer)``, what ``torch.compile`` was given as mode and options, wherever Dynamo inlines one
-    thing compiled for ``backend`` into another: it does so as if the inner ``torch.compile`` were not there."""
+    """Call ``seen(inner, outer)`` whenever Dynamo inlines one thing compiled for ``backend`` into another. The
+    arguments are the mode and options given to each ``torch.compile``. Dynamo inlines as if the inner ``torch.compile``
+    were not there.
+    """
     context = eval_frame._TorchDynamoContext
     original = context.__call__
 
@@ -683,7 +696,7 @@ def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], di
 
     def look(compiled: Any) -> None:
         inner, outer = _given(compiled, backend), _given(_backend_traced_for(), backend)
-        if inner and outer is not None:  # nothing given, nothing dropped
+        if inner and outer is not None:  # without inner options nothing can be dropped
             seen(inner, outer)
 
     context.__call__ = __call__  # type: ignore[method-assign]
@@ -691,7 +704,7 @@ def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], di
 
 
 def _look_at_modules(look: Callable[[Any], None]) -> None:
-    """Dynamo takes a compiled module apart by itself: a function around its forward is not called."""
+    """Dynamo handles compiled modules separately and does not call a function around their forward."""
     from torch._dynamo.variables.builder import VariableBuilder
 
     original = VariableBuilder.wrap_module
@@ -706,7 +719,7 @@ def _look_at_modules(look: Callable[[Any], None]) -> None:
 
 
 def _given(compiled: Any, backend: Callable[..., Any]) -> dict[str, Any] | None:
-    """The mode and options of ``torch.compile``; None if that is not for ``backend``."""
+    """The mode and options of a ``torch.compile``; None if it is not for ``backend``."""
     for function in _unwrapped(compiled):
         if isinstance(function, torch._TorchCompileWrapper) and function.compiler_fn is backend:
             return dict(function.kwargs)
@@ -714,21 +727,23 @@ def _given(compiled: Any, backend: Callable[..., Any]) -> dict[str, Any] | None:
 
 
 def watch_frames(convert: Callable[..., Any]) -> None:
-    """From now on, for every frame that it finds in no cache, for whatever backend, Dynamo calls
-    ``convert(original, converter, frame, cache_entry, frame_state)`` instead of ``original`` with the rest."""
+    """From now on, Dynamo calls ``convert(original, converter, frame, cache_entry, frame_state)`` instead of
+    ``original`` with the remaining arguments, for every frame that is not in its cache and for every backend.
+    """
     original = convert_frame.CatchErrorsWrapper.__call__
 
     def around(self: Any, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
         return convert(original, self, frame, cache_entry, frame_state)
 
-    # Dynamo looks for the frame below its own, which it tells by their file: ours pass as such.
+    # Dynamo looks for the first frame outside its own file. These functions claim to be in that file so that it skips
+    # them.
     for function in (around, convert):
         function.__code__ = function.__code__.replace(co_filename=convert_frame.__file__)
     convert_frame.CatchErrorsWrapper.__call__ = around  # type: ignore[method-assign]
 
 
 def seen_codes() -> list[CodeType]:
-    """Of the frames that Dynamo was shown since it was last reset."""
+    """The codes of all frames that Dynamo has seen since it was last reset."""
     return [code for seen in list(convert_frame.input_codes.seen) if (code := seen()) is not None]
 
 
@@ -737,24 +752,24 @@ def was_seen(code: CodeType) -> bool:
 
 
 def never_traced(code: CodeType) -> bool:
-    """Whether Dynamo passes over frames of ``code`` by rule, such as most of torch's own."""
+    """Whether Dynamo skips frames of ``code`` by rule, as it does for most of torch's own."""
     return trace_rules.check(code)
 
 
 def in_an_isolated_region() -> bool:
-    """Whether what runs was compiled with ``isolate_recompiles``."""
+    """Whether the running code was compiled with ``isolate_recompiles``."""
     return ISOLATES and torch._C._dynamo.eval_frame.get_eval_frame_isolate_recompiles_id() >= 0
 
 
 def compiles_now() -> bool:
-    """Whether ``torch.compile`` compiles what is called here, and a look at Dynamo's cache is told of."""
+    """Whether ``torch.compile`` compiles what is called here, and lookups in Dynamo's cache are reported."""
     stance, switched_off = eval_frame._stance, dynamo_config.disable or dynamo_config.caching_precompile
     usual = stance.stance == "default" and not stance.skip_guard_eval_unsafe
     return usual and not switched_off and not torch._C._len_torch_dispatch_stack() and sys.exc_info()[0] is None
 
 
 class CacheHits:
-    """Counts, in this thread, the frames whose code is found in Dynamo's cache from now on until ``stop()``."""
+    """Counts the frames of this thread that are found in Dynamo's cache, from now until ``stop()``."""
 
     _lock = threading.Lock()
     _counting: list[CacheHits] = []
@@ -782,9 +797,9 @@ class CacheHits:
 
 
 def ddp_cuts_graphs() -> bool:
-    """Whether what is being compiled is a DistributedDataParallel model that Dynamo splits at bucket boundaries.
+    """Whether a DistributedDataParallel model is being compiled that Dynamo splits at bucket boundaries.
 
-    Dynamo's DDP optimizer compiles one graph per bucket of gradients. False where the model fits into one.
+    Dynamo's DDP optimizer compiles one graph per bucket of gradients. False if the model fits into one bucket.
     """
     if not torch.distributed.is_available():
         return False
@@ -798,11 +813,11 @@ def ddp_cuts_graphs() -> bool:
     return size > min(module.bucket_bytes_cap, torch.distributed._DEFAULT_FIRST_BUCKET_BYTES)
 
 
-# Backends that know what to do with hwbp_compiler.recurrent carry this attribute.
+# Attribute of backends that can handle hwbp_compiler.recurrent.
 SERVES = "serves_highway_recurrences"
 
 
-# Where torch keeps the backend that it has wrapped.
+# Attributes in which torch keeps a backend that it has wrapped.
 _WRAPPED = (
     "callback",
     "compiler_fn",
@@ -815,18 +830,18 @@ _WRAPPED = (
 
 @torch.compiler.assume_constant_result
 def serving_backend() -> bool:
-    """While Dynamo traces: whether the graph is going to a backend of ours."""
+    """While Dynamo traces: whether the graph goes to a backend of ours."""
     return _serves(_backend_traced_for())
 
 
 def tracing_for_another_backend() -> bool:
-    """Whether Dynamo traces right now, and not for a backend of ours."""
+    """Whether Dynamo is tracing, and not for a backend of ours."""
     backend = _backend_traced_for()
     return backend is not None and not is_for_us(backend)
 
 
 def _backend_traced_for() -> Any:
-    """None while Dynamo does not trace."""
+    """The backend that Dynamo traces for; None if it is not tracing."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -836,17 +851,17 @@ def _backend_traced_for() -> Any:
 
 
 def is_for_us(converter: Any) -> bool:
-    """Whether Dynamo converts frames for a backend of ours with ``converter``."""
+    """Whether Dynamo uses ``converter`` to convert frames for a backend of ours."""
     return _serves(converter)
 
 
 def _serves(backend: Any) -> bool:
-    """Whether ``backend`` is one of ours, however it is wrapped."""
+    """Whether ``backend`` is one of ours, no matter how it is wrapped."""
     return any(getattr(function, SERVES, False) for function in _unwrapped(backend))
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:
-    """``backend`` and all that it wraps."""
+    """``backend`` and everything that it wraps."""
     todo, seen = [backend], set()
     while todo:
         function = todo.pop()
@@ -858,8 +873,10 @@ def _unwrapped(backend: Any) -> Iterator[Any]:
 
 
 def watch_graph_breaks(seen: Callable[[list[FrameSummary], str], None]) -> None:
-    """From now on call ``seen(stack, error)`` wherever Dynamo breaks a graph that is for a backend of ours: the user's
-    lines that led there, outermost first, and what Dynamo says. Nothing is watched where torch has another form."""
+    """From now on call ``seen(stack, error)`` whenever Dynamo breaks a graph for a backend of ours. ``stack`` holds the
+    user's lines that led there, outermost first, and ``error`` is Dynamo's message. Does nothing if this torch has no
+    such function.
+    """
     from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
     original = getattr(InstructionTranslatorBase, "log_graph_break", None)
@@ -868,7 +885,7 @@ def watch_graph_breaks(seen: Callable[[list[FrameSummary], str], None]) -> None:
 
     @functools.wraps(original)
     def log_graph_break(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with contextlib.suppress(Exception):  # to watch must not break anything else
+        with contextlib.suppress(Exception):  # watching must not break anything else
             error = next(e for e in (*args, *kwargs.values()) if isinstance(e, Exception))
             if not getattr(error, "logged", False) and _serves(self.output.compiler_fn):
                 seen(list(getattr(error, "real_stack", None) or ()), str(error))

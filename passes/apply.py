@@ -1,4 +1,4 @@
-"""Put a rewriting into effect: replace uses, restore topological order, drop what nothing uses any more."""
+"""Apply a rewriting: replace uses, restore the topological order, and erase what nothing uses any more."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from .rewrite import Rewriting
 
 
 def discard(graph: Graph, created: list[Node]) -> None:
-    """Take emitted nodes out again; the graph is as it was before they were emitted."""
+    """Erase emitted nodes, so that the graph is as it was before they were emitted."""
     for node in reversed(created):
         graph.erase_node(node)
 
 
 def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: set[Node]) -> None:
-    """Replace uses, sort, and erase those of ``removable`` (and of the created nodes) that have no users left.
+    """Replace uses, sort, and erase the nodes of ``removable`` (and the created nodes) that have no users left.
 
-    Raises Declined, with the graph as before the emission, if the result would be cyclic, or if anything still used
-    one of the ``superseded`` nodes: two versions of a link would be mixed then, which no k stands for.
+    Raises Declined, with the graph as it was before the emission, if the result would be cyclic, or if something still
+    used one of the ``superseded`` nodes. That would mix two versions of a link, and the result would be the gradient
+    for no k.
     """
     journal: list[tuple[Node, tuple[Any, ...], dict[str, Any]]] = []
     final = _final(rewriting.replacements)
@@ -54,7 +55,7 @@ def apply(graph: Graph, rewriting: Rewriting, removable: set[Node], superseded: 
 
 
 def _final(replacements: dict[Node, Node]) -> dict[Node, Node]:
-    """What each node is replaced by in the end, where what replaces it is itself replaced."""
+    """The final replacement of each node, where a replacement is itself replaced."""
     final = dict(replacements)
     for old in final:
         seen = {old}
@@ -74,8 +75,7 @@ def _alive(order: list[Node]) -> set[Node]:
 
 
 def _topological_order(graph: Graph) -> list[Node] | None:
-    """All nodes, each as early as its place in the graph and its operands allow; None if there is a cycle."""
-    # The graph knows operands and users as it is: a copy of it for networkx would cost more than the sort.
+    """All nodes, each as early as its place in the graph and its operands allow. None if there is a cycle."""
     nodes = list(graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
     pending = [len(n.all_input_nodes) for n in nodes]

@@ -1,4 +1,4 @@
-"""What may be rewritten: from the tracks of a joint graph to chains that are sound, split and grouped."""
+"""Find what may be rewritten: from the tracks of a joint graph to sound chains, split and grouped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .trunk import on_the_trunk
 
 @dataclass
 class Candidate:
-    """A sound chain with all that is known before it is decided upon."""
+    """A sound chain and what is known about it before the decision."""
 
     chain: Chain
     groups: list[Group]
@@ -39,7 +39,7 @@ class Candidate:
 
     @property
     def first(self) -> Node:
-        """A node that stands where the gradient enters the chain."""
+        """A node at the place where the gradient enters the chain."""
         return next(n for state in (*self.chain.states[1:2], self.chain.states[0]) for n in state if n is not None)
 
     @functools.cached_property
@@ -48,7 +48,7 @@ class Candidate:
 
 
 def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list[Refusal], list[Candidate]]:
-    """What may be rewritten, what was refused, and chains below ``min_length``."""
+    """The chains that may be rewritten, the refusals, and the chains shorter than ``min_length``."""
     found: list[Candidate] = []
     refusals: list[Refusal] = []
     short: list[Candidate] = []
@@ -69,7 +69,7 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
     short, below_length = _apart(info, short)
     # From the loss towards the input: a chain's side outputs are injections of the next one.
     kept.sort(key=lambda c: info.index[c.first])
-    # A piece of something larger that is told of already is no news.
+    # Drop refusals of a piece of something larger that is reported already.
     held = taken | below_length
     refusals = [
         r
@@ -82,7 +82,7 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
 
 
 def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: list[Refusal]) -> list[Candidate]:
-    """``found``, but chains of several streams in place of what they make more links of. ``refusals`` follow."""
+    """``found``, where a chain of several streams replaces other chains if it has more links. Updates ``refusals``."""
     for ways in find_streams(info):
         refused: list[Refusal] = []
         more = [_split_and_group(info, along_states(info, states)[0], options, refused)[0] for states in ways]
@@ -90,12 +90,12 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
         for candidate in max(joined, key=lambda way: _worth(info, way)):
             others = [c for c in found if not c.nodes.isdisjoint(candidate.nodes)]
             nested = all(c.chain.length <= candidate.chain.length and c.nodes <= candidate.nodes for c in others)
-            fewer = score(c.chain for c in others) - (len(others) > 1)  # of equals, one long chain
+            fewer = score(c.chain for c in others) - (len(others) > 1)  # on a tie, one long chain wins
             if nested or score([candidate.chain]) > fewer:
                 found = [c for c in found if c not in others] + [candidate]
                 refusals[:] = [r for r in refusals if 2 * len(candidate.nodes.intersection(r.nodes)) < len(r.nodes)]
         for refusal in sorted(refused, key=lambda r: r.length)[-1:]:
-            # A reason for all of it is better than one for each piece.
+            # One reason for the whole is better than one for each piece.
             inside = set(refusal.nodes)
             if score(c.chain for c in found if not c.nodes.isdisjoint(inside)) < refusal.length - 1:
                 refusals[:] = [r for r in refusals if 2 * len(inside.intersection(r.nodes)) < len(r.nodes)]
@@ -104,22 +104,23 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
 
 
 def _feed_each_other(chain: Chain) -> bool:
-    """Whether every component leads to another: what does not only adds up what all links give to it."""
+    """Whether every component leads to another one. A component that does not only sums up what all links add to it."""
     link = chain.links[len(chain.links) // 2]
     needed = [inputs_of(link, i) for i in link.outputs]
     return all(any(c in needed[other] for other in range(chain.width) if other != c) for c in range(chain.width))
 
 
 def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool]:
-    """Links, and one more where a step begins with all components as they are: no gradient of the head depends on
-    another."""
+    """The number of links, plus one if a step begins with all components unchanged, that is, if no gradient of the head
+    depends on another.
+    """
     heads = [{info.index[n] for n in c.chain.states[0] if n is not None} for c in way]
     apart = all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
     return score(c.chain for c in way) + apart, apart
 
 
 def best_tracks(info: GraphInfo, options: Options) -> list[Track]:
-    """All tracks. Where the joins that gradients meet first and those on the trunk differ, what gives more links."""
+    """All tracks. Where following the first joins and following the trunk differ, the way that gives more links."""
     first = followers(info)
     trunk = on_the_trunk(info, first)
     if trunk == first:
@@ -133,7 +134,7 @@ def best_tracks(info: GraphInfo, options: Options) -> list[Track]:
     connected = networkx.Graph([*first.items(), *trunk.items()])
     for component in networkx.connected_components(connected):
         one, other = ({a: way[a] for a in sorted(component) if a in way} for way in (first, trunk))
-        # Where neither gives any, the reasons are found at the joins that are met first.
+        # If neither gives any links, the first joins are the ones that give the reasons.
         better = one != other and score_of(tracks(other)) >= max(score_of(tracks(one)), 1)
         chosen |= other if better else one
     return tracks(chosen)
@@ -145,12 +146,12 @@ def _steps(info: GraphInfo, track: Track) -> list[Chain]:
 
 
 def _links(candidates: list[Candidate]) -> tuple[int, int]:
-    """The last link counts where it has no state to send to, and more where it has."""
+    """The number of links. The second number does not count a last link that has no next state."""
     return sum(len(c.chain.links) for c in candidates), sum(c.chain.length for c in candidates)
 
 
 def _apart(info: GraphInfo, found: list[Candidate]) -> tuple[list[Candidate], set[Node]]:
-    """Those of ``found`` that share no node, longest first, and their nodes."""
+    """The longest candidates that share no node, longest first, and all their nodes."""
     kept: list[Candidate] = []
     taken: set[Node] = set()
     for candidate in sorted(found, key=lambda c: (-c.chain.length, info.index[c.first])):
@@ -168,7 +169,7 @@ def _along(info: GraphInfo, track: Track) -> tuple[Node, ...]:
 
 
 def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list[Refusal]:
-    """One refusal per reason; where every link but the first is refused, so is the first."""
+    """One refusal per reason. If every link but the first is refused, the first is counted as refused too."""
     merged: dict[Why, Refusal] = {}
     for r in refused:
         before = merged.get(r.why)
@@ -181,7 +182,7 @@ def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list
 
 
 def _without_the_last(chain: Chain) -> Chain | None:
-    """Where the last link has a remainder and is unlike all others, ``chain`` without it."""
+    """``chain`` without its last link, if that link has a remainder and its program differs from all the others."""
     *others, last = chain.links
     if not others or not last.remainders or any(link.signature == last.signature for link in others):
         return None
@@ -191,7 +192,9 @@ def _without_the_last(chain: Chain) -> Chain | None:
 def _split_and_group(
     info: GraphInfo, chains: list[Chain], options: Options, refusals: list[Refusal]
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """Candidates, and those that are too short: one link alone is, unless its block is to be dropped (k = 0)."""
+    """The candidates, and those that are too short. A single link is too short, unless its block is to be dropped (k =
+    0).
+    """
     found: list[Candidate] = []
     short: list[Candidate] = []
     for chain in chains:
@@ -206,8 +209,8 @@ def _split_and_group(
         whole, groups = group_links(info, chain)
         candidate = Candidate(whole, groups, split)
         if shorter := _without_the_last(whole):
-            # Of the first block, what leads to its state and what leads to the same tensor as an input of every block
-            # cannot be told apart: likeness to its neighbours comes first.
+            # In the first block, the path to its state and the path to the same tensor as an input of every block look
+            # the same. So prefer the chain whose links are alike.
             shorter, groups = group_links(info, shorter)
             if shorter.length == whole.length:
                 candidate = Candidate(shorter, groups, split_links(shorter))

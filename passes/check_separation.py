@@ -1,13 +1,13 @@
-"""Choose the states of a chain so that no gradient path by-passes one, and cut the links out between them.
+"""Choose the states of a chain so that no gradient path bypasses one, and cut out the links between them.
 
 Note [Separation]
 ~~~~~~~~~~~~~~~~~
-``u_i = K u_{i+1} + J u_{i+1} + c_i`` holds only if everything that state i receives from the chain comes through
-state i + 1. Where something by-passes a state there are three ways out, and the one that keeps most links wins:
+``u_i = K u_{i+1} + J u_{i+1} + c_i`` holds only if everything that state i receives from the chain comes through state
+i + 1. If something bypasses a state, there are three ways out. The one that keeps the most links wins:
 
-- keep only the joins that every path passes (short skips repeated along the chain);
-- split into sub-chains such that each by-pass starts before or ends behind one (a long skip, as in a U-Net);
-- widen the state to what crosses the boundary (an LSTM's (h, c)).
+- keep only the joins that every path passes through (for short skips that repeat along the chain);
+- split into sub-chains, so that every bypass starts before or ends behind one (for a long skip, as in a U-Net);
+- widen the state to everything that crosses the boundary (for an LSTM's (h, c)).
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ from hwbp_compiler.reasons import Declined, Reason, Why
 
 from .find_chains import Track, is_carrier
 
-# The most tensors that together are one state.
+# A state is at most this many tensors.
 WIDEST = 3
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A stretch that is no chain: why, and some of its nodes, which say where in the user's source it stands.
-    ``length`` counts the joins it would have been."""
+    """A stretch that is not a chain, and why. ``nodes`` locate it in the user's source, and ``length`` is the number of
+    joins it would have had.
+    """
 
     nodes: tuple[Node, ...]
     length: int
@@ -50,7 +51,7 @@ class Refusal:
 
 
 def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[Refusal]]:
-    """Chains with sound states along ``track``, first link included, and what had to be refused."""
+    """The chains with sound states along ``track``, first link included, and the refusals."""
     joins = list(track.joins)
     crossings = _crossings(info, joins)
     options: list[list[list[State]]]
@@ -82,14 +83,14 @@ def check_separation(info: GraphInfo, track: Track) -> tuple[list[Chain], list[R
 
 
 def along_states(info: GraphInfo, states: list[State]) -> tuple[list[Chain], list[Refusal]]:
-    """Chains through ``states`` that are known, and what had to be refused."""
+    """The chains through the given ``states``, and the refusals."""
     found: list[Chain] = []
     chains: list[Chain] = []
     refusals: list[Refusal] = []
     track = Track((), ())
     _build(info, track, states, chains, refusals)
     for chain in chains:
-        # Sums inside the last block may look like states, with nothing but more sums between them.
+        # Sums inside the last block may look like states: there are only more sums between them.
         while chain.links and not has_block(chain.links[0]):
             chain = Chain(chain.states[1:], chain.links[1:])
         while None not in chain.states[0] and (longer := _with_head(info, track, chain)) is not None:
@@ -99,7 +100,9 @@ def along_states(info: GraphInfo, states: list[State]) -> tuple[list[Chain], lis
 
 
 def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:
-    """Why the one join of ``track`` ends no link. One that nothing leads to lies inside a larger link: no news."""
+    """Why the only join of ``track`` ends no link. A join that no branch leads to lies inside a larger link and is not
+    reported.
+    """
     if not track.branches:
         return []
     try:
@@ -111,7 +114,7 @@ def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:
 
 
 def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
-    """What to say where by-passes leave little of a track."""
+    """The refusal for a track of which bypasses leave little."""
     inside = info.between({joins[0]}, {joins[-1]})
     nodes = tuple(info.nodes[i] for i in sorted(inside))
     width = _width(info, joins, inside)
@@ -124,14 +127,16 @@ def _too_wide(info: GraphInfo, joins: list[int], lost: int) -> Refusal:
 
 
 def _divided(nodes: tuple[Node, ...], lost: int, parts: int) -> Refusal:
-    """An LSTM with peepholes: two tensors cross, but the gradient of one is a sum of more terms than a state holds."""
+    """For an LSTM with peepholes: two tensors cross, but the gradient of one sums more terms than a state holds."""
     return Refusal(nodes, lost, Reason.GRADIENT_IN_TOO_MANY_TERMS.of(parts=parts, widest=WIDEST))
 
 
 def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
-    """How many gradients cross from one step to the next: at the narrowest place of a step, and of the widest step."""
+    """How many gradients cross from one step to the next: counted at the narrowest place of each step, for the widest
+    step.
+    """
     ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
-    alive: list[int] = []  # last uses of what crosses the present position
+    alive: list[int] = []  # last uses of the gradients that cross the present position
     narrowest = [len(inside)] * len(joins)
     for i in sorted(inside):
         alive = [end for end in alive if end > i]
@@ -139,18 +144,18 @@ def _width(info: GraphInfo, joins: list[int], inside: set[int]) -> int:
             alive.append(ends[i])
         step = bisect_left(joins, i)
         narrowest[step] = min(narrowest[step], len(alive)) if alive else narrowest[step]
-    return max(narrowest[1:])  # the first and the last step are cut short
+    return max(narrowest[1:])  # the first and the last step are incomplete
 
 
 def score(chains: Iterable[Chain]) -> int:
-    """The links of ``chains`` beyond the first of each: a chain of one link gains nothing."""
+    """The number of links beyond the first of each chain: a chain of one link gains nothing."""
     return sum(max(0, c.length - 1) for c in chains)
 
 
 def _crossings(info: GraphInfo, joins: list[int], of_last: Set[int] = frozenset()) -> list[tuple[int, int]]:
-    """By-passes as (p, q): an edge from at or behind join p to at or before join q skips those between.
+    """Bypasses as (p, q): an edge that starts at or behind join p and ends at or before join q skips those between.
 
-    ``of_last`` are parts of the last join: what is added up on the way there leads there.
+    ``of_last`` are nodes that are added up into the last join, so an edge to one of them ends there.
     """
     if len(joins) < 3:
         return []
@@ -174,9 +179,9 @@ def _uncrossed(joins: list[int], crossings: list[tuple[int, int]]) -> list[int]:
 
 
 def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
-    """Maximal ranges of joins that no by-pass both starts and ends in, but at their last join.
+    """Maximal ranges of joins in which no bypass both starts and ends, except at the last join.
 
-    A longer range has more by-passes, so its end is found by doubling and bisection: near-linear in all.
+    A longer range has more bypasses, so doubling and bisection find its end, in near-linear time overall.
     """
     ranges: list[tuple[int, int]] = []
     start, last = 0, len(joins) - 1
@@ -201,20 +206,20 @@ def _sub_ranges(info: GraphInfo, joins: list[int]) -> list[tuple[int, int]]:
             middle = (good + bad) // 2
             good, bad = (middle, bad) if sound(middle) else (good, middle)
         if good < last and sound_but_for_the_end(good + 1):
-            good += 1  # the first state of a chain may have gradients from all over it
+            good += 1  # the first state of a chain may receive gradients from anywhere in the chain
         ranges.append((start, good))
         start = good
     return ranges
 
 
 def _widened(info: GraphInfo, join: int) -> State | None:
-    """The parts of ``join`` as a state: (dh, dc) of an LSTM."""
+    """The parts of ``join`` as a state: (dh, dc) for an LSTM."""
     parts = _parts(info, join)
     return parts if 2 <= len(parts) <= WIDEST else None
 
 
 def _parts(info: GraphInfo, join: int) -> tuple[Node, ...]:
-    """The terms that meet in ``join``, each pulled back to where it is a gradient of its own."""
+    """The terms summed in ``join``, each traced back to where it is a gradient of its own."""
     heavy: list[Node] = []
     light: list[Node] = []
     for term in sum_terms(info.nodes[join]):
@@ -228,7 +233,7 @@ def _parts(info: GraphInfo, join: int) -> tuple[Node, ...]:
             heavy.append(node)
         elif info.carries[info.index[term]]:
             light.append(term)
-    # Heavy terms first: K is lower triangular then in the order the model's own state has, (h, c).
+    # Heavy terms first. K is then lower triangular, in the order of the model's own state, (h, c).
     return tuple(dict.fromkeys([*heavy, *light]))
 
 
@@ -238,21 +243,22 @@ def _is_own(info: GraphInfo, node: Node) -> bool:
 
 
 def _crosses_by_heavy(info: GraphInfo, node: Node) -> bool:
-    """True if ``node`` is a sum with, or the result of, something heavy: it arrives through a block. A block may end in
-    a cast (autocast) or a view."""
+    """Whether ``node`` is a sum with a heavy term, or the result of a heavy operator: then it arrives through a block.
+    A block may end in a cast (autocast) or a view.
+    """
     arrived = (Kind.HEAVY, Kind.MIXING)
     return any(info.kind(_behind_carriers(info, info.index[term])) in arrived for term in sum_terms(node))
 
 
 def _behind_carriers(info: GraphInfo, i: int) -> int:
-    """What ``i`` is a mere view or cast of."""
+    """The node that ``i`` is only a view or cast of."""
     while is_carrier(info, i):
         i = info.sources[i][0]
     return i
 
 
 def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chain], refusals: list[Refusal]) -> None:
-    """Cut links between successive states; a stretch that is no link ends one chain and starts the next."""
+    """Cut links between successive states. A stretch that is not a link ends one chain and starts the next."""
     tainted = info.descendants({info.index[n] for n in states[0] if n is not None})
     current: list[State] = [states[0]]
     links: list[Program] = []
@@ -266,7 +272,7 @@ def _build(info: GraphInfo, track: Track, states: list[State], chains: list[Chai
             pieces.append((current, links))
             current, links = [after], []
             continue
-        # Of a state with a remainder there is no node of its own.
+        # A state with a remainder has no node of its own.
         rest = [link.raw[i] is None for i in link.outputs]
         current.append(tuple(None if gone else n for n, gone in zip(after, rest, strict=True)))
         links.append(link)
@@ -281,7 +287,7 @@ def _check_shapes(before: State, after: State) -> None:
         raise Declined(Reason.STATE_CHANGES_WIDTH.of(before=len(before), after=len(after)))
     for a, b in zip(before, after, strict=True):
         if a is not None and b is not None:
-            # The gradient goes backward: in the model the state has the shape of ``b`` first.
+            # The gradient flows backward, so in the model the state first has the shape of ``b``.
             if shape_of(a) != shape_of(b):
                 raise Declined(Reason.STATE_CHANGES_SHAPE.of(before=_sizes(b), after=_sizes(a)))
             if a.meta["val"].dtype != b.meta["val"].dtype:
@@ -300,7 +306,7 @@ def _between(info: GraphInfo, before: State, after: State) -> tuple[Node, ...]:
 
 
 def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
-    """``chain`` with the link in front of its first state, or None where there is none."""
+    """``chain`` with the link in front of its first state, or None if there is no such link."""
     outputs = [n for n in chain.states[0] if n is not None]
     for neighbour in chain.links[:4]:
         head = match_backward(neighbour, outputs, info)
@@ -326,14 +332,16 @@ def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
         outside = [*program.externals, *(t for terms in program.injections.values() for t in terms)]
         if any(info.index[n] in tainted for n in outside):
             return False
-    # What the state itself reaches by another way is a block of this link: a neighbour of fewer blocks has matched.
+    # If the state also reaches an injection, that is a block of this link, and the match was with a neighbour that has
+    # fewer blocks.
     reached = info.descendants({info.index[n] for n in inputs})
     return not any(info.index[t] in reached for terms in head.injections.values() for t in terms)
 
 
 def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
-    """Where the first link is built unlike its neighbours: it starts at the last branch point before the join. Raises
-    Declined where nothing between the two is a link."""
+    """For a first link that is built differently from its neighbours: it starts at the last branch point before the
+    join. Raises Declined if what lies between the two is not a link.
+    """
     join = track.joins[0]
     branch = _branch_before(info, set(track.branches[:1]), join)
     if branch is None:
@@ -363,7 +371,7 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
 
 
 def _branch_before(info: GraphInfo, starts: set[int], join: int) -> int | None:
-    """The last node before ``join`` that every path from ``starts`` passes and that has more than one way on."""
+    """The last node before ``join`` on every path from ``starts`` that more than one path leaves."""
     inside = info.between(starts, {join})
     reach = -1
     found = None

@@ -1,7 +1,7 @@
-"""Sums of complex gradients, as they were written.
+"""Restore sums of complex gradients.
 
-Inductor's decomposition adds complex tensors as pairs of real ones: seen as reals, added, seen as complex again. No
-element of a pair is a complex number, so neither the sum nor an elementwise path through it would be found.
+Inductor's decomposition adds complex tensors as pairs of real ones: view as real, add, view as complex. An element of a
+pair is not a complex number, so neither the sum nor an elementwise path through it would be found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def add_complex_numbers(graph: Graph, settled: Set[Node]) -> bool:
-    """Put one addition in place of each such sum that is not ``settled``; whether there was any."""
+    """Replace every such sum that is not ``settled`` by one addition. Returns whether there was any."""
     found = False
     gradients: set[Node] | None = None
     for node in graph.find_nodes(op="call_function", target=aten.view.dtype):
@@ -40,7 +40,7 @@ def add_complex_numbers(graph: Graph, settled: Set[Node]) -> bool:
 
 
 def _terms(node: Node) -> tuple[Node, Node] | None:
-    """The two complex numbers that ``node`` is the sum of."""
+    """The two complex numbers whose sum ``node`` is."""
     total = _seen_through_views(node.args[0])
     if not node.meta["val"].is_complex() or total is None or total.target is not ADD or total.kwargs:
         return None
@@ -53,7 +53,7 @@ def _terms(node: Node) -> tuple[Node, Node] | None:
 
 
 def _complex_behind(real: object) -> Node | None:
-    """What ``real`` is the pairs of real numbers of."""
+    """The complex tensor that ``real`` is a view of."""
     seen = _seen_through_views(real)
     if seen is None or seen.target is not aten.view.dtype or not isinstance(seen.args[0], Node):
         return None
@@ -70,7 +70,7 @@ def _seen_through_views(node: object) -> Node | None:
 
 
 def _erase_unused(graph: Graph, node: Node) -> None:
-    """``node`` and what only it was computed from."""
+    """Erase ``node`` and everything that only it used."""
     todo = [node]
     while todo:
         unused = todo.pop()

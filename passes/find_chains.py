@@ -1,8 +1,8 @@
 """Find tracks: successive joins where an elementwise path and a heavy path from the same gradient meet.
 
-Forward, ``h' = h + Block(h)`` uses ``h`` twice; backward, the two gradients of ``h`` are added. That addition, a
-*join*, is where one link ends and the next one (towards the input) begins. Joins of an elementwise path with a mere
-reduction (LayerNorm's own backward) are no joins: nothing heavy is between.
+In the forward pass, ``h' = h + Block(h)`` uses ``h`` twice. In the backward pass, the two gradients of ``h`` are added.
+This addition, a *join*, is where one link ends and the next one (towards the input) begins. A sum of an elementwise
+path and a mere reduction (LayerNorm's own backward) is not a join, because nothing heavy lies between.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ CARRIERS = {aten.clone.default, aten.alias.default, torch.ops.prims.convert_elem
 
 _ELEMENTWISE, _HEAVY, _INSIDE, _SMOOTHLY_INSIDE = 1, 2, 4, 8
 
-# A search that has seen this many nodes without meeting a join is given up, or this many that are reached element by
-# element: no block is that large, no highway that long within one link. Without the second limit a recurrence that is
-# elementwise altogether would cost T searches of T steps.
+# Give up a search after this many nodes without a join, or after this many nodes that are reached element by element.
+# No block is that large, and no highway is that long within one link. Without the second limit, an entirely elementwise
+# recurrence would cost T searches of T steps.
 _SEARCH_LIMIT = 20_000
 _ELEMENTWISE_LIMIT = 250
 
@@ -40,12 +40,12 @@ class Track:
 
 
 def find_chains(info: GraphInfo) -> list[Track]:
-    """All maximal tracks of the graph, longest first; no join belongs to two of them."""
+    """All maximal tracks of the graph, longest first. No join belongs to two of them."""
     return tracks(followers(info))
 
 
 def followers(info: GraphInfo) -> dict[int, int]:
-    """The join behind every branch point and behind every join."""
+    """The next join after every branch point and after every join."""
     following: dict[int, int] = {}
     for start, users in enumerate(info.users):
         if len(users) >= 2:
@@ -68,7 +68,8 @@ def tracks(following: dict[int, int]) -> list[Track]:
     branches: dict[int, list[int]] = {}
     for start, join in following.items():
         branches.setdefault(join, []).append(start)
-    # Joins form a forest (each has one follower); walk it from the end so that the longest branch keeps the stem.
+    # Joins form a forest (each is followed by at most one). Walk it from the end, so that the longest branch keeps the
+    # stem.
     length: dict[int, int] = {}
     for join in sorted(joins):
         length.setdefault(join, 1)
@@ -97,10 +98,10 @@ def tracks(following: dict[int, int]) -> list[Track]:
 
 
 def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
-    """Replace, in ``following``, joins that lie within a block by the one behind the block.
+    """Replace, in ``following``, each join inside a block by the join behind the block.
 
-    A block that ends in ``y * gate(y)`` (squeeze and excitation) or ``y + f(y)`` has a join of its own, which gradients
-    meet before that of the residual addition around it. No track goes on from there.
+    A block that ends in ``y * gate(y)`` (squeeze and excitation) or ``y + f(y)`` has a join of its own, which comes
+    before the join of the residual addition around it. No track continues from there.
     """
     todo = list(following)
     while todo:
@@ -116,8 +117,8 @@ def _leave_blocks(info: GraphInfo, following: dict[int, int]) -> None:
 def next_join(info: GraphInfo, start: int, inside: int | None = None, smoothly: bool = False) -> int | None:
     """The first join of an elementwise and a heavy path from ``start``, as the root of its tree of additions.
 
-    With ``inside``, an earlier join, the first one where an elementwise path that avoids ``inside`` meets a heavy path
-    through it: ``inside`` is then part of the block. ``smoothly``: it may arrive there element by element.
+    With ``inside``, an earlier join: the first join where an elementwise path that avoids ``inside`` meets a heavy path
+    through it. Then ``inside`` is part of the block. With ``smoothly``, that path may arrive there element by element.
     """
     flags = {start: _ELEMENTWISE}
     heap: list[int] = []
@@ -175,5 +176,5 @@ def root_of_sum(info: GraphInfo, node: int) -> int:
 
 
 def is_carrier(info: GraphInfo, i: int) -> bool:
-    """Whether ``i`` hands a gradient on as it is: a view, a cast, a copy."""
+    """Whether ``i`` passes a gradient on unchanged: a view, a cast, a copy."""
     return info.kind(i) is Kind.LAYOUT or info.nodes[i].target in CARRIERS

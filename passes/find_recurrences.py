@@ -1,7 +1,7 @@
-"""Find recurrences that are elementwise altogether: ``h' = a * h + b`` with gates that see only the input.
+"""Find entirely elementwise recurrences: ``h' = a * h + b``, with gates that see only the input.
 
-Nothing heavy joins their track, so ``find_chains`` has no join to go by. What marks them is a long elementwise path
-with something leaving it at every step: the gradients of the gates and of the input.
+``find_chains`` finds no join in them, because nothing heavy joins their track. They are recognized by a long
+elementwise path that something leaves at every step: the gradients of the gates and of the input.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hwbp_compiler.graph.program import SUM, Statement, references
 
 from .find_chains import Track
 
-# Two or three multiplications in a row occur everywhere; a recurrence is more than that.
+# Two or three multiplications in a row occur everywhere. A recurrence has more.
 SHORTEST_RECURRENCE = 4
 
 
@@ -36,15 +36,15 @@ def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> li
 
 
 def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
-    """The same recurrence cut elsewhere: at each other place that every path through a link of ``chain`` passes.
+    """The same recurrence, cut at each other place that every path through a link of ``chain`` passes.
 
-    A step ``tanh(a * h + b)`` has its branch points before the tanh, where its gates take their gradients, and its
-    state behind it.
+    A step ``tanh(a * h + b)`` has its branch points before the tanh, where the gates take their gradients. Its state is
+    behind the tanh.
     """
     link, reach = chain.links[0], 0
     found: list[Track] = []
     last_user = {j: i for i, statement in enumerate(link.statements) for j in _operands(statement)}
-    # A term of a sum is not all of the gradient that meets there.
+    # A term of a sum is only a part of the gradient.
     terms = {j for statement in link.statements if statement.target is SUM for j in _operands(statement)}
     for i in range(max(link.outputs)):
         if link.arity <= i and reach <= i and i not in terms:
@@ -55,7 +55,7 @@ def shifted(info: GraphInfo, chain: Chain) -> list[Track]:
 
 
 def find_wide_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> list[set[int]]:
-    """The nodes of as long elementwise paths that no single state divides: several tensors pass from step to step."""
+    """The nodes of equally long elementwise paths without single states: several tensors pass from step to step."""
     free = [c and i not in excluded for i, c in enumerate(info.carries)]
     found: list[set[int]] = []
     while (inside := _longest(info, free, min_length)) is not None:
@@ -66,7 +66,7 @@ def find_wide_recurrences(info: GraphInfo, excluded: set[int], min_length: int) 
 
 
 def _longest(info: GraphInfo, free: list[bool], min_length: int) -> set[int] | None:
-    """What lies along the longest elementwise path through ``free`` nodes; it is marked as used."""
+    """The nodes along the longest elementwise path through ``free`` nodes. They are then marked as not free."""
     count = len(info.nodes)
     forks = [0] * count  # most branch points on an elementwise path that starts here
     ahead: list[int | None] = [None] * count
@@ -111,7 +111,7 @@ def _elementwise_between(info: GraphInfo, start: int, end: int, free: list[bool]
 
 
 def _separating_forks(info: GraphInfo, inside: set[int]) -> list[int]:
-    """Nodes that every path inside passes and that something else takes a gradient from."""
+    """Nodes that every path inside passes through and from which something outside takes a gradient."""
     found: list[int] = []
     reach = -1
     for node in sorted(inside):
@@ -123,17 +123,19 @@ def _separating_forks(info: GraphInfo, inside: set[int]) -> list[int]:
 
 
 def _one_per_period(info: GraphInfo, states: list[int]) -> list[int]:
-    """A step that multiplies twice has two branch points; a link is the whole step."""
+    """One state per step: a step that multiplies twice has two branch points, but the link is the whole step."""
     kinds = Counter(_kind(info, i) for i in states)
     if len(kinds) < 2:
         return states
     common, times = kinds.most_common(1)[0]
     if times * len(kinds) > 0.8 * len(states) and times > 2:
         return [i for i in states if _kind(info, i) == common]
-    # Behind the first step there is no state, but the gradients of its gates: one more product, used otherwise.
+    # Behind the first step there is no state, only the gradients of its gates: one more product with other users.
     return states if _kind(info, states[-1]) == common else states[:-1]
 
 
 def _kind(info: GraphInfo, i: int) -> tuple[str, ...]:
-    """What takes a gradient from ``i``; what ``i`` itself is depends on whether a loss is added there."""
+    """The operators that take a gradient from ``i``. The operator of ``i`` itself depends on whether a loss is added
+    there.
+    """
     return tuple(sorted(str(info.nodes[u].target) for u in info.users[i]))

@@ -1,8 +1,8 @@
 """Find chains whose state is several tensors that feed each other: ``a = a + f(b); b = b + g(a)``.
 
-No gradient meets itself again there by an elementwise and by a heavy path, so ``find_chains`` has no join to go by.
-What marks such a model is a *stream*, a long elementwise path with sums on it. The backward pass is cut behind sums,
-where only two or three gradients cross from before to after: those are the state.
+No gradient splits there into an elementwise and a heavy path that meet again, so ``find_chains`` finds no join. Such a
+model is recognized by a *stream*, a long elementwise path with sums on it. The backward pass is cut behind sums where
+only two or three gradients cross the cut: those gradients are the state.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from hwbp_compiler.graph.program import State
 
 from .check_separation import WIDEST
 
-# The fewest steps that are worth a look.
+# Streams with fewer steps are not examined.
 _SHORTEST = 3
 
 
 def find_streams(info: GraphInfo) -> list[list[list[State]]]:
-    """For every stream that has such, the ways to go from state to state of two or three components.
+    """For every stream that has states of two or three components: the ways to go from state to state.
 
-    Where components are updated one after the other, a step may begin with any of them.
+    If components are updated one after the other, a step may begin with any of them.
     """
     found: list[list[list[State]]] = []
     for sums in _streams(info):
         by_width = _cuts(info, sums)
-        least = len(_apart(by_width[0]))  # states of one tensor are found otherwise
+        least = len(_apart(by_width[0]))  # states of one tensor are found elsewhere
         ways: list[list[State]] = []
         for cuts in by_width[1:]:
             for start in range(min(WIDEST, len(cuts))):
@@ -40,7 +40,7 @@ def find_streams(info: GraphInfo) -> list[list[list[State]]]:
 
 
 def _streams(info: GraphInfo) -> Iterator[list[int]]:
-    """The sums on elementwise paths that have more than a few, those with the most first; no two paths share a node."""
+    """The sums on elementwise paths that have more than a few of them, the most first. No two paths share a node."""
     count = len(info.nodes)
     ahead: list[int | None] = [None] * count
     passed = [0] * count  # most sums on an elementwise path that starts here
@@ -68,7 +68,7 @@ def _is_join(info: GraphInfo, i: int) -> bool:
 
 
 def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
-    """What crosses from before a sum to behind it, where that is one sum, two, three."""
+    """The sums that cross from before a sum to behind it, for the places where they are one, two or three."""
     inside = info.between({sums[0]}, {sums[-1]})
     ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
 
@@ -84,7 +84,7 @@ def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
 
 
 def _apart(cuts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Those of ``cuts`` that share nothing with the one before: what a step hands on as it is, it does not update."""
+    """Those of ``cuts`` that share nothing with the one before: what a step passes on unchanged, it does not update."""
     found: list[tuple[int, ...]] = []
     for cut in cuts:
         if not found or set(found[-1]).isdisjoint(cut):
@@ -93,7 +93,7 @@ def _apart(cuts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def _in_order(info: GraphInfo, cuts: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
-    """Stretches of ``cuts`` with components so ordered that each is reached element by element from the one before."""
+    """Stretches of ``cuts``, with components ordered so that each is reached element by element from the one before."""
     stretches: list[list[tuple[int, ...]]] = []
     for cut in cuts:
         before = stretches[-1][-1] if stretches else ()
@@ -108,7 +108,7 @@ def _in_order(info: GraphInfo, cuts: list[tuple[int, ...]]) -> list[list[tuple[i
 
 
 def _reached(info: GraphInfo, start: int, last: int) -> set[int]:
-    """What is reached from ``start`` element by element, up to ``last``."""
+    """The nodes reached from ``start`` element by element, up to ``last``."""
     reached, todo = {start}, [start]
     while todo:
         node = todo.pop()

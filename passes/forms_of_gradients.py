@@ -1,7 +1,8 @@
-"""What is asked of a gradient for its form alone is no gradient.
+"""Remove operators that use only the form of a gradient (its shape, dtype and device), not its numbers.
 
 Autograd's backward of an in-place change of a slice fills ``new_empty_strided(gradient)`` with a copy and writes zeros
-into that; others make zeros that look like a gradient. Of neither does the result depend on the gradient's numbers.
+into that. Other backward passes make zeros with the form of a gradient. Neither result depends on the gradient's
+numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from hwbp_compiler.reasons import Declined
 
 aten = torch.ops.aten
 
-# What the tensor that looks like another is filled with: a number, the number of an argument, or nothing.
+# What the new tensor is filled with: a number, the value of the named argument, or nothing.
 _NEW: dict[object, Any] = {
     aten.zeros_like.default: 0,
     aten.new_zeros.default: 0,
@@ -41,9 +42,10 @@ _SCATTERS = {
 
 
 def ask_no_gradient_for_its_form(graph: Graph, settled: Set[Node]) -> bool:
-    """New tensors are made from their sizes, and ``copy(to, of)`` becomes a copy of ``of``. Whether there were any.
+    """Make new tensors from their sizes, and replace ``copy(to, of)`` by a copy of ``of``. Returns whether there were
+    any.
 
-    A node whose strides would be others, and may be asked for, stays as it is, and so does what is ``settled``.
+    A node stays as it is if its strides would change and may matter, and so does a ``settled`` node.
     """
     targets = (*_NEW, aten.copy.default)
     if not any(graph.find_nodes(op="call_function", target=target) for target in targets):
@@ -69,12 +71,12 @@ def ask_no_gradient_for_its_form(graph: Graph, settled: Set[Node]) -> bool:
 
 
 def _made(graph: Graph, node: Node, sizes: dict[Any, Node]) -> Node | None:
-    """What takes the place of ``node``, or None."""
+    """The replacement of ``node``, or None."""
     value, last = node.meta["val"], node.prev
     emitter = Emitter(graph, node, value.fake_mode, 1, dict(sizes))
     try:
         made = (_copied if node.target is aten.copy.default else _new)(emitter, node)
-    except Declined:  # a size of the gradient's own
+    except Declined:  # a size that only the gradient has
         made = None
     if made is None or not (made.meta["val"].stride() == value.stride() or _is_written_only(node)):
         while node.prev is not last:
@@ -84,7 +86,7 @@ def _made(graph: Graph, node: Node, sizes: dict[Any, Node]) -> Node | None:
 
 
 def _is_written_only(node: Node) -> bool:
-    """Whether the numbers go into other tensors, and in which order they lie does not show."""
+    """Whether the numbers are only written into other tensors, so that their memory layout does not matter."""
     return all(user.target in _SCATTERS and user.args[0] is not node for user in node.users)
 
 

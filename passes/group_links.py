@@ -1,9 +1,9 @@
-"""Put links with equal programs into groups, and let each group take in what hangs off its links sideways.
+"""Group links with equal programs, and add to each group what branches off its links.
 
 Parameter gradients, input gradients and other side outputs are computed once, from the final w^k. They are found by
-growing the aligned programs: where a statement's nodes have, in every lane, a user with the same operator and
-corresponding operands, that user becomes a statement of the group too. Any alignment is right, since each lane
-computes its own nodes from its own operands; a better one only batches more.
+growing the aligned programs: if a statement's nodes have a user in every lane, with the same operator and corresponding
+operands, that user becomes a statement of the group too. Any alignment is correct, since each lane computes its own
+nodes from its own operands. A better alignment only batches more.
 """
 
 from __future__ import annotations
@@ -35,15 +35,12 @@ from hwbp_compiler.graph.program import (
 from hwbp_compiler.graph.rules import dtype_of, form_of, rule_of, shape_of
 from hwbp_compiler.graph.wiring import Pattern
 
-# So many pairs of links say what links have in common.
+# The pattern that the links have in common is taken from this many pairs of links.
 _WIRED = 3
 
 
 def group_links(info: GraphInfo, chain: Chain) -> tuple[Chain, list[Group]]:
-    """``chain`` with its last link, where no join marks that one, and groups of its links, lanes in forward order.
-
-    Links take in what hangs off them sideways: those returned are copies, and the chain that was given stays as it is.
-    """
+    """The groups of ``chain``'s links, lanes in forward order. Adds the chain's last link if no join marks it."""
     chain = Chain(list(chain.states), [link.copy() for link in chain.links], chain.tail)
     by_signature: dict[Hashable, Group] = {}
     for position, link in enumerate(chain.links):
@@ -53,7 +50,7 @@ def group_links(info: GraphInfo, chain: Chain) -> tuple[Chain, list[Group]]:
     groups = list(by_signature.values())
     states = {n for state in chain.states for n in state if n is not None}
     tainted = _tainted(info, chain)
-    # Of several components one may lead to another within a link: nothing that leaves it sideways.
+    # With several components, one may lead to another within a link. Then nothing that branches off the link is taken.
     taken = states | {n for link in chain.links for n in link.raw[link.arity :] if n is not None}
     for group in groups:
         _grow(info, group, states, tainted, taken)
@@ -61,17 +58,17 @@ def group_links(info: GraphInfo, chain: Chain) -> tuple[Chain, list[Group]]:
         group.exports = _exports(group, states)
     while _add_tail(info, chain, groups, states, tainted):
         pass
-    for group in groups:  # forward order, as the model itself stacks things
+    for group in groups:  # forward order, as the model itself stacks values
         group.lanes.reverse()
         group.programs.reverse()
     return chain, groups
 
 
 def _add_tail(info: GraphInfo, chain: Chain, groups: list[Group], states: set[Node], tainted: set[int]) -> bool:
-    """Add the link behind the last state to ``chain`` and to its group; True where yet another may follow it."""
+    """Add the link behind the last state to ``chain`` and to its group. Returns whether another link may follow it."""
     if None in chain.states[-1]:
         return False
-    # What links give to the rest of the model is computed from the head too, which is not tainted.
+    # What the links give to the rest of the model depends on the head too, which is not tainted.
     own = {info.index[n] for g in groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
     for group in sorted(groups, key=lambda g: -g.lanes[-1])[:4]:
         tail = _tail(info, group, chain, tainted | own)
@@ -86,13 +83,13 @@ def _add_tail(info: GraphInfo, chain: Chain, groups: list[Group], states: set[No
         chain.states.append(tuple(tail.raw[i] for i in tail.outputs))
         states |= {n for n in chain.states[-1] if n is not None}
         group.exports = _exports(group, states)
-        # A state that is only a part of a larger sum, or lacks a component, ends the chain.
+        # A state that is only a part of a larger sum, or that lacks a component, ends the chain.
         return all(n is not None for n in chain.states[-1])
     return False
 
 
 def _tainted(info: GraphInfo, chain: Chain) -> set[int]:
-    """Everything that depends on the inside of the chain (its head is known exactly, so it does not count)."""
+    """Everything that depends on the inside of the chain. The head does not count: it is known exactly."""
     head = {n for n in chain.states[0] if n is not None}
     first = chain.links[0] if chain.links else None
     inner = set() if first is None else {n for n in first.raw[first.arity :] if n is not None} - head
@@ -119,7 +116,7 @@ class _Lane:
         return self.info.users[i]
 
     def statement(self, node: Node, slots: int) -> tuple[Statement, list[Node]] | None:
-        """``node`` as the next statement of this lane with its externals, or None if it cannot be one."""
+        """``node`` as the next statement of this lane, with its externals. None if it cannot be one."""
         if node.op != "call_function" or rule_of(node) is None:
             return None
         externals: list[Node] = []
@@ -144,7 +141,7 @@ class _Lane:
         if next(references(v for _, v in kwargs), None) is not None:
             return None
         if self.info.is_sum(self.info.index[node]) and any(self.info.carries[self.info.index[e]] for e in externals):
-            return None  # an accumulation: its other terms may be another link's
+            return None  # an accumulation: its other terms may belong to another link
         return Statement(node.target, args, kwargs, shape_of(node), dtype_of(node)), externals
 
 
@@ -222,7 +219,7 @@ def _counterpart(
 
 
 def sides_in_common(info: GraphInfo, links: list[Program]) -> int:
-    """How many statements ``links``, equal ones that follow one another, take in together."""
+    """How many statements successive equal ``links`` have after growing together."""
     group = Group([], [program.copy() for program in links])
     states = {p.raw[i] for p in links for i in p.outputs} | {n for p in links for n in p.inputs}
     starts = {info.index[n] for n in states if n is not None}
@@ -235,7 +232,7 @@ def sides_in_common(info: GraphInfo, links: list[Program]) -> int:
 
 
 def inner_sums(program: Program) -> set[Node]:
-    """The inner additions of the program's sums: no statements of their own, gone once the program is batched."""
+    """The inner additions of the program's sums. They are not statements, and disappear when the program is batched."""
     found: set[Node] = set()
     for statement, node in zip(program.statements, program.raw, strict=True):
         if statement.target is SUM and node is not None:
@@ -244,7 +241,7 @@ def inner_sums(program: Program) -> set[Node]:
 
 
 def _exports(group: Group, states: set[Node]) -> list[int]:
-    """Statements whose nodes are used by something outside the group, in some lane."""
+    """Statements whose nodes something outside the group uses, in some lane."""
     exported: set[int] = set()
     for program in group.programs:
         inside = {n for n in program.raw if n is not None} | inner_sums(program)
@@ -258,7 +255,7 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
 
 
 def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
-    """The last state's own link, where only its side outputs are computed, as one more lane of ``group``."""
+    """The link of the last state, if only its side outputs are computed, as one more lane of ``group``."""
     template, state = group.template, chain.states[-1]
     sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
     heavy = any(is_heavy(template, c) for c in range(template.arity, len(template.statements)))
@@ -268,7 +265,8 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
         return None
     reached = [info.nodes[i] for i in sorted(_near(info, state, 8 * len(template.statements)))]
     found: Program | None = None
-    # A product with the weights of all links is nothing else. What is elementwise the forward pass alone can tell.
+    # A product with the weights that all links share is unmistakable. An elementwise program can be recognized only by
+    # the forward pass.
     for told_by in (_shared, _wired)[0 if blocks else 1 :]:
         fits = told_by(info, group, chain)
         try:
@@ -282,13 +280,14 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
         return None
     if blocks:
         return found
-    # Where more follows than side outputs, there is a state that was not found.
+    # If more follows than side outputs, there is a state that was not found.
     return found if sides and _left_over(info, found) <= _left_over(info, template) else None
 
 
 def _goes_on(info: GraphInfo, found: Program, template: Program) -> bool:
-    """Whether ``found``, a link without outputs, has a beginning of what leads to them: it is a layer that looks like a
-    block, then, and not a step from zeros."""
+    """Whether ``found``, a link without outputs, contains the beginning of a path to outputs. Then it is a layer that
+    looks like a block, not a step from zeros.
+    """
     for i in set().union(*(closure(template, i) for i in template.outputs)):
         statement = template.statements[i]
         if found.raw[i] is not None or statement.target is SUM:
@@ -302,13 +301,15 @@ def _goes_on(info: GraphInfo, found: Program, template: Program) -> bool:
 
 
 def _left_over(info: GraphInfo, link: Program) -> Counter[Any]:
-    """What takes a gradient from the state of ``link`` without being part of it."""
+    """The operators that take a gradient from the state of ``link`` without being part of it."""
     users = (info.nodes[u] for n in link.inputs if n is not None for u in info.users[info.index[n]])
     return Counter(user.target for user in users if user not in link.raw)
 
 
 def _shared(info: GraphInfo, group: Group, chain: Chain) -> Fits:
-    """What all links of the group take from outside (an RNN's weights) the one behind them takes too."""
+    """The test that the link behind the last one takes the same external values (an RNN's weights) as all links of the
+    group.
+    """
     slots = range(len(group.template.externals)) if len(group.lanes) > 1 else ()
     columns = {slot: group.external(slot) for slot in slots}
     shared = {slot: nodes[0] for slot, nodes in columns.items() if all(same_value(n, nodes[0]) for n in nodes[1:])}
@@ -316,7 +317,9 @@ def _shared(info: GraphInfo, group: Group, chain: Chain) -> Fits:
 
 
 def _wired(info: GraphInfo, group: Group, chain: Chain) -> Fits | None:
-    """The same, and what differs from step to step is computed as in the steps before; None where that says nothing."""
+    """The same test, and what differs from step to step must be computed as in the steps before. None if that says
+    nothing.
+    """
     last = chain.links[-1]
     pairs = [(chain.links[p - 1], chain.links[p]) for p in sorted(group.lanes) if p]
     pattern = Pattern(info, [pair for pair in pairs if pair[0].signature == last.signature][-_WIRED:])
@@ -339,7 +342,7 @@ def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
 
 
 def _is_product(program: Program, i: int) -> bool:
-    """Heavy, or what is left of a matrix product with an inner dimension of one: ``[n, 1] * [1, m]``."""
+    """Whether it is heavy, or a matrix product with an inner dimension of one that became ``[n, 1] * [1, m]``."""
     node = program.raw[i]
     if node is None or node.target is not torch.ops.aten.mul.Tensor or program.statements[i].target is SUM:
         return is_heavy(program, i)

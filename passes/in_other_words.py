@@ -1,4 +1,4 @@
-"""The backward pass in the words that the passes understand; each says why in its own file."""
+"""Rephrase the backward pass in operators that the passes understand. Each file says why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .parts_of_gradients import mask_parts
 
 
 def in_other_words(graph: Graph, settled: Set[Node]) -> bool:
-    """Whether anything was put in other words. What is ``settled`` stays as it is."""
+    """Returns whether anything was rephrased. ``settled`` nodes stay as they are."""
     changed = ask_no_gradient_for_its_form(graph, settled)
     changed |= add_complex_numbers(graph, settled)
     return changed | mask_parts(graph, settled)

@@ -1,4 +1,4 @@
-"""Concatenate what something else uses too in memory of its own.
+"""Give a concatenation its own memory if something else uses its pieces too.
 
 See Note [A concatenation with memory of its own] in ``hwbp_compiler/stack.py``.
 """
@@ -19,21 +19,22 @@ _PARTS = {aten.slice.Tensor, aten.select.int}
 
 
 def keep_pieces(graph: Graph, created: Set[Node]) -> None:
-    """Make ``highway::cat`` of each concatenation among ``created`` nodes that is not the only user of its pieces."""
+    """Use ``highway::cat`` for concatenations among the ``created`` nodes whose pieces have other users too."""
     for node in graph.find_nodes(op="call_function", target=aten.cat.default):
         if node in created and shared_pieces(node):
             node.target = cat
 
 
 def shared_pieces(concatenation: Node) -> list[Node]:
-    """Pieces that Inductor would compute where they will lie although something else uses them too."""
+    """Pieces that Inductor would compute inside the concatenation's memory although something else uses them too."""
     pieces: list[Node] = concatenation.args[0]
     return [p for p in pieces if (len(p.users) > 1 or pieces.count(p) > 1) and not _is_copied(p)]
 
 
 def _is_copied(piece: Node) -> bool:
-    """What is given to the graph is copied, and what shows part of a tensor or shows it under another shape; a constant
-    is made anew wherever it is used."""
+    """Whether Inductor copies ``piece`` anyway. It copies inputs of the graph, and views of a part or with another
+    shape; it computes constants again at every use.
+    """
     while piece.all_input_nodes:
         rule = rule_of(piece)
         if piece.target not in _PARTS and (rule is None or rule.kind is not Kind.LAYOUT):

@@ -1,4 +1,4 @@
-"""Rows of a series for some links, and rows of several groups back in the order of the chain."""
+"""Take the rows of some links from a stack, and put rows of several groups back into the order of the chain."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hwbp_compiler.engine.emitter import Emitter, Value
 aten = torch.ops.aten
 
 Part = Value | float | None
-"""What a group gives for its lanes: a number is the same for all, None is zero."""
+"""What a group gives for its lanes: a number is the same for all lanes, None is zero."""
 
 
 def rows_at(e: Emitter, row: Node, lanes: Sequence[int]) -> Node:
-    """Rows ``lanes`` (ascending) of a [rows, ...] stack: a slice where they are evenly spaced."""
+    """Rows ``lanes`` (ascending) of a [rows, ...] stack: a slice if they are evenly spaced."""
     count = row.meta["val"].shape[0]
     if len(lanes) == 1:
         return row if count == 1 else e.call(aten.slice.Tensor, row, 0, lanes[0], lanes[0] + 1)
@@ -38,10 +38,11 @@ def assemble(
     like: torch.Tensor,
     full: bool = False,
 ) -> Node:
-    """One part per group -> [count, ...], ``lanes[g]`` (ascending) being the rows of group g.
+    """One part per group -> [count, ...], where ``lanes[g]`` (ascending) are the rows of group g.
 
-    ``emitters``: of each group, for as many lanes as its part has. A part may have one lane more, in front: the tail,
-    which sends nothing on. ``full``: with the shape of ``like``, a state; otherwise rows that broadcast against it.
+    ``emitters``: one per group, for as many lanes as its part has. A part may have one more lane in front: the tail,
+    which sends nothing on. ``full``: return the shape of ``like``, which is a state; otherwise rows that broadcast
+    against it.
     """
     rank = like.dim()
     nodes: list[Node] = []

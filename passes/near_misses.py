@@ -1,7 +1,7 @@
-"""What looks like a chain and is none: for ``explain`` alone, nothing else depends on it.
+"""Report what looks like a chain but is not one. Only ``explain`` uses this.
 
-``find_chains`` passes in silence over what has no elementwise path. A user who expected a chain there wants to know
-why: features that are concatenated, shortcuts with a layer in them, loops whose steps are not in the graph.
+``find_chains`` says nothing about code without an elementwise path. A user who expected a chain there wants to know
+why: features are concatenated, a shortcut contains a layer, or the steps of a loop are not in the graph.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ aten = torch.ops.aten
 _CUTS = {aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem}
 _LOOPS = {"scan", "while_loop", "associative_scan", "map_impl"}
 _PROJECTIONS = {aten.convolution_backward.default: "a convolution", aten.mm.default: "a linear layer"}
-# Two concatenations in a row occur everywhere (gates, heads); a densely connected network has more.
+# Two concatenations in a row occur everywhere (gates, heads). A densely connected network has more.
 _SHORTEST_CONCATENATION = 3
 _SHORTEST_STRETCH = 3
 _LARGEST_STEP = 2_000
 
 
 def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord]:
-    """Records of what was refused in silence; ``chains`` are those that were recorded."""
+    """Records of what was refused without a record; ``chains`` are the existing records."""
     copy = Graph()
     copy.output(copy.graph_copy(graph, {}))
     in_other_words(copy, {node for node in copy.nodes if is_settled(node)})
@@ -56,7 +56,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
 
 
 def _told(refusal: Refusal, origins: Origins) -> ChainRecord:
-    """Of concatenated features the line that concatenates, not one inside a block."""
+    """The record of a refusal. Concatenated features get the line that concatenates, not a line inside a block."""
     record = refused(refusal, origins)
     if refusal.why.code is Reason.FEATURES_CONCATENATED:
         calls = {node.meta.get("seq_nr") for node in refusal.nodes}
@@ -69,14 +69,14 @@ def _told(refusal: Refusal, origins: Origins) -> ChainRecord:
 
 
 class _ThroughCuts(GraphInfo):
-    """A look at the graph in which cutting a piece off counts as elementwise."""
+    """A view of the graph in which cutting off a piece counts as elementwise."""
 
     def elementwise(self, source: int, i: int) -> bool:
         return super().elementwise(source, i) or self.nodes[i].target in _CUTS
 
 
 class _ThroughUnknown(GraphInfo):
-    """A look at the graph in which an operator without a rule counts as elementwise."""
+    """A view of the graph in which an operator without a rule counts as elementwise."""
 
     def passed(self, i: int) -> bool:
         return self.nodes[i].op == "call_function" and super().kind(i) is None
@@ -87,7 +87,7 @@ class _ThroughUnknown(GraphInfo):
 
 
 class _ThroughComplex(GraphInfo):
-    """A look at the graph in which what makes complex numbers of real ones, or the other way round, is a layout."""
+    """A view of the graph in which a conversion between real and complex numbers counts as layout."""
 
     def passed(self, i: int) -> bool:
         return self.nodes[i].op == "call_function" and super().kind(i) is None and is_complex(self.nodes[i])
@@ -100,7 +100,7 @@ class _ThroughComplex(GraphInfo):
 
 
 def _unknown(info: GraphInfo) -> Iterator[Refusal]:
-    """Chains but for an operator that nothing is known of, on the way past every block."""
+    """Stretches that would be chains if an operator without a rule were not on their elementwise path."""
     proper = {j for track in find_chains(info) for j in track.joins}
     covered: set[int] = set()
     looks: tuple[_ThroughComplex | _ThroughUnknown, ...] = (_ThroughComplex(info.graph), _ThroughUnknown(info.graph))
@@ -121,8 +121,9 @@ def _unknown(info: GraphInfo) -> Iterator[Refusal]:
 
 
 def _recurrences(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
-    """Elementwise altogether, like the chains of ``find_recurrences``, but with a state of several tensors: what marks
-    them is that one line of the user's runs again and again."""
+    """Entirely elementwise recurrences, like those of ``find_recurrences``, but with a state of several tensors. They
+    are recognized by one line of the user's code that runs again and again.
+    """
     tracks = [t for t in find_chains(info) if len(t.joins) > 1]
     excluded = set().union(*(info.between({min(t.branches, default=t.joins[0])}, {t.joins[-1]}) for t in tracks))
     covered: set[str] = set()
@@ -151,8 +152,9 @@ def _concatenations(info: GraphInfo) -> Iterator[Refusal]:
 
 
 def _kept_features(info: GraphInfo) -> list[Refusal]:
-    """The same network with its features kept in a list: the gradient of each is a sum of pieces, cut off the
-    gradients of several inputs of growing width."""
+    """The same network with its features kept in a list: the gradient of each feature is a sum of pieces, cut from the
+    gradients of several inputs of growing width.
+    """
     sums: list[int] = []
     for i in range(len(info.nodes)):
         inner = len(info.users[i]) == 1 and info.is_sum(info.users[i][0])
@@ -167,7 +169,7 @@ def _kept_features(info: GraphInfo) -> list[Refusal]:
 
 
 def _cut_behind(info: GraphInfo, node: int) -> int | None:
-    """The cutting off that ``node`` is a mere view of, where it is a gradient."""
+    """The cut that ``node`` is only a view of, if it is a gradient."""
     while info.sources[node]:
         if info.nodes[node].target in _CUTS:
             return node
@@ -178,7 +180,7 @@ def _cut_behind(info: GraphInfo, node: int) -> int | None:
 
 
 def _projections(info: GraphInfo) -> Iterator[Refusal]:
-    """Where a track ends because both ways to the state before pass through a layer."""
+    """Places where a track ends because both paths to the state before pass through a layer."""
     tracks = find_chains(info)
     heads = {branch for track in tracks for branch in track.branches}
     for track in tracks:
@@ -188,7 +190,8 @@ def _projections(info: GraphInfo) -> Iterator[Refusal]:
             continue
         join, counts, layers = meeting
         before, after = (_sizes(info, i) for i in (join, start))
-        # Two layers side by side, or one beside none, are a block with a shortcut only where a chain goes on behind.
+        # Two layers side by side, or one beside none, are a block with a shortcut only if a chain continues behind
+        # them.
         goes_on = _branch(info, join) in heads
         cut = min(counts) == 0 and max(counts) > 0 and before != after and goes_on
         if not cut and (min(counts) != 1 or not layers or max(counts) < 2 and not goes_on):
@@ -205,15 +208,16 @@ def _projections(info: GraphInfo) -> Iterator[Refusal]:
 
 
 def _branch(info: GraphInfo, node: int) -> int | None:
-    """The first node from ``node`` on with more than one way on."""
+    """The first node from ``node`` on that more than one path leaves."""
     while len(info.users[node]) == 1:
         node = info.users[node][0]
     return node if info.users[node] else None
 
 
 def _meeting(info: GraphInfo, start: int) -> tuple[int, list[int], str] | None:
-    """Where all ways from ``start`` meet again in a sum: that sum, for each of its terms the most layers on a way to
-    it, and the layer of the term that has the fewest."""
+    """The sum where all paths from ``start`` meet again. For each term, the most layers on a path to it; and the name
+    of the layer of the term with the fewest.
+    """
     layers = {start: (0, "")}
     waiting = list(info.users[start])
     heapq.heapify(waiting)
@@ -239,7 +243,7 @@ def _sizes(info: GraphInfo, i: int) -> str:
 
 
 def _interrupted(info: GraphInfo, origins: Origins) -> Iterator[Refusal]:
-    """Tracks of one join or two, one behind the other, with the same operator between them every time."""
+    """Successive tracks of one or two joins, with the same operator between them every time."""
     tracks = sorted(find_chains(info), key=lambda t: t.joins[0])
     short = [t for t in tracks if len(t.joins) <= 2 and t.branches]
     stretch: list[Track] = []
@@ -261,8 +265,7 @@ _LAYERS = {"addmm": "a linear layer", "mm": "a linear layer", "convolution": "a 
 
 
 def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: Track) -> Why | None:
-    """What the one operator of the forward pass that stands between them does, and what to change; None if there is
-    none, or more than one."""
+    """The reason, if exactly one operator of the forward pass stands between the two tracks; otherwise None."""
     end, start = track.joins[-1], following.branches[0]
     if start <= end:
         return None
@@ -276,14 +279,14 @@ def _between_tracks(info: GraphInfo, origins: Origins, track: Track, following: 
     forward = [n for n in origins.by_call.get(calls.pop(), ()) if info.kind(info.index[n]) is not Kind.LAYOUT]
     if not forward:
         return None
-    # What the user called is known of an operator that was taken apart.
+    # If an operator was decomposed, name the one that the user called.
     called = getattr(forward[0].meta.get("original_aten"), "_schema", None)
     name = (operator_name(forward[0]) if called is None else called.name).removeprefix("aten::")
     return Reason.INTERRUPTED.of(operator=_LAYERS.get(name, f"torch's {name.strip('_')}"))
 
 
 def is_piece_of(record: ChainRecord, missed: Sequence[ChainRecord]) -> bool:
-    """Whether ``record`` tells of one link of a stretch that one of ``missed`` tells of as a whole."""
+    """Whether ``record`` is about one link of a stretch that a record of ``missed`` covers as a whole."""
     whole = {m.source for m in missed if m.length >= _SHORTEST_STRETCH}
     return record.decision == "declined" and record.length <= 2 and record.source in whole
 

@@ -1,11 +1,11 @@
-"""Parts of a gradient that are cut out and put back where they were: the gradient under a mask.
+"""Express parts of a gradient that are cut out and put back in place as the gradient under a mask.
 
 Note [Masks]
 ~~~~~~~~~~~~
-``cat([a[:, :1] + f(a), a[:, 1:]], 1)`` changes a part of the state. Backward, the gradient g is cut in two and put
-together again: ``zeros[:, :1] = g[:, :1]``, ``zeros[:, 1:] = g[:, 1:]``, then the sum. By their operators, a cut and
-what undoes it mix elements, so no elementwise path would be found. ``where(m, g, 0)``, with m the mask of what was
-kept, shows it. Masks that meet in a sum and cover everything are g itself.
+``cat([a[:, :1] + f(a), a[:, 1:]], 1)`` changes a part of the state. In the backward pass, the gradient g is cut in two
+and put together again: ``zeros[:, :1] = g[:, :1]``, ``zeros[:, 1:] = g[:, 1:]``, then the sum. Judged by their
+operators, a cut and its inverse mix elements, so no elementwise path would be found. ``where(m, g, 0)``, with m the
+mask of the part that was kept, is elementwise. If the masks that meet in a sum cover everything, the sum is g itself.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ aten = torch.ops.aten
 _PUT_BACK = {aten.slice_scatter.default, aten.select_scatter.default, aten.cat.default}
 
 Ranges = frozenset[tuple[int, int]]
-"""Of positions along a dimension, [start, stop) each."""
+"""Ranges of positions along a dimension, [start, stop) each."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part of a tensor lies: [start, stop) of ``dim``, which a single element may have lost."""
+    """The place of a part in a tensor: [start, stop) of ``dim``. ``lost``: selecting a single element removed the
+    dimension.
+    """
 
     dim: int
     start: int
@@ -50,7 +52,7 @@ class Part:
 
 
 def mask_parts(graph: Graph, settled: Set[Node]) -> bool:
-    """Whether any part was found; ``graph`` then computes the same by way of masks. What is ``settled`` stays."""
+    """Rewrite ``graph`` to use masks instead of parts. Returns whether any part was found. ``settled`` nodes stay."""
     if not any(graph.find_nodes(op="call_function", target=target) for target in _PUT_BACK):
         return False
     return _Masking(graph, settled).run()
@@ -65,7 +67,7 @@ class _Masking:
         self.first: Node | None = None
 
     def run(self) -> bool:
-        for node in list(self.graph.nodes):  # in order, so that what a part is of is final
+        for node in list(self.graph.nodes):  # in order, so that the gradient of a part is final
             if is_tangent(node):
                 self.gradients.add(node)
             elif not self.gradients.isdisjoint(node.all_input_nodes):
@@ -82,7 +84,7 @@ class _Masking:
         return bool(self.parts)
 
     def _drop_unused(self) -> None:
-        """What has no users any more would count as a user of what it is computed from."""
+        """Erase nodes without users: each would count as a user of its operands."""
         for node in reversed(self.graph.nodes):
             if not node.users and node in self.gradients and not node.is_impure():
                 self.graph.erase_node(node)
@@ -95,7 +97,7 @@ class _Masking:
             return
         base, pieces = written
         found: list[Part] = []
-        left: list[list[Node]] = []  # of each piece, the terms that are no parts
+        left: list[list[Node]] = []  # per piece, the terms that are not parts
         for piece, place in pieces:
             terms = [] if is_zero(piece) else sum_terms(piece)
             parts = [self._cut_from(term, place, node) for term in terms]
@@ -103,16 +105,16 @@ class _Masking:
             left.append([term for term, part in zip(terms, parts, strict=True) if part is None])
         if base is not None and not is_zero(base):
             if base not in self.gradients or any(left):
-                return  # what is written over may matter
+                return  # the overwritten values may matter
             (place,) = (place for _, place in pieces)
             if ranges := _complement(place, _size(base, place.dim)):
                 found.append(Part(base, place.dim, ranges))
         fixed = all(isinstance(size, int) for size in node.meta["val"].shape)
-        if found and (fixed or not any(left)):  # zeros of a size that is a symbol would have to be made
+        if found and (fixed or not any(left)):  # otherwise zeros of a symbolic size would be needed
             self._replace(node, found, [piece for piece, _ in pieces], left)
 
     def _cut_from(self, node: Node, place: Place, whole: Node) -> Part | None:
-        """``node`` as what lies at ``place`` of a gradient of the form of ``whole``."""
+        """``node`` as the part at ``place`` of a gradient that has the form of ``whole``."""
         while node.target in (aten.clone.default, aten.alias.default):
             node = node.args[0]
         if node not in self.gradients or _cut(node) != place:
@@ -145,14 +147,14 @@ class _Masking:
         size = _size(part.gradient, part.dim)
         if part.ranges == {(0, size)}:
             return part.gradient
-        # Chosen, not multiplied: what is left out may be infinite.
+        # Chosen, not multiplied: the values left out may be infinite.
         zero = emitter.full((), 0.0, part.gradient.meta["val"])
         masked = emitter.call(aten.where.self, self._mask(part, size), part.gradient, zero)
         self.parts[masked] = part
         return masked
 
     def _mask(self, part: Part, size: int) -> Node:
-        """[size, 1, ...], where the backward pass begins."""
+        """A mask [size, 1, ...], emitted at the start of the backward pass."""
         value = part.gradient.meta["val"]
         key = (part.dim - value.dim(), size, part.ranges, value.device, value.dim())
         if key not in self.masks:
@@ -194,15 +196,15 @@ def _added(emitter: Emitter, terms: Sequence[Node]) -> Node:
 
 
 def _written(node: Node) -> tuple[Node | None, list[tuple[Node, Place]]] | None:
-    """What is written over (None: nothing), and the pieces that are written with where they go."""
+    """The tensor that is overwritten (None: nothing is), and the pieces written, each with its place."""
     if node.target is aten.cat.default:
         pieces, dim = node.args[0], _dim(node, node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
         if not isinstance(_size(node, dim), int):
-            return None  # where a piece lies is a symbol
+            return None  # the place of a piece is a symbol
         found, start = [], 0
         for piece in pieces:
             if piece.meta["val"].dim() != node.meta["val"].dim():
-                return None  # an empty tensor of old
+                return None  # an empty tensor, which torch.cat still accepts
             stop = start + _size(piece, dim)
             found.append((piece, Place(dim, start, stop)))
             start = stop
@@ -215,7 +217,7 @@ def _written(node: Node) -> tuple[Node | None, list[tuple[Node, Place]]] | None:
 
 
 def _cut(node: Node) -> Place | None:
-    """Where ``node`` lies in what it was cut from."""
+    """The place of ``node`` in the tensor that it was cut from."""
     if node.target not in (aten.slice.Tensor, aten.select.int):
         return None
     source = node.args[0]
@@ -255,7 +257,7 @@ def _complement(place: Place, size: int) -> Ranges:
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """Parts of one gradient as one where they do not overlap."""
+    """The parts of each gradient, joined if they do not overlap."""
     found: dict[tuple[Node, int], list[Ranges]] = {}
     for part in parts:
         groups = found.setdefault((part.gradient, part.dim), [])

@@ -1,4 +1,6 @@
-"""The order of the passes, and what happens to each chain: one after the other, from the loss towards the input."""
+"""The order of the passes, and what happens to each chain. Chains are treated one by one, from the loss towards the
+input.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +38,20 @@ log = logging.getLogger(__name__)
 
 
 class Watcher(ModuleWatcher, Protocol):
-    """Looks on while chains are treated; changes nothing."""
+    """Observes how chains are treated, and changes nothing."""
 
     def found(self, record: ChainRecord, candidate: Candidate, origins: list[Origin]) -> None:
-        """Before ``candidate`` is decided upon; ``origins`` of its links, in forward order."""
+        """Called before the decision on ``candidate``; ``origins`` of its links are in forward order."""
 
     def rewritten(self, record: ChainRecord, candidate: Candidate, rewriting: Rewriting) -> None:
-        """After it was rewritten."""
+        """Called after the chain was rewritten."""
 
 
 def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[ChainRecord]:
-    """Rewrite every chain of the joint ``graph`` that ``options`` ask for, in place; returns what was decided.
+    """Rewrite in place every chain of the joint ``graph`` that ``options`` request. Returns what was decided.
 
-    A chain whose rewriting fails is left as it was and its record says so; with ``options.strict`` the error is
-    raised. After any other exception the graph is not what it was.
+    If rewriting a chain fails, the chain stays as it was and its record says so. With ``options.strict`` the error is
+    raised. After any other exception the graph is left changed.
     """
     keep_old_values(graph)
     read_sizes_elsewhere(graph)
@@ -82,7 +84,7 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
                 break
         if not changed:
             break
-    if reworded and not rewrote:  # what nothing came of stays as Inductor would have it
+    if reworded and not rewrote:  # if nothing was rewritten, Inductor gets its original operators
         new = before.restore()
         settled = {new[node] for node in settled}
     keep_pieces(graph, settled)
@@ -109,7 +111,7 @@ def _treat(
         return record, False
     before = len(graph.nodes)
     truncation = options.truncation(candidate.chain.length)
-    assert truncation is not None  # or it was declined
+    assert truncation is not None  # otherwise it was declined
     try:
         rewriting = rewrite_chain(graph, candidate.chain, candidate.groups, candidate.split, truncation)
     except Exception as error:
@@ -124,7 +126,7 @@ def _treat(
         return record, False
     removable = {n for i, n in enumerate(info.nodes) if info.carries[i] and n.op == "call_function"}
     state = [n.meta["val"] for n in candidate.chain.last_known if n is not None]
-    # The stacks, and the last W beside the block results it is made from.
+    # The stacks, and the last W beside the block results it is computed from.
     width = sum(map(bytes_of, state))
     added = rewriting.copied_bytes + 2 * (len(candidate.chain.links) + 1) * width
     if added > (limit := options.memory_limit(state[0].device)):

@@ -1,4 +1,4 @@
-"""What is recorded of a chain: one that is decided upon, one that was refused, one that is too short."""
+"""The records of chains: of one that is decided on, one that was refused, and one that is too short."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .check_separation import Refusal
 
 
 def forward_links(candidate: Candidate) -> list[Program]:
-    """The chain's links in forward order, one that has no next state included."""
+    """The chain's links in forward order, including one that has no next state."""
     by_position = {lane: p for group in candidate.groups for lane, p in zip(group.lanes, group.programs, strict=True)}
     return [by_position[lane] for lane in sorted(by_position, reverse=True)]
 
@@ -50,7 +50,7 @@ def described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
             GroupRecord(len(mine), dict(heavy), text, name_range([modules[i] for i in mine]), lines[0] if lines else "")
         )
     record.multiplier = " | ".join(text for text, _ in texts.most_common())
-    # Of one link the block itself is of interest: `h.0.attn` where `h.0` adds.
+    # For a single link, name the block itself: `h.0.attn` where `h.0` adds.
     record.members = members
     record.modules = [o.inside if o.inside.startswith(m) else m for o, m in zip(origins, modules, strict=True)]
     record.side_losses = [i for i, link in enumerate(forward_links(candidate)) if any(link.injections.values())]
@@ -58,7 +58,7 @@ def described(candidate: Candidate, origins: list[Origin]) -> ChainRecord:
 
 
 def refused(refusal: Refusal, origins: Origins) -> ChainRecord:
-    """A refusal as it is told, with the user's line and module."""
+    """The record of a refusal, with the user's line and module."""
     origin = origins.of_nodes(refusal.nodes)
     record = ChainRecord(
         refusal.length,
@@ -80,7 +80,7 @@ def short(candidate: Candidate, origins: Origins, options: Options) -> ChainReco
 
 
 def collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
-    """Equal refusals of equal lines as one record that counts them."""
+    """Merge equal refusals of equal lines into one record that counts them."""
     kept: dict[Hashable, ChainRecord] = {}
     for record in records:
         key = (record.length, record.reason, record.source, record.multiplier)

@@ -1,8 +1,8 @@
-"""Of a recurrence that is elementwise altogether, the links that are its steps.
+"""Find the links of an entirely elementwise recurrence that are its steps.
 
-A track runs along products, and a product more or less looks like a step: the scale of the last state, that of the
-first one, the gradient of a gate. So what is a step is asked three ways: its links are alike, the forward pass wires
-them to one another in the same way (Note [Wires]), and what leaves one link sideways leaves all of them.
+A track runs along products, and one product looks much like a step: the scale of the last state, the scale of the first
+one, the gradient of a gate. So there are three tests for a step. The links are alike, the forward pass wires them to
+one another in the same way (Note [Wires]), and what branches off one link branches off all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hwbp_compiler.graph.wiring import Pattern
 from .find_recurrences import SHORTEST_RECURRENCE
 from .group_links import sides_in_common
 
-# So many pairs of links from the middle say what all have in common.
+# The pattern that all links have in common is taken from this many pairs in the middle.
 _SAMPLE = 4
 
 
@@ -35,18 +35,19 @@ def regular_part(info: GraphInfo, chain: Chain) -> Chain | None:
         return None
     first, last = _wired(info, chain.links[start:end])
     start, end = start + first, start + last
-    # The ends look like the middle: with fewer sides than its neighbours, the first or the last is none of them.
+    # The ends must look like the middle: a first or last link with fewer side outputs than its neighbours is not a
+    # step.
     while end - start > 2 and _lacks_sides(info, chain.links[start : start + 3]):
         start += 1
     while end - start > 2 and _lacks_sides(info, chain.links[start:end][:-4:-1]):
         end -= 1
-    if end - start < SHORTEST_RECURRENCE - 1:  # a first or last link may yet be found
+    if end - start < SHORTEST_RECURRENCE - 1:  # a first or last link may be found later
         return None
     return Chain(chain.states[start : end + 1], chain.links[start:end])
 
 
 def _run(flags: list[bool]) -> tuple[int, int]:
-    """Start and end of the longest run of true values, the first of equals."""
+    """Start and end of the longest run of true values; the first one on a tie."""
     best, start = (0, 0), 0
     for i, flag in enumerate([*flags, False]):
         if not flag:
@@ -66,14 +67,14 @@ def _wired(info: GraphInfo, links: list[Program]) -> tuple[int, int]:
     if pattern is None:
         return 0, 0
     start, end = _run([pattern.follows(earlier, later) for later, earlier in pairs])
-    end += end > start  # pairs are one fewer than links
+    end += end > start  # there is one pair fewer than links
     while start < end and not pattern.may_be_first(links[start]):
         start += 1
     return start, end
 
 
 def _lacks_sides(info: GraphInfo, links: list[Program]) -> bool:
-    """Whether less leaves the first link than the two behind it have in common."""
+    """Whether the first link has fewer side outputs than the two behind it have in common."""
     return sides_in_common(info, links) < sides_in_common(info, links[1:])
 
 

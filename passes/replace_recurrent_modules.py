@@ -1,8 +1,8 @@
-"""Before the joint graph: calls of ``torch.gru`` and its like become ``highway::recurrent_module``, layer by layer.
+"""Before the joint graph: calls such as ``torch.gru`` become ``highway::recurrent_module``, layer by layer.
 
-What can become a chain (one direction of a GRU or LSTM layer), or go back through time without PyTorch's recording, is
-a call of its own, so that its backward pass stands alone in the joint graph, where it is decided
-(``rewrite_recurrent_modules``). Everything else stays one call.
+A part gets a call of its own if it can become a chain (one direction of a GRU or LSTM layer), or if it can go back
+through time without PyTorch's recording. Then its backward pass stands alone in the joint graph, where
+``rewrite_recurrent_modules`` decides on it. Everything else stays one call.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _KIND = {getattr(torch, kind): kind for kind in KINDS}
 
 
 def replace_recurrent_modules(module: GraphModule, options: Options) -> None:
-    """Rewrite the graph that Dynamo gives to a backend, and those of its regions (a checkpoint), in place."""
+    """Rewrite in place the graph that Dynamo gives to a backend, and the graphs of its regions (a checkpoint)."""
     for part in module.modules():
         if isinstance(part, GraphModule):
             _replace_in(part, options)
@@ -38,7 +38,7 @@ def _replace_in(module: GraphModule, options: Options) -> None:
     calls = [node for node in graph.nodes if node.op == "call_function" and node.target in _KIND]
     for node in calls:
         if any(user.target is not python.getitem for user in node.users):
-            continue  # Dynamo takes tuples apart; what does not is left to be unrolled
+            continue  # Dynamo unpacks tuples; any other use is left to be unrolled
         call = ModuleCall.of(_KIND[node.target], node.args, node.kwargs)
         with graph.inserting_before(node):
             outputs = _Replacement(graph, node, call).outputs(options)
@@ -52,7 +52,7 @@ def _replace_in(module: GraphModule, options: Options) -> None:
 
 
 class _Replacement:
-    """One call; new nodes take its place and its source line."""
+    """One call. The new nodes take its place and its source line."""
 
     def __init__(self, graph: Graph, origin: Node, call: ModuleCall) -> None:
         self.graph, self.origin, self.call = graph, origin, call
@@ -61,7 +61,7 @@ class _Replacement:
         self.differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, call.tensors))
 
     def outputs(self, options: Options) -> list[Node]:
-        """[output, h_n] or [output, h_n, c_n], in the place of what the call returned."""
+        """[output, h_n] or [output, h_n, c_n], which replace what the call returned."""
         call = self.call
         if call.batch_first:
             call = replace(call, input=self._emit(torch.transpose, call.input, 0, 1), batch_first=False)
@@ -85,7 +85,7 @@ class _Replacement:
         return approximates and self._is_worth_taking_apart(options)
 
     def _is_worth_taking_apart(self, options: Options) -> bool:
-        """cuDNN runs layers and directions side by side, which is lost."""
+        """Whether it pays although cuDNN's parallel layers and directions are lost."""
         call, seen = self.call, self.call.input.meta.get("example_value")
         alone = call.layers * call.directions == 1 and not options.auto
         if options.rewrite == "always" or alone or seen is None or seen.dim() != 3:
@@ -97,7 +97,7 @@ class _Replacement:
         return any(estimate_recurrent(call.kind, seen, output, how, call.layers, call.directions).pays for how in tried)
 
     def _by_layers(self, call: ModuleCall) -> list[Node]:
-        """The same with one call for each layer and direction, and the dropout between layers apart."""
+        """The same with one call for each layer and direction, and separate dropout between the layers."""
         series, last = call.input, []
         for layer in range(call.layers):
             if layer and call.train and self.dropout:
@@ -118,7 +118,7 @@ class _Replacement:
         return [series, *(self._emit(torch.cat, list(parts), 0) for parts in zip(*last, strict=True))]
 
     def _place(self, layer: int, direction: int) -> str:
-        """What tells this part of the module from the others; "" where it is the whole module."""
+        """A name for this part of the module; "" if it is the whole module."""
         call = self.call
         whole = call.layers * call.directions == 1
         return "" if whole else f"layer {layer} reverse" if direction else f"layer {layer}"
@@ -130,11 +130,11 @@ class _Replacement:
             call.layers, dropout, call.train, call.bidirectional, None, record,
         )  # fmt: skip
         stack = node.meta.get("nn_module_stack")
-        if place and stack:  # as if each had been a module inside it
+        if place and stack:  # as if each were a module inside it
             name, kind = list(stack.values())[-1]
             node.meta["nn_module_stack"] = {**stack, place: (f"{name} {place}", kind)}
         output, *last = (self._emit(python.getitem, node, number) for number in range(1 + len(call.state)))
-        # The backward pass reads the output, which what comes next may change in place (see ``_join_copies``).
+        # The backward pass reads the output, and later code may change the output in place (see ``_join_copies``).
         return [self._emit(torch.clone, output) if any(record) else output, *last]
 
     def _emit(self, target: Any, *args: Any) -> Node:
@@ -146,11 +146,11 @@ class _Replacement:
 
 
 def _on_a_cpu(call: ModuleCall) -> bool:
-    """Its weights tell: nothing is known yet of an input that is emitted here."""
+    """Decided by the weights: nothing is known yet about an input that is emitted here."""
     return bool(call.weights[0].meta["example_value"].device.type == "cpu")
 
 
 def _may_need_gradient(tensor: Node) -> bool:
-    """Also of what is emitted here, of which nothing is known yet."""
+    """True also for tensors that are emitted here, about which nothing is known yet."""
     value = tensor.meta.get("example_value")
     return value is None or bool(value.requires_grad)

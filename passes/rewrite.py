@@ -1,13 +1,15 @@
 """Rewrite a chain's backward into Highway-BP form.
 
-Row i of W is w_i, the gradient at h_i, i = 0..L: forward order, so that what a model stacks over time is used as it
-lies. The last row is the chain's head, known exactly. With CumSumProd the reverse linear scan,
+Row i of W is w_i, the gradient at h_i, for i = 0..L. Rows are in forward order, so that what a model stacks over time
+can be used as it is. The last row is the chain's head, which is known exactly. With CumSumProd, the reverse linear
+scan,
 
     W^0     = scan([b, w_L], K)              b: what is injected at each link
     W^{t+1} = scan([b + J W^t, w_L], K)      all links at once, then one scan
 
-(w^0 + CumSumProd(v) = CumSumProd(c + v): one scan per iteration and no stored w^0). Damping moves part of the highway
-into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the links is evaluated once from the last W.
+Since w^0 + CumSumProd(v) = CumSumProd(c + v), an iteration needs one scan and no stored w^0. Damping moves a part of
+the highway into the block: K -> (1 - gamma) K, J -> J + gamma K. Every other output of the links is evaluated once,
+from the last W.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class Rewriting:
 
 
 def rewrite_chain(graph: Graph, chain: Chain, groups: list[Group], split: Split, truncation: Truncation) -> Rewriting:
-    """Emit what ``truncation`` asks for; the old nodes stay until the replacements are applied."""
+    """Emit what ``truncation`` requests. The old nodes stay until the replacements are applied."""
     return _ChainRewriter(graph, chain, groups, split, truncation).run()
 
 
@@ -101,7 +103,7 @@ class _ChainRewriter:
                 damping=how.damping,
                 before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
             )
-        # The tail counts as a link of its segment, though no row of W is before it.
+        # The tail counts as a link of its segment, although no row of W is before it.
         cut = Cut.of(self.chain.length, how.segment, outside=self.chain.length - self.links)
         runs = SegmentRuns(
             self.e, self.groups, self.stackers, self.like, cut, how.iterations, self._injected,
@@ -120,7 +122,7 @@ class _ChainRewriter:
         return len(self.chain.links)
 
     def _row(self, state: int) -> int:
-        """The row of a state: the head is the last."""
+        """The row of a state; the head is the last row."""
         return self.links - state
 
     # -- pieces -------------------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ class _ChainRewriter:
         )
 
     def _injected(self, group: Group, stacker: Stacker, statement: int) -> Value | None:
-        """Injections into one sum, stacked; lanes that have none get zeros."""
+        """Injections into one sum, stacked. Lanes without any get zeros."""
         key = id(group), statement
         if key not in self.stacked:
             self.stacked[key] = self._stack_injections(group, stacker, statement)
@@ -176,8 +178,9 @@ class _ChainRewriter:
         return total
 
     def _direct_injections(self, component: int) -> Node | None:
-        """b where there is one group and only its outputs are injected into, one term each: the terms as they are
-        stacked (mostly rows of one tensor), without the tail, which would break the pattern."""
+        """b if there is one group whose only injections go into its outputs, one term each. The terms (mostly rows of
+        one tensor) are stacked as they are, without the tail, which would break the pattern.
+        """
         if len(self.groups) != 1:
             return None
         group = self.groups[0]
@@ -266,7 +269,7 @@ class _ChainRewriter:
             if value is None or any(n is None for n in nodes):
                 raise AssertionError(f"side output {nodes[0]} has no value")
             root = _accumulation(nodes)
-            # A term that a state has taken already is no term of this sum.
+            # A term that a state has taken already does not belong to this sum.
             if root is not None and Counter(nodes) <= Counter(self._left.get(root, sum_terms(root))):
                 self._add_to(root, stacker.e.sum_links(value), nodes, done)
                 continue
@@ -277,10 +280,10 @@ class _ChainRewriter:
                 )
 
     def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
-        """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links (plus what else is in it)."""
+        """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links, plus its other terms."""
         left = list(self._left.get(root, sum_terms(root)))
         for node in nodes:
-            left.remove(node)  # once: what a link gives to its state it may give to a side too
+            left.remove(node)  # once: a link may give the same node to its state and to a side output
         self._left[root] = left
         self._sums[root] = [*self._sums.get(root, []), total]
         acc = self._sums[root][0]
@@ -290,7 +293,7 @@ class _ChainRewriter:
 
 
 def _accumulation(nodes: list[Node]) -> Node | None:
-    """The root of the one addition tree that all of ``nodes`` are single-use terms of."""
+    """The root of the single addition tree in which all ``nodes`` are single-use terms."""
     if len(nodes) < 2:
         return None
     root = _root_of(nodes[0])

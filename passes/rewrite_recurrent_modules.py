@@ -1,8 +1,8 @@
 """In the joint graph: ``highway::recurrent_module_backward`` becomes Highway-BP in plain operators, or stays exact.
 
-Exact is PyTorch's own backward kernel where it has one (cuDNN, oneDNN). On a CPU it has none for a GRU or an RNN, and
-replays every operator of every step; there all but the step from state to state is done at once
-(``recurrence.runs.exact``).
+Exact means PyTorch's own backward kernel where there is one (cuDNN, oneDNN). On a CPU there is none for a GRU or an
+RNN, and PyTorch replays every operator of every step. There, everything except the step from state to state is computed
+for all steps at once (``recurrence.runs.exact``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from hwbp_compiler.recurrence.operator import operator as forward_operator
 
 log = logging.getLogger(__name__)
 
-# Kinds without a backward kernel of PyTorch's on a CPU.
+# The kinds for which PyTorch has no backward kernel on a CPU.
 THROUGH_TIME = ("gru", "rnn_tanh", "rnn_relu")
 
 _CELLS = {"gru": gru, "lstm": lstm}
@@ -45,22 +45,24 @@ _NAMES = {"gru": "GRU", "lstm": "LSTM", "rnn_tanh": "tanh RNN", "rnn_relu": "ReL
 
 
 class Watcher(Protocol):
-    """Looks on; changes nothing. ``records``: those of one module, a chain for each layer and direction."""
+    """Observes, and changes nothing. ``records`` belong to one module: one chain for each layer and direction."""
 
     def found_module(self, records: list[ChainRecord], backward: Node) -> None:
-        """Before ``backward``, the module's backward pass as one operator, is decided upon."""
+        """Called before the decision on ``backward``, the module's backward pass as one operator."""
 
     def rewrote_module(self, records: list[ChainRecord], created: list[Node]) -> None:
-        """After it was rewritten."""
+        """Called after the module was rewritten."""
 
 
 def rewrite_recurrent_modules(
     graph: Graph, options: Options, watcher: Watcher | None = None
 ) -> tuple[list[ChainRecord], set[Node]]:
-    """Decide every recurrent layer of the joint graph and rewrite in place; what was decided, and the nodes emitted."""
+    """Decide on every recurrent layer of the joint graph and rewrite in place. Returns the decisions and the emitted
+    nodes.
+    """
     records: list[ChainRecord] = []
     created: set[Node] = set()
-    record_nothing(graph)  # but what a backward pass asks for
+    record_nothing(graph)  # except what a backward pass requests
     _join_copies(graph)
     stepwise = _called_step_by_step(graph)
     for node in graph.find_nodes(op="call_function", target=backward_operator):
@@ -109,7 +111,7 @@ def rewrite_recurrent_modules(
 
 
 def _called_step_by_step(graph: Graph) -> set[Node]:
-    """Backward operators of calls with one step, whose state comes out of another such call or goes into one."""
+    """Backward operators of calls with one step whose state comes from another such call or goes into one."""
     calls = map(_BackwardCall.of, graph.find_nodes(op="call_function", target=backward_operator))
     single = {call.kept.args[0]: call for call in calls if call.unsound() is None and call.length == 1}
     found: set[Node] = set()
@@ -128,7 +130,7 @@ def _called_step_by_step(graph: Graph) -> set[Node]:
 
 
 def _collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
-    """What is declined alike of several calls with one step each as one record that counts them."""
+    """Merge equal refusals of several calls with one step each into one record that counts them."""
     kept: dict[Hashable, ChainRecord] = {}
     for number, record in enumerate(records):
         alike = record.decision == "declined" and record.length == 1
@@ -141,7 +143,7 @@ def _collapsed(records: list[ChainRecord]) -> list[ChainRecord]:
 def _described(call: _BackwardCall) -> list[ChainRecord]:
     """One record for each layer and direction."""
     source, module = source_line(call.node), module_of(call.node)
-    # Without an elementwise path there is no chain to be drawn.
+    # Without an elementwise path there is no chain to draw.
     members = [0] * call.length if call.multiplier != "0" else []
     group = GroupRecord(call.length, {"mm": 1}, call.multiplier, module, source)
     record = ChainRecord(
@@ -152,10 +154,11 @@ def _described(call: _BackwardCall) -> list[ChainRecord]:
 
 
 def _held_at_once(nodes: Sequence[Node], kept: Set[Node] = frozenset()) -> int:
-    """Most bytes that these nodes hold at a time, in this order and each kept until its last use, or to the end: fusion
-    needs less."""
+    """The most bytes that these nodes hold at a time. Nodes run in this order, and each is kept until its last use, or
+    to the end if it is in ``kept``. Fusion needs less.
+    """
     position = {node: i for i, node in enumerate(nodes)}
-    owner: dict[Node, Node] = {}  # whose memory a node shows
+    owner: dict[Node, Node] = {}  # the node whose memory a node shares
     last: dict[Node, int] = {}
     for i, node in enumerate(nodes):
         rule = rule_of(node)
@@ -178,13 +181,13 @@ def _held_at_once(nodes: Sequence[Node], kept: Set[Node] = frozenset()) -> int:
 
 
 def record_nothing(graph: Graph) -> None:
-    """Let no forward pass record."""
+    """Stop every forward pass from recording."""
     for node in graph.find_nodes(op="call_function", target=forward_operator):
         node.args = (*node.args[:-1], [])
 
 
 def _join_copies(graph: Graph) -> None:
-    """Nothing is changed in place any more: an output and its copy (``replace_recurrent_modules``) are one."""
+    """Merge an output with its copy (``replace_recurrent_modules``): nothing is changed in place any more."""
     for forward in graph.find_nodes(op="call_function", target=forward_operator):
         for output in [user for user in forward.users if user.args[1] == 0]:
             for cloned in [user for user in output.users if user.target is torch.ops.aten.clone.default]:
@@ -194,7 +197,7 @@ def _join_copies(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class _BackwardCall:
-    """A call of the backward operator, its arguments being nodes."""
+    """A call of the backward operator; its arguments are nodes."""
 
     node: Node
     kind: str
@@ -235,12 +238,12 @@ class _BackwardCall:
 
     @property
     def goes_through_time(self) -> bool:
-        """Whether its exact backward pass is all but the step from state to state at once."""
+        """Whether its exact backward pass computes everything at once except the step from state to state."""
         alone = self.chains == 1 and self.batch_sizes is None and self.autocast is None
         return self.kind in THROUGH_TIME and self.output.meta["val"].device.type == "cpu" and alone
 
     def record(self, needed: list[bool]) -> None:
-        """Let the forward pass record what leads to these tensors."""
+        """Make the forward pass record what these tensors' gradients need."""
         forward = self.kept.args[0]
         assert isinstance(forward, Node)
         forward.args = (*forward.args[:-1], needed)
@@ -259,19 +262,20 @@ class _BackwardCall:
 
 
 def _decide(call: _BackwardCall, options: Options) -> Decision:
-    """What becomes of a layer that can be rewritten."""
+    """The decision on a layer that can be rewritten."""
     input, output = call.input.meta["val"], call.output.meta["val"]
 
     def estimate(how: Truncation) -> Estimate:
         return estimate_recurrent(call.kind, input, output, how, call.layers, 1 + call.bidirectional)
 
-    # Several layers or directions come in one call only where taking them apart would not pay.
+    # Several layers or directions share a call only if taking them apart would not pay.
     return decide(call.length, options, estimate, may_pay=call.chains == 1)
 
 
 def _rewrite(graph: Graph, call: _BackwardCall, truncation: Truncation | None, options: Options) -> list[Node]:
-    """In Highway-BP form; exact, through time, if ``truncation`` is None. The nodes emitted. Raises Declined, with the
-    graph as it was, where that takes more memory than there may be."""
+    """Rewrite into Highway-BP form, or into exact backprop through time if ``truncation`` is None. Returns the nodes
+    emitted. Raises Declined, with the graph unchanged, if that takes more memory than is allowed.
+    """
     steps = call.input.meta["val"].shape[0]
     if truncation is not None and not _is_short_of(truncation, call.length, steps):
         raise AssertionError("iterations reach the length")
@@ -319,8 +323,9 @@ def _rewrite(graph: Graph, call: _BackwardCall, truncation: Truncation | None, o
 
 
 def _is_short_of(how: Truncation, length: int, steps: Any) -> bool:
-    """Whether ``how`` is no ordinary backprop. Where the number of steps is symbolic, the guard makes a shorter
-    sequence compile anew. (Testing writes out as many iterations as are ordinary backprop of ``length`` steps.)"""
+    """Whether ``how`` is less than ordinary backprop. If the number of steps is symbolic, the guard recompiles for a
+    shorter sequence. (Testing writes out as many iterations as are ordinary backprop of ``length`` steps.)
+    """
     needed = (how.iterations + 1) * how.segment if how.segment > 1 else how.iterations
     return bool(steps > needed) or length <= needed
 

@@ -1,8 +1,8 @@
-"""The runs of a chain in segments: substitution inside all segments at once, S steps one after the other.
+"""The runs of a chain in segments: substitution inside all segments at once, in S successive steps.
 
-A lane is a segment. Step j of a run takes the j-th link of every segment, counted from the loss; where links of several
-groups meet (attention and MLP, with an odd S) each group takes its own lanes. What the links need is stacked already:
-a step works on slices of it.
+A lane is a segment. Step j of a run takes the j-th link of every segment, counted from the loss. If these links belong
+to several groups (attention and MLP, with an odd S), each group takes its own lanes. What the links need is stacked
+already, and a step works on slices of it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Section = Callable[[str], None]
 @dataclass
 class SegmentRuns:
     """:class:`~hwbp_compiler.engine.segments.Runs` as nodes. ``injected`` stacks what is added to a group's sums;
-    ``section`` names what comes next."""
+    ``section`` names what comes next.
+    """
 
     e: Emitter
     groups: Sequence[Group]
@@ -52,7 +53,7 @@ class SegmentRuns:
         size, count, first = self.cut.size, self.cut.count, self.cut.first
         self._name(self.iterations + 1, count)
         of_first = [[self._lanes(e, 0, 1) for e in ends]]  # the segment next to the input: ``first`` steps
-        of_rest = [[self._lanes(e, 1, count) for e in ends]]  # where a last step would lead is known: ``ends``
+        of_rest = [[self._lanes(e, 1, count) for e in ends]]  # the result of a last step is known: ``ends``
         for step in range(max(first, size - 1) if count > 1 else first):
             with_first, with_rest = step < first, step < size - 1 and count > 1
             lanes = list(range(count - (not with_first) - 1, -1, -1)) if with_rest else [count - 1]
@@ -104,7 +105,7 @@ class SegmentRuns:
         return Evaluator(self.e.for_count(len(chosen)), group, states, stack, inject)
 
     def _rows(self, of_first: list[Node], of_rest: list[Node]) -> Node:
-        """Rows 0..L, from what each step led to, the ends first."""
+        """Rows 0..L, from the results of the steps, the ends first."""
         pieces = list(reversed(of_first))
         others = self.cut.count - 1
         if others:

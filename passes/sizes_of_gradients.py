@@ -1,4 +1,4 @@
-"""The size of a gradient is no gradient: it is read elsewhere, and nothing computed from it depends on a gradient."""
+"""Read the sizes of gradients elsewhere: a size is not a gradient, and what depends only on it does not carry one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LOOKS_AT_SIZES = {
 
 
 def read_sizes_elsewhere(graph: Graph) -> None:
-    """Take each size that the graph reads off a gradient from an earlier node, or compute it from such.
+    """Take each size that the graph reads from a gradient from an earlier node, or compute it from earlier sizes.
 
-    A size that depends on what the gradient's numbers are (how many are not zero) has no other source and stays.
+    A size that depends on the gradient's numbers (such as how many are not zero) has no other source and stays.
     """
     if not any(graph.find_nodes(op="call_function", target=target) for target in _LOOKS_AT_SIZES):
         return

@@ -1,8 +1,8 @@
 """Split every link into K and J: ``s' = K s + J s + b``.
 
 K is read off the program by sending ones through its elementwise edges; J is everything else (see
-``hwbp_compiler.engine.evaluate``). This pass checks that the split exists: elementwise paths must arrive in the order
-they left, and K must be lower triangular when the state has several components.
+``hwbp_compiler.engine.evaluate``). This pass checks that the split exists: elements on elementwise paths must arrive in
+the order they left, and K must be lower triangular if the state has several components.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Split:
     """Where K is non-zero.
 
     support   pairs (to, from) of state components joined by an elementwise path in at least one link
-    order     components so ordered that K is lower triangular
+    order     the components, ordered so that K is lower triangular
     """
 
     support: frozenset[tuple[int, int]]
@@ -34,7 +34,7 @@ class Split:
 
 
 def split_links(chain: Chain) -> Split:
-    """Raises Declined where the elementwise part is no diagonal, or no triangular matrix of diagonals."""
+    """Raises Declined if the elementwise part is neither a diagonal nor a triangular matrix of diagonals."""
     support: set[tuple[int, int]] = set()
     seen: set[Hashable] = set()
     for link in chain.links:
@@ -70,7 +70,7 @@ def _support(link: Program) -> set[tuple[int, int]]:
 
 
 def _on_the_way(link: Program) -> set[int]:
-    """Statements with an elementwise path to an output. What a matrix product takes may be in any order."""
+    """Statements with an elementwise path to an output. The operands of a matrix product may be in any order."""
     way = set(link.outputs)
     for i in range(max(link.outputs), -1, -1):
         if i in way:
@@ -79,7 +79,7 @@ def _on_the_way(link: Program) -> set[int]:
 
 
 def _moved(link: Program, i: int, ref: Ref, order: Order | None) -> Order | None:
-    """The order of elements after statement i; None where it cannot be followed. A view keeps it."""
+    """The order of elements after statement i; None if it cannot be followed. A view keeps it."""
     statement = link.statements[i]
     if statement.target not in (aten.permute.default, aten.transpose.int, aten.t.default):
         return order

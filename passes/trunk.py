@@ -1,4 +1,4 @@
-"""Joins inside blocks that hide those on the trunk: the residual stream that every block reads and adds to."""
+"""Joins inside blocks may hide the joins on the trunk, the residual stream that every block reads and adds to."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from hwbp_compiler.graph.rules import Kind, operands
 
 from .find_chains import CARRIERS, next_join
 
-# A block may have a few joins of its own; more in a row are a chain inside a chain.
+# A block may have a few joins of its own. More in a row are a chain inside a chain.
 _JOINS_IN_A_BLOCK = 3
 
 
 def on_the_trunk(info: GraphInfo, following: dict[int, int]) -> dict[int, int]:
-    """``following`` with joins whose gradient is only a part of the trunk's replaced by those on the trunk.
+    """``following``, with each join whose gradient is only a part of the trunk's replaced by the join on the trunk.
 
-    A block that uses its normed input twice, ``u = norm(x); x + u * gate(u)``, has a join at u, which gradients meet
-    before the one at x, and the next block's join at u is the first one behind it: the join at x, where the trunk and
-    all that comes through u meet, is passed over.
+    A block that uses its normalized input twice, ``u = norm(x); x + u * gate(u)``, has a join at u. It comes before the
+    join at x, where the trunk meets everything that comes through u. The first join after the one at u is the next
+    block's join at u, so the join at x is passed over.
     """
     before, following = dict(following), dict(following)
     trunk: set[int] = set()
@@ -32,7 +32,7 @@ def on_the_trunk(info: GraphInfo, following: dict[int, int]) -> dict[int, int]:
         join = before[start]
         outer = next_join(info, start, join, smoothly=True)
         if outer is None:
-            # The trunk of a first state that wants no gradient ends inside the block.
+            # If no gradient of the first state is wanted, the trunk ends inside the first block.
             if start in trunk and _highway(info, start, join) in highways:
                 del following[start]
             elif start in trunk:
@@ -54,7 +54,7 @@ def on_the_trunk(info: GraphInfo, following: dict[int, int]) -> dict[int, int]:
 
 
 def _highway(info: GraphInfo, start: int, join: int) -> int | None:
-    """A number that is the same for elementwise paths from ``start`` to ``join`` and for others like them."""
+    """A number that is equal for elementwise paths from ``start`` to ``join`` with the same operators."""
     forms: dict[int, int] = {start: 0}
     for i in sorted(info.between({start}, {join}) - {start}):
         node = info.nodes[i]

@@ -1,8 +1,8 @@
-"""Recurrent cells on a GPU, written out in operators that can be taken apart.
+"""Write out recurrent cells on a GPU in operators that the passes can take apart.
 
-``torch.gru_cell`` and ``torch.lstm_cell`` (what nn.GRUCell and nn.LSTMCell call) are elementary operators on a CPU. On
-a GPU they are two products and one fused kernel, whose backward is one opaque operator: no highway could be found in
-it. Here they become, before autograd sees them, what they are on a CPU. Inductor fuses the gates again.
+``torch.gru_cell`` and ``torch.lstm_cell`` (which nn.GRUCell and nn.LSTMCell call) consist of elementary operators on a
+CPU. On a GPU they are two products and one fused kernel, whose backward is one opaque operator, so no highway could be
+found. Here they become the same operators as on a CPU, before autograd sees them. Inductor fuses the gates again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch.fx import Graph, GraphModule, Node
 
 
 def write_out_cells(module: GraphModule, everywhere: bool = False) -> int:
-    """Replace cells in a graph from Dynamo and in its regions (a checkpoint, a step of ``recurrent``), in place, where
-    they are fused (or ``everywhere``); says how many."""
+    """Replace cells in place, in a graph from Dynamo and in its regions (a checkpoint, a step of ``recurrent``), if
+    they are fused (or ``everywhere``). Returns how many were replaced.
+    """
     parts = [part for part in module.modules() if isinstance(part, GraphModule)]
     return sum(_write_out_in(part, everywhere) for part in parts)
 
@@ -45,13 +46,13 @@ def _write_out_in(module: GraphModule, everywhere: bool) -> int:
 
 
 def _is_fused(node: Node) -> bool:
-    """Its weights tell: of a cell written out below it nothing is known yet."""
+    """Decided by the weights: nothing is known yet about the values of a cell written out below."""
     values = [argument.meta.get("example_value") for argument in node.all_input_nodes]
     return any(isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta") for value in values)
 
 
-# The order of operands is ATen's, so the numbers are too. Only functions of torch's own: a graph with others is not
-# kept in AOTAutograd's cache.
+# The order of operands is ATen's, so the numbers are equal too. Only functions of torch itself are used, because
+# AOTAutograd does not cache a graph with other functions.
 
 
 def _gru_cell(

@@ -1,7 +1,7 @@
-"""Calls of nn.RNN, nn.GRU and nn.LSTM for a single time step, written out as calls of the cells they are made of.
+"""Write out calls of nn.RNN, nn.GRU and nn.LSTM for a single time step as calls of their cells.
 
-Reinforcement learning calls a module once a step, because masks reset the state between. In a loop that is rolled up
-again such a call is part of the step.
+Reinforcement learning calls a module once per step, because masks reset the state in between. In a loop that is
+rerolled, such a call is part of the step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _CELLS: dict[Callable[..., Any], tuple[str, Any]] = {
 
 
 def write_out_modules(module: GraphModule) -> None:
-    """In a graph from Dynamo, in place. Raises Declined for a call of more steps than one, or one that is no cells."""
+    """Rewrite a graph from Dynamo in place. Raises Declined for a call of more than one step, or one that cannot be
+    written as cells.
+    """
     calls = [node for node in module.graph.nodes if node.op == "call_function" and node.target in _CELLS]
     for node in calls:
         kind, cell = _CELLS[node.target]

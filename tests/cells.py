@@ -1,4 +1,4 @@
-"""Cells as people write them for ``hwbp_compiler.recurrent``, each with one step retold for the oracle."""
+"""Cells as people write them for ``hwbp_compiler.recurrent``, each with one step rewritten for the oracle."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LSTM(nn.Module):
 
 
 class PeepholeLSTM(nn.Module):
-    """Gates that look at the cell state through vectors: elementwise, so all of that belongs to K."""
+    """An LSTM whose gates see the cell state through vectors: elementwise, so all of it belongs to K."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PeepholeLSTM(nn.Module):
         i, f = torch.sigmoid(i + self.peep[0] * c), torch.sigmoid(f + self.peep[1] * c)
         c = f * c + i * torch.tanh(g)
         h = torch.sigmoid(o + self.peep[2] * c) * torch.tanh(c)
-        return h, {"h": h, "c": c}  # in another order than the state given
+        return h, {"h": h, "c": c}  # not in the order of the given state
 
     def retold(self, state, side, hold):
         (c, h), (x,) = state, side  # a dict's leaves come in the order of its keys
@@ -92,7 +92,7 @@ class MinGRU(nn.Module):
 
 
 class LiGRU(nn.Module):
-    """No reset gate, a ReLU for a candidate."""
+    """No reset gate, and a ReLU candidate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class LiGRU(nn.Module):
 
 
 class IndRNN(nn.Module):
-    """``h' = relu(W x + u h)``: all of it elementwise, but no linear recurrence."""
+    """``h' = relu(W x + u h)``: entirely elementwise, but not a linear recurrence."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class LayerNormGRU(nn.Module):
 
 
 class NormalizedGRU(GRU):
-    """Batch norm with the statistics it has."""
+    """A GRU with batch norm, which keeps its statistics fixed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,11 @@ class TanhRNN(nn.Module):
 
 @dataclass(frozen=True)
 class CellCase:
-    """multiplier  K in the report; "0": none, so exact. linear: exact at k = 0, and both directions are scans."""
+    """A cell and what is expected of it.
+
+    multiplier: K in the report; "0" means none, so the gradient is exact. linear: exact at k = 0, with scans in both
+    directions.
+    """
 
     make: Callable[[], nn.Module]
     multiplier: str
@@ -234,7 +238,7 @@ CASES = [
 
 
 def in_a_loop(cell: Any, inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """What ``recurrent`` means."""
+    """The loop that defines what ``recurrent`` computes."""
     outputs = []
     for t in range(inputs.shape[0]):
         output, state = cell(inputs[t], state)

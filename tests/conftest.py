@@ -1,4 +1,4 @@
-"""Every test starts as if in a fresh process, and none reads or writes the user's compile caches."""
+"""Every test starts as if in a fresh process, and no test reads or writes the user's compile caches."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
-# Before torch is imported. A directory of its own for the session, which xdist's workers and the processes
-# that tests start inherit, so that compiled C++ is shared.
+# Set before torch is imported. The session has its own directory. xdist's workers and the processes that tests start
+# inherit it, so that compiled C++ is shared.
 if not WORKER:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="hwbp_test_")
-# A pool of compile processes takes longer to start than these tests' kernels take to compile.
+# Starting a pool of compile processes takes longer than compiling these tests' kernels.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 import torch  # noqa: E402
@@ -25,7 +25,8 @@ from torch._inductor import config as inductor_config  # noqa: E402
 
 import hwbp_compiler  # noqa: E402
 
-# Compilation's structured trace: hundreds of empty records in the report of every failing test.
+# Keep the structured trace of compilations out of the logs: it adds hundreds of empty records to the report of every
+# failing test.
 logging.getLogger("torch.__trace").propagate = False
 
 
@@ -44,7 +45,7 @@ def fresh_state():
     torch._dynamo.reset()
     hwbp_compiler.reset_counters()
     torch.manual_seed(0)
-    # A graph found in a cache runs no pass, and what a test counts would depend on the tests before it.
+    # Without this, a graph found in a cache would run no pass, and a test's counts would depend on earlier tests.
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Python loops over time as people write them, and some that cannot be rolled up again."""
+"""Python loops over time as people write them, and some that cannot be rerolled."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ B, I, H, T = 3, 4, 5, 6  # noqa: E741
 
 @dataclass(frozen=True)
 class PythonLoop:
-    """``model(*args())``; ``lengths`` of the loops that it holds, each with so many ``recurrences`` that need one
-    another only one way."""
+    """``model(*args())``. ``lengths``: of the loops in it. ``recurrences``: how many Recurrences each loop becomes,
+    none of which depends on a later one.
+    """
 
     name: str
     model: Callable[[], nn.Module]
@@ -27,7 +28,7 @@ class PythonLoop:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """A loop that has to stay as it is, for ``reason``."""
+    """A loop that has to stay unrolled, for ``reason``."""
 
     name: str
     model: Callable[[], nn.Module]
@@ -62,7 +63,7 @@ def loop(
     recurrences: int = 1,
     **modules: Any,
 ):
-    """The decorated function is a loop over the modules that these make."""
+    """Decorate a function that is a loop over the modules which ``args`` make."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         def model() -> nn.Module:
@@ -710,7 +711,7 @@ def step_number_added(m, x):
     return h
 
 
-@refused("another shape", cell=lambda: nn.GRUCell(I + H, H))
+@refused("changes its shape from step to step", cell=lambda: nn.GRUCell(I + H, H))
 def attention_over_all_states(m, x):
     h = x.new_zeros(B, H)
     states = h[:, None]
@@ -731,7 +732,7 @@ def memory_written_and_read(m, x):
     return h
 
 
-@refused("changes in place what a step computed", cell=gru)
+@refused("changes in place a result of a step", cell=gru)
 def changed_behind_the_loop(m, x):
     h, states = x.new_zeros(B, H), []
     for t in range(T):
@@ -741,7 +742,7 @@ def changed_behind_the_loop(m, x):
     return torch.stack(states, 1)
 
 
-@refused("does not move evenly", cell=gru)
+@refused("does not advance evenly", cell=gru)
 def uneven_places(m, x):
     h, out = x.new_zeros(B, H), torch.zeros(B, T * T, H)
     for t in range(T):
@@ -760,7 +761,7 @@ class Clipped(torch.autograd.Function):
         return gradient.clamp(-0.1, 0.1)
 
 
-@refused("its own way to differentiate", cell=gru)
+@refused("its own derivative", cell=gru)
 def gradient_clipped_by_a_function(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):
@@ -768,7 +769,7 @@ def gradient_clipped_by_a_function(m, x):
     return h
 
 
-@refused("its own way to differentiate", cell=gru)
+@refused("its own derivative", cell=gru)
 def checkpointed_steps(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):
@@ -794,7 +795,7 @@ def module_of_two_steps(m, x):
     return h
 
 
-@refused("another step computed", cell=gru, head=lambda: nn.Linear(H, I))
+@refused("a step other than the previous one", cell=gru, head=lambda: nn.Linear(H, I))
 def the_third_state_again(m, x):
     h, third = x.new_zeros(B, H), x[:, 0]
     for t in range(T):
@@ -834,7 +835,7 @@ def changed_after_it_was_written(m, x, keep):
     return out
 
 
-@refused("changes in place what a step computed", cell=gru)
+@refused("changes in place a result of a step", cell=gru)
 def changed_by_place_of_the_argument(m, x):
     h, states = x.new_zeros(B, H), []
     for t in range(T):
@@ -844,7 +845,7 @@ def changed_by_place_of_the_argument(m, x):
     return torch.stack(states, 1), out
 
 
-@refused("does not move evenly", cell=gru)
+@refused("does not advance evenly", cell=gru)
 def spread_over_two_places(m, x):
     h, out = x.new_zeros(B, H), torch.zeros(B, 2 * T, H)
     for t in range(T):
@@ -853,7 +854,7 @@ def spread_over_two_places(m, x):
     return out
 
 
-@refused("effect alone", cell=gru)
+@refused("only for its side effect", cell=gru)
 def asserted_in_every_step(m, x):
     h = x.new_zeros(B, H)
     for t in range(T):

@@ -1,7 +1,7 @@
 """Planted bugs, each with the tests that must fail on it:  python tests/mutations.py [NAME ...]
 
-Every bug is put into a copy of the sources, and the tests named beside it are run there. Prints a table; the exit
-status is 1 if a bug went unnoticed. ``tests/test_mutations.py`` keeps the list in step with the sources.
+Each bug is put into a copy of the sources, and the tests named with it run there. Prints a table. The exit status is 1
+if a bug was not noticed. ``tests/test_mutations.py`` checks that the list still matches the sources.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BREADTH = "tests/test_breadth.py::test_every_step_is_a_link_and_its_gradient_is_
 
 @dataclass(frozen=True)
 class Mutation:
-    """``old`` becomes ``new`` in ``file``; one of ``tests`` (pytest node ids) has to fail."""
+    """``old`` becomes ``new`` in ``file``. At least one of ``tests`` (pytest node ids) has to fail."""
 
     name: str
     file: str
@@ -54,14 +54,14 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
     ),
     Mutation(
-        "what the first block gives to the first state twice is counted once",
+        "a node that the first block adds to the first state twice is counted once",
         "passes/rewrite.py",
         "            left.remove(node)  # once",
         "            left[:] = [t for t in left if t is not node]  # once",
         (BREADTH,),
     ),
     Mutation(
-        "of what is written over, the wrong part is kept",
+        "the wrong part of an overwritten gradient is kept",
         "passes/parts_of_gradients.py",
         "for r in ((0, place.start), (place.stop, size))",
         "for r in ((place.start, place.stop),)",
@@ -75,14 +75,14 @@ MUTATIONS = [
         (BREADTH,),
     ),
     Mutation(
-        "what only adds up what links give is a stream",
+        "a component that only sums up what links add to it counts as a stream",
         "passes/candidates.py",
         "        joined = [[c for c in way if _feed_each_other(c.chain)] for way in more]",
         "        joined = more",
         (BREADTH,),
     ),
     Mutation(
-        "a remainder of links is left out of the segment next to the input",
+        "the segment next to the input leaves out the remaining links",
         "hwbp_compiler/engine/segments.py",
         "return cls(size, count, links - (count - 1) * size - outside)",
         "return cls(size, count, size - outside)",
@@ -96,7 +96,7 @@ MUTATIONS = [
         (SEGMENTED,),
     ),
     Mutation(
-        "what the highway carries across a segment is counted twice",
+        "the gradient that the highway carries across a segment is counted twice",
         "hwbp_compiler/engine/segments.py",
         "outer.scaled(before[source], product, -1.0)",
         "outer.scaled(before[source], product, 1.0)",
@@ -124,14 +124,14 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_damping_one_is_fixed_point_iteration",),
     ),
     Mutation(
-        "the multipliers are those of the next link",
+        "each link has the multipliers of the next one",
         "hwbp_compiler/engine/solve_graph.py",
         "made = k if keep == 1.0 else self.e.call(aten.mul.Tensor, k, keep)",
         "made = self.e.call(aten.roll.default, k, [1], [0])",
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
     ),
     Mutation(
-        "what something else uses too is concatenated in place",
+        "pieces that have other users are concatenated in place",
         "passes/keep_pieces.py",
         "node.target = cat",
         "pass",
@@ -152,7 +152,7 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
     ),
     Mutation(
-        "side outputs come from the gradients one link further on",
+        "side outputs are computed from the gradients of the next link",
         "passes/rewrite.py",
         "return self.links - state",
         "return max(0, self.links - state - 1)",
@@ -166,7 +166,7 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_gradients_sum_over_the_paths_that_cross_at_most_k_blocks",),
     ),
     Mutation(
-        "something constant is added to a side output",
+        "a constant is added to a side output",
         "passes/rewrite.py",
         "            value = evaluator.value(Mode.FULL, i)\n",
         "            value = evaluator.value(Mode.FULL, i)\n"
@@ -174,14 +174,14 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_rewritten_gradients_are_linear_in_the_incoming_gradient",),
     ),
     Mutation(
-        "links are told apart by the names of their nodes",
+        "the names of their nodes distinguish links",
         "hwbp_compiler/graph/program.py",
         'return ("ext", value.additive, *map(str, form_of(node)))',
         'return ("ext", value.additive, node.name)',
         (f"{PROPERTIES}::test_detection_depends_neither_on_names_nor_on_the_order_of_nodes",),
     ),
     Mutation(
-        "links that differ in a size alone are taken for equal",
+        "links that differ only in a size count as equal",
         "hwbp_compiler/graph/rules.py",
         'return (shape_of(node), dtype_of(node)) if size is None else ("size", size)',
         'return (shape_of(node), dtype_of(node)) if size is None else ("size", 0)',
@@ -203,7 +203,7 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_a_batch_of_two_is_two_batches_of_one",),
     ),
     Mutation(
-        "a dropout mask is drawn anew for the links",
+        "a dropout mask is drawn again for the links",
         "hwbp_compiler/engine/stacking.py",
         "        columns = self.plan.operands(nodes)\n        return self._recomputed",
         "        if nodes[0].meta['val'].dtype is torch.bool:\n            return Value(nodes[0], False)\n"
@@ -211,7 +211,7 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_rewritten_gradients_use_the_dropout_masks_of_their_forward",),
     ),
     Mutation(
-        "an addition of the forward pass is turned round",
+        "an addition of the forward pass swaps its operands",
         "passes/apply.py",
         "    created = set(rewriting.created)\n",
         "    created = set(rewriting.created)\n"
@@ -237,21 +237,21 @@ MUTATIONS = [
         ("tests/test_fidelity.py::test_without_a_chain_the_graph_is_untouched",),
     ),
     Mutation(
-        "what was computed from a buffer is computed again after the buffer was changed",
+        "a value is recomputed from a buffer after the buffer was changed",
         "hwbp_compiler/graph/old_values.py",
         "    if not written:\n",
         "    if written:\n",
         ("tests/test_combinations.py::test_buffers_changed_and_used_in_forward",),
     ),
     Mutation(
-        "links compute again from a buffer that was changed",
+        "links recompute values from a buffer that was changed",
         "hwbp_compiler/engine/stacking.py",
         "        or must_be_kept(n)\n",
         "",
         ("tests/test_combinations.py::test_buffers_changed_and_used_in_forward",),
     ),
     Mutation(
-        "every look at the graph looks at all pairs of nodes",
+        "every analysis of the graph visits all pairs of nodes",
         "hwbp_compiler/graph/info.py",
         "        self._kinds: dict[int, Kind | None] = {}",
         "        sum(len(a.users) and 0 for a in self.nodes for b in self.nodes)\n"
@@ -266,35 +266,35 @@ MUTATIONS = [
         ("tests/test_backend.py::test_every_option_is_in_the_uuid",),
     ),
     Mutation(
-        "the head may end in a block more than its neighbour",
+        "the head may have one block more than its neighbour",
         "passes/check_separation.py",
         "return not any(info.index[t] in reached for terms in head.injections.values() for t in terms)",
         "return True",
         ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
     ),
     Mutation(
-        "the tail takes any weights of the right shape",
+        "the tail accepts any weights of the right shape",
         "hwbp_compiler/graph/match.py",
         "if not self.fits(expected.slot, actual):",
         "if False:",
         ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
     ),
     Mutation(
-        "what follows the last state of a recurrence is one more",
+        "the value after the last state of a recurrence counts as one more state",
         "passes/find_recurrences.py",
         "return states if _kind(info, states[-1]) == common else states[:-1]",
         "return states",
         ("tests/test_found_by_fuzzing.py::test_what_the_fuzzer_once_found_is_right_now",),
     ),
     Mutation(
-        "the multipliers' gradient of a scan is not shifted",
+        "the gradient of a scan's multipliers is not shifted",
         "hwbp_compiler/scan/operator.py",
         "full = grad_values * _before(states, ctx.reverse, ctx.starts).conj()",
         "full = grad_values * states.conj()",
         (f"{SCAN}::test_first_and_second_derivatives",),
     ),
     Mutation(
-        "the multipliers' gradient of a scan is not conjugate",
+        "the gradient of a scan's multipliers is not conjugated",
         "hwbp_compiler/scan/operator.py",
         "_before(states, ctx.reverse, ctx.starts).conj()",
         "_before(states, ctx.reverse, ctx.starts)",
@@ -315,7 +315,7 @@ MUTATIONS = [
         (f"{SCAN}::test_forward_mode_and_batched_derivatives",),
     ),
     Mutation(
-        "a tuple's multipliers are those of the link before",
+        "a tuple has the multipliers of the link before",
         "hwbp_compiler/scan/function.py",
         "factor = previous(factor, not reverse)",
         "factor = previous(factor, reverse)",
@@ -357,14 +357,14 @@ MUTATIONS = [
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
-        "the state before a GRU's first step gets nothing along the highway",
+        "the state before a GRU's first step gets no gradient along the highway",
         "hwbp_compiler/recurrence/gru.py",
         "return w, into_first + (1 - damping) * z[0] * w[0]",
         "return w, into_first",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
-        "what damping gives to the blocks never reaches the state before a GRU's first step",
+        "the part that damping moves to the blocks never reaches the state before a GRU's first step",
         "hwbp_compiler/recurrence/gru.py",
         "into_first = moved[0] + damping * z[0] * w[0] if damping",
         "into_first = moved[0] if damping",
@@ -392,21 +392,21 @@ MUTATIONS = [
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
-        "back through time a step takes the gate of the next",
+        "backprop through time uses the gate of the next step",
         "hwbp_compiler/recurrence/runs.cpp",
         "link.multiplier = l.multipliers ? l.multipliers + here",
         "link.multiplier = l.multipliers ? l.multipliers + (t + 1 < l.steps ? here + size : here)",
         (f"{MODULES}::test_iterations_up_to_the_length_are_backprop",),
     ),
     Mutation(
-        "the backward direction reads forwards",
+        "the backward direction reads the sequence forwards",
         "passes/replace_recurrent_modules.py",
         "input = series if forward else self._emit(torch.flip, series, [0])",
         "input = series",
         (f"{MODULES}::test_gradients_are_those_of_w_k",),
     ),
     Mutation(
-        "a second backward pass draws the dropout masks anew",
+        "a second backward pass draws new dropout masks",
         "hwbp_compiler/recurrence/operator.py",
         "    if call.random:\n        raise",
         "    if False:\n        raise",
@@ -427,7 +427,7 @@ MUTATIONS = [
         (f"{CELLS}::test_gradients_are_those_of_the_paper",),
     ),
     Mutation(
-        "a cell's weights meet the gradient of the state before",
+        "a cell's weights are multiplied with the gradient of the state before",
         "hwbp_compiler/rolled/chain.py",
         "constant(row[1:], True)",
         "constant(row[:-1], True)",
@@ -441,21 +441,21 @@ MUTATIONS = [
         (f"{CELLS}::test_gradients_are_those_of_the_paper",),
     ),
     Mutation(
-        "the loop back through time runs forwards",
+        "the backward loop over time runs forwards",
         "hwbp_compiler/rolled/loop.py",
         "order = range(length - 1, -1, -1) if reverse else range(length)",
         "order = range(length)",
         (f"{CELLS}::test_step_by_step_is_backprop_through_time",),
     ),
     Mutation(
-        "what another backend skipped stays skipped for ours",
+        "code that another backend skipped stays skipped for ours",
         "hwbp_compiler/skipped.py",
         "                set_code_exec_strategy(code, _TRACE)\n                yield mark",
         "                yield mark",
         (f"{SKIPPED}::test_ours_then_another_then_ours_with_another_length",),
     ),
     Mutation(
-        "what another backend skipped is looked at again after each call of ours",
+        "code that another backend skipped is tried again after each call of ours",
         "hwbp_compiler/skipped.py",
         "set_code_exec_strategy(code, mark.strategy)",
         "pass",
@@ -535,7 +535,7 @@ MUTATIONS = [
 
 
 def caught(mutation: Mutation) -> bool:
-    """Whether one of the tests fails where the bug is planted."""
+    """Whether one of the tests fails when the bug is planted."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         ignored = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "build", "*.egg-info")
@@ -550,7 +550,7 @@ def caught(mutation: Mutation) -> bool:
             text=True,
             timeout=900,
         )
-    if done.returncode not in (0, 1):  # neither passed nor failed: could not be run
+    if done.returncode not in (0, 1):  # neither passed nor failed: the tests could not run
         raise RuntimeError(f"{mutation.name}: {done.stdout}{done.stderr}")
     return done.returncode == 1
 

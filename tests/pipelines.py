@@ -1,7 +1,7 @@
-"""Pipelines of tiny stages, run by gloo processes, and the oracle they are measured against.
+"""Pipelines of tiny stages, run by gloo processes, and the oracle they are compared with.
 
 The oracle follows SEGMENTS.md, section 1, link by link with ``torch.func.vjp`` in one process, and shares no code with
-``hwbp_compiler``. A stage is a list of links; a link says what its highway is, or that it has none.
+``hwbp_compiler``. A stage is a list of links; each link defines its highway, or says that it has none.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Gate(nn.Module):
 
 
 class Mixing(nn.Module):
-    """No element leads straight to one."""
+    """A link without an elementwise path."""
 
     highway = None
 
@@ -138,7 +138,7 @@ class Embedding(nn.Module):
 
 
 class Pooling(nn.Module):
-    """The mean over the batch: what it gives is as large for every size of one."""
+    """The mean over the batch: its output has the same size for every batch size."""
 
     highway = None
 
@@ -170,7 +170,7 @@ class Counting(ReLU):
 
 
 class Masked(ReLU):
-    """Its mask comes from the stage before; alone it is the same one."""
+    """Uses a mask from the stage before; without one, it uses the same mask."""
 
     def forward(self, x, mask=None):
         return torch.relu(x + (the_mask() if mask is None else mask) * self.block(x))
@@ -184,7 +184,7 @@ def the_mask() -> Tensor:
 
 
 class HandsMaskOn(nn.Module):
-    """(x, mask) -> (y, mask), of which the mask wants no gradient; the first stage makes it."""
+    """(x, mask) -> (y, mask), where the mask requires no gradient. The first stage creates the mask."""
 
     def __init__(self, stage):
         super().__init__()
@@ -208,7 +208,7 @@ class GivesComplex(nn.Module):
 
 
 class Annealed(ReLU):
-    """K is a number that Python keeps in the module."""
+    """K is a Python number stored in the module."""
 
     def __init__(self):
         super().__init__()
@@ -225,7 +225,7 @@ class Annealed(ReLU):
 
 
 class Overflowing(ReLU):
-    """K is so large that its square overflows; what leaves the highway takes it away again."""
+    """K is so large that its square overflows; a path outside the highway cancels it."""
 
     def __init__(self):
         super().__init__()
@@ -253,9 +253,9 @@ class Bad(Mixing):
 
 @dataclass(frozen=True)
 class Case:
-    """``stages``: per stage the kinds of its links. ``prepare(stage, index)`` changes a stage before it runs,
-    ``before(stage, step)`` before every step; ``options_of(rank)`` are keyword arguments of the schedule on that
-    rank."""
+    """``stages``: the kinds of links of each stage. ``prepare(stage, index)`` changes a stage before it runs,
+    ``before(stage, step)`` before every step. ``options_of(rank)``: keyword arguments of the schedule on that rank.
+    """
 
     stages: tuple[tuple[Callable[[], nn.Module], ...], ...]
     k: int | str = 1
@@ -278,7 +278,7 @@ class Case:
         return stages
 
     def data(self, part: int = 0) -> tuple[Tensor, Tensor]:
-        """``part``: of which rank of data parallelism."""
+        """``part``: the rank in data parallelism."""
         torch.manual_seed(4 + part)
         words = self.stages[0][0] is Embedding
         x = torch.randint(0, 11, (BATCH, STEPS)) if words else torch.randn(BATCH, STEPS, WIDTH)
@@ -298,7 +298,7 @@ def seed_of(stage: int) -> int:
 
 
 class LinkAt:
-    """A link of one micro-batch at its saved input, under the random state it was run with."""
+    """A link of one micro-batch at its saved input, with the random state of its run."""
 
     def __init__(self, link: nn.Module, x: Tensor):
         self.link, self.x, self.random = link, x.detach(), torch.get_rng_state()
@@ -353,7 +353,8 @@ def oracle(case: Case, part: int = 0) -> tuple[list[dict[str, Tensor]], list[Ten
                 for place, link in reversed(list(enumerate(links))):
                     for name, g in link.parameters(w).items():
                         owner = stages[i].get_parameter(f"{place}.{name}")
-                        (first,) = [n for n, p in stages[i].named_parameters() if p is owner]  # tied ones have one name
+                        # tied parameters have one name
+                        (first,) = [n for n, p in stages[i].named_parameters() if p is owner]
                         total[i][first] += g / (case.batches if case.scale else 1)
                     if link.x.is_floating_point():
                         w = link.whole(w)
@@ -460,7 +461,7 @@ def trained(case: Case, rank: int, size: int) -> dict:
 
 
 def mesh_worker(rank: int, size: int, folder: str, cases: dict[str, Case], seconds: float) -> None:
-    """Two ranks of data parallelism over ``size / 2`` stages, wrapped as the case's name begins: ddp or fsdp."""
+    """Two ranks of data parallelism over ``size / 2`` stages. The case's name starts with the wrapper: ddp or fsdp."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.pipelining import PipelineStage
     from torch.distributed.tensor import DTensor
@@ -508,7 +509,7 @@ def mesh_worker(rank: int, size: int, folder: str, cases: dict[str, Case], secon
 def run(
     size: int, cases: dict[str, Case], folder: Path, seconds: float = 60.0, worker: Callable = worker
 ) -> dict[str, list[dict]]:
-    """Per case what every rank found."""
+    """The results of every rank, by case."""
     torch.multiprocessing.spawn(worker, (size, str(folder), cases, seconds), size)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=False) for rank in range(size)] for name in cases

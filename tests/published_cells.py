@@ -1,9 +1,9 @@
 """Recurrent cells from the literature, for ``hwbp_compiler.recurrent`` and for the oracle.
 
-Each is written once, as ``step(hold, x, *state)``. With ``hold`` the identity it is the cell as published; the oracle
-cuts what passes through ``hold``: every product of the state with a matrix, and whatever else mixes its elements (a
-mean). What is left are the elementwise paths, K. Cells whose gradient is exact hold nothing. Where a paper adds x to a
-state, x is brought to the width of that state by a matrix first.
+Each cell is written once, as ``step(hold, x, *state)``. If ``hold`` is the identity, it is the cell as published. The
+oracle cuts what passes through ``hold``: every product of the state with a matrix, and everything else that mixes its
+elements (a mean). The remaining paths are elementwise: K. Cells whose gradient is exact hold nothing. If a paper adds x
+to a state, a matrix first brings x to the width of that state.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn, relu, sigmoid, tanh
 
 from hwbp_compiler.testing.reference import Link, Program
 
-# What the report says where nothing is approximated, whatever k is.
+# The report's text for cells without approximation at any k.
 LINEAR = "exact at k = 0"
 NO_PATH = "no elementwise path"
 CIRCLE = "feed one another element by element in a circle"
@@ -30,13 +30,13 @@ def same(t: Tensor) -> Tensor:
 
 
 class Cell(nn.Module):
-    """A cell whose parameters are named in ``maps``, and its first state the output unless it says otherwise.
+    """A cell whose parameters are described by ``maps``. Its first state is the output unless it says otherwise.
 
     maps     W..: a matrix from the input, with a bias; U..: from the hidden state; P..: from the hidden state to
              INPUT; V..: from there to the hidden state; v..: a vector; s..: a number. ":3" makes it three times as long
     widths   of the state's tensors
-    lowest   of what the first state is drawn from, up to 1
-    exact    what the report says of the cell where its gradient is that of backprop; "" where it is truncated
+    lowest   the first state is drawn between this number and 1
+    exact    the report's text if the gradient is that of backprop; "" if it is truncated
     """
 
     maps = ""
@@ -75,7 +75,7 @@ class Cell(nn.Module):
         return self.after(hold, *side, state), ()
 
     def states(self, run_chain, x, state):
-        """The state before and after every step, told as chains."""
+        """The state before and after every step, as the oracle's chains."""
         return run_chain([Link(self.retold, (x_t,)) for x_t in x.unbind(0)], state).states
 
 

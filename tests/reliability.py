@@ -1,4 +1,4 @@
-"""Write the tables of docs/reliability.md from the markers of the tests:  python tests/reliability.py [--check]"""
+"""Write the tables of docs/reliability.md from the tests' markers:  python tests/reliability.py [--check]"""
 
 from __future__ import annotations
 

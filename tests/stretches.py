@@ -1,7 +1,7 @@
-"""Recurrences whose time is sharded over gloo processes, and the oracle they are measured against.
+"""Recurrences whose time is sharded over gloo processes, and the oracle they are compared with.
 
-The oracle follows SEGMENTS.md, section 1, step by step with ``torch.func.vjp`` in one process: a rank's stretch is a
-segment, a layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
+The oracle follows SEGMENTS.md, section 1, step by step with ``torch.func.vjp`` in one process. A rank's stretch is a
+segment, and each layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def rnn_step(w: dict[str, Tensor], x: Tensor, state: Tensors, hold: Callable[[Te
 
 
 class Cell(nn.Module):
-    """Two parts of a state, of which the second takes the first's next value along; an output made of both ends."""
+    """A cell with a state of two parts, where the second part uses the first one's next value, and an output made from
+    both.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ def cell_output(w: dict[str, Tensor], x: Tensor, before: Tensors, after: Tensors
 
 
 class Scalar(nn.Module):
-    """K is the number 0.5: nothing of it is computed."""
+    """K is the number 0.5, which is not computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ CELLS = {"Cell": Cell, "Scalar": Scalar, "GRUCell": lambda: nn.GRUCell(INPUT, HI
 
 @dataclass(frozen=True)
 class Case:
-    """``stretches``: steps per rank; ``losses``: "all", or "last" where only the last state has one."""
+    """``stretches``: steps per rank. ``losses``: "all", or "last" if only the last state has one."""
 
     kind: str
     stretches: tuple[int, ...]
@@ -211,8 +213,9 @@ def oracle(case: Case) -> dict[str, Tensor]:
 
 
 def states_of(case: Case, outward: list[tuple[Tensors, Tensors]], head: Tensors, whole, along) -> list[Tensors]:
-    """w_0 .. w_T; ``whole`` and ``along`` take a gradient from state t + 1 to state t. ``outward``: what the loss of
-    every output contributes at the states before and after its step."""
+    """w_0 .. w_T. ``whole`` and ``along`` take a gradient from state t + 1 to state t. ``outward``: what the loss of
+    every output contributes at the states before and after its step.
+    """
     steps = sum(case.stretches)
     b = [0]
     for stretch in case.stretches:
@@ -311,7 +314,7 @@ def differentiated(case: Case, rank: int, mesh) -> dict[str, Tensor]:
         last = tuple(part.unsqueeze(0) for part in (last.values() if isinstance(last, dict) else [last]))
     last = torch.stack(last) if isinstance(last, tuple) else last.unsqueeze(0)
     if case.later is not None:
-        for number in (case.later, case.k):  # both known to all ranks, in another order
+        for number in (case.later, case.k):  # both known to all ranks, in a different order
             recurrent(module, given, state, mesh=mesh, iterations=number)
         recurrent(module, given, state, mesh=mesh, iterations=case.later if rank == 1 else case.k)
     ((y * case.shard(of_y, rank)).sum() + (last * of_last).sum()).backward()

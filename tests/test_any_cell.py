@@ -43,7 +43,9 @@ def last_state(result):
 
 
 def gradients(run, cell, x, state, loss):
-    """The output, and the gradients by parameter name, position 0 for the inputs, 1... for the state's leaves."""
+    """The output, and the gradients: by name for parameters, at position 0 for the inputs and from 1 for the state's
+    leaves.
+    """
     leaves = [x, *pytree.tree_leaves(state)]
     output = run(cell, x, state)
     named = dict(cell.named_parameters()) if isinstance(cell, nn.Module) else {}
@@ -55,7 +57,7 @@ def gradients(run, cell, x, state, loss):
 
 
 class Captured:
-    """A backend that only puts the rolled form into the graph; ``how`` of its chains can be changed between runs."""
+    """A backend that puts only the rolled form into the graph. The options of its chains may change between runs."""
 
     def __init__(self, **options) -> None:
         self.options = parse(options)[0]
@@ -107,7 +109,7 @@ def test_gradients_are_those_of_the_paper(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.multiplier != "0" and not c.linear], ids=lambda case: case.name)
 def test_gradients_are_exact_inside_a_segment_and_truncated_across(case):
-    """LENGTH = 7: segments of 2 leave a remainder of 1, those of 3 too, 5 leave 2, 7 and 9 are one segment."""
+    """LENGTH = 7: segments of 2 or 3 leave a remainder of 1, segments of 5 leave 2, and 7 and 9 are one segment."""
     cell, x, state, run, recurrence = rolled(case, LENGTH)
     (plan,) = recurrence.plans
     for segment, iterations, damping in SEGMENTED:
@@ -193,7 +195,7 @@ def test_a_new_length_compiles_nothing_new():
 
 
 def test_a_new_length_compiles_nothing_new_with_segments():
-    """Of 9, 15 and 23 steps, segments of 2 leave a remainder of 1: no lane is ever alone."""
+    """With 9, 15 and 23 steps, segments of 2 leave a remainder of 1. So no lane is ever alone."""
     cell, x, state = CellCase(GRU, "").build(9)
     options = {"iterations": 1, "segment": 2, "rewrite": "always"}
     run = lambda *args: recurrent(*args, options=options)  # noqa: E731
@@ -202,12 +204,12 @@ def test_a_new_length_compiles_nothing_new_with_segments():
         x = torch.randn(length, *x.shape[1:], dtype=x.dtype, requires_grad=True)
         assert_matches_oracle(CellCase(GRU, ""), cell, x, state, run, 1, 0.0, every_step, segment=2)
         assert hwbp_compiler.counters()["graphs_seen"] == 1
-        assert lanes._compiled.cache_info().currsize == 2  # a run across, and the last
+        assert lanes._compiled.cache_info().currsize == 2  # one for the run across, one for the last run
     assert hwbp_compiler.counters()["failures"] == 0
 
 
 def test_a_step_over_lanes_serves_the_numbers_it_was_compiled_for():
-    """Four is also the number that is traced with: where it is compared with another size, it is not any number."""
+    """Tracing uses four lanes too. Where that size is compared with another, it must not stand for every number."""
     given = AnyNumber(((((3,), (3, 1), torch.float64, torch.device("cpu")),), ()), None)
     assert all(given.allows(number) for number in (2, 4, 5))
     with given.mode:
@@ -267,7 +269,8 @@ def test_a_cell_may_compute_with_a_batch_size_that_is_a_symbol(iterations):
 
     for batch in (3, 5):
         x, h = leaf(LENGTH, batch, INPUT), leaf(batch, HIDDEN)
-        known = in_a_loop if iterations == "exact" else partial(recurrent, options=options)  # a batch that is a number
+        # the batch size is a number here
+        known = in_a_loop if iterations == "exact" else partial(recurrent, options=options)
         found, expected = (all_gradients(run, x, h) for run in (lambda _, x, h: compiled(x, h), known))
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
@@ -278,7 +281,7 @@ def test_a_cell_may_compute_with_a_batch_size_that_is_a_symbol(iterations):
 
 @pytest.mark.parametrize("make", [GRU, MinGRU])
 def test_what_is_returned_may_be_changed_in_place(make):
-    """It is nobody else's: not the states that the backward pass reads, and not the inputs."""
+    """The result shares no memory with the states that the backward pass reads, or with the inputs."""
     cell, x, h = CellCase(make, "").build(LENGTH)
 
     def everything(x, h):
@@ -328,7 +331,7 @@ def test_its_own_options_win_inside_a_compiled_function():
 
 @pytest.mark.parametrize("within", [False, True], ids=["", "in_a_checkpoint"])
 def test_autocast_inside_a_compiled_function_holds_for_the_step(within):
-    """The step is traced before the function's graph, and so its autocast, has run."""
+    """The step is traced before the function's graph runs, and so before its autocast is entered."""
     torch.manual_seed(0)
     linear, plain = nn.Linear(4, 4), nn.Linear(4, 4)
 
@@ -385,7 +388,7 @@ def test_under_another_backend_it_is_a_graph_break_and_right():
 
 
 def exactly(cell, x, state, loss=every_step, **options):
-    """Through the rolled form, without Inductor; the recurrence for a closer look."""
+    """Run through the rolled form, without Inductor. Returns the recurrence too."""
     captured = Captured(**{"iterations": "exact", "min_length": 1, **options})
     assert_same_as_the_loop(cell, x, state, run=captured.compiled(), loss=loss)
     (recurrence,) = captured.recurrences
@@ -461,7 +464,7 @@ def test_a_state_that_only_waits_needs_no_loop():
 
 
 def test_a_state_may_be_copied_to_other_strides():
-    """As attention heads are: transposed, made contiguous, viewed."""
+    """As for attention heads: transposed, made contiguous, viewed."""
     linear = nn.Linear(6, 6).double()
 
     def cell(x, h):
@@ -516,7 +519,7 @@ def test_a_linear_recurrence_may_broadcast_what_it_adds(cell):
 
 
 def test_attributes_of_what_a_cell_is_given():
-    """Of a region's argument Dynamo takes ``h.T`` before the region, where it would be the same at all times."""
+    """For an argument of a region, Dynamo takes ``h.T`` before the region, where it would be the same at all times."""
     w = leaf(4, 4)
     cell = lambda x, h: (h.T + x.mT, torch.sigmoid(x) * h + (w.T @ h.T).T)  # noqa: E731
     exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
@@ -548,7 +551,7 @@ def test_a_linear_recurrence_may_add_numbers(cell):
 
 
 def test_a_state_that_counts_is_no_scan():
-    """Scans are of numbers that have gradients; whole ones are stepped."""
+    """Scans are for numbers with gradients. A recurrence of integers runs step by step."""
 
     def cell(x, state):
         h, steps, positive = state
@@ -567,7 +570,7 @@ def test_a_state_that_counts_is_no_scan():
 
 
 def test_a_step_that_indexes_does_not_read_what_memory_holds(monkeypatch):
-    """A step is traced on made-up tensors; here what is not written to is full of the largest integers."""
+    """A step is traced on made-up tensors. Here, memory that is not written to is full of the largest integers."""
     loop._compiled.cache_clear()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -653,7 +656,7 @@ def own_function(x, h):
 
 
 @pytest.mark.parametrize(
-    ("cell", "why"), [(stops_gradients, "gradients on or off"), (own_function, "its own way to differentiate")]
+    ("cell", "why"), [(stops_gradients, "gradients on or off"), (own_function, "its own derivative")]
 )
 def test_what_autograd_would_see_otherwise_is_recorded(cell, why):
     recurrence = exactly(cell, leaf(LENGTH, 3), leaf(3))
@@ -697,7 +700,9 @@ def test_a_recurrent_module_in_a_cell_is_right_and_the_reason_names_it():
 
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_a_checkpoint_and_a_loop(where):
-    """Inside what is compiled it is a region of the graph; around it, it counts what autograd saves."""
+    """A checkpoint inside what is compiled is a region of the graph. Around it, a checkpoint counts what autograd
+    saves.
+    """
     cell, x, h = CellCase(GRU, "").build(LENGTH)
     options = {"iterations": "exact", "strict": True}
     if where == "inside":
@@ -787,11 +792,11 @@ def other_structure(x, h):
     ("cell", "says"),
     [
         (scaled_in_place, "changes component 0 of its state in place"),
-        (grows, r"makes a state of shape \(3, 8\) from one of shape \(3, 4\)"),
+        (grows, r"turns a state of shape \(3, 4\) into one of shape \(3, 8\)"),
         (forgets, "must return a pair"),
         (other_structure, "returns a state of structure"),
         (lambda x, h: (h, print(h) or h), "cannot be traced in one piece"),
-        (lambda x, h: (h, h @ x), "fails by itself"),
+        (lambda x, h: (h, h @ x), "itself raises"),
     ],
 )
 def test_a_cell_that_cannot_be_compiled_is_told_why(cell, says):
@@ -876,9 +881,9 @@ def test_explain_draws_a_loop_and_shows_its_programs(tmp_path):
     assert f"[{LENGTH}, " in program.after and "linear_scan" in program.after
     report.to_html(tmp_path / "page.html")
     assert f'data-link="{LENGTH}"' in (tmp_path / "page.html").read_text()
-    assert "its loops rewritten before it was traced" in str(report) and "left as it is" not in str(report)
+    assert "its loops rewritten before it was traced" in str(report) and ", unchanged" not in str(report)
     report.save_repro(tmp_path / "repro.py")
-    assert "for a report about them, send the cell" in (tmp_path / "repro.py").read_text()
+    assert "For a report about them, send the cell" in (tmp_path / "repro.py").read_text()
 
 
 @pytest.mark.parametrize("options", [{"iterations": "exact"}, {"min_length": 20}, {"iterations": 7}])

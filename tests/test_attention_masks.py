@@ -1,5 +1,6 @@
-"""An attention mask is handed over by name, made anew in every layer or once for all: layers are one group all the
-same, and each gets its own mask."""
+"""An attention mask is passed by name, made in every layer or once for all. The layers are still one group, and each
+gets its own mask.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ def test_layers_with_masks_are_one_group_and_exact_at_the_last_iteration(masks):
     assert "_scaled_dot_product_flash_attention_for_cpu_backward" in group.operators
     captured = capture(model, args, probe_loss)
     _, exact, _ = captured.gradients(None)
-    # After L - 1 iterations nothing is missing from the states that gradients of parameters are computed from.
+    # After L - 1 iterations, nothing is missing from the states from which the gradients of parameters are computed.
     _, found, (record,) = captured.gradients(options(iterations=LAYERS - 1))
     assert record.decision == "rewritten"
     exact.pop(0), found.pop(0)

@@ -1,5 +1,6 @@
-"""iterations="auto": which form is chosen, that the steps are what they are said to be, and what can be changed while
-a model trains (docs/design.md, "Auto")."""
+"""iterations="auto": which form is chosen, that each step has the gradient of its form, and what can be changed while a
+model trains (docs/design.md, "Auto").
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ COSINES = st.floats(-1, 1) | st.just(math.nan)
 @settings(deadline=None)
 @given(st.integers(1, 5), st.lists(st.lists(COSINES, min_size=5, max_size=5), max_size=20), st.floats(0.5, 0.999))
 def test_after_a_check_the_form_in_use_is_the_cheapest_good_one_or_exact(rungs, checks, target):
-    """Or a dearer one that was in use, as long as no cheaper one is clearly good. Never one below the target."""
+    """Or a more expensive form that was in use, as long as no cheaper one is clearly good. Never a form below the
+    target.
+    """
     policy = Policy(rungs, target, every=1)
     for cosines in checks:
         cosines = cosines[:rungs]
@@ -161,7 +164,7 @@ def test_what_two_graphs_share_is_computed_once_and_random_numbers_are_the_same(
     other.output((product, other.call_function(torch.ops.aten.sin.default, (product,)), cosine))
     merging = Merging(one)
     first, second, third = merging.add(other)
-    assert third.args == (twice[1],)  # what the graph computes twice itself is still found
+    assert third.args == (twice[1],)  # values that the graph itself computes twice are still found
     assert merging.add(copied(other)) == [first, second, third]
     one.lint()
     targets = [node.target for node in one.nodes if node.op == "call_function"]
@@ -175,7 +178,7 @@ FORMS = [(1, 4), (2, 4)]
 
 
 class Residual(nn.Module):
-    """What a check must not disturb: dropout, and buffers that the forward pass changes."""
+    """A model with state that a check must not disturb: dropout, and buffers that the forward pass changes."""
 
     def __init__(self, depth: int = 11, width: int = 6) -> None:
         super().__init__()
@@ -189,7 +192,7 @@ class Residual(nn.Module):
 
 
 def step(compiled, model, x, seed=0):
-    """Loss and gradients of one step; the parameters stay."""
+    """Loss and gradients of one step. The parameters stay unchanged."""
     torch.manual_seed(seed)
     model.zero_grad()
     loss = (compiled(x) ** 3).sum()
@@ -203,7 +206,7 @@ def flat(gradients):
 
 @pytest.fixture(scope="module")
 def trained():
-    """One model, compiled once by each backend, and what five steps of both gave: every second one is a check."""
+    """One model, compiled once by each backend, and five steps with each. Every second step is a check."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         torch.set_default_dtype(torch.float64)
@@ -287,7 +290,7 @@ def test_a_meter_reads_along_and_changes_no_step(trained, tmp_path, caplog):
             torch.testing.assert_close(step(auto, model, x)[1], poor)
     step(auto, model, x)
     assert len(seen) == 2 and seen == meter.readings and meter.last is seen[-1]
-    # Without damping all parameters of the blocks are of one chain, and those of the norm are exact.
+    # Without damping, all parameters of the blocks belong to one chain, and those of the norm are exact.
     blocks = [{n: g for n, g in gradients.items() if "blocks" in n} for gradients in (exact, poor)]
     a, b = map(flat, blocks)
     (chain,) = meter.last.chains.values()
@@ -346,7 +349,7 @@ def test_functions_and_modules_compiled_in_place_take_set_options_too():
 
 @pytest.mark.parametrize("blocks", [("mlp",) * 9, ("attention", "mlp") * 5], ids=["one group", "two groups"])
 def test_the_cosine_of_a_check_is_the_oracles(blocks):
-    """Of every form, with damping: the gradient of w^k by the reference against eager mode's, in float64."""
+    """For every form, with damping: the cosine of the reference's w^k gradient and eager mode's, in float64."""
     spec = Model(stacks=(Stack(depth=len(blocks), width=4, blocks=blocks),), batch=2, length=3)
     model, args, loss = models.build(spec)
     given = [Truncation(k, damping, s) for k, s in ((0, 1), (1, 2), (1, 3)) for damping in (0.0, 0.3)]
@@ -365,7 +368,7 @@ def test_the_cosine_of_a_check_is_the_oracles(blocks):
 
 
 def checked(model, args, loss, given):
-    """One step that compares ``given`` forms; what it has measured, one for each graph."""
+    """Run one step that compares the ``given`` forms. Returns its measurements, one per graph."""
     from hwbp_compiler.calibration import checks_of
 
     return checks_of(model, args, {}, loss, given, {})
@@ -389,7 +392,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "cell"])
 def test_recurrent_models_of_any_length_choose_too(kind):
-    """Checks have eager gradients, the steps between them good ones; a new length compiles nothing."""
+    """Checks have eager gradients, the steps between them good ones. A new length compiles nothing."""
     torch.manual_seed(1)
     model = Recurrent(kind).double()
     options = {"rewrite": "always", "check_every": 3, "iterations": 1, "segment": "auto"}
@@ -482,7 +485,7 @@ def test_a_gradient_that_is_not_finite_or_zero_decides_nothing():
 
 
 def test_under_a_checkpoint_in_eager_mode_the_steps_are_exact():
-    """It runs the forward pass again in the backward pass, and compares what both save."""
+    """A checkpoint runs the forward pass again in the backward pass, and compares what both save."""
     model, x = stack()
     compiled = torch.compile(model, backend="highway", options=AUTO)
     _, exact = step(model, model, x)
@@ -509,7 +512,7 @@ def test_a_checkpoint_is_run_again_in_the_form_it_had_whatever_other_calls_have_
 
 
 class Centred(nn.Module):
-    """A buffer that follows what a recurrent module puts out."""
+    """A buffer that follows the output of a recurrent module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -535,9 +538,9 @@ def test_a_check_runs_the_forward_pass_once():
 
 
 def test_modules_that_share_a_graph_are_all_checked():
-    """Blocks of one class are: no form is used that is good for one of them alone."""
+    """Blocks of one class share a graph. No form is used that is good for only one of them."""
     torch.manual_seed(4)
-    # The first has an input without a gradient, and a graph of its own.
+    # The first has an input without a gradient, and its own graph.
     first, good, bad = (Residuals(8) for _ in range(3))
     with torch.no_grad():
         for p in good.parameters():
@@ -545,7 +548,8 @@ def test_modules_that_share_a_graph_are_all_checked():
     options = {**AUTO, "check_every": 2}
     for block in (first, good, bad):
         block.compile(backend="highway", options=options)
-    # Every second call of the graph is one of the last block: checks that did not change places would see that alone.
+    # Every second call of the graph is one of the last block. Checks that did not change places would see only that
+    # block.
     whole, x = nn.Sequential(first, bad, good), torch.randn(5, 4)
     hwbp_compiler.reset_counters()
     eager = copy.deepcopy(whole)
@@ -562,7 +566,7 @@ def test_modules_that_share_a_graph_are_all_checked():
 
 
 def test_what_goes_on_to_an_earlier_graph_counts_too():
-    """Its parameters train on a gradient that has crossed every link."""
+    """Parameters of an earlier graph train on a gradient that has crossed every link."""
     torch.manual_seed(5)
     stem, blocks = nn.Linear(4, 4), Residuals(8)
 
@@ -577,7 +581,8 @@ def test_what_goes_on_to_an_earlier_graph_counts_too():
 
 
 def test_where_nothing_pays_there_is_one_compilation_and_no_check():
-    model, x = stack(5, width=64, batch=2048)  # as wide as the cores are: nothing is gained by doing it at once
+    # wide enough to occupy all cores: nothing is gained by running links at once
+    model, x = stack(5, width=64, batch=2048)
     hwbp_compiler.reset_counters()
     compiled = torch.compile(model, backend="highway", options={"check_every": 1})
     _, exact = step(model, model, x)

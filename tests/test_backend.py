@@ -1,4 +1,4 @@
-"""The backend around the passes: found by name, composed with Inductor, harmless when something fails."""
+"""The backend around the passes: it is found by name, works with Inductor, and is harmless when something fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
 
 class Model(nn.Module):
-    """Elementwise only: it compiles fast, and no autotuning finds anything to tune in it."""
+    """Elementwise only: it compiles fast, and autotuning finds nothing to tune."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class NamedPass(CustomGraphPass):
 
 
 def step(compiled: nn.Module) -> torch.Tensor:
-    """One training step's gradient."""
+    """The gradient of one training step."""
     compiled(X).sum().backward()
     return next(compiled.parameters()).grad
 
@@ -95,7 +95,7 @@ def broken(monkeypatch) -> None:
 
 
 def run_python(code: str, cwd: Path, **env: str) -> str:
-    """Output of a fresh process, started away from the repository so that only what is installed counts."""
+    """The output of a fresh process, started outside the repository so that only what is installed counts."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cwd,
@@ -153,7 +153,7 @@ def test_every_package_in_the_repository_is_installed():
     tomllib = pytest.importorskip("tomllib")
     root = Path(__file__).parents[1]
     listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    package = root / "hwbp_compiler"  # and what passes/ holds: the link in the package is not walked
+    package = root / "hwbp_compiler"  # with the files of passes/: the link in the package is not followed
     inits = [*package.rglob("__init__.py"), *(package / "passes").rglob("__init__.py")]
     assert set(listed) == {".".join(init.parent.relative_to(root).parts) for init in inits}
 
@@ -192,7 +192,7 @@ def test_what_became_of_each_chain_is_counted_and_logged(monkeypatch, caplog):
     records = [Record("rewritten"), Record("declined", "too short", short), Record("declined", "too short", short)]
     monkeypatch.setattr(passes, "run", lambda graph, options: records)
     with caplog.at_level(logging.INFO, "hwbp_compiler"):
-        # Declining is not failing: strict does not mind.
+        # Declining is not failing: strict does not raise.
         step(torch.compile(Model(), backend="highway", options={"strict": True}))
     counted = hwbp_compiler.counters()
     assert counted["chains_found"] == 3
@@ -273,7 +273,7 @@ def test_strict_raises_what_failed_as_a_highway_error(broken, fullgraph):
         compiled(X)
     assert type(raised.value) is HighwayError
     assert isinstance(raised.value.inner_exception, KeyError)
-    # The traceback leads from the user's call to the step that failed, and Dynamo's own frames are cut.
+    # The traceback leads from the user's call to the step that failed, without Dynamo's own frames.
     assert raised.traceback[-1].name == "run"
     assert not any("symbolic_convert" in str(entry.path) for entry in raised.traceback)
 
@@ -303,7 +303,7 @@ def test_the_uuid_of_a_sequence_is_none_when_one_pass_has_none():
 
 @pytest.fixture
 def copied_sources(tmp_path, monkeypatch) -> Path:
-    """All sources copied into the layout of a wheel, and the digest taken of the copy."""
+    """All sources copied into the layout of a wheel, and the digest of the copy."""
     copy = tmp_path / "hwbp_compiler"
     for package, target in ((hwbp_compiler, copy), (passes, copy / "passes")):
         shutil.copytree(Path(package.__file__).parent, target, ignore=shutil.ignore_patterns("passes"))
@@ -345,11 +345,12 @@ class Reader(nn.Module):
         return h
 
 
-ALL_LINKS = {"iterations": 6, "rewrite": "always", "strict": True}  # nothing is left out: the state starts from zero
+# nothing is left out, because the state starts from zero
+ALL_LINKS = {"iterations": 6, "rewrite": "always", "strict": True}
 
 
 class ColumnReader(Reader):
-    """The same of a table's columns: the gradient is an ``index_put`` behind a whole dimension."""
+    """The same for a table's columns: the gradient is an ``index_put`` behind a whole dimension."""
 
     def __init__(self, words: int) -> None:
         super().__init__(words)
@@ -364,8 +365,9 @@ class ColumnReader(Reader):
 
 @pytest.mark.parametrize("reader, words", [(Reader, 1), (Reader, 11), (ColumnReader, 11)])
 def test_an_embedding_read_at_every_step_gets_the_sum_of_its_gradients(reader, words):
-    """Inductor lets writes into a copy of an expanded constant fall into one memory: each row came as often as there
-    are links."""
+    """Inductor lets writes into a copy of an expanded constant share one memory location. Without our rule, each row
+    was added as often as there are links.
+    """
     torch.manual_seed(0)
     model, tokens = reader(words).double(), torch.randint(words, (7, 3))
     compiled = torch.compile(model, backend="highway", options=ALL_LINKS)

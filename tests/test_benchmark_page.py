@@ -1,4 +1,4 @@
-"""``docs/benchmarks.md`` and the READMEs' tables say what the committed results say, and where they say nothing."""
+"""``docs/benchmarks.md`` and the READMEs' tables follow from the committed results, and are empty without any."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.accuracy_report import took
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
-    """The committed pages in a folder of their own, written anew there."""
+    """The committed pages in a temporary folder, where they are written again."""
     pytest.importorskip("matplotlib")
     names = {"PAGE": "docs/benchmarks.md", "README": "README.md", "EXAMPLES": "examples/README.md"}
     committed = {name: (report.ROOT / path).read_text(encoding="utf-8") for name, path in names.items()}

@@ -1,6 +1,6 @@
-"""Residual paths as people write them: each kind against the oracle, with the links a reader counts.
+"""Residual paths as people write them: each kind against the oracle, with the number of links that a reader counts.
 
-A case is one step of the trunk, written once: the model runs it as it is, the oracle with ``hold`` around what mixes
+A case is one step of the trunk, written once. The model runs it as it is; the oracle puts ``hold`` around what mixes
 elements.
 """
 
@@ -309,7 +309,7 @@ def test_every_step_is_a_link_and_its_gradient_is_the_oracles(case, k, gamma, se
 
 
 def test_pytorchs_own_product_in_groups():
-    """Under torch.compile it takes bfloat16 alone; the oracle takes transformers' own in its place."""
+    """Under torch.compile it accepts only bfloat16. The oracle uses transformers' own product instead."""
     pytest.importorskip("transformers.integrations.moe")
 
     def experts(block, x, first, hold):
@@ -330,7 +330,7 @@ def test_pytorchs_own_product_in_groups():
 
 
 def test_recurrent_layers_inside_residual_blocks():
-    """The outer chain's blocks hold what the inner chains were rewritten to: scans."""
+    """The blocks of the outer chain contain the rewritten inner chains: scans."""
 
     class Recurrent(nn.Module):
         def __init__(self):
@@ -346,7 +346,7 @@ def test_recurrent_layers_inside_residual_blocks():
     model, x = Recurrent(), torch.randn(6, 2, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     _, exact, _ = captured.gradients(None)
-    # Five iterations are exact inside the layers, four in the chain of five: both, and then neither.
+    # Five iterations are exact inside the layers, four in the chain of five. So first both are exact, and then neither.
     for k, limit in ((5, 1e-10), (1, 0.2)):
         _, found, records = captured.gradients(options(iterations=k, min_length=2))
         outer = [r for r in records if r.length == LINKS]
@@ -357,7 +357,7 @@ def test_recurrent_layers_inside_residual_blocks():
 
 @pytest.mark.parametrize("name", ["half_is_doubled_in_place", "chunks_are_put_together_again"])
 def test_where_nothing_is_rewritten_the_graph_is_as_it_was(name):
-    """It was put in other words to look for a chain, which ``iterations="exact"`` leaves alone."""
+    """The graph was rephrased to look for a chain, but ``iterations="exact"`` leaves the chain alone."""
     model, x = Trunk(STEPS[name][0]), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     captured.gradients(None)
@@ -373,7 +373,7 @@ def operators(module):
 
 
 def test_what_was_cut_away_may_be_infinite():
-    """The mask chooses: a gradient that is thrown away is thrown away, in a chain's surroundings too."""
+    """The mask selects, so a gradient that is thrown away has no effect, also around a chain."""
 
     class Cut(Trunk):
         def forward(self, x):
@@ -392,8 +392,9 @@ def test_what_was_cut_away_may_be_infinite():
 
 
 class Complex(nn.Module):
-    """Steps of a complex state, written once for model and oracle: ``kind`` is a linear recurrence (LRU) with a learnt
-    first state, one with a block beside it, a gate computed from the state, or a residual net."""
+    """Steps of a complex state, written once for model and oracle. ``kind`` is a linear recurrence (LRU) with a learnt
+    first state, one with a block beside it, a gate computed from the state, or a residual net.
+    """
 
     def __init__(self, kind):
         super().__init__()

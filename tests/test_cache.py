@@ -1,4 +1,4 @@
-"""Compiled graphs are found again by another process, and only where nothing that matters has changed."""
+"""Another process finds compiled graphs in the cache, but only if nothing that matters has changed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-# A residual chain that is rewritten whenever it can be, and calls the scan operator: its multipliers are
-# masks. The process that finds it in the cache must know the operator although no pass is run.
+# A residual chain that is rewritten whenever possible and that calls the scan operator: its multipliers are masks. The
+# process that finds it in the cache must know the operator although no pass runs there.
 TRAIN = """
 import json, sys, torch
 from torch import nn
@@ -76,7 +76,7 @@ print("RESULT", hashlib.md5(report.graph_after.print_readable(print_output=False
 
 
 def test_every_process_emits_the_same_graph():
-    """Inductor's cache goes by the rewritten graph, and another order of operations rounds otherwise."""
+    """Inductor's cache key is the rewritten graph, and a different order of operations rounds differently."""
     found = set()
     for seed in "123":
         environment = {**os.environ, "PYTHONHASHSEED": seed}

@@ -1,4 +1,4 @@
-"""``calibrate``: the gradient of every form on one batch, and which one to take."""
+"""``calibrate``: the gradient of every form on one batch, and the form that it recommends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPTH = 9
 
 @pytest.fixture(scope="module")
 def stack():
-    """A model with its loss, its exact gradients, and what calibrate says of it."""
+    """A model with its loss, its exact gradients, and calibrate's result."""
     model, args, loss = models.build(Model(stacks=(Stack(depth=DEPTH, width=4),), batch=2, length=3))
     grid = {"iterations": (0, 1, 2, 8, 20), "segments": (1, 2, 5, 20), "dampings": (0.0, 0.3)}
     return model, args, loss, calibrate(model, args, loss, 0.9, **grid)
@@ -74,7 +74,7 @@ def test_the_cheapest_form_that_is_good_enough_is_recommended():
     assert nothing.options == {"iterations": "exact"} and "no form tried is good enough" in str(nothing)
     slow = Calibration(rows((0, 1, 0.999, nan, -1.0)), 0.99)
     assert slow.options == {"iterations": "exact"} and "exact backprop is faster" in str(slow)
-    # What was measured counts more than what was expected.
+    # Measurements count more than estimates.
     table[1].seconds, table[2].seconds = 3e-3, 1e-3
     assert Calibration(table, 0.99, exact_seconds=2e-3).options["iterations"] == 2
 

@@ -1,4 +1,4 @@
-"""What PyTorch's own tools show of the passes: the structured trace, counters, compile times, switches."""
+"""What PyTorch's own tools show about the passes: the structured trace, counters, compile times, switches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALWAYS = {"iterations": 1, "rewrite": "always"}
 
 @pytest.fixture
 def no_code(monkeypatch):
-    """Inductor's graphs are run as they stand: seconds less per test."""
+    """Run Inductor's graphs without generating code, which saves seconds per test."""
 
     def compile_(gm, inputs, patches, inner_compile=None):
         def inner(module, example_inputs, **kwargs):
@@ -62,7 +62,7 @@ def test_the_pass_can_be_switched_off_by_name(no_code):
 
 
 def test_the_pass_can_be_followed_node_by_node(no_code):
-    """Provenance tracking hooks into every node that a pass makes."""
+    """Provenance tracking hooks into every node that a pass creates."""
     with inductor_config.patch({"trace.provenance_tracking_level": 1}):
         train()
     assert counters["highway"]["chains_rewritten"] == 1 and counters["highway"]["failures"] == 0
@@ -94,7 +94,7 @@ def test_a_log_of_a_dynamic_batch_holds_the_report_and_ties_the_graph_to_no_size
     model = nn.Sequential(*(Residual() for _ in range(5)))
     compiled = torch.compile(model, backend="highway", options=ALWAYS, dynamic=True)
     with caplog.at_level(logging.DEBUG, logger="hwbp_compiler"):
-        for batch in (3, 400):  # bytes that are told in kB, and in MB
+        for batch in (3, 400):  # sizes reported in kB, and in MB
             compiled(torch.ones(batch, 4)).sum().backward()
     assert "not shown" not in caplog.text and "kB more at a time" in caplog.text
     assert counters["highway"]["graphs_seen"] == 1
@@ -196,7 +196,7 @@ print("-- and", str(report) != "")
 
 
 def test_rich_is_optional():
-    """Without it the same text is printed plain, in a terminal too."""
+    """Without rich, the same text is printed plain, in a terminal too."""
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
     done = subprocess.run([sys.executable, "-c", NO_RICH], capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr

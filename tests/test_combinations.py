@@ -1,6 +1,7 @@
-"""What people combine ``torch.compile`` with: gradients are w^k's, or the combination is refused in so many words.
+"""What people combine ``torch.compile`` with: the gradients are w^k's, or the combination is refused with a clear
+message.
 
-The marker ``combination(name, status, note)`` is what ``tests/reliability.py`` makes docs/reliability.md from.
+``tests/reliability.py`` builds docs/reliability.md from the marker ``combination(name, status, note)``.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def compiled(model, **kwargs):
 
 
 def check(model, x, step=None, tolerance=1e-4, **kwargs) -> None:
-    """One step of ``step`` (the compiled model) leaves w^1 in ``.grad``, and something was rewritten."""
+    """After one call of ``step`` (the compiled model), ``.grad`` is w^1, and something was rewritten."""
     loss_of((step or compiled(model, **kwargs))(x)).backward()
     assert hwbp_compiler.counters()["chains_rewritten"] >= 1
     assert_gradients_close(gradients(model), expected(model, x), tolerance, noise=1e-6)
@@ -329,7 +330,7 @@ def test_fullgraph():
 @combination('`mode="reduce-overhead"` and `"max-autotune"`', "supported", "")
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes(mode):
-    # ``mode`` excludes ``options``: our own are the defaults, and the chain is long enough for them to pay.
+    # ``mode`` excludes ``options``, so our options are the defaults, and the chain is long enough to be profitable.
     model, x = make(6), inputs()
     loss_of(compiled(model, mode=mode)(x)).backward()
     counted = hwbp_compiler.counters()
@@ -598,7 +599,7 @@ def test_fully_sharded_blocks_are_left_exact(tmp_path):
 
 
 class _Loss(nn.Module):
-    """A model as trainers want it: ``forward(x, labels) -> {"loss", "logits"}``."""
+    """A model as trainers expect it: ``forward(x, labels) -> {"loss", "logits"}``."""
 
     def __init__(self, body) -> None:
         super().__init__()
@@ -620,7 +621,7 @@ def test_hugging_face_trainer(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     importlib.import_module("hwbp_compiler.huggingface")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for name in ("BACKEND", "MODE"):  # the arguments reach Accelerate through the environment
+    for name in ("BACKEND", "MODE"):  # Accelerate reads the arguments from the environment
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
     model, x = make(), inputs()
     body = copy.deepcopy(model)

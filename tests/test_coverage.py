@@ -1,4 +1,4 @@
-"""A selection of the coverage sweep, and ``docs/coverage.md``, which says what the committed results say."""
+"""A selection of the coverage sweep; ``docs/coverage.md`` follows from the committed results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_all_expected_links_are_found_and_exact_at_full_length(name):
     row = measure(BY_NAME[name])
     assert row["outcome"] == "all", row
     assert row["rewritten"] == sorted(BY_NAME[name].chains)
-    assert row["forced"] == row["rewritten"]  # at full length the rewritten graph was run, not the one before
+    assert row["forced"] == row["rewritten"]  # at full length the rewritten graph was run, not the original
     assert row["exact"] <= row["tolerance"] == 1e-9
 
 

@@ -1,4 +1,4 @@
-"""Claims about a pipeline whose stages run their backward passes at once, against an oracle in one process."""
+"""Claims about a pipeline whose stages run their backward passes at once, compared with an oracle in one process."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ RIGHT = [(size, name) for size, cases in CASES.items() for name in cases if name
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every rank of every case found: one group of processes for each size, started when first asked for."""
+    """The results of every rank, by case. There is one group of processes per size, started when first needed."""
 
     results = {}
 
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_segments_on_ranks(found, size, name):
     ("k", "same"), [(0, [False, False, True, True]), (1, [False, True, True, True]), (2, [True] * 4)]
 )
 def test_the_oracle_is_backprop_where_it_should_be(kind, k, same):
-    """R = 4: at k = 0 the last two stages are exact, and one more for every iteration. k >= R - 2 is backprop."""
+    """R = 4: at k = 0 the last two stages are exact; every iteration makes one more exact. k >= R - 2 is backprop."""
     case = Case(even(kind, 4), k, batches=1)
     stages = case.build()
     x, target = case.data()
@@ -186,7 +186,7 @@ def test_the_oracle_is_backprop_where_it_should_be(kind, k, same):
 
 
 def test_the_same_masks_in_every_round(found):
-    """The losses are those of the masks that the seeds give, and with k = R the gradients are backprop's of them."""
+    """The losses use the masks that the seeds give, and with k = R the gradients are backprop's with these masks."""
     for name in ("dropout_preln", "dropout_relu"):
         losses = oracle(CASES[4][name])[1]
         torch.testing.assert_close(torch.stack(found(4)[name][-1]["losses"]), torch.stack(losses))
@@ -215,14 +215,14 @@ def test_a_stage_of_preln_sends_nothing_of_its_highway(found):
     state = 2 * 2 * pipelines.STEPS * pipelines.WIDTH * 8  # micro-batches of two
     ranks = found(4)["preln_k1_g0.2"]
     assert [r["rounds"] for r in ranks] == [1, 1, 1, 0]
-    # The head once, and v of three other ranks a round; post-LN's P as much as another round.
+    # The head once, and v of three other ranks per round; post-LN's P counts as one more round.
     assert [r["bytes"] for r in ranks] == [state * 4] * 3 + [0]
     assert [r["bytes"] for r in found(4)["postln_k1_g0.2"]] == [state * 7] * 3 + [0]
 
 
 def test_no_more_rounds_than_backprop_takes(found):
     assert [r["rounds"] for r in found(4)["exact"]] == [0] * 4  # one stage after the other
-    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [0] * 4  # and so where it is the same
+    assert [r["rounds"] for r in found(4)["postln_k3_g0.2"]] == [0] * 4  # also here, where the result is the same
 
 
 def test_a_product_that_overflows_goes_into_nothing_that_is_exact(found):
@@ -271,7 +271,7 @@ def test_a_number_that_changed_where_no_module_keeps_it_is_told_of(found):
 
 def test_complex_activations_are_refused_on_every_rank(found):
     for got in found(3)["complex"]:
-        assert "RankError" in got["error"] and "stage 0 hands on or takes complex128 [2, 3, 5]" in got["error"]
+        assert "RankError" in got["error"] and "stage 0 sends or receives complex128 [2, 3, 5]" in got["error"]
 
 
 def test_other_options_are_refused_on_every_rank(found):
@@ -345,7 +345,7 @@ def test_fewer_ranks_than_stages_are_refused(tmp_path):
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage a rank"):
+        with pytest.raises(StageError, match="there are 2 stages on 1 ranks; it takes one stage per rank"):
             ScheduleHighway(PipelineStage(PreLN(), 0, 2, torch.device("cpu")), 1, loss_fn=loss_fn)
     finally:
         dist.destroy_process_group()

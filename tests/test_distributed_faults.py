@@ -1,4 +1,4 @@
-"""A rank that fails ends all ranks within the process group's time-out, and all say which one it was and why."""
+"""If a rank fails, all ranks end within the process group's time-out, and all say which rank it was and why."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAULTY = 1
 
 
 class Faulty(PreLN):
-    """Fails in its third call, that of the second step: torch calls it once to learn shapes."""
+    """Fails in its third call, which is in the second step: torch calls it once to learn shapes."""
 
     def __init__(self, fault):
         super().__init__()
@@ -27,7 +27,7 @@ class Faulty(PreLN):
 
     def forward(self, x):
         self.calls += 1
-        if self.calls == 3 and type(x) is torch.Tensor:  # and not a copy that is traced
+        if self.calls == 3 and type(x) is torch.Tensor:  # not a copy that is being traced
             self.fault()
         return super().forward(x)
 
@@ -70,11 +70,11 @@ def worker(rank, folder, fault, last_batch):
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     Path(f"{folder}/{rank}").write_text(f"{time.monotonic() - began:.1f}\n{said}")
-    os._exit(0)  # as a script that ends with an error: without waiting for anybody
+    os._exit(0)  # like a script that ends with an error: without waiting for other ranks
 
 
 def end_of_all(folder, fault, last_batch=4):
-    """Per rank the seconds since the step began, and what it said; None for one that could not."""
+    """For each rank, the seconds since the step began, and its message; None for a rank without one."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=worker, args=(r, str(folder), fault, last_batch)) for r in range(RANKS)]
     for process in processes:
@@ -101,7 +101,7 @@ def end_of_all(folder, fault, last_batch=4):
     [
         (raises, "rank 1 (stage 1) raised ValueError: the weather is bad"),
         (is_killed, "rank 1 does not answer: its process has ended, or hangs"),
-        (stalls, "rank 1 (stage 1) stalls: its forward pass of micro-batch 0 runs for"),
+        (stalls, "rank 1 (stage 1) stalls: it runs its forward pass of micro-batch 0 for"),
     ],
     ids=["raises", "is_killed", "stalls"],
 )
@@ -113,7 +113,7 @@ def test_all_ranks_name_the_one_that(fault, words, tmp_path):
         assert told is not None
         seconds, said = told
         assert said.startswith("RankError: ScheduleHighway: ") and words in said
-        assert seconds < TIMEOUT + 15  # the group's time-out, the answers, and a busy machine
+        assert seconds < TIMEOUT + 15  # the group's time-out, the answers, and a margin for a busy machine
 
 
 def test_a_batch_of_another_size_is_refused(tmp_path):
@@ -131,7 +131,7 @@ GLOO = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] 
     ("first", "wrapped", "of_others"),
     [
         (GLOO, False, True),
-        (GLOO, True, True),  # of the reduction of gradients in a stage's backward pass
+        (GLOO, True, True),  # in the reduction of gradients in a stage's backward pass
         (dist.DistBackendError("NCCL error"), True, True),
         (ValueError("the weather is bad"), True, False),
         (RuntimeError("the socket is full"), True, False),
@@ -147,7 +147,7 @@ def test_an_error_is_of_others_if_what_it_began_with_is(first, wrapped, of_other
 
 
 def word_of_another(rank, folder):
-    """Rank 1 fails in ways that leave the group whole; rank 0 is told of each."""
+    """Rank 1 fails in ways that leave the group working, and rank 0 learns of each failure."""
     store = dist.FileStore(f"{folder}/store", 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
     from hwbp_compiler.distributed.faults import watch_of
@@ -204,7 +204,7 @@ def test_what_one_rank_refuses_along_time_all_are_told_of(tmp_path):
 
 
 def beside_data_parallelism(rank, folder):
-    """Two pipelines of two stages: global rank 3, the last stage of the second, fails in its second step."""
+    """Two pipelines of two stages. Global rank 3, the last stage of the second pipeline, fails in its second step."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 4)
@@ -229,7 +229,7 @@ def beside_data_parallelism(rank, folder):
         said += f" because of {error.__cause__}"
     Path(f"{folder}/{rank}").write_text(said)
     if rank == 0:
-        time.sleep(TIMEOUT)  # others look for words in what it holds
+        time.sleep(TIMEOUT)  # others look for messages in the store that this process hosts
     os._exit(0)
 
 

@@ -1,4 +1,6 @@
-"""Claims about pipelines beside data parallelism, many ranks, and models of others. Many processes, so all are slow."""
+"""Claims about pipelines combined with data parallelism, many ranks, and models of others. All are slow: they start
+many processes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ MESHES = {
 
 
 def test_data_parallelism_over_the_other_dimension(tmp_path):
-    """Two copies of three stages; each parameter's gradient is the mean of the copies'."""
+    """Two copies of three stages. Each parameter's gradient is the mean over the copies."""
     found = pipelines.run(6, MESHES, tmp_path, worker=pipelines.mesh_worker)
     for name, case in MESHES.items():
         one, other = oracle(case, 0)[0], oracle(case, 1)[0]
@@ -120,7 +122,7 @@ def gpt2_worker(rank, size, folder, ks, seconds):
 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)  # which also decides what random numbers are drawn
+    torch.set_default_dtype(torch.float64)  # which also decides which random numbers are drawn
     init = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=init, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
     x, target = words()
@@ -142,7 +144,7 @@ def gpt2_worker(rank, size, folder, ks, seconds):
 
 
 def test_gpt2_of_hugging_face_split_by_pipeline(tmp_path):
-    """Per block, with K = 1 and two links: P = 0.64 under damping 0.2."""
+    """Each block has K = 1 and two links: P = 0.64 under damping 0.2."""
     ks = {0: None, 1: None, 2: None}
     found = pipelines.run(LAYERS, ks, tmp_path, 120.0, gpt2_worker)
     model, (x, target) = gpt2(), words()
@@ -179,7 +181,7 @@ def test_gpt2_of_hugging_face_split_by_pipeline(tmp_path):
                     got[f"gpt2.transformer.h.{i}.{name}"], gradient, rtol=1e-10, atol=1e-12, msg=f"{k} {i} {name}"
                 )
     assert "stage 1 (rank 1, GraphModule): a segment of 2 links, P = 1" in found[0][0]["text"]
-    # A checkpoint of all stages is one of the model, under the model's own names.
+    # A checkpoint of all stages is a checkpoint of the model, with the model's own names.
     state = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
     checkpoint.load(state, checkpoint_id=str(tmp_path / "checkpoint"), no_dist=True)
     for name, parameter in model.named_parameters():

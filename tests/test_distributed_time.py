@@ -1,4 +1,4 @@
-"""Claims about a recurrence whose time is sharded over ranks, against an oracle in one process."""
+"""Claims about a recurrence whose time is sharded over ranks, compared with an oracle in one process."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def float64():
 
 
 def total(ranks, case):
-    """Of all ranks: parameters' gradients summed, those of the shards joined, those of the first state rank 0's."""
+    """The result of all ranks: parameters' gradients are summed, those of the shards joined, those of the first state
+    are rank 0's.
+    """
     names = ranks[0].keys() - {"x", "y", "last"}
     summed = {n: sum(r[n] for r in ranks) for n in names if not n.startswith("state")}
     of_state = {n: ranks[0][n] for n in names if n.startswith("state")}
@@ -131,7 +133,7 @@ def test_other_options_in_a_later_call_are_refused_on_every_rank(found):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A mesh of this process."""
+    """A mesh of only this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -175,7 +177,7 @@ def test_a_state_that_autocast_makes_another_is_refused(alone):
     ("kind", "traces"), [("Cell", [1, 1, 2, 3]), ("Scalar", [1, 2, 3, 4])], ids=["tensor", "number"]
 )
 def test_a_cell_is_traced_again_where_it_may_be_another(kind, traces, monkeypatch):
-    """A number that K is could change where nobody sees it, a tensor is checked in every step."""
+    """If K is a Python number, it could change unnoticed; a tensor is checked in every step."""
     from hwbp_compiler.distributed import layers
 
     found, look = [], layers.highway_of_cell

@@ -1,4 +1,4 @@
-"""The examples run, methods start alike, and an interrupted run ends as one that was not."""
+"""The examples run, all methods start alike, and an interrupted and resumed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import hwbp_compiler.testing
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
-# script and arguments of a small run; "slow" where compiling takes long
+# Script and arguments of a small run; "slow" if compiling takes long.
 SMALL = {
     "resnet_cifar": ["--depth", "32", "--width", "4", "--batch", "8"],
     "resnet_cifar_strided": ["--depth", "32", "--width", "4", "--batch", "8", "--shortcut", "strided"],
@@ -69,14 +69,14 @@ def test_a_compiled_run_that_was_interrupted_logs_what_one_that_was_not_logs(tmp
 
 @pytest.mark.parametrize("case", SMALL)
 def test_resuming_is_exact_to_the_last_bit(case, load, tmp_path):
-    """Dropout, BatchNorm's statistics, Adam's moments and the mean of losses not logged yet are carried over."""
+    """Dropout, BatchNorm's statistics, Adam's moments and the mean of losses not yet logged are restored."""
     training, example = load("training"), load(script(case))
 
     def train(out: str, *words: str) -> list[dict]:
         words = (*SMALL[case], "--steps", "7", "--every", "3", "--out", str(tmp_path / out), *words)
         args = example.arguments([*words, "--device", "cpu"])
         task = example.task(args)
-        # In eager mode; exactly, because a loop that is resumed compares gradients at its first step.
+        # In eager mode and with exact gradients, because a resumed loop compares gradients at its first step.
         with hwbp_compiler.testing.exactly():
             return training.train(task, args, task.model)
 
@@ -143,7 +143,7 @@ def test_the_schedule_warms_up_for_a_tenth_and_falls_to_a_tenth(load):
 
 def test_augmentation_moves_and_mirrors_whole_images(load):
     data = load("data")
-    x = torch.rand(16, 3, 8, 8) + 1  # no zeros but the padding's
+    x = torch.rand(16, 3, 8, 8) + 1  # no zeros except the padding
     moved = data.flipped_and_shifted(x, data.generator(0, 1))
     padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
     for image, result in zip(padded, moved, strict=True):
@@ -167,7 +167,7 @@ def test_cifar_is_read_from_a_folder(load, tmp_path):
 
 
 def test_the_results_claim_nothing_that_the_gradients_did_not_earn(monkeypatch):
-    """A run whose chains were not rewritten is exact backprop: it must not enter the table as Highway-BP."""
+    """A run whose chains were not rewritten is exact backprop, so it must not enter the table as Highway-BP."""
     from benchmarks import accuracy
 
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)

@@ -1,4 +1,4 @@
-"""``explain``: it tells what is found, in the user's own terms, and leaves the model as it was."""
+"""``explain`` reports what is found in the user's own terms, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def untraced(module, x):
 
 
 class Small(nn.Module):
-    """No chain; traced in a moment. Draws random numbers, updates buffers and changes its input."""
+    """A model without a chain, traced quickly. It draws random numbers, updates buffers and changes its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def tanh_report():
 
 @pytest.fixture(scope="module")
 def broken_report():
-    """Two graphs, and only the second has a chain."""
+    """Two graphs; only the second has a chain."""
     linear, blocks = nn.Linear(WIDTH, WIDTH), mlp()
 
     def model(x):
@@ -163,7 +163,7 @@ def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
 
     def run(graph, options):
         seen.append(str(graph))
-        raise StopIteration  # the compilation ends here: no code is generated
+        raise StopIteration  # stop the compilation here: no code is generated
 
     monkeypatch.setattr(passes, "run", run)
     with pytest.raises(HighwayError):
@@ -172,7 +172,7 @@ def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
 
 
 def test_a_cell_that_is_one_kernel_is_written_out_as_the_backend_does(monkeypatch):
-    """Which it is on a GPU."""
+    """As it is on a GPU."""
     from hwbp_compiler.passes import write_out_cells
 
     asked = []
@@ -302,7 +302,7 @@ def test_the_model_its_inputs_and_the_random_numbers_are_left_as_they_were(as_fu
         return output.sum() * (random.random() + np.random.rand())
 
     explain((lambda x: model(x)) if as_function else model, given, loss=loss)
-    if as_function:  # a function's module cannot be seen, only what goes into a graph
+    if as_function:  # explain cannot see the module of a function, only what enters a graph
         before = {name: found for name, found in before.items() if "calls" not in name and "eager" not in name}
     after = model.state_dict(keep_vars=True)
     for name, (tensor, value) in before.items():
@@ -333,7 +333,7 @@ def test_compilations_of_the_users_are_neither_dropped_nor_made_dynamic():
     step(torch.ones(2, WIDTH))
     assert counter.frame_count == 1
     step(torch.ones(20, WIDTH))
-    assert counter.frame_count == 2  # as before: Dynamo has not given the function up
+    assert counter.frame_count == 2  # as before: Dynamo has not given up on the function
 
 
 def test_a_dynamic_batch_is_told_of_in_numbers_like_any_other():
@@ -352,7 +352,7 @@ def test_an_output_without_a_gradient_is_not_put_down_to_the_parameters_alone():
 
 
 class AddsOnALineOfItsOwn(nn.Module):
-    """Of a ReLU's result autograd keeps a copy, which leads to no addition."""
+    """Autograd keeps a copy of a ReLU's result, and that copy leads to no addition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def test_the_line_told_is_the_one_that_adds(min_length):
 
 
 class WithAPenalty(nn.Module):
-    """What the block computes last leaves it sideways."""
+    """A block whose last computed value is a side output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -466,7 +466,7 @@ def test_a_failing_pass_raises_where_strict(broken_pass):
 
 def test_a_chain_on_which_a_pass_failed_is_told_from_one_that_was_declined(monkeypatch):
     monkeypatch.setattr(passes, "run", lambda *args: [ChainRecord(4, "declined", "KeyError: 1", failed=True)])
-    assert "4 links, left as it is: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
+    assert "4 links, unchanged: a pass failed" in str(explain(nn.Linear(2, 2), torch.ones(1, 2)))
 
 
 # -- drawings, repro script, measurements -----------------------------------------------------------------------
@@ -482,12 +482,12 @@ def test_a_repro_script_stands_alone_and_compares_gradients(mlp_report, tmp_path
     lines = re.findall(r"k = (\d+): relative error (\S+) \(5 links rewritten\)", done.stdout)
     errors = {int(k): float(error) for k, error in lines}
     assert set(errors) == {0, 1, DEPTH - 1}
-    # All parameters lie inside the links, whose own gradients are exact with L - 1 iterations.
+    # All parameters are inside the links, whose own gradients are exact with L - 1 iterations.
     assert errors[0] > errors[1] > 1e-3 and errors[DEPTH - 1] < 1e-5
 
 
 def test_a_repro_script_of_a_model_that_draws_random_numbers(tmp_path):
-    """Forward and backward are one graph: the masks are those of the exact run, so only k makes a difference."""
+    """Forward and backward are one graph, so the masks are those of the exact run, and only k makes a difference."""
     blocks = nn.Sequential(*(nn.Sequential(PreNorm(), nn.Dropout(0.5)) for _ in range(4)))
     explain(blocks, x(), options=ALWAYS).save_repro(tmp_path / "repro.py")
     found = runpy.run_path(str(tmp_path / "repro.py"))
@@ -516,7 +516,7 @@ def test_pictures(mlp_report, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_graphviz_is_asked_for_the_picture(mlp_report, tmp_path, monkeypatch, suffix):
-    """With a program in the place of graphviz's that writes down what it is asked for."""
+    """A program that records its arguments replaces graphviz."""
     pytest.importorskip("pydot")
     stub = tmp_path / "dot"
     stub.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho a picture\n')
@@ -651,7 +651,7 @@ def test_a_terminal_of_any_width(mlp_report, monkeypatch):
         monkeypatch.setenv("COLUMNS", str(columns))
         lines = str(mlp_report).splitlines()
         assert max(map(len, lines)) <= columns
-        # Every word is there, unless it is longer than a line.
+        # Every word is present, unless it is longer than a line.
         assert re.sub(r"\s", "", "".join(lines)) == re.sub(r"\s", "", plain(mlp_report, 100))
 
 

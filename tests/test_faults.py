@@ -1,6 +1,6 @@
-"""The promise for when something fails: the model trains with right gradients, one warning, and strict raises.
+"""The promise if something fails: the model trains with correct gradients, there is one warning, and strict raises.
 
-The marker ``fault(name, outcome)`` is what ``tests/reliability.py`` makes the second table of docs/reliability.md from.
+``tests/reliability.py`` builds the second table of docs/reliability.md from the marker ``fault(name, outcome)``.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def test_the_scan_kernel_cannot_be_built(monkeypatch, warned):
 
 
 class OverTime(nn.Module):
-    """A recurrent module, or a cell of one's own over time; ``written`` is a plain loop over the same cell."""
+    """A recurrent module, or a user-defined cell over time; ``written`` is a plain loop over the same cell."""
 
     def __init__(self, kind: str, iterations: int | str = 1, segment: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ways into the package: many threads at once, a piece by itself, one compiled model inside another."""
+"""Ways into the package: many threads at once, one part alone, one compiled model inside another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hwbp_compiler import backend
 
 
 def output_of(code: str) -> str:
-    """Of a fresh process."""
+    """The output of a fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=280,
@@ -138,7 +138,7 @@ def test_no_warning_where_nothing_is_dropped(inner, caplog):
 
 
 def test_the_advice_keeps_the_inner_options():
-    """``torch.compiler.disable`` around the call: both are compiled, each with its own options."""
+    """With ``torch.compiler.disable`` around the call, both are compiled, each with its own options."""
     seen = []
 
     def compile_fx(gm, inputs, patches):

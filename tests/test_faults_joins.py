@@ -1,7 +1,7 @@
-"""Blocks that use their normed input twice: the join inside a block does not hide the one on the trunk.
+"""Blocks that use their normalized input twice: the join inside a block does not hide the join on the trunk.
 
 ``u = norm(x); x = x + 0.3 * u * sigmoid(lin(u))`` has a join at u, which gradients meet first. The state is x: the
-gradient at u is a part of the one at x.
+gradient at u is a part of the gradient at x.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def test_blocks_of_two_kinds_may_take_turns(order):
 
 @pytest.mark.parametrize("kind", ("layer norm gate", "inner residual", "pool former"))
 def test_an_input_without_gradient_ends_the_trunk_before_the_first_block(kind):
-    """What is inside the first block is exact: no state lies between a block's input and its output."""
+    """The inside of the first block is exact: no state lies between a block's input and its output."""
     model, x = make(*[kind] * 5, stem=False)
     x = x.detach()
     _, found, (record,) = trace(model, (x,), probe_loss).gradients(options(iterations=1, damping=0.3))

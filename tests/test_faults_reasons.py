@@ -1,4 +1,4 @@
-"""Reasons that were untrue or of no help: what a record says is so, and what it advises works."""
+"""Reasons that were untrue or did not help: now each reason is true, and its advice works."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def float64():
 
 
 class Loop(nn.Module):
-    """``step(self, x_t, *state) -> output, *state`` over time from zeros; weights are given by name."""
+    """``step(self, x_t, *state) -> output, *state`` over time, from zeros. Weights are passed by name."""
 
     def __init__(self, step, states=1, last=False, **parts):
         super().__init__()
@@ -73,7 +73,7 @@ def rwkv():
 
 
 def filtered(self, z, x, p):
-    """A Kalman filter with one variance for each entry."""
+    """A Kalman filter with one variance per entry."""
     x, p = self.by * x, self.by * p * self.by + self.q
     gain = p / (p + self.r)
     x = x + gain * (z - x)
@@ -88,12 +88,12 @@ def kalman():
 @pytest.mark.parametrize(("model", "min_length"), [(rwkv, 1), (rwkv, 4), (kalman, 1)])
 def test_an_elementwise_recurrence_of_several_tensors_is_called_one(model, min_length):
     chain = only(declined(model(), inputs(3 if model is rwkv else WIDTH), min_length=min_length))
-    assert chain.reason.startswith("a recurrence that is elementwise altogether and carries several tensors")
+    assert chain.reason.startswith("a recurrence that is entirely elementwise and carries several tensors")
     assert RECURRENT in chain.advice and 4 <= chain.length <= STEPS
 
 
 class Assigned(nn.Module):
-    """The same, batch first and written into slices, as transformers has it."""
+    """The same, batch first and written into slices, as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -125,7 +125,7 @@ class Solved(nn.Module):
 
 
 class Recast(nn.Module):
-    """One gated step, and the state leaves it in another dtype."""
+    """One gated step that returns the state in another dtype."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ def test_a_single_join_that_changes_the_dtype_is_not_said_to_be_too_short(min_le
 
 
 def test_a_chain_is_found_whatever_min_length_below_its_own():
-    """Single links used to take its nodes where ``min_length`` let them in."""
+    """Single links used to take its nodes if ``min_length`` admitted them."""
 
     def step(self, z, x, p):
         x, p = self.by(x), p + self.q
@@ -178,7 +178,7 @@ def block_input():
 @pytest.mark.parametrize(("iterations", "min_length"), [(1, 1), (4, 4), ("exact", 1)])
 def test_nothing_is_advised_for_one_link(iterations, min_length):
     chain = only(declined(Residual(), block_input(), iterations=iterations, min_length=min_length))
-    assert chain.length == 1 and chain.advice.startswith("Nothing: one link alone")
+    assert chain.length == 1 and chain.advice.startswith("Nothing to do: a single link")
 
 
 class OneStep(nn.Module):
@@ -196,7 +196,7 @@ class OneStep(nn.Module):
 @pytest.mark.parametrize("through_recurrent", [True, False])
 def test_nothing_is_advised_for_one_step(through_recurrent):
     found = declined(OneStep(through_recurrent), inputs()[:1], iterations=1, min_length=1)
-    assert found and all(chain.advice.startswith("Nothing: one link alone") for chain in found)
+    assert found and all(chain.advice.startswith("Nothing to do: a single link") for chain in found)
 
 
 def test_one_link_may_still_be_left_out_where_that_is_asked_for():
@@ -208,7 +208,7 @@ def test_one_link_may_still_be_left_out_where_that_is_asked_for():
 
 
 class StepByStep(nn.Module):
-    """A recurrent module that is given one step at a time."""
+    """A recurrent module that is called with one step at a time."""
 
     def __init__(self, kind, layers=1):
         super().__init__()
@@ -247,7 +247,7 @@ def test_single_steps_that_do_not_follow_one_another_are_no_loop():
 
 
 def slstm_step(weights, x, h, c, n, m):
-    """xLSTM's scalar cell: gates in the exponent, with what keeps them from overflowing."""
+    """xLSTM's scalar cell: gates in the exponent, with a stabilizer against overflow."""
     i, f, z, o = (torch.cat([x, h], -1) @ weights).chunk(4, -1)
     kept = F.logsigmoid(f) + m
     most = torch.maximum(kept, i)
@@ -287,7 +287,7 @@ def test_a_state_of_four_tensors_is_sent_to_recurrent_which_takes_it():
 
 
 class LSTM(nn.Module):
-    """A loss at the last step alone; what comes back through ``hidden`` may be cast or reshaped before it is used."""
+    """A loss only at the last step. What returns through ``hidden`` may be cast or reshaped before it is used."""
 
     def __init__(self, how="plain"):
         super().__init__()
@@ -339,7 +339,7 @@ def test_an_lstm_cell_under_autocast_is_a_chain():
 
 
 class Momentum(nn.Module):
-    """x' = x + v' with v' = 0.9 v + f(x): a state of two tensors, found from either."""
+    """x' = x + v' with v' = 0.9 v + f(x): a state of two tensors, found from either one."""
 
     def __init__(self, blocks):
         super().__init__()
@@ -367,7 +367,7 @@ def test_a_momentum_network_is_not_said_to_skip_steps(blocks):
 
 
 class LRU(nn.Module):
-    """A linear recurrence with a complex decay; with ``block`` not linear."""
+    """A linear recurrence with a complex decay; with ``block``, it is not linear."""
 
     def __init__(self, block=False, rolled=False):
         super().__init__()
@@ -422,7 +422,7 @@ class ComplexBlock(ComplexResidual):
     ],
 )
 def test_complex_numbers_keep_nothing_from_being_a_chain(model, shape, multiplier):
-    """Until they did, the reason named them."""
+    """Before these were chains, the reason named complex numbers."""
     chain = only(explained(model(), torch.randn(shape)).chains)
     assert (chain.decision, chain.length, chain.multiplier) == ("rewritten", STEPS, multiplier)
 
@@ -476,7 +476,7 @@ class Changing(nn.Module):
 def test_a_backward_that_is_not_linear_in_the_gradient_is_called_so(name, on_trunk):
     chains = declined(Changing(changed_by(FORMULAS[name]), on_trunk), torch.randn(2, WIDTH))
     chain = chains[-1]
-    assert chain.reason == f"the gradient goes into aten::{name} in a place where the result is not linear in it"
+    assert chain.reason == f"the gradient is an argument of aten::{name} in which the result is not linear"
     assert chain.length >= STEPS - 1 and "hook" in chain.advice
 
 
@@ -490,4 +490,4 @@ def test_a_hook_that_is_not_linear_in_the_gradient_is_called_so():
             return x
 
     reasons = [chain.reason for chain in declined(Hooked(None, False), torch.randn(2, WIDTH))]
-    assert any(reason.endswith("in a place where the result is not linear in it") for reason in reasons), reasons
+    assert any(reason.endswith("in which the result is not linear") for reason in reasons), reasons

@@ -1,7 +1,8 @@
-"""Elementwise recurrences under damping: what is a state takes w^k, and every gradient beside it is made from w^k.
+"""Elementwise recurrences under damping: a state's gradient is w^k, and every gradient beside it is computed from w^k.
 
-Backward, ``w * a`` (the gradient of the state before a step) and ``w * h`` (that of its gate) are products of the same
-form. Taken one for the other they are right at damping 0 and wrong without a word at any other.
+In the backward pass, ``w * a`` (the gradient of the state before a step) and ``w * h`` (the gradient of its gate) are
+products of the same form. If one is taken for the other, the result is right at damping 0, and silently wrong at any
+other.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LOSSES = ("last", "all", "some", "scaled")
 
 
 class Loop(nn.Module):
-    """``h = cell(h, a[t], b[t])``; a and b are read, h starts, and states are returned in one of several ways."""
+    """``h = cell(h, a[t], b[t])``. a and b are read, h starts, and states are returned in one of several ways."""
 
     def __init__(self, cell, read="select", start="given", loss="last", steps=STEPS):
         super().__init__()
@@ -130,7 +131,7 @@ def assert_six_links(model, args, through=trace, settings=((0, 0.3), (1, 0.3), (
 
 
 def by_hand(a, b, h, tangent, k, gamma):
-    """w^k of six links, without the oracle: n links have at most k of them crossed by gamma K."""
+    """w^k of six links, without the oracle: of n links, at most k are crossed by gamma K."""
 
     def crossed(n):
         return sum(comb(n, j) * (1 - gamma) ** (n - j) * gamma**j for j in range(min(n, k) + 1))
@@ -195,7 +196,7 @@ def test_some_gradients_may_not_be_wanted(wanted):
 
 @pytest.mark.parametrize("start", ("given", "scaled"))
 def test_the_scale_of_the_result_is_no_link(start):
-    """``c * h`` multiplies as a step does, and adds nothing."""
+    """``c * h`` multiplies like a step, but adds nothing."""
     model, args = make("gate and rest", "list", start, "scaled")
     assert_six_links(model, args)
     gates_alone = tuple(a.detach().requires_grad_(i < STEPS) for i, a in enumerate(args))

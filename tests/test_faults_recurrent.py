@@ -1,4 +1,4 @@
-"""Loops over time whose sizes are expressions, and what becomes of a loop whose rolled form fails."""
+"""Loops over time whose sizes are expressions, and loops whose rolled form fails."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def functional(cell):
 
 
 def joined():
-    """Inputs and state are put together in the function: twice a size that no argument of the step has."""
+    """The function joins inputs and state: their size is twice a size that no argument of the step has."""
 
     def program(run, x, z, w, u):
         state = torch.cat([z, z], -1)
@@ -87,7 +87,7 @@ def joined():
 
 
 def a_matrix():
-    """The state is a matrix, handed on flat: its length is a product."""
+    """The state is a matrix that is passed on flat: its length is a product."""
 
     def program(run, x, z, w):
         def cell(x, h):
@@ -128,7 +128,7 @@ def gradients(run, tensors):
 
 
 class Rolled:
-    """A backend that only puts the rolled form into the graph, and runs it on the tensors themselves."""
+    """A backend that puts only the rolled form into the graph, and runs it on the tensors themselves."""
 
     def __init__(self, **options):
         self.options, self.records = parse({**OPTIONS, **options})[0], []
@@ -141,7 +141,7 @@ class Rolled:
 
 
 def one_by_one(code, slots, description, sizes):
-    """In the place of a step that Inductor compiles."""
+    """Replaces a step that Inductor compiles."""
     step = loop._function_of(code)
 
     def run(arguments):
@@ -165,9 +165,9 @@ def compiled(program, dynamic, **options):
 @pytest.mark.usefixtures("steps_are_not_compiled")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_symbolic_sizes_have_the_gradients_and_the_highway_of_numbers(name):
-    """Another hidden size and another batch in the graph of the first, after it was traced."""
+    """Another hidden size and another batch run in the graph that was traced for the first."""
     program, tensors = PROGRAMS[name]
-    given = tensors(5, 4), tensors(8, 2)  # sizes that coincide would be one symbol
+    given = tensors(5, 4), tensors(8, 2)  # equal sizes would become one symbol
     of_numbers, told = compiled(program, dynamic=False)
     expected = gradients(of_numbers, given[1])
     run, records = compiled(program, dynamic=True)

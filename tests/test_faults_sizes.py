@@ -1,4 +1,4 @@
-"""Sizes that a block computes from its own tensors, and sizes known only at run time (``dynamic=True``) altogether."""
+"""Sizes that a block computes from its own tensors, and sizes that are known only at run time (``dynamic=True``)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def double():
 
 
 class Stack(nn.Module):
-    """``x = trunk(x) + 0.3 * block(x)``, a block being ``function(tanh(layer(x)))``."""
+    """``x = trunk(x) + 0.3 * block(x)``, where a block is ``function(tanh(layer(x)))``."""
 
     def __init__(self, layer, *functions, trunk=lambda x: x):
         super().__init__()
@@ -123,7 +123,7 @@ def test_blocks_on_images_that_compute_with_sizes(function):
 
 
 class FromTheGradient(torch.autograd.Function):
-    """Reads its sizes off the gradient itself."""
+    """A block that reads its sizes from the gradient itself."""
 
     @staticmethod
     def forward(ctx, x):
@@ -171,7 +171,7 @@ def test_blocks_that_differ_in_a_size_alone_are_evaluated_apart():
 
 
 def test_blocks_scaled_by_two_sizes_are_evaluated_apart():
-    """Nothing but the size tells one from the other: all shapes are equal."""
+    """Only the size distinguishes them: all shapes are equal."""
     (record,) = check(Stack(linear, lambda y: y / y.shape[0], lambda y: y / y.shape[1]), SEQUENCES, k=2)
     assert sorted(group.links for group in record.groups) == [1, 2]
 
@@ -184,7 +184,7 @@ def test_a_trunk_scaled_by_a_size():
 def test_a_trunk_that_is_permuted_and_back():
     def trunk(x):
         batch, length, width = x.shape
-        x = torch.relu(x.transpose(1, 2)).reshape(batch, 2, width // 2, length)  # a norm over time would stand here
+        x = torch.relu(x.transpose(1, 2)).reshape(batch, 2, width // 2, length)  # takes the place of a norm over time
         return x.permute(0, 3, 1, 2).reshape(batch, length, width)
 
     (record,) = check(Stack(linear, torch.tanh, trunk=trunk), SEQUENCES)
@@ -232,7 +232,7 @@ def test_sizes_known_only_at_run_time_through_inductor():
 
 
 class Counted(torch.autograd.Function):
-    """How large the result is depends on what the gradient's numbers are."""
+    """The size of the result depends on the gradient's numbers."""
 
     @staticmethod
     def forward(ctx, x):
@@ -312,7 +312,7 @@ def test_orders_of_symbolic_shapes():
     half = t // 2
     there = permuted(AS_IT_WAS, (b, t, c), (1, 0, 2))
     assert there != AS_IT_WAS and permuted(there, (t, b, c), (1, 0, 2)) == AS_IT_WAS
-    # A dimension is split by a size that divides it only as the view says, moved in parts, and moved back.
+    # A dimension is split by a size that divides it only because the view says so, moved in parts, and moved back.
     there = permuted(permuted(AS_IT_WAS, (b, t, c), (0, 2, 1)), (b, c, 2, half), (0, 2, 3, 1))
     assert there == AS_IT_WAS
     assert permuted(permuted(AS_IT_WAS, (b, t, c), (0, 2, 1)), (b, t, c), (0, 2, 1)) is None

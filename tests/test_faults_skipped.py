@@ -1,4 +1,4 @@
-"""What Dynamo has given up for another backend is compiled for ours: issue 15, F2 (pytorch issue 141184)."""
+"""What Dynamo gave up for another backend is compiled for ours: issue 15, F2 (pytorch issue 141184)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def float64():
 
 
 def as_it_stands(module, inputs, **about):
-    """What Inductor would generate code for: what is compiled is at stake here, not to what."""
+    """Run what Inductor would generate code for. These tests are about what is compiled, not about the code."""
 
     def half(values):
         given = list(values)
@@ -61,7 +61,7 @@ class Wrapper(nn.Module):
 
 
 class InTheMiddle(nn.Module):
-    """Its own frame is compiled for any backend, in pieces; the frame of ``wrapper`` is given up."""
+    """Any backend compiles its own frame, in pieces; Dynamo gives up on the frame of ``wrapper``."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class InTheMiddle(nn.Module):
 
 
 def looping(x):
-    """Dynamo gives up a frame whose graph breaks in a loop."""
+    """Dynamo gives up on a frame whose graph breaks in a loop."""
     for _ in range(2):
         torch._dynamo.graph_break()
         x = x + 1
@@ -95,7 +95,7 @@ def another(model, x, first="eager"):
 
 
 def step(compiled, model, x):
-    """The gradients of one step, and how many graphs our backend was given for it."""
+    """The gradients of one step, and how many graphs our backend received for it."""
     before = hwbp_compiler.counters()["graphs_seen"]
     model.zero_grad()
     compiled(x).square().sum().backward()
@@ -113,7 +113,7 @@ def frames_converted():
 
 
 def test_what_was_skipped_before_ours_was_loaded_is_compiled():
-    """The program of the issue, in a process that has nothing of ours before the baseline has run."""
+    """The issue's program, in a process that loads nothing of ours before the baseline has run."""
     program = """
         import sys, torch
         from torch import nn
@@ -270,11 +270,11 @@ def test_what_ours_gives_up_is_not_tried_with_every_call():
         compiled(x)
     assert frames_converted() == before
     another(looping, x)
-    assert frames_converted() == before  # as torch has it: what one backend gives up, others do not try
+    assert frames_converted() == before  # as in plain torch: what one backend gives up, others do not try
 
 
 def test_what_one_callable_of_ours_gives_up_another_tries_and_keeps():
-    """A frame that breaks for one object need not for another object of its class."""
+    """A frame that breaks for one object need not break for another object of its class."""
 
     class Sometimes(nn.Module):
         def __init__(self, breaks):
@@ -314,7 +314,7 @@ def test_the_marks_of_a_reset_dynamo_and_of_code_that_is_gone_are_forgotten():
     assert not skipped._marks
     before = frames_converted()
     other(x)
-    assert frames_converted() > before  # not skipped on account of what was before
+    assert frames_converted() > before  # not skipped because of earlier calls
     assert len(skipped._marks) == 1
     assert step(compiled, model, torch.randn(7, 2, 3))[1] == 1
 
@@ -378,7 +378,7 @@ def test_a_first_call_that_finds_all_in_the_cache_is_no_reason_to_warn(caplog):
 
 
 def test_a_first_call_where_nothing_can_be_compiled_does_not_count():
-    """A mode that counts operations, say, keeps Dynamo from compiling, and before torch 2.14 for ever."""
+    """A mode that counts operations, for example, keeps Dynamo from compiling. Before torch 2.14 this is permanent."""
     model, x = Wrapper(nn.GRU(3, 4)), torch.randn(5, 2, 3)
     compiled = ours(model)
     with FlopCounterMode(display=False):
@@ -398,7 +398,7 @@ def test_explain_says_what_is_compiled_after_another_backend():
 
 
 def test_a_frame_that_is_disabled_alone_stays_so():
-    """Dynamo looks for the wrapper of such a function below its own frames; one of ours is among them."""
+    """Dynamo looks for the wrapper of such a function below its own frames, and one of our frames is among them."""
 
     def inner(x):
         return x.sin()

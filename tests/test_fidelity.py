@@ -1,6 +1,6 @@
-"""The rewritten gradients are w^k's, in every model of the zoo: the compiler against the oracle, in float64.
+"""The rewritten gradients are w^k's, in every model of the zoo: the compiler is compared with the oracle, in float64.
 
-Most of it runs the rewritten joint graph as it stands (``testing.capture``); a few cases go through Inductor.
+Most tests run the rewritten joint graph directly (``testing.capture``); a few go through Inductor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALL = tuple((k, gamma) for k in (0, 1, 2, 3, "L-1", "L") for gamma in DAMPINGS)
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """In place of the one for all tests: here a captured model lives through all tests of its case."""
+    """Replaces the fixture of all tests: here a captured model lives through all tests of its case."""
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield
 
@@ -65,7 +65,7 @@ def eager(case):
 
 
 def oracle(case, iterations, damping, segment=1):
-    """What the gradients should be; eager mode's where the contract leaves the chains open."""
+    """The expected gradients: the oracle's, or eager mode's if the contract leaves the chains open."""
     if case.program is None:
         return eager(case)
     model, args, loss = case.build()
@@ -104,7 +104,7 @@ def test_gradients_match_the_oracle_at_every_k_and_gamma(case, captured):
 
 
 def compare_segments(case, captured, sizes, ks, dampings):
-    """At 1e-10, but where a model computes in float32 inside."""
+    """At 1e-10, except where a model computes in float32 inside."""
     if case.program is None:
         pytest.skip("the contract leaves its chains open")
     length = max((chain.length for chain in case.chains or ()), default=4)
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_segments_at_every_size_k_and_gamma(case, capture
 
 
 def test_a_final_norm_is_no_link_even_where_one_link_is_enough():
-    """``min_length=1`` must not turn a LayerNorm's own backward into a chain: it would be damped."""
+    """``min_length=1`` must not turn a LayerNorm's own backward into a chain, which would be damped."""
     case = BY_NAME["mlp_module_list"]
     captured = capture(*case.build())
     _, found, _ = captured.gradients(options(iterations=0, damping=0.2, min_length=1))
@@ -159,7 +159,7 @@ def test_chains_found_are_those_the_paper_means(case, captured):
 
 
 def forward_part(joint: fx.GraphModule, outputs: int) -> list[tuple]:
-    """Every node the forward outputs need, in order, with its arguments; names do not count."""
+    """Every node that the forward outputs need, in order, with its arguments; names do not matter."""
     results = pytree.tree_leaves(joint.graph.output_node().args)[:outputs]
     needed, waiting = set(), [node for node in results if isinstance(node, fx.Node)]
     while waiting:
@@ -196,7 +196,7 @@ VIEWS = tuple(getattr(torch.ops.aten, name) for name in ("slice", "select", "vie
 
 
 def test_what_the_rewrite_concatenates_nothing_else_uses(case, captured):
-    """Inductor may overwrite it there: Note [Pieces of a concatenation]. Views it copies."""
+    """Inductor may overwrite a piece there: Note [Pieces of a concatenation]. It copies views."""
     concatenate = (torch.ops.aten.cat.default, torch.ops.aten.stack.default, torch.ops.aten.constant_pad_nd.default)
     for joint in captured.joints:
         before = {node.name for node in joint.module.graph.nodes}
@@ -206,7 +206,7 @@ def test_what_the_rewrite_concatenates_nothing_else_uses(case, captured):
                 if node.target in concatenate and node.name not in before:
                     for piece in node.all_input_nodes:
                         view = getattr(piece.target, "overloadpacket", None) in VIEWS
-                        given = not piece.all_input_nodes  # to the graph, or a constant
+                        given = not piece.all_input_nodes  # an input of the graph, or a constant
                         assert view or given or len(piece.users) == 1, node.format_node()
 
 
@@ -219,7 +219,7 @@ PARTITIONED = (
 
 @pytest.mark.parametrize("name", [name for name in PARTITIONED if name in BY_NAME])
 def test_gradients_match_the_oracle_after_partitioning(name):
-    """The min-cut partitioner cuts the rewritten graph where it likes and recomputes what it likes."""
+    """The min-cut partitioner cuts the rewritten graph anywhere and recomputes what it chooses."""
     case = BY_NAME[name]
     iterations, damping = 1, 0.2
     model, args, loss = case.build()

@@ -1,4 +1,4 @@
-"""Programs on which the fuzzer has once found wrong gradients; each fails without the change that was made then."""
+"""Programs for which the fuzzer once found wrong gradients. Each fails without the change that was made then."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from hwbp_compiler.testing.fuzz import Setting, check
 from hwbp_compiler.testing.models import Model, Recurrence, Stack
 
 FOUND = {
-    # The head was taken for a link of fewer blocks, and its own second block for a loss: exact where it is to be cut.
+    # The head was taken for a link with fewer blocks, and its own second block for a loss, so a part that must be cut
+    # was exact.
     "parallel_block_at_the_end": (
         Model(stacks=(Stack(depth=4, width=2, blocks=("mlp", "parallel")),), batch=1, length=1),
         Setting(0, 0.0),
     ),
-    # Input and state of one size: the gradient of the first input was taken for that of the first state.
+    # Input and state have one size, so the gradient of the first input was taken for that of the first state.
     "lstm_whose_input_is_as_wide_as_its_state": (
         Model(stacks=(Recurrence(width=2, cell="lstm", start="learnt"),), length=4),
         Setting(0, 0.0),
     ),
-    # One sentence at a time: the weights' gradient is an outer product, not a matrix product, and the first step's link
-    # was left out because nothing in it is heavy then.
+    # With one sentence at a time, the weights' gradient is an outer product instead of a matrix product. The first
+    # step's link then has nothing heavy in it, and was left out.
     "lstm_with_a_batch_of_one": (
         Model(stacks=(Recurrence(width=3, cell="lstm", start="learnt"),), batch=1, length=5, input_grad=False),
         Setting(0, 0.0),
     ),
-    # No state behind the first step: the gradient of its gate was taken for one, and damped.
+    # There is no state behind the first step. The gradient of its gate was taken for a state's gradient, and damped.
     "three_steps_of_an_elementwise_recurrence": (
         Model(stacks=(Recurrence(cell="min_gru"),), batch=1, length=3),
         Setting(0, 0.2),
     ),
-    # A group of one link evaluated its view on a state of other strides: no rewrite, with a warning.
+    # A group of one link evaluated its view on a state with other strides: no rewrite, and a warning.
     "mixer_alone_in_its_group": (
         Model(
             stacks=(Stack(depth=4, width=2, blocks=("mlp", "mixer"), penalties=(1, 2, 3, 4), skip=(0, 3)),),
@@ -41,17 +42,17 @@ FOUND = {
         ),
         Setting(0, 0.0),
     ),
-    # Not wrong: all gradients vanish but for rounding, which the judge took for an error.
+    # Not wrong: all gradients vanish except for rounding, which the judge took for an error.
     "batch_norm_that_cancels_every_gradient": (
         Model(stacks=(Stack(depth=4, pre="batch", after="batch", frozen=(1, 2, 4)),), length=1, input_grad=False),
         Setting(0, 0.0, 2),
     ),
-    # Not wrong: the chain ends before a skip adds one of its own states, a reading the oracle did not have.
+    # Not wrong: the chain ends before a skip adds one of its own states. The oracle lacked this reading.
     "skip_added_behind_the_chain": (
         Model(stacks=(Stack(depth=4, width=2, update="scalar", skip=(1, 4), frozen=(2,)),), batch=1, length=1),
         Setting(2, 0.0, 2),
     ),
-    # Every block reads the first state: what is added up for it on the way counted as by-passes, and a link was lost.
+    # Every block reads the first state. The sums for it on the way counted as bypasses, and a link was lost.
     "first_state_read_again": (
         Model(stacks=(Stack(depth=4, penalties=(1,), rereads=True),), batch=3, length=1),
         Setting(0, 0.0),
@@ -60,14 +61,14 @@ FOUND = {
         Model(stacks=(Stack(depth=4, width=2, pre="group", rereads=True),), batch=1, length=1),
         Setting(0, 0.0),
     ),
-    # No weight wants a gradient, so only the first state itself tells of the first step.
+    # No weight requires a gradient, so only the first state itself reveals the first step.
     "frozen_lstm_with_a_given_state": (
         Model(
             stacks=(Recurrence(width=5, cell="lstm", start="given", frozen=True),), batch=5, length=6, input_grad=False
         ),
         Setting(0, 0.0),
     ),
-    # ``prims.rev``, the gradient of a running sum, had no rule: declined.
+    # ``prims.rev``, the gradient of a running sum, had no rule, so the chain was declined.
     "running_mean": (Model(stacks=(Stack(blocks=("cumulative",)),), length=3), Setting(1, 0.2)),
 }
 
@@ -117,7 +118,7 @@ def test_readings_of_a_skip_are_sound_and_all_compute_the_model():
 
 
 def test_a_part_of_a_state_of_symbolic_sizes():
-    """The chain was passed over in silence: a mask was made only where every size is a number."""
+    """The chain was silently passed over, because a mask was made only if every size is a number."""
     model = Model(
         stacks=(Stack(depth=4, blocks=("heads",), update="part", after="rms"),), batch=2, length=4, dynamic=True
     )
@@ -126,7 +127,7 @@ def test_a_part_of_a_state_of_symbolic_sizes():
 
 
 def test_a_rolled_step_that_divides_by_sizes_that_are_symbols():
-    """The quotient was handed to an operator that takes whole numbers."""
+    """The quotient was passed to an operator that takes integers."""
     stack = Stack(blocks=("cross",), update="curved", pre="batch_eval", after="batch", shared=1, layout="flat")
     model, args, loss = models.build(Model(stacks=(stack,), stem=True, head=True, dynamic=True, seed=2))
     captured = capture(model, args, loss, dynamic=True)

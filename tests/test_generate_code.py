@@ -1,7 +1,7 @@
 """Claims about ``generate_code``: the kernels of a model, forward and rewritten backward, without a GPU.
 
-How many kernels an iteration takes is asserted for nn.GRU and nn.LSTM, a loop over a recurrent cell, a pre-LN
-Transformer and a post-ReLU ResNet, so that a lost fusion is seen; every kernel of theirs is compiled for sm_90.
+The tests fix the number of kernels per iteration for nn.GRU and nn.LSTM, a loop over a recurrent cell, a pre-LN
+Transformer and a post-ReLU ResNet, so that a lost fusion is noticed. Every one of their kernels is compiled for sm_90.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def kind(kernel: Kernel) -> str:
 
 
 def launches(code: GeneratedCode) -> Counter[str]:
-    """What the backward pass calls: kernels by kind, library functions by name."""
+    """The calls of the backward pass: kernels by kind, library functions by name."""
     (graph,) = (graph for graph in code.graphs if graph.name == "backward")
     kinds = {kernel.name: kind(kernel) for kernel in graph.kernels}
     return Counter(kinds.get(name, name.split(".")[-2 if name.endswith(".default") else -1]) for name in graph.launches)
@@ -126,18 +126,18 @@ PER_ITERATION = {
     # The gates' gradients in one kernel, one product with the shared weights, the scan.
     "recurrent": {"pointwise": 1, "mm": 1, "scan": 1},
     "gru": {"pointwise": 1, "mm": 1, "scan": 1},
-    # Also the gradient of h, which no scan gives: what its block gives beside the last row.
+    # Also the gradient of h, which no scan computes: the result of its block beside the last row.
     "lstm": {"pointwise": 2, "mm": 1, "scan": 1},
     # Attention and MLP links alternate: two products each, attention itself, GELU, and the backward of LayerNorm, whose
-    # last step is in the scan's loads together with the interleaving. The rest puts operands into the layouts that the
-    # batched products and attention want.
+    # last step is in the scan's loads together with the interleaving. The other kernels put operands into the layouts
+    # that the batched products and attention need.
     "transformer": {"pointwise": 5, "reduction": 2, "bmm": 4, ATTENTION: 1, "scan": 1},
-    # Two convolutions, for each the sums over the batch that BatchNorm's backward needs and what follows from them.
+    # Two convolutions. For each, the sums over the batch that BatchNorm's backward needs, and what follows from them.
     "resnet": {"pointwise": 2, "reduction": 2, "convolution_backward": 2, "scan": 1},
 }
 
 
-# One for w^0 and one for the iteration; where K = 1 and only the last state has a loss, w^0 is its gradient repeated.
+# One for w^0 and one for the iteration. If K = 1 and only the last state has a loss, w^0 is its gradient repeated.
 SCANS_OF_ONE_ITERATION = {"recurrent": 2, "gru": 2, "lstm": 3, "transformer": 1, "resnet": 2}
 
 
@@ -155,9 +155,9 @@ def test_what_an_iteration_scans_is_computed_in_the_kernel_that_scans(name):
     code = generated(name, 1)
     scans = [kernel for kernel in code.kernels if kind(kernel) == "scan"]
     assert len(scans) == SCANS_OF_ONE_ITERATION[name]
-    # What comes out of the blocks and a multiplier or the chain's head, at least; injections where there are any.
+    # At least the results of the blocks and a multiplier or the chain's head; injections if there are any.
     assert scans[-1].source.count("tl.load(") >= (2 if name == "gru" else 3)
-    # Of what is scanned, the states alone are written, not the running products.
+    # The scan writes only the states, not the running products.
     assert all(len(stored_results_of_the_scan(kernel)) == 1 for kernel in scans)
 
 
@@ -327,7 +327,7 @@ def test_cells_written_out_are_the_cells(kind, bias):
         return (*found, *torch.autograd.grad(loss, wanted))
 
     for found, want in zip(total(torch.compile(cell, backend=backend)), total(cell), strict=True):
-        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)  # float64, another order of sums at most
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)  # float64, at most another order of sums
     assert counts == [1]
 
 
@@ -340,7 +340,7 @@ def test_cells_on_a_cpu_are_left_to_torch():
 
 
 def test_a_cell_above_another_is_written_out_too():
-    """Of what the cell below it has become, nothing says where it lies."""
+    """Nothing records where the replacement of the lower cell lies."""
 
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -368,7 +368,7 @@ def test_a_cell_above_another_is_written_out_too():
 @pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize("case", CELLS, ids=lambda case: case.name)
 def test_the_code_of_a_cell_over_time_is_python(case):
-    """The text of a step is an argument in it, which Inductor also quotes in comments."""
+    """The text of a step is an argument in the code, which Inductor also quotes in comments."""
     cell, x, state = case.build(5)
 
     def run(x, *state):
@@ -394,6 +394,6 @@ def in_segments(kind: str, iterations: int) -> GeneratedCode:
 @pytest.mark.usefixtures("needs_triton")
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_a_run_over_segments_is_two_launches_a_step_and_one_scan(kind):
-    """The product with the weights, and all that is elementwise between two of them."""
+    """The product with the weights, and everything elementwise between two products."""
     one, two = (launches(in_segments(kind, k)) for k in (1, 2))
     assert two - one == {"pointwise": 3, "mm": 3, "scan": 1}

@@ -1,6 +1,6 @@
-"""What is told about one model of every family, in fields that change only when what is found changes.
+"""The report on one model of every family, in fields that change only when the findings change.
 
-``UPDATE_GOLDEN=1 pytest tests/test_golden_reports.py`` writes the file anew: read the difference before committing it.
+``UPDATE_GOLDEN=1 pytest tests/test_golden_reports.py`` writes the file again: read the difference before committing it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAMILIES = (
 
 
 class Reader(nn.Module):
-    """A recurrent module as PyTorch has it."""
+    """A recurrent module from PyTorch."""
 
     def __init__(self, kind: type[nn.Module], **arguments: Any) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Reader(nn.Module):
 
 
 class GRUOfOnesOwn(nn.Module):
-    """A cell over time by ``hwbp_compiler.recurrent``."""
+    """A user-defined cell over time, by ``hwbp_compiler.recurrent``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ BY_NAME = {case.name: case for case in (*CASES, *MODULES)}
 
 
 def fields(name: str) -> str:
-    """No line number, no figure: a name, the code of a line, a count of links."""
+    """No line numbers and no figures: names, the code of lines, counts of links."""
     model, args, loss = BY_NAME[name].build()
     torch.manual_seed(0)
     lines = [f"{name}"]

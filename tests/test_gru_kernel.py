@@ -1,4 +1,4 @@
-"""The GRU's forward pass on a CPU is what PyTorch's own kernel computes, for every shape it takes."""
+"""The GRU's forward pass on a CPU equals PyTorch's own kernel, for every shape it accepts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from hwbp_compiler.recurrence import cpu
 from hwbp_compiler.recurrence.operator import OperatorCall, operator
 
-sizes = st.integers(1, 40)  # below, at and above a vector's length, and no multiples of it
+sizes = st.integers(1, 40)  # below, at and above a vector's length, and not multiples of it
 
 
 def call_of(module: nn.GRU, x: torch.Tensor, h: torch.Tensor) -> OperatorCall:

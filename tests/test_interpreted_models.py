@@ -1,5 +1,5 @@
-"""Whole models as a GPU would run them, without a GPU: the generated code of the forward and the rewritten backward,
-its Triton kernels interpreted, against the oracle. ``tests/test_on_gpu.py`` asks the same of a real one.
+"""Whole models as a GPU would run them, without a GPU, compared with the oracle: the generated code of the forward and
+the rewritten backward, with its Triton kernels interpreted. ``tests/test_on_gpu.py`` does the same on a real GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODELS = ["mlp_module_list", "gru_2_layers_interleaved_every_step", "highway_net
 
 
 class Interpreted(generate._Generating):
-    """Compiles every graph for a GPU, and runs what comes out."""
+    """Compiles every graph for a GPU, and runs the result."""
 
     def _what_runs(self, compiled: Any, eager: Any) -> Any:
         return compiled

@@ -1,4 +1,4 @@
-"""max_extra_memory: what the rewritten form may hold beyond exact backprop."""
+"""max_extra_memory: how much memory the rewritten form may hold beyond exact backprop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of planted bugs is in step with the sources; ``python tests/mutations.py`` replays it."""
+"""The list of planted bugs matches the sources; ``python tests/mutations.py`` runs it."""
 
 from __future__ import annotations
 

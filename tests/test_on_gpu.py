@@ -1,7 +1,7 @@
 """What only a GPU can show: the generated kernels run there, and give the oracle's gradients.
 
 The oracle and eager mode's reference run on the CPU in float64; only the compiled model is on the GPU. ``make gpu``
-runs these tests where there is one; elsewhere they are skipped.
+runs these tests if there is a GPU; otherwise they are skipped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def moved(value, device=DEVICE, dtype=None):
-    """A copy of models and of tensors, leaves stay leaves."""
+    """A copy of models and tensors, in which leaves stay leaves."""
 
     def move(leaf):
         if isinstance(leaf, nn.Module):
@@ -47,7 +47,7 @@ def moved(value, device=DEVICE, dtype=None):
 
 
 def backward(step, model, args, loss=probe_loss):
-    """Output and gradients by parameter name or position, brought to the CPU."""
+    """Output and gradients by parameter name or position, moved to the CPU."""
     leaves = {n: p for n, p in model.named_parameters() if p.requires_grad}
     leaves |= {i: a for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.requires_grad}
     output = step(*args)
@@ -58,7 +58,7 @@ def backward(step, model, args, loss=probe_loss):
     }
 
 
-# As options: torch.compile takes either these or a mode.
+# As options: torch.compile accepts either these or a mode.
 REDUCE_OVERHEAD, MAX_AUTOTUNE = {"triton.cudagraphs": True}, {"max_autotune": True}
 
 
@@ -73,7 +73,7 @@ def rewritten():
 
 # --------------------------------------------------------------------------------------------------- the scan
 
-# Shorter than a warp, odd, and long enough for few columns to be cut into blocks of links.
+# Shorter than a warp, odd, and long enough that few columns are cut into blocks of links.
 SHAPES = [(1, 3), (37, 5, 3), (600, 130), (5000, 7), (20_001, 2)]
 
 
@@ -99,7 +99,7 @@ def test_the_scan_is_as_exact_as_one_link_after_another(shape, dtype):
         if len(values) < 1000:
             assert_closer(exact, linear_scan(values, multipliers, reverse=reverse).cpu(), near)
         found = torch.autograd.grad((output * weight).sum(), (values, multipliers))
-        # The gradient of a scan is a scan the other way round, its multipliers moved by a row.
+        # The gradient of a scan is a scan in the other direction, with its multipliers moved by one row.
         none = torch.zeros_like(multipliers[:1])
         by = torch.cat([none, multipliers[:-1]]) if reverse else torch.cat([multipliers[1:], none])
         of_values, near = (link_by_link(weight, by, not reverse, t) for t in (torch.float64, dtype))
@@ -156,10 +156,12 @@ def test_exact_recurrent_modules_are_cudnns_own_bit_for_bit(kind):
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_no_worse_than_cudnn(kind, dtype):
-    """With so many iterations all but the first state's gradient is backprop's; cuDNN's is the competitor."""
+    """With this many iterations, everything except the first state's gradient is backprop's. cuDNN's result is the
+    competitor.
+    """
     torch.manual_seed(0)
     model, x = Reader(kind).double(), torch.randn(STEPS, 3, 4, dtype=torch.float64, requires_grad=True)
-    model, x = moved(moved((model, x), "cpu", dtype), "cpu", torch.float64)  # numbers that both types have
+    model, x = moved(moved((model, x), "cpu", dtype), "cpu", torch.float64)  # numbers that both types can represent
     _, exact = backward(model, model, (x,))
     model, x = moved((model, x), DEVICE, dtype)
     _, eager = backward(model, model, (x,))
@@ -170,7 +172,7 @@ def test_low_precision_is_no_worse_than_cudnn(kind, dtype):
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 def test_under_autocast_it_is_no_worse_than_eager_mode(kind):
-    """Which computes in float16, in bfloat16's place too."""
+    """Eager mode computes in float16, also instead of bfloat16."""
     torch.manual_seed(0)
     model, x = Reader(kind).double(), torch.randn(STEPS, 3, 4, dtype=torch.float64, requires_grad=True)
     _, exact = backward(model, model, (x,))
@@ -185,7 +187,7 @@ def test_under_autocast_it_is_no_worse_than_eager_mode(kind):
 
 @pytest.mark.parametrize("hidden", [32, 512])
 def test_layers_that_stay_exact_stay_one_call(hidden):
-    """cuDNN runs them side by side; the cost model is asked before they are taken apart."""
+    """cuDNN runs them side by side, and the cost model decides whether they are taken apart."""
     model = nn.GRU(hidden, hidden, 3).to(DEVICE)
     x = torch.randn(64, 128, hidden, device=DEVICE)
     report = hwbp_compiler.explain(model, x, options={"iterations": 20})
@@ -242,14 +244,16 @@ def test_gradients_of_unrolled_chains_are_those_of_w_k(case):
 
 
 def other_numbers(x):
-    """Of token numbers, others that are there."""
+    """Other existing token numbers for inputs of token numbers, otherwise other random numbers."""
     if not x.is_floating_point():
         return x.flatten()[torch.randperm(x.numel())].view(x.shape)
     return torch.randn_like(x).requires_grad_(x.requires_grad)
 
 
 class TwoCellsUnderACheckpoint(nn.Module):
-    """A GRUCell is one fused kernel on a GPU, unless it is written out before autograd sees it: here too."""
+    """A GRUCell is one fused kernel on a GPU unless it is written out before autograd sees it. This holds under a
+    checkpoint too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +285,7 @@ def test_cells_within_a_checkpoint_are_chains():
 @pytest.mark.parametrize("mode", [REDUCE_OVERHEAD, MAX_AUTOTUNE], ids=lambda mode: next(iter(mode)))
 @pytest.mark.parametrize("name", ["mlp_module_list", "gru_cell_every_step", "decoder_causal"])
 def test_graphs_that_are_replayed_and_tuned_kernels(name, mode):
-    """CUDA graphs record the second call and replay from the third; every call has inputs of its own."""
+    """CUDA graphs record the second call and replay from the third on. Every call has its own inputs."""
     case = next(c for c in CASES if c.name == name)
     model, args, loss = case.build()
     on_gpu = moved(model)
@@ -339,7 +343,7 @@ def test_a_cell_in_bfloat16_trains():
     strict=True, reason="on an H100 with torch 2.11 at least one kernel was written differently; not known how"
 )
 def test_generated_code_is_what_runs_here():
-    """``generate_code`` needs no GPU; its kernels for this one are those that torch.compile makes on it."""
+    """``generate_code`` needs no GPU. Its kernels for this GPU are those that torch.compile generates on it."""
     from torch._inductor.utils import run_and_get_code
 
     model, args, _ = next(c for c in CASES if c.name == "mlp_module_list").build()

@@ -1,4 +1,4 @@
-"""What options= and mode= accept, and how they refuse."""
+"""What options= and mode= accept, and how they refuse the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page: it reads well at any length, and a browser finds nothing to complain of."""
+"""The page is readable at any length, and a browser reports no errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def browser():
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    # selenium reports what it does to the network unless told otherwise.
+    # By default, selenium reports usage over the network.
     os.environ["SE_AVOID_STATS"] = "true"
     try:
         found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -130,7 +130,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_page(tmp_path_factory):
-    """A report of 1,024 links with a loss at every second state, made by hand."""
+    """A handmade report of 1,024 links with a loss at every second state."""
     empty = fx.GraphModule(nn.Module(), fx.Graph())
     graph = ExplainedGraph(
         empty, empty, [record(1024, range(0, 1023, 2))], programs=[[BlockPrograms(["m.py:1: x"], "before", "after")]],

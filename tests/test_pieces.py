@@ -1,4 +1,6 @@
-"""What is concatenated keeps its memory for as long as it is needed: Note [Pieces of a concatenation], and siblings."""
+"""The pieces of a concatenation keep their memory as long as it is needed: Note [Pieces of a concatenation], and
+related cases.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 
 
 def overwritten_pieces(code: str) -> list[str]:
-    """Lines that give the memory of a piece to another buffer, in generated Python."""
+    """Lines in generated Python that give the memory of a piece to another buffer."""
     pieces: set[str] = set()
     found = []
     for line in code.splitlines():
@@ -94,13 +96,13 @@ def test_a_result_is_not_written_over_a_piece_that_gives_its_memory_away(program
     compiled = torch.compile(program, backend="highway", options={"rewrite": rewrite, "fx_graph_cache": False})
     found, codes = run_and_get_code(compiled, *arguments)
     for have, want in zip(found, program(*arguments), strict=True):
-        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)  # float64, and sums of some ten terms
+        torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)  # float64, and sums of about ten terms
     assert not any(map(overwritten_pieces, codes))
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_inductor_alone_writes_over_the_piece(program):
-    """If this fails torch has mended it, and the rule may go."""
+    """If this fails, torch has fixed it, and the rule can be removed."""
     arguments = inputs()
     found, codes = run_and_get_code(torch.compile(program, options={"fx_graph_cache": False}), *arguments)
     assert not torch.allclose(found[2], program(*arguments)[2])
@@ -131,7 +133,7 @@ class Highway(nn.Module):
 
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_highway_network_where_sizes_coincide(iterations):
-    """(L + 1) B = L W: the gates' gradients were wrong by several times the largest."""
+    """(L + 1) B = L W: the gates' gradients were wrong by several times the largest one."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Highway(6) for _ in range(5))).double()
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)

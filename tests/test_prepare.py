@@ -1,4 +1,4 @@
-"""Claims about ``prepare``: whoever looks at a model sees the graph that is compiled."""
+"""Claims about ``prepare``: all tools that look at a model see the graph that is compiled."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPTIONS = {"rewrite": "always", "iterations": 2, "min_length": 3, "strict": True
 
 
 class Everything(nn.Module):
-    """A recurrent module, a loop of ``recurrent`` with options of its own and one without, and a fused cell."""
+    """A recurrent module, a loop of ``recurrent`` with its own options and one without, and a fused cell."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ def model_and_input():
 
 @pytest.fixture
 def prepared(monkeypatch):
-    """What each caller made of the graph in the end: Dynamo may come twice."""
+    """The final graph of each caller: Dynamo may call twice."""
     seen = {}
 
     def watched(caller, real):

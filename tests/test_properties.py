@@ -1,4 +1,4 @@
-"""What must hold for every model, each property on models of every kind. ``tests/mutations.py`` breaks each of them."""
+"""What must hold for every model, tested on models of every kind. ``tests/mutations.py`` breaks each of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def rewritten(traced, iterations, damping):
 
 @pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
 def test_as_many_iterations_as_links_are_backprop(spec, traced, damping):
-    """In the rewritten form too: the passes would leave such a chain alone."""
+    """Forced into the rewritten form: normally the passes leave such a chain alone."""
     usual = options(iterations=max(spec.chain_lengths), damping=damping)
     _, found, records = traced.gradients(AtFullLength(**asdict(usual)))
     assert records and all(record.decision == "rewritten" for record in records if record.length > 1), records
@@ -103,7 +103,7 @@ def test_rewritten_gradients_are_linear_in_the_incoming_gradient(traced):
 
 
 def disguised(graph: fx.Graph, seed: int) -> fx.Graph:
-    """The same graph: other names, and its nodes in another legal order."""
+    """The same graph with other names, and its nodes in another legal order."""
     draw = random.Random(seed)
     copied = fx.Graph()
     pending = {node: len(node.all_input_nodes) for node in graph.nodes}
@@ -112,7 +112,7 @@ def disguised(graph: fx.Graph, seed: int) -> fx.Graph:
 
     def place(node: fx.Node) -> None:
         moved[node] = copied.node_copy(node, moved.__getitem__)
-        if node.op != "placeholder":  # what is an incoming gradient is told by its name
+        if node.op != "placeholder":  # an incoming gradient is recognized by its name
             moved[node]._rename(f"n{draw.randrange(10**9)}")
         for user in node.users:
             pending[user] -= 1
@@ -193,7 +193,9 @@ def test_the_same_seed_gives_the_same_dropout_masks_and_batchnorm_buffers_are_th
 
 
 def test_rewritten_gradients_use_the_dropout_masks_of_their_forward():
-    """Exact in the rewritten form means: with the masks that were drawn. One chain short of exact is close."""
+    """The rewritten form is exact only with the masks that were drawn in the forward pass. A chain with one iteration
+    less is close.
+    """
     torch.manual_seed(0)
     model = _Noisy()
     x = torch.randn(5, 4, dtype=torch.float64)
@@ -213,9 +215,9 @@ def joint_of(depth: int) -> fx.GraphModule:
 
 
 def test_node_count_and_work_of_the_passes_are_near_linear_in_depth():
-    """Work in function calls: unlike seconds, they are the same every time."""
+    """Work is counted in function calls, which are the same every time, unlike seconds."""
     nodes, calls = [], []
-    run_passes(joint_of(4).graph, options(iterations=1))  # tables are made at first use
+    run_passes(joint_of(4).graph, options(iterations=1))  # tables are built at first use
     for depth in (16, 32, 64):
         graph = joint_of(depth).graph
         with cProfile.Profile() as profile:

@@ -20,7 +20,7 @@ DAMPINGS = (0.0, 0.3)
 
 
 def settings():
-    """(S, k, damping): k = 0, 1, 2 and C - 1, the last of which is ordinary backprop but for S = 1."""
+    """(S, k, damping): k = 0, 1, 2 and C - 1. The last is ordinary backprop except at S = 1."""
     for segment in SEGMENTS:
         count = -(-LENGTH // segment)
         for iterations, damping in itertools.product(sorted({0, 1, 2, count - 1}), DAMPINGS):
@@ -28,7 +28,7 @@ def settings():
 
 
 ALL = list(settings())
-# By turns, as tracing a step over lanes takes longer than all else.
+# In turns, because tracing a step over lanes takes longer than everything else.
 FEW = (
     [(1, 0, 0.0), (1, 2, 0.3), (2, 1, 0.3), (2, 2, 0.0), (2, 3, 0.3), (8, 0, 0.3)],
     [(1, 1, 0.0), (1, 6, 0.3), (3, 0, 0.3), (3, 1, 0.0), (5, 0, 0.3), (5, 1, 0.0)],
@@ -43,7 +43,7 @@ def by_name(cases):
 
 @pytest.fixture
 def steps_in_eager_mode(monkeypatch):
-    """Steps run operator by operator. To compile them takes ten times as long as all else here."""
+    """Steps run operator by operator. Compiling them would take ten times as long as everything else here."""
     for module in (loop, lanes):
         monkeypatch.setattr(module, "compile_step", lambda graph, *_: lambda arguments: graph(*arguments))
         module._compiled.cache_clear()
@@ -80,7 +80,7 @@ def test_gradients_are_the_oracles_for_every_segment_iterations_and_damping(case
 @pytest.mark.slow
 @by_name([case for case in APPROXIMATED if case.make in (ALIF, GORU, LTC, OrderedNeuronsLSTM, ScalarLSTM, SNU)])
 def test_steps_compiled_by_inductor_are_the_same(case):
-    """Of the cells with operators that no other test has in a step."""
+    """The cells with operators that no other test has in a step."""
     assert_all_match(case, [(1, 1, 0.0), (2, 1, 0.3), (3, 1, 0.0), (5, 1, 0.0)])
 
 

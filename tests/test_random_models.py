@@ -1,4 +1,4 @@
-"""Random residual models: whatever is drawn, the compiler's gradients are the oracle's."""
+"""Random residual models: whatever is drawn, the compiler's gradients equal the oracle's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hwbp_compiler.testing.capture import capture, options, trace
 from hwbp_compiler.testing.compare import assert_outputs_close
 
 unhurried = settings(deadline=None, suppress_health_check=list(HealthCheck))
-# Always the same few small models, and no shrinking: it would take minutes, the slow tests do it.
+# Always the same few small models, without shrinking, which would take minutes; the slow tests do it.
 everyday = settings(
     unhurried, max_examples=12, derandomize=True, database=None, phases=(Phase.explicit, Phase.generate)
 )
@@ -24,7 +24,7 @@ def autograd(spec):
     leaves = {name: p for name, p in model.named_parameters() if p.requires_grad}
     leaves.update({0: args[0]} if spec.input_grad else {})
     output = model(*args)
-    if not leaves:  # all of it is frozen
+    if not leaves:  # the whole model is frozen
         return output, {}
     found = torch.autograd.grad(loss(output), list(leaves.values()), allow_unused=True)
     zeros = (torch.zeros_like(leaf) for leaf in leaves.values())
@@ -70,7 +70,7 @@ def check(spec, iterations, damping, through=trace):
     rewritten = sorted(record.length for record in runs[-1][2] if record.decision == "rewritten")
     lengths = list(spec.chain_lengths)
     allowed = [sorted(lengths)]
-    if not (spec.input_grad or spec.stem):  # nothing below the first chain wants a gradient
+    if not (spec.input_grad or spec.stem):  # nothing below the first chain requires a gradient
         allowed.append(sorted([lengths[0] - 1, *lengths[1:]]))
     assert rewritten in allowed
 

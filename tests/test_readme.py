@@ -1,4 +1,4 @@
-"""What the README shows a stranger works, and prints what it says it prints."""
+"""The README's snippets work, and print what the README says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def script(tmp_path, monkeypatch) -> Path:
 
 
 def without_estimates(text: str) -> str:
-    """Times depend on the machine, node counts on every detail of the passes, line ends on both."""
+    """Remove times, which depend on the machine, node counts, which depend on details of the passes, and line ends."""
     return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
 
 
@@ -42,7 +42,7 @@ def assert_prints_what_the_readme_says(output: str) -> None:
 
 
 def test_the_snippets_run(script, monkeypatch, capsys):
-    """With Inductor's graphs run as they are, which saves generating code for them."""
+    """Inductor's graphs run without code generation, to save time."""
 
     def no_code(module, example_inputs, **kwargs):
         return make_boxed_func(module.forward)

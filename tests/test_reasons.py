@@ -1,4 +1,4 @@
-"""Claims about reasons: a script may ask for them by name, and nothing that is decided depends on their words."""
+"""Claims about reasons: scripts may refer to them by name, and no decision depends on their words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 4
 
 
 def test_no_two_reasons_are_one():
-    """An enum makes members of equal values one: two reasons of the same words would be."""
+    """An enum merges members with equal values, so two reasons with the same words would become one."""
     assert len(Reason.__members__) == len(list(Reason)) == len({(r.text, r.advice) for r in Reason})
 
 
@@ -32,7 +32,7 @@ def test_a_declined_reason_carries_its_words():
 
 
 def compared_with_words(tree: ast.AST) -> list[str]:
-    """Comparisons of something called reason or advice, but for those with nothing or with another one."""
+    """Comparisons of something called reason or advice, except with nothing or with another one."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
@@ -52,7 +52,7 @@ def test_no_decision_reads_the_words():
     files = [*ROOT.rglob("*.py"), *(ROOT / "passes").resolve().glob("*.py")]
     assert len(files) > 90
     found = {f"{file.name}: {text}" for file in files for text in compared_with_words(ast.parse(file.read_text()))}
-    # Whether an estimate is in the words already, so that it is not printed twice.
+    # Whether the text already includes an estimate, so that it is not printed twice.
     assert found == {"text.py: str(chain.estimate) not in chain.reason"}
 
 

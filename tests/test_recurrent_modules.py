@@ -179,7 +179,7 @@ def test_gradients_are_exact_inside_a_segment_and_truncated_across(kind, case):
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 def test_a_new_length_compiles_nothing_new_with_segments(kind):
-    """Whatever remainder it leaves."""
+    """For any remainder."""
     model, _ = Case("plain").build(kind)
     run = compiled(model, iterations=1, segment=3, dynamic=True)
     for length in (11, 12, 13, 16):
@@ -242,7 +242,9 @@ def test_compiled_by_inductor_in_one_graph(kind):
     ("kind", "rewrite"), [("RNN", "never"), ("GRU", "never"), ("LSTM", "never"), ("LSTM", "always")]
 )
 def test_pytorchs_own_kernel_is_bit_for_bit_eager_mode_also_the_second_time(kind, rewrite):
-    """Also the dropout between layers, which the kernel draws itself; and a second backward pass records again."""
+    """Includes the dropout between layers, which the kernel draws itself, and a second backward pass, which records
+    again.
+    """
     torch.manual_seed(0)
     for arguments in (dict(num_layers=2, dropout=0.5, bidirectional=True), {}):
         model, args = Case("", arguments, state=True).build(kind)
@@ -258,13 +260,15 @@ def test_pytorchs_own_kernel_is_bit_for_bit_eager_mode_also_the_second_time(kind
             found = torch.autograd.grad(loss, list(leaves.values()))
             assert_gradients_close(dict(zip(leaves, found, strict=True)), expected, 1e-14)
         else:
-            with pytest.raises(RuntimeError, match="dropout between its layers a second time"):
+            with pytest.raises(RuntimeError, match="a second backward pass through a recurrent module with dropout"):
                 torch.autograd.grad(loss, list(leaves.values()))
 
 
 @pytest.mark.parametrize("kind", ["RNN", "GRU"])
 def test_exact_on_a_cpu_records_nothing_and_can_go_back_twice(kind):
-    """All but the step from state to state is done for all steps at once; the numbers are eager mode's to rounding."""
+    """Everything except the step from state to state is computed for all steps at once. The numbers are eager mode's up
+    to rounding.
+    """
     for arguments in (dict(num_layers=2, dropout=0.5, bidirectional=True), {}):
         model, args = Case("", arguments, state=True).build(kind)
         expected_output, expected = eager_gradients(model, args)
@@ -333,7 +337,7 @@ def test_inside_a_transform_of_torch_func_it_runs_in_eager_mode():
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 def test_gradients_share_no_memory(kind):
-    """What is accumulated, or clipped in place, would otherwise be so twice."""
+    """Otherwise a gradient that is accumulated, or clipped in place, would change twice."""
     model, args = Case("output").build(kind)
     for _ in range(2):
         testing.probe_loss(compiled(model, iterations=2)(*args)).backward()
@@ -345,7 +349,7 @@ def test_gradients_share_no_memory(kind):
 
 
 class Checkpointed(nn.Module):
-    """A GRU of two layers and an LSTM, computed again in the backward pass."""
+    """A GRU of two layers and an LSTM, recomputed in the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -378,7 +382,7 @@ def test_inside_a_checkpoint_layers_are_chains_as_outside():
 
 @pytest.mark.parametrize("iterations", ["exact", STEPS - 1])
 def test_an_output_may_be_changed_in_place(iterations):
-    """Eager mode on a CPU allows it, though the backward pass here reads that output."""
+    """Eager mode on a CPU allows it, although the backward pass here reads that output."""
     torch.manual_seed(0)
     gru, x = nn.GRU(INPUT, HIDDEN).double(), torch.randn(STEPS, BATCH, INPUT, dtype=torch.float64)
 
@@ -390,7 +394,7 @@ def test_an_output_may_be_changed_in_place(iterations):
     parameters = list(gru.parameters())
     expected = torch.autograd.grad(testing.probe_loss(changed(x)), parameters)
     found = torch.autograd.grad(testing.probe_loss(compiled(changed, iterations=iterations)(x)), parameters)
-    bound = 1e-12 if iterations == "exact" else 1e-2  # all but the longest path
+    bound = 1e-12 if iterations == "exact" else 1e-2  # everything except the longest path
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=bound, atol=bound)
 
@@ -398,7 +402,9 @@ def test_an_output_may_be_changed_in_place(iterations):
 @pytest.mark.parametrize("iterations", ["exact", 2])
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 def test_an_output_changed_in_place_outside_the_graph_is_noticed_where_it_matters(kind, iterations):
-    """A backward pass that reads it says so; a copy for whoever may change it would cost everyone its memory."""
+    """A backward pass that reads the changed output says so. A copy for the few that may change it would cost everyone
+    its memory.
+    """
     model, args = Case("plain").build(kind)
     call, wanted = compiled(model, iterations=iterations), [*args, *model.parameters()]
     output, *last = call(*args)
@@ -485,7 +491,7 @@ def test_explain_draws_a_recurrent_module_shows_its_programs_and_measures_the_er
     assert "recurrent_module_backward(" in program.before and "linear_scan(" in program.after
     errors = [e.relative_error for e in graph.errors]
     assert errors[0] > errors[-1] and errors[-1] < 1e-2
-    # The series of states at least, and no more than every value that the rewritten form computes.
+    # At least the series of states, and at most every value that the rewritten form computes.
     nodes = [n.meta["val"] for n in report.graph_after.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
     assert args[0].new_empty(STEPS, BATCH, HIDDEN).nbytes < chain.added_bytes < sum(value.nbytes for value in nodes)
     report.to_html(tmp_path / "page.html")
@@ -560,7 +566,7 @@ def test_autocast_is_that_of_eager_mode(kind):
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 def test_a_packed_sequence_has_eager_modes_gradients(kind):
-    """Dynamo breaks the graph where sequences are packed; given the packed data, the kernel is one operator."""
+    """Dynamo breaks the graph where sequences are packed. Given the packed data, the kernel is one operator."""
     model, (x,) = Case("").build(kind)
     lengths = torch.tensor([STEPS, STEPS - 3, 2])
 
@@ -595,7 +601,7 @@ def test_a_packed_sequence_has_eager_modes_gradients(kind):
 @pytest.mark.parametrize("given", [False, True], ids=["", "given_state"])
 @pytest.mark.parametrize("kind", ["GRU", "RNN"])
 def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
-    """Where Dynamo breaks the graph no pass sees the module: the reason is told all the same, of our graphs alone."""
+    """Where Dynamo breaks the graph, no pass sees the module. The reason is still reported, but only for our graphs."""
     model, (x,) = Case("").build(kind)
     lengths = torch.tensor([STEPS, STEPS - 3, 2])
     state = torch.zeros(1, BATCH, HIDDEN, dtype=torch.float64) if given else None
@@ -606,7 +612,7 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
 
     packed._tell.cache_clear()
     with caplog.at_level("INFO", logger="hwbp_compiler"):
-        if not torch.__version__.startswith("2.11."):  # whose Dynamo fails at pad_packed_sequence there
+        if not torch.__version__.startswith("2.11."):  # its Dynamo fails at pad_packed_sequence here
             with torch._dynamo.config.patch(allow_rnn=True):
                 torch.compile(run, backend="inductor")(x)
         assert hwbp_compiler.counters()["chains_declined"] == 0
@@ -615,7 +621,7 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
         ours(x)
         assert hwbp_compiler.counters()["declined: packed_breaks_graph"] == 1
         torch._dynamo.reset()
-        ours(x)  # compiled anew: not told again
+        ours(x)  # compiled again: not reported again
     (told,) = [message for message in caplog.messages if message.startswith("recurrent module declined")]
     assert "a packed sequence: Dynamo breaks the graph at it" in told
     assert f"{__file__}:" in told and "model.module(rnn.pack_padded_sequence(x, lengths), state)" in told
@@ -630,7 +636,7 @@ def test_a_packed_sequence_is_declined_with_its_reason(kind, given, caplog):
 
 
 def test_threads_that_overlap_do_not_switch_off_each_others_setting():
-    """On torch 2.11 one setting holds for all threads."""
+    """On torch 2.11 one setting applies to all threads."""
     pools = [ThreadPoolExecutor(1) for _ in range(2)]
     contexts = [tracing.traced_whole() for _ in pools]
 
@@ -657,7 +663,7 @@ def test_without_gradients_nothing_is_recorded():
 
 
 def test_the_cost_model_takes_a_gru_of_one_sequence_and_leaves_a_batch_and_onednns_lstm_alone(monkeypatch):
-    """Exact backprop is one call of our own on a CPU, and of one sequence it waits for the weights in every step."""
+    """On a CPU, exact backprop is one call of ours. For a single sequence it waits for the weights in every step."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
     one, many = torch.empty(512, 1, 128), torch.empty(512, 16, 128)
     assert estimate_recurrent("gru", one, one, Truncation(2)).pays
@@ -681,7 +687,7 @@ def test_an_exact_gru_on_a_cpu_records_nothing_and_goes_through_time_in_one_call
 
 
 def measured_on_a_gpu():
-    """k and what was measured of it by case: (kind, hidden, steps, layers, dtype, matmul) -> run -> row."""
+    """By case (kind, hidden, steps, layers, dtype, matmul): the measured row of each run."""
     path = Path(__file__).parent.parent / "benchmarks/results/recurrent-cuda.jsonl"
     cases: dict[tuple, dict[str, Any]] = {}
     for row in map(json.loads, path.read_text().splitlines()):
@@ -693,8 +699,9 @@ def measured_on_a_gpu():
 
 @pytest.mark.parametrize(("case", "runs"), measured_on_a_gpu().items(), ids=lambda value: str(value)[:60])
 def test_the_cost_model_decides_as_a_gpu_measured(case, runs):
-    """And no estimate of it is off by more than 2.2: the shortest backward passes are Python's time, which it leaves
-    out because a training loop hides it."""
+    """No estimate is off by more than 2.2. The shortest backward passes are Python's time, which the estimate omits
+    because a training loop hides it.
+    """
     kind, hidden, steps, layers, dtype, matmul = case
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(matmul)
@@ -805,7 +812,7 @@ def run(program: str, *arguments: str, cache=None) -> Any:
 def test_another_backend_breaks_its_graphs_as_in_a_process_without_us():
     alone, after_us = run(ANOTHER_BACKEND, "alone"), run(ANOTHER_BACKEND, "ours first")
     assert alone == after_us
-    assert "GRU" in alone[0][-1]  # the break this is about
+    assert "GRU" in alone[0][-1]  # the break that this test is about
 
 
 def test_a_second_process_finds_the_compiled_layer_in_the_cache(tmp_path):

@@ -1,4 +1,4 @@
-"""The oracle itself, held to what can be known without it: plain autograd, path enumeration, fixed points."""
+"""The oracle itself, compared with what is known without it: plain autograd, path enumeration, fixed points."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def oracle(case, iterations, damping=0.0, **kwargs):
 
 
 def tolerances(case, relative):
-    """A model that computes in float32 inside is compared in float32; any other to ``relative``."""
+    """A model that computes in float32 inside is compared in float32; any other is compared to ``relative``."""
     return {"tolerance": max(relative, case.tolerance if case.noise > 1e-9 else 0.0), "noise": case.noise}
 
 
@@ -102,7 +102,7 @@ def test_a_diagonal_recurrence_needs_no_iteration(case):
 
 @cases(TRUNCATING)
 def test_few_iterations_are_not_backprop(case):
-    """Or else agreeing with the oracle would prove nothing."""
+    """Otherwise agreement with the oracle would prove nothing."""
     _, exact = oracle(case, "exact")
     for iterations in (0, 1):
         _, found = oracle(case, iterations)
@@ -124,7 +124,7 @@ def test_without_a_chain_every_iteration_count_is_backprop(case):
 
 
 def is_kind(kind, diagonal):
-    """Do the highways of a chain look like what the case says K is?"""
+    """Whether the highways of a chain look like the case's K."""
     if kind == "1":
         return bool((diagonal == 1).all())
     if kind == "mask":
@@ -152,7 +152,7 @@ def test_highways_are_elementwise_and_of_the_stated_kind(case):
             parts = _matrix(link.highway, contributions[0]).reshape(width, size, width, size).transpose(1, 2)
             for part in parts.reshape(-1, size, size):
                 assert torch.equal(part, torch.diag(part.diagonal())), "K mixes elements"
-            diagonals.append(parts[-1, -1].diagonal())  # of a tuple state, the cell
+            diagonals.append(parts[-1, -1].diagonal())  # for a tuple state, the cell
         assert is_kind(next(iter(kinds)), torch.cat(diagonals))
 
 
@@ -203,8 +203,9 @@ def test_two_links_by_hand():
 
 
 def random_chain(length, components):
-    """A chain of ``length`` links between states of ``components`` vectors, each on every other's highway, as a program
-    that returns all states but the first."""
+    """A chain of ``length`` links between states of ``components`` vectors, where each component is on the highway of
+    every other. It is a program that returns all states except the first.
+    """
     torch.manual_seed(length)
     size = 2 * components
     weights = [torch.randn(size, size, dtype=torch.float64, requires_grad=True) for _ in range(length)]
@@ -226,7 +227,7 @@ def random_chain(length, components):
 
 
 def links_of(program, start):
-    """The links the oracle sees, each at its state."""
+    """The links that the oracle sees, each at its state."""
     found = []
 
     def record(links, contributions, *settings):
@@ -238,7 +239,7 @@ def links_of(program, start):
 
 
 def distance(found, expected):
-    """Of two lists of states, relative to the largest entry of all."""
+    """The distance between two lists of states, relative to the largest entry of all."""
     pairs = [(a, b) for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True)]
     return float(max((a - b).abs().max() for a, b in pairs) / max(b.abs().max() for _, b in pairs))
 
@@ -281,7 +282,7 @@ def test_iterations_one_fewer_than_segments_are_backprop_and_fewer_are_not(lengt
     for segment in sizes(length):
         if segment == 1:
             continue
-        enough = -(-length // segment) - 1  # 0 where one segment holds the chain
+        enough = -(-length // segment) - 1  # 0 if one segment holds the chain
         for k in (enough, enough + 3, "exact"):
             _, found = reference_gradients(program, start, loss, k, damping, segment=segment)
             assert_gradients_close(found, exact, 1e-12, what=f"S={segment}, k={k}")

@@ -1,4 +1,4 @@
-"""docs/reliability.md says what the tests say."""
+"""docs/reliability.md matches the tests' markers."""
 
 from __future__ import annotations
 

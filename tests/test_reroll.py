@@ -1,4 +1,4 @@
-"""Python loops over time, which Dynamo unrolls, are rolled up again: the same function, the same gradients."""
+"""Python loops over time, which Dynamo unrolls, are rerolled: the same function, the same gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROLL = {"reroll": "always", "rewrite": "always"}
 
 
 def captured(model, args, **wanted):
-    """Output, gradients, and what was said of the loops and of all chains."""
+    """Output, gradients, and the records of the loops and of all chains."""
     found = capture(model, args, probe_loss)
     how = options(**{**ROLL, "iterations": "exact", **wanted})
     found._options = how
@@ -62,7 +62,7 @@ def in_double():
 
 @pytest.mark.parametrize("case", LOOPS, ids=lambda case: case.name)
 def test_a_rolled_loop_is_the_loop_that_was_written(case):
-    """Forward to the last bits, every gradient to 1e-10, with nothing left of the steps."""
+    """The forward is equal to the last bits and every gradient to 1e-10, and no step is left in the graph."""
     model, args = build(case)
     expected, reference = eagerly(model, args)
     output, found, loops, records = captured(model, args)
@@ -164,7 +164,7 @@ def test_auto_rolls_up_what_would_take_long_to_compile():
 
 
 def test_layers_that_are_given_their_weights_are_no_loop_over_time():
-    """Rolled up they would be stacked in every forward pass; asked for, they are."""
+    """Rerolled, their weights would be stacked in every forward pass. They are rerolled only on request."""
 
     def layers(x, weights):
         for w, b, v, c, g in weights:
@@ -216,7 +216,7 @@ def test_explain_gives_the_reason_why_a_loop_stays_unrolled():
 def test_a_long_loop_is_told_how_to_skip_tracing(caplog):
     with caplog.at_level(logging.INFO, "hwbp_compiler"):
         prepared(Last(256), series(B, 256, I))
-    assert "256 steps was rolled up again" in caplog.text
+    assert "256 steps was rerolled" in caplog.text
     assert "hwbp_compiler.recurrent" in caplog.text
 
 
@@ -277,7 +277,7 @@ def low():
     ids=["autocast", "autocast_in_the_step", "no_grad"],
 )
 def test_a_loop_in_a_region_is_traced_as_it_would_run(around, inside):
-    """Autocast's casts are in the loop, whether the region lies around it or in the step."""
+    """Autocast's casts are in the loop, whether the region is around it or in the step."""
     model, x = InARegion(around, inside).float(), torch.randn(B, T, I, dtype=torch.float32, requires_grad=True)
     expected, reference = eagerly(model, (x,))
     output, found, loops, records = captured(model, (x,))

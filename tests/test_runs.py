@@ -1,4 +1,4 @@
-"""A run over the segments of a recurrent layer is what its links do one after the other, however it is computed."""
+"""A run over the segments of a recurrent layer equals its links one after the other, however it is computed."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
 def link_by_link(links: Links, ends: list[Tensor], segment: int, whole: bool) -> list[Tensor]:
-    """The module's formulas, a sequence and a step at a time."""
+    """The module's formulas, one sequence and one step at a time."""
     steps, batch, hidden = links.values.shape
     lasts = list(range(steps - 1, -1, -segment))[::-1]
     if not whole:
@@ -54,7 +54,7 @@ def cases(draw):
 
     through = values(steps, batch, hidden) if kind == "lstm" else None
     multipliers = None if kind == "rnn" else torch.rand(steps, batch, hidden, dtype=torch.float64)
-    into = values(steps, batch, GATES[kind] + 1, hidden)[:, :, 1:]  # a view, as a GRU's is
+    into = values(steps, batch, GATES[kind] + 1, hidden)[:, :, 1:]  # a view, as for a GRU
     weight = values(GATES[kind] * hidden, hidden) / (GATES[kind] * hidden) ** 0.5 / 2
     lanes = -(-steps // segment) - (not whole)
     ends = [values(lanes, batch, hidden) for _ in range(2 if kind == "lstm" else 1)]
@@ -90,8 +90,9 @@ def test_a_run_is_its_links_one_after_the_other(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_of_few_bits_are_rounded_once(dtype):
-    """Not after every step. The one rounding of a result is half an eps of it; what is summed in float32 over 200 steps
-    takes the rest of 4 eps of the largest."""
+    """Not after every step. The single rounding of a result is half an eps of it. The float32 sums over 200 steps take
+    the rest of 4 eps of the largest.
+    """
     torch.manual_seed(0)
     steps, batch, hidden = 200, 3, 20
     wide = Links(

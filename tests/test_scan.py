@@ -40,7 +40,7 @@ def wide(x: Tensor | None) -> Tensor | None:
 
 
 def exact(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Tensor:
-    """In double precision, link by link; the longest by blocks, in plain torch operators."""
+    """In double precision, link by link; the longest scans by blocks, in plain torch operators."""
     if values.shape[0] > 2000:
         return linear_scan_torch(wide(values), wide(multipliers), reverse)
     return linear_scan_reference(wide(values), wide(multipliers), reverse=reverse)
@@ -61,11 +61,11 @@ def error_bound(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Te
     accumulator = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
     eps = precision(accumulator)
     if values.dtype.is_complex:
-        eps *= 5**0.5  # of a product of two complex numbers
+        eps *= 5**0.5  # for a product of two complex numbers
     sizes = wide(values).abs()
     factors = None if multipliers is None else wide(multipliers).abs()
     states = exact(sizes, factors, reverse)
-    # The states before each, multiplied: what the scan added to the values.
+    # The states before each link, times the multipliers: what the scan added to the values.
     rounded = eps * ((states - sizes) + states)
     error = exact(rounded, factors, reverse)
     smallest = torch.finfo(values.dtype).smallest_normal
@@ -77,7 +77,7 @@ def assert_as_good_as_a_loop(found: Tensor, values: Tensor, multipliers: Tensor 
     assert found.shape == values.shape and found.dtype == values.dtype and found.is_contiguous()
     want = exact(values, multipliers, reverse)
     error = (wide(found) - want).abs()
-    # The bound is to first order; a tenth is for the products of roundings it leaves out.
+    # The bound is to first order. A tenth is added for products of roundings.
     allowed = 1.1 * error_bound(values, multipliers, reverse)
     fits = torch.finfo(values.dtype).max
     worst = (error / allowed)[want.abs() + allowed < fits]
@@ -97,7 +97,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float, 
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers (or, expanded, as many) at other strides."""
+    """The same numbers (or, if expanded, as many) with other strides."""
     if layout == "transposed" and x.ndim > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "reversed rank":
@@ -228,7 +228,7 @@ def all_ways(length: int, columns: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
 @pytest.mark.parametrize("columns", [(), (8,), (3, 3), (65,)])
 def test_few_columns_are_scanned_in_blocks_of_links(columns, dtype, four_threads):
-    # Four threads and at least 4 * 32768 elements: less than two lines of columns makes four blocks.
+    # Four threads and at least 4 * 32768 elements: less than two cache lines of columns makes four blocks.
     all_ways(1 + 4 * 32768 // max(1, torch.Size(columns).numel()), columns, dtype)
 
 
@@ -251,15 +251,15 @@ def test_a_million_links(four_threads):
         state = a + m * state
         want.append(state)
     error = (linear_scan(values, multipliers).double() - torch.tensor(want, dtype=torch.float64)).abs()
-    # States stay below 100 here, and errors are forgotten as fast as the values are.
+    # States stay below 100 here, and errors decay as fast as the values do.
     assert error.max() < 100 * 10 * precision(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    # Second links, so that numbers pass through the loop over vectors; and sums with a number of about the same
-    # size, which ends half-way between two others as often as not, or of another, which leaves a long tail.
+    # There are second links, so that numbers pass through the loop over vectors. A sum with a number of about the same
+    # size often ends half-way between two others; a sum with a number of another size leaves a long tail.
     for distance, multiplier in itertools.product([77, 1000], [0.0, 1.0]):
         values = torch.stack([every.roll(distance), every])
         found = linear_scan(values, torch.full((2,), multiplier, dtype=dtype))[1]
@@ -539,7 +539,9 @@ print(counters["aot_autograd"]["autograd_cache_miss"], counters["aot_autograd"][
 
 
 def test_a_second_process_finds_the_compiled_graph_in_both_caches(tmp_path):
-    """Both start afresh: what a graph is found by holds settings of the process, which other tests may have changed."""
+    """Both start afresh, because the key of a graph depends on settings of the process, which other tests may have
+    changed.
+    """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
 
     def said() -> list[str]:

@@ -1,7 +1,7 @@
 """Claims about the GPU code of ``linear_scan``, on a machine without a GPU.
 
-The kernels are generated for a described device. How many there are and what they contain is asserted on their
-text; that they are valid, by compiling them to PTX; what they compute, by running them in Triton's interpreter.
+The kernels are generated for a described device. Their text shows how many there are and what they contain. Compiling
+them to PTX shows that they are valid, and Triton's interpreter shows what they compute.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FULL = (1024, 128, 64)
 def generate(
     function: Callable[..., Any], *inputs: tuple | Tensor, dtype=torch.float32, target="cuda:sm_90"
 ) -> CodeText:
-    """The kernels of a function of tensors of these shapes.
+    """The kernels of a function of tensors with these shapes.
 
     Traced on the CPU: autograd on fake CUDA tensors needs a torch that was built for CUDA.
     """
@@ -53,7 +53,7 @@ def body(kernel: cross_compile.Kernel) -> str:
 
 
 def calls(code: CodeText) -> list[str]:
-    """What the generated Python calls that is no kernel of its own."""
+    """What the generated Python calls besides its own kernels."""
     return re.findall(r"(?:torch\.ops|extern_kernels|aten)\.[\w.]+\(", code.source[code.source.index("def call") :])
 
 
@@ -68,7 +68,7 @@ def test_a_scan_and_what_computes_its_inputs_are_one_kernel(dtype, reverse):
     text = body(kernel)
     assert "tl.associative_scan((" in text and "tl.sigmoid(" in text and "exp" not in calls(code)
     assert text.count("tl.load(") == 2 and text.count("tl.store(") == 1 and not calls(code)
-    # Nothing is turned round in memory: loads and store count rows from the end.
+    # Nothing is reversed in memory: loads and stores count rows from the end.
     assert ("((-8192)*" in text) == reverse
 
 
@@ -118,7 +118,7 @@ def test_backward_is_the_other_scan_and_the_sum_of_the_multipliers_gradient():
 
     code = generate(backward, FULL, FULL, FULL)
     scans = [kernel for kernel in code.kernels if "tl.associative_scan" in kernel.source]
-    # u forwards, the gradient backwards with the shift of m in its loads, the product for m.
+    # u forwards; the gradient backwards with the shift of m in its loads; the product for m.
     assert len(scans) == 2 and len(code.kernels) <= 3 and not calls(code)
 
 
@@ -132,7 +132,7 @@ def test_a_long_narrow_scan_is_three_kernels_over_blocks(length, reverse):
     code = generate(lambda a, m: scan(2 * a, m.sigmoid(), reverse), shape, shape)
     ends, carries, blocks = (body(kernel) for kernel in code.kernels)
     assert all("tl.associative_scan((" in text for text in (ends, carries, blocks)) and not calls(code)
-    # The first kernel stores the ends of blocks alone, not the states within.
+    # The first kernel stores only the ends of blocks, not the states inside.
     sizes = [eval(size) for size in re.findall(r"empty_strided_cuda\((\(.*?\)),", code.source)]
     count = -(-length // 256)
     assert sorted(sizes) == sorted([(count, 1, 64)] * 2 + [(count, 256, 1, 64)])
@@ -229,7 +229,7 @@ def test_the_graph_handed_in_is_not_changed():
 # ---- what the kernels compute -------------------------------------------------------------------------------
 
 
-# Shape, shape of the multipliers, reverse, dtype; lengths from 50 are scanned in blocks of eight below.
+# Shape, shape of the multipliers, reverse, dtype. Lengths from 50 on are scanned in blocks of eight below.
 CASES = [
     ((37, 3, 5), (37, 3, 5), False, torch.float32),
     ((37, 3, 5), (37,), True, torch.float32),
@@ -245,7 +245,7 @@ CASES = [
 
 
 def interleaved(*tensors: Tensor) -> Tensor:
-    """The scan of the rows of two sums, in turn, and of a head: what an iteration over two kinds of links scans."""
+    """The scan of the rows of two sums, in turn, and of a head: an iteration over two kinds of links scans this."""
     *terms, head, multipliers = tensors
     even, odd = (functools.reduce(torch.add, (x.sin() for x in half)) for half in (terms[:5], terms[5:]))
     rows = torch.cat([even.unsqueeze(1), odd.unsqueeze(1)], 1).reshape(8, 2, 3)
@@ -254,7 +254,7 @@ def interleaved(*tensors: Tensor) -> Tensor:
 
 
 def check_interpreted(long: int) -> None:
-    """The body of the test below, in a process in which Triton interprets."""
+    """The body of the test below, in a process in which Triton interprets kernels."""
     inductor._LONG = long
     for shape, wanted, reverse, dtype in CASES:
         values = torch.randn(shape, dtype=dtype)
@@ -270,7 +270,7 @@ def check_interpreted(long: int) -> None:
         halved = None if wanted is None else 0.5 * inputs[1].double()
         want = linear_scan_reference(2 * values.double(), halved, reverse=reverse)
         assert found.shape == values.shape and found.dtype == dtype
-        # Thirty to seventy links of a few roundings each, in float32 at best, then one in the dtype.
+        # Thirty to seventy links with a few roundings each, in float32 at best, then one in the dtype.
         eps = max(torch.finfo(dtype).eps, 10 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps)
         torch.testing.assert_close(found.double(), want, rtol=eps, atol=eps * want.abs().max().item())
     code = generate(interleaved, *((4, 2, 3),) * 10, (3,), (9,))

@@ -1,4 +1,4 @@
-"""Claims about ``torch.ops.highway.linear_scan`` from an initial state, which the result holds as one more row."""
+"""Claims about ``torch.ops.highway.linear_scan`` from an initial state, which the result includes as one more row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["four_threads"]  # a fixture
 
 
 def with_one_link_more(values: Tensor, multipliers: Tensor | None, reverse: bool, initial: Tensor):
-    """The same as a scan from nothing: the initial state is the first link."""
+    """The same as a scan without an initial state, whose first link is the initial state."""
 
     def joined(rows: Tensor, row: Tensor) -> Tensor:
         return torch.cat([rows, row] if reverse else [row, rows])

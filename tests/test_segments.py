@@ -1,6 +1,6 @@
-"""Segments of unrolled chains: exact inside, highway across, against the oracle (docs/design.md, "Segments").
+"""Segments of unrolled chains: exact inside, highway across, compared with the oracle (docs/design.md, "Segments").
 
-Recurrent modules and cells of one's own have their claims in test_recurrent_modules.py and test_any_cell.py.
+The claims for recurrent modules and user-defined cells are in test_recurrent_modules.py and test_any_cell.py.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_what_is_advised_is_no_ordinary_backprop(length, segment, iterations):
     why = ordinary(length, chosen)
     assert (why is None) == (chosen.truncation(length) is not None)
     if why is None or length == 1:
-        assert why is None or why.advice.startswith("Nothing: one link alone")
+        assert why is None or why.advice.startswith("Nothing to do: a single link")
         return
     for advice in (why.advice, shorter(length, chosen).advice):
         if "egment below" in advice:

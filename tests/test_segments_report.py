@@ -1,4 +1,4 @@
-"""What the benchmark page says about segments follows from the rows, whichever of them are there."""
+"""What the benchmark page says about segments follows from the rows, whichever of them exist."""
 
 from __future__ import annotations
 

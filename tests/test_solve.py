@@ -27,7 +27,7 @@ SIZE = 3
 
 @dataclass(frozen=True)
 class Links:
-    """K: numbers, or [L, SIZE]; J per (to, from): [L, SIZE, SIZE], or none where there is no block; b: [L, SIZE]."""
+    """K: numbers, or [L, SIZE]. J per (to, from): [L, SIZE, SIZE], or none if there is no block. b: [L, SIZE]."""
 
     length: int
     width: int

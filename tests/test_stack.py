@@ -1,4 +1,4 @@
-"""``torch.ops.highway.stack``: what compiled code assumes about its result holds whatever it is given."""
+"""``torch.ops.highway.stack``: what compiled code assumes about its result holds for every input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Streams that feed each other are one chain whose state is all of them, against the oracle.
+"""Streams that feed each other are one chain with all of them as its state, compared with the oracle.
 
-A step is written once: the model runs it as it is, the oracle with ``hold`` around what mixes elements.
+A step is written once. The model runs it as it is; the oracle puts ``hold`` around what mixes elements.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def test_streams_are_one_chain_with_the_gradient_of_the_oracle(case, k, gamma, s
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_momentum_without_damping_has_the_gradient_of_the_oracle(k):
-    """With damping it matters whether a step begins with the velocity or with the position, which is left open."""
+    """With damping the result depends on whether a step begins with the velocity or the position, which is not
+    specified.
+    """
     model, x = Streams(momentum, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     _, found, (record,) = capture(model, (x,), probe_loss).gradients(options(iterations=k, min_length=2))
     _, expected = reference_gradients(retold(model), (x,), probe_loss, k)
@@ -124,7 +126,7 @@ def test_momentum_without_damping_has_the_gradient_of_the_oracle(k):
 
 @pytest.mark.parametrize("step", [gated, momentum])
 def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
-    """The error falls, and to rounding only where every block was crossed."""
+    """The error falls, and reaches rounding only once every block was crossed."""
     model, x = Streams(step, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     _, exact, _ = captured.gradients(None)
@@ -133,7 +135,7 @@ def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
         _, found, (record,) = captured.gradients(options(iterations=k, damping=0.2, min_length=2))
         assert (record.length, record.decision) == (LINKS, "rewritten")
         errors.append(relative_error(found, exact))
-    # Seen: 0.6 at k = 0; at the last k 3e-16 (gated) and 3e-4 (momentum, whose first step counts as a whole link).
+    # Seen: 0.6 at k = 0. At the last k: 3e-16 (gated) and 3e-4 (momentum, whose first step counts as a whole link).
     assert errors[-1] < 1e-3 < errors[-2] < errors[0] and all(error > 1e-9 for error in errors[:-1])
 
 

@@ -1,4 +1,4 @@
-"""What ``hwbp_compiler.testing`` offers to users: the assertions hold on a right compiler and fail on a wrong one."""
+"""What ``hwbp_compiler.testing`` offers to users: its assertions pass for a correct compiler, not for a wrong one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @pytest.fixture
 def small():
-    """Four blocks, float32, and the same retold."""
+    """Four blocks, float32, and the same written for the oracle."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Residual() for _ in range(4)))
     x = torch.randn(3, 4, requires_grad=True)
@@ -60,7 +60,7 @@ def exact_backend(model, options):
 
 
 def doubling_backend(model, options):
-    """A compiler with wrong gradients and a right forward."""
+    """A compiler with wrong gradients and a correct forward."""
 
     def step(*args):
         out = model(*args)
@@ -97,7 +97,7 @@ def test_a_wrong_gradient_is_noticed(small, compile_with):
 @pytest.mark.parametrize("segment", [1, 2])
 @pytest.mark.parametrize("kind", ["blocks", "module", "loop"])
 def test_full_length_is_checked_in_the_rewritten_form(kind, segment, monkeypatch):
-    """Outside of the assertion a chain is left alone where k reaches its length, which would prove nothing."""
+    """Normally a chain is left alone if k reaches its length, so the assertion would prove nothing."""
     torch.manual_seed(0)
     if kind == "blocks":
         model, x = nn.Sequential(*(Residual() for _ in range(6))), torch.randn(3, 4)
@@ -235,14 +235,14 @@ def test_check_passes_with_segments(capsys):
 @pytest.mark.parametrize(
     ("outside", "length", "tails"),
     [(2, 4, False), (1, 5, False), (0, 7, True)],
-    ids=["begins at the first state that wants a gradient", "begins a link before it", "takes the link in front"],
+    ids=["begins at the first state that requires a gradient", "begins a link before it", "takes the link in front"],
 )
 def test_with_segments_the_judge_knows_where_a_chain_begins(outside, length, tails):
-    """Six blocks in segments of two, k = 0. What is truncated next to the input depends on where the chain begins."""
+    """Six blocks in segments of two, k = 0. Where the chain begins decides what is truncated next to the input."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Residual() for _ in range(6))).double()
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=tails)
-    if not tails:  # the first two states want no gradient
+    if not tails:  # the first two states require no gradient
         model[0].requires_grad_(False)
 
     def program(outside, in_front=False):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 HOME = ROOT / "hwbp_compiler" / "torch_private.py"
 SOURCES = [p for folder in ("hwbp_compiler", "passes") for p in (ROOT / folder).rglob("*.py") if p != HOME]
 
-# Underscored, but what PyTorch's own documentation tells users to write.
+# Underscored, but PyTorch's own documentation tells users to write it.
 DOCUMENTED = re.compile(
     r"torch\._(dynamo\.(reset|config|mark_dynamic|maybe_mark_dynamic)|inductor\.(config|list_\w+)|ops\.\w+|check\w*)"
     r"|torch\.utils\._pytree"

@@ -1,4 +1,6 @@
-"""Generated GPU code on CPU tensors: its kernels in Triton's interpreter. For a process with TRITON_INTERPRET=1."""
+"""Run generated GPU code on CPU tensors: its kernels run in Triton's interpreter. For a process with
+TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-# What the interpreter has not: functions of CUDA's mathematical library.
+# What the interpreter lacks: functions of CUDA's mathematical library.
 _WRITTEN_OUT = {
     r"libdevice\.tanh\((\w+)\)": r"(1 - 2 / (tl.exp(2 * \1) + 1))",
     r"libdevice\.(exp|log|sqrt|rsqrt|erf)\(": r"tl.\1(",

@@ -1,9 +1,8 @@
 """``python -m benchmarks.coverage run [--only PATTERN] [--limit-seconds N] [--again]``, ``... report``
 
-``run`` takes every model in a process of its own and writes one JSON line each to
-``benchmarks/results/coverage.jsonl``, at once. A model that is there already is left out, unless torch, the model's
-package or the model itself is another.
-``report`` writes ``docs/coverage.md`` from it.
+``run`` measures every model in its own process and immediately writes one JSON line each to
+``benchmarks/results/coverage.jsonl``. It skips a model that has a line there, unless torch, the model's package or the
+model itself has changed. ``report`` writes ``docs/coverage.md`` from these lines.
 """
 
 from __future__ import annotations

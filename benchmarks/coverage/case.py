@@ -19,14 +19,14 @@ Made = tuple[nn.Module, tuple[Any, ...]]
 class Case:
     """One model.
 
-    name      no two cases have the same
-    family    what the page lists it under
-    make      the model and its positional arguments, tiny
-    chains    how many links each residual path has, counted from the model's source; () where there is none
-    why       why there is none, or how they were counted where that is not obvious
-    package   what has to be installed; its version is part of the result
-    settings  what ``make`` is made from beyond its own code
-    single    why the model runs in float32: its code does not take float64; "" where it does
+    name      unique
+    family    the group under which the page lists it
+    make      returns the model and its positional arguments, tiny
+    chains    the number of links of each residual path, counted in the model's source; () if there is none
+    why       why there is none, or how they were counted if that is not obvious
+    package   the package that has to be installed; its version is part of the result
+    settings  what ``make`` uses beyond its own code
+    single    why the model runs in float32: its code does not accept float64; "" if it does
     """
 
     name: str
@@ -44,13 +44,13 @@ class Case:
 
     @property
     def digest(self) -> str:
-        """Changes where the model or what is expected of it changes."""
+        """A hash that changes if the model or the expected chains change."""
         written = [self.name, list(self.chains), json.dumps(self.settings, sort_keys=True, default=str), self.single]
         return hashlib.sha256(json.dumps([*written, _source(self.make)]).encode()).hexdigest()[:12]
 
 
 def _source(make: Callable[..., Any]) -> str:
-    """The code of a class or function, and of the classes of the same file that it names."""
+    """The source of a class or function, and of the classes in the same file that it names."""
     seen: dict[str, str] = {}
     waiting = [getattr(make, "made_by", make)]
     while waiting:
@@ -71,7 +71,7 @@ def _source(make: Callable[..., Any]) -> str:
 
 
 class Calls(nn.Module):
-    """``model`` called by the names of its arguments; one or several fields of what it returns."""
+    """``model`` called with named arguments; returns one or several fields of its result."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...], output: Any = 0, **fixed: Any) -> None:
         super().__init__()
@@ -87,8 +87,9 @@ class Calls(nn.Module):
 
 
 def prepared(case: Case, seed: int = 0) -> Made:
-    """The model in float64, where its code allows it, and in eval mode, where nothing is random. Biases and norms are
-    moved off zero and one."""
+    """The model in float64, if its code allows that, and in eval mode, where nothing is random. Biases and norms get
+    values other than zero and one.
+    """
     torch.manual_seed(seed)
     model, args = case.make()
     dtype = torch.float32 if case.single else torch.float64

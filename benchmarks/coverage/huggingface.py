@@ -1,7 +1,7 @@
-"""Hugging Face models from tiny configurations: nothing is downloaded.
+"""Hugging Face models from tiny configurations. Nothing is downloaded.
 
-Three layers where nothing else is said. A layer of a pre-norm or post-norm transformer has two links, one for the
-attention and one for the MLP; a decoder layer that also attends to an encoder has three.
+Models have three layers unless stated otherwise. A layer of a pre-norm or post-norm transformer has two links, one for
+the attention and one for the MLP. A decoder layer that also attends to an encoder has three.
 """
 
 from __future__ import annotations

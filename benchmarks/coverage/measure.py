@@ -1,4 +1,4 @@
-"""What the compiler does with one model: chains, reasons, and gradients beside those of eager mode."""
+"""Measure one model: its chains, the reasons, and its gradients beside those of eager mode."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .untrue import UNTRUE
 SEED = 7
 ASKED = {"rewrite": "always", "min_length": 2, "iterations": 1, "damping": 0.0}
 FULL = AtFullLength(iterations=10**6, rewrite="always", min_length=2, damping=0.0, strict=True)
-# What is told beside the chains: no chain was there to be rewritten.
+# Reported beside the chains: there was no chain to rewrite.
 NO_CHAIN = {
     Reason.NO_ELEMENTWISE_PATH,
     Reason.MODULE_WITHOUT_PATH,
@@ -36,12 +36,13 @@ NO_CHAIN = {
     Reason.INTERRUPTED,
     Reason.HIGHER_ORDER_LOOP,
 }
-# Of a gradient that is almost nothing (the key bias of an attention) only this share of all gradients counts.
+# For a gradient that is almost zero (the key bias of an attention), errors count relative to this share of all
+# gradients.
 SHARE = 1e-3
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """One row. ``outcome`` says in a word what came of it: see :data:`OUTCOMES`."""
+    """One row. ``outcome`` sums up the result in a word: see :data:`OUTCOMES`."""
     start = time.perf_counter()
     row: dict[str, Any] = {"expected": list(case.chains)}
     try:
@@ -93,18 +94,19 @@ def outcome(name: str, row: Mapping[str, Any]) -> str:
 
 
 def right(row: Mapping[str, Any]) -> bool:
-    """Whether gradients at full length are those of eager mode; where those of torch.compile are not by themselves,
-    whether they are those."""
+    """Whether gradients at full length equal those of eager mode. If torch.compile by itself differs from eager mode,
+    they are compared with torch.compile's.
+    """
     return "exact" in row and row.get("beyond_torch", row["exact"]) <= row["tolerance"]
 
 
 def missing(expected: Sequence[int], found: Sequence[int]) -> list[int]:
-    """The lengths of expected chains that no found one has."""
+    """The lengths of expected chains for which no chain was found."""
     return sorted((Counter(expected) - Counter(found)).elements())
 
 
 def looked(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
-    """What ``explain`` says of a model of which something is missed."""
+    """What ``explain`` reports about a model in which expected links are missing."""
     torch._dynamo.reset()
     report = hwbp_compiler.explain(model, *args, options=ASKED)
     declined = [r for r in report.chains if r.decision != "rewritten"]
@@ -117,7 +119,7 @@ def looked(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def chains(records: Sequence[ChainRecord]) -> dict[str, Any]:
-    """Lengths of those that are rewritten, and of those that were found, be they rewritten or declined."""
+    """The lengths of the rewritten chains, and of all chains found, rewritten or declined."""
     rewritten = [r for r in records if r.decision == "rewritten"]
     declined = [r for r in records if r.decision != "rewritten" and r.reason_code not in NO_CHAIN]
     return {
@@ -140,7 +142,9 @@ def of_record(record: ChainRecord) -> dict[str, Any]:
 
 
 def compared(model: nn.Module, args: tuple[Any, ...], exact: Gradients) -> dict[str, Any]:
-    """Gradients through the rewritten joint graph, no code generated, with as many iterations as links and with 1."""
+    """Gradients through the rewritten joint graph, without generating code, with as many iterations as links and with
+    1.
+    """
     torch._dynamo.reset()
     captured = capture(model, args, probe_loss)
 
@@ -157,13 +161,13 @@ def compared(model: nn.Module, args: tuple[Any, ...], exact: Gradients) -> dict[
     dtype = narrowest(captured)
     row: dict[str, Any] = {"tolerance": tolerance(dtype), "dtype": str(dtype).removeprefix("torch.")}
     if not as_it_is <= row["tolerance"]:
-        # A graph that runs several times (a layer between two graph breaks) was captured once: run each as it comes.
+        # A graph that runs several times (a layer between two graph breaks) was captured once: run its runs one by one.
         gradients = functools.partial(by_backend, model, args)
         plain = gradients(None)[0]
         as_it_is = difference(plain, exact)
     found, records = gradients(FULL)
     row |= {"exact": difference(found, exact), "worst": worst(found, exact)}
-    if not as_it_is <= row["tolerance"]:  # torch's decompositions are not what eager mode does: compare with them
+    if not as_it_is <= row["tolerance"]:  # torch's decompositions differ from eager mode: compare with them
         row |= {"torch_by_itself": as_it_is, "beyond_torch": difference(found, plain)}
     row["forced"] = sorted(r.length for r in records if r.decision == "rewritten")
     found, records = gradients(options(**ASKED))
@@ -197,7 +201,7 @@ def eager(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, Gradients]:
 
 
 def difference(found: Gradients, exact: Gradients) -> float:
-    """The largest ``|found - exact| / (|exact| + SHARE |all of exact|)`` of any parameter."""
+    """The maximum over parameters of ``|found - exact| / (|exact| + SHARE |all of exact|)``."""
     return max(_differences(found, exact).values(), default=0.0)
 
 
@@ -217,7 +221,7 @@ def _differences(found: Gradients, exact: Gradients) -> dict[str | int, float]:
 
 
 def narrowest(captured: Capture) -> torch.dtype:
-    """The narrowest floating type that any gradient passes through in the joint graphs."""
+    """The narrowest floating-point type that any gradient passes through in the joint graphs."""
     found = torch.float64
     for joint in captured.joints:
         gradients: set[Any] = set()
@@ -232,12 +236,14 @@ def narrowest(captured: Capture) -> torch.dtype:
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Room for the rounding of a thousand operations: 2e-10 would be enough in float64, and 1e-4 is in float32."""
+    """Allows for the rounding of a thousand operations: 2e-10 would be enough in float64, and 1e-4 is enough in
+    float32.
+    """
     return max(1e-9, 1e3 * torch.finfo(dtype).eps)
 
 
 def without_us(model: nn.Module, args: tuple[Any, ...]) -> str:
-    """What ``torch.compile`` says of the model by itself; nothing where it takes it."""
+    """The error that ``torch.compile`` raises for the model by itself; empty if it compiles."""
     torch._dynamo.reset()
     try:
         probe_loss(torch.compile(model, backend="aot_eager")(*args)).backward()
@@ -249,7 +255,7 @@ def without_us(model: nn.Module, args: tuple[Any, ...]) -> str:
 
 
 def told(error: Exception) -> str:
-    """Its type and first lines, and the last lines of ours it went through."""
+    """The type and first lines of an error, and the last lines of our code that it passed through."""
     lines = [
         f
         for f in traceback.extract_tb(error.__traceback__)

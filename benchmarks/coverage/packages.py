@@ -1,6 +1,7 @@
-"""Models from packages that bring no torch of their own: ``pip install --no-deps -r benchmarks/coverage/packages.txt``.
+"""Models from packages that install without a torch of their own: ``pip install --no-deps -r
+benchmarks/coverage/packages.txt``.
 
-What is not installed is left out.
+Packages that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def tokens(length: int = 8, most: int = 20) -> tuple[Tensor]:
 
 
 def drawn(*shape: int) -> tuple[Tensor]:
-    """It wants a gradient: a state that it is is one like any other."""
+    """A random input that requires a gradient, so that a state among the inputs is like any other state."""
     return (torch.randn(shape, requires_grad=True),)
 
 

@@ -1,4 +1,4 @@
-"""What all models need, loaded once: their processes are copies of one that has it."""
+"""What all models need, loaded once: each model runs in a forked copy of this process."""
 
 from __future__ import annotations
 

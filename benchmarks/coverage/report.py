@@ -1,4 +1,4 @@
-"""``docs/coverage.md``: one row a model, from the committed results."""
+"""``docs/coverage.md``: one row per model, from the committed results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def write() -> None:
 
 
 def judged(row: Row) -> Row:
-    """With the outcome as it is judged today: whether a reason is true is found out after a model was measured."""
+    """With today's judgement of the outcome: whether a reason is true is found out after a model was measured."""
     return row | {"outcome": outcome(row["name"], row)} if row["outcome"] in JUDGED else row
 
 
@@ -81,7 +81,7 @@ def surplus(row: Row) -> bool:
 
 
 def listed(found: list[Row]) -> str:
-    """What is wrong is not hidden in a table."""
+    """List the wrong results in the text, so that a table does not hide them."""
     parts = []
     for kind, title in (
         ("wrong", "Wrong gradients"), ("crash", "Crashes"), ("silent", "Missed without a record"),

@@ -1,4 +1,4 @@
-"""Every model in a process of its own, with limits; results are written as they come."""
+"""Measure every model in its own process, with limits, and write each result immediately."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def run(cases: list[Case], only: str = "", seconds: float = 180.0, again: bool = False) -> None:
-    """Measure what the results lack. A case has to be measured anew where it, or torch or its package, is another."""
+    """Measure what the results lack. A case is measured again if the case, torch or its package has changed."""
     known = {row["name"]: row for row in rows()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.coverage.preload"])
@@ -62,7 +62,7 @@ def rows() -> list[Row]:
 
 
 def tidy(path: Path | None = None) -> None:
-    """One line a case, sorted."""
+    """One line per case, sorted."""
     kept = sorted(rows(), key=lambda row: (row["family"], row["name"]))
     (path or RESULTS).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 

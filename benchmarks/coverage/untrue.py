@@ -1,6 +1,6 @@
-"""Reasons that are given and were found not to be true, or to leave out what matters: by model and code, what is true.
+"""Reasons that turned out to be untrue, or to omit what matters: the true reason, by model and code.
 
-A person has looked. An entry speaks only where a model misses links and is given that code.
+A person has checked these. An entry is used only if a model misses links and has this code.
 """
 
 from __future__ import annotations

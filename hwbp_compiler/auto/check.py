@@ -1,7 +1,7 @@
-"""A checked step: the exact gradient, and beside it that of every rung of the ladder, compared.
+"""A checked step: compute the exact gradient and that of every rung of the ladder, and compare them.
 
-The joint graph of ordinary backprop gets the backward passes of all rungs added; what they share with it, or with one
-another, is computed once. The graph runs in eager mode (:mod:`.halves`): it runs once in some hundred steps, and
+The backward passes of all rungs are added to the joint graph of ordinary backprop. What they share with it, or with one
+another, is computed once. The graph runs in eager mode (:mod:`.halves`): it runs only once in some hundred steps, and
 compiling it would take longer than all its runs.
 """
 
@@ -28,10 +28,10 @@ from hwbp_compiler.options import Options, Truncation
 from .measured import Check, Sums
 from .merge import Merging
 
-# A form is worth its compilation if that takes no longer than it saves in so many steps.
+# A form is worth compiling if that takes no longer than the form saves in so many steps.
 STEPS = 1000
 
-_CHUNK = 1 << 22  # numbers that are held in float64 at a time
+_CHUNK = 1 << 22  # how many numbers are held in float64 at a time
 
 library = torch.library.Library("highway", "FRAGMENT")
 tags = (torch.Tag.pt2_compliant_tag,)
@@ -51,7 +51,7 @@ def _moments(exact: Tensor, other: Tensor) -> Tensor:
 
 
 library.impl("moments", _moments, "CompositeExplicitAutograd")
-# Run by nobody but who takes the graph over (compiled autograd); ``halves`` knows what it stands for.
+# Normally ``halves`` handles this operator. It runs only if something else executes the graph (compiled autograd).
 library.impl("observe", lambda gradient, _: gradient.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "highway::moments", lambda exact, other: exact.new_empty(3, dtype=torch.float64), lib=library
@@ -61,8 +61,9 @@ torch.library.register_fake("highway::observe", lambda gradient, _: torch.empty_
 
 @dataclass
 class _Approximate:
-    """What one tensor of moments is of: the gradient of input number ``position`` in one form, against the exact one or
-    (``change``) against the same form with fewer iterations; and which chains it comes from."""
+    """What one tensor of moments compares: the gradient of input number ``position`` in one form, with the exact one or
+    (``change``) with the same form at fewer iterations; and the chains it comes from.
+    """
 
     rung: int
     position: int
@@ -72,15 +73,15 @@ class _Approximate:
 
 @dataclass(frozen=True)
 class CheckedPass(HighwayPass):
-    """Ordinary backprop by HighwayPass, to which the gradients of other forms are added.
+    """Ordinary backprop by HighwayPass, plus the gradients of other forms.
 
-    given         the forms; the ladder of the graph where there are none
-    hands_out     the form whose gradient the step takes; exact backprop's if None
-    retraced      ``retraced(options)`` gives the joint graph with other numbers for what is decided before it is traced
-                  (loops), and what was decided; None where there is no such thing
+    given         the forms; if empty, the ladder of the graph
+    hands_out     the form whose gradient the step uses; None for exact backprop's
+    retraced      ``retraced(options)`` gives the joint graph with other options for what is decided before tracing
+                  (loops), and the decisions; None if there is no such thing
     progress      called after each form
     names         of the graph's inputs
-    rungs         filled by the pass: what is compared. Empty where nothing is: the graph is exact backprop alone then
+    rungs         filled by the pass: the forms compared. If empty, the graph is exact backprop alone
     """
 
     given: tuple[Truncation, ...] = ()
@@ -128,12 +129,15 @@ class CheckedPass(HighwayPass):
             self.rungs.append(rung if rung.how not in self.given else Rung(rung.how, saved(records)))
 
     def uuid(self) -> str | None:  # type: ignore[override]
-        """None, which keeps the graph out of torch.compile's caches, where forms are given: code of the same options
-        that compares nothing may lie there."""
+        """None, which keeps the graph out of torch.compile's caches, if forms are given. A cache entry for the same
+        options could hold code that compares nothing.
+        """
         return None if self.given else super().uuid()
 
     def measured(self, values: Sequence[Tensor], parameters: Sequence[bool], upstream: Sequence[bool]) -> Check:
-        """What the moments say; ``parameters``: which inputs are, ``upstream``: which come from another graph."""
+        """The check that results from the moments. ``parameters`` and ``upstream`` say which inputs are parameters and
+        which come from another graph.
+        """
         wanted = any(parameters[a.position] for a in self.compared if a.position < len(parameters))
         totals, chains, single, before, above = ([Sums() for _ in self.rungs] for _ in range(5))
         named = self.names if len(self.names) == len(parameters) else ()
@@ -172,12 +176,12 @@ def _change(total: Sums, before: Sums) -> float:
 
 
 def _talks_to_others(graph: Graph) -> bool:
-    """Whether other processes take part in the graph: a check, or another form, would have to be theirs too."""
+    """Whether other processes take part in the graph: they would have to make the same check and use the same form."""
     return any(getattr(node.target, "namespace", "").endswith("c10d_functional") for node in graph.nodes)
 
 
 class _Adding:
-    """Adds the gradients of other forms to ``graph``, and what compares them."""
+    """Adds the gradients of other forms to ``graph``, and the comparison with the exact ones."""
 
     def __init__(self, graph: Graph, compared: list[_Approximate]) -> None:
         self.graph, self.compared = graph, compared
@@ -186,12 +190,12 @@ class _Adding:
         self.results: list[Any] = list(self.output.args[0])  # type: ignore[arg-type]
         self.exact = list(self.results)
         inputs = [node for node in graph.find_nodes(op="placeholder") if not is_tangent(node)]
-        self.first = len(self.results) - len(inputs)  # of the gradients, one for each input
+        self.first = len(self.results) - len(inputs)  # position of the first gradient; there is one per input
         self.moments: list[Node] = []
-        self.before: dict[tuple[int, float], list[Any]] = {}  # by S and gamma: the last that was added
+        self.before: dict[tuple[int, float], list[Any]] = {}  # by S and gamma: the last form added
 
     def add(self, rung: int, how: Truncation, other: Graph, origins: _Origins, hand_out: bool) -> bool:
-        """Whether any gradient of it is not exact."""
+        """Add a form. Return whether any of its gradients is not exact."""
         compared = len(self.compared)
         theirs: list[Any] = list(other.output_node().args[0])  # type: ignore[arg-type]
         merged = self.merging.add(other)
@@ -219,13 +223,13 @@ class _Adding:
         self.compared.append(what)
 
     def _three_numbers(self, device: torch.device) -> Any:
-        """As the graph's own values are; those of a graph that was traced once more belong to another fake mode."""
+        """A value in the fake mode of the graph's own values. A graph traced again has values in another fake mode."""
         mode = next(node.meta["val"].fake_mode for node in self.exact[self.first :] if isinstance(node, Node))
         with mode:
             return torch.empty(3, dtype=torch.float64, device=device)
 
     def finish(self) -> None:
-        """One gradient waits for what is compared, or the partitioner would drop that."""
+        """Make one gradient depend on the comparison, because the partitioner would otherwise drop it."""
         place = next((i for i in range(self.first, len(self.results)) if isinstance(self.results[i], Node)), None)
         if self.moments and place is not None:
             gradient = self.results[place]
@@ -237,7 +241,7 @@ class _Adding:
 
 
 class _Origins:
-    """A watcher of the passes: which chain a gradient comes from."""
+    """A watcher of the passes that knows which chain a gradient comes from."""
 
     def __init__(self) -> None:
         self.chain_of: dict[Node, str] = {}
@@ -253,7 +257,7 @@ class _Origins:
         self.chain_of |= dict.fromkeys(created, records[0].name)
 
     def chains_of(self, gradient: Node) -> tuple[str, ...]:
-        """Those whose rewritten form ``gradient`` is taken from, not those before it."""
+        """The chains whose rewritten form ``gradient`` is taken from directly, not the chains before those."""
         found: dict[str, None] = {}
         seen, todo = {gradient}, [gradient]
         while todo:

@@ -1,4 +1,4 @@
-"""Other options from the next step on: ``set_options``, ``set_iterations``, and a schedule of them."""
+"""Change options from the next step on: ``set_options``, ``set_iterations``, and a schedule of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _only_changeable(options: Mapping[str, Any]) -> None:
         if key not in _CHANGEABLE:
             raise OptionError(
                 f"set_options: option {key!r} (given as {options[key]!r}) cannot be changed after torch.compile; "
-                f"{', '.join(map(repr, _CHANGEABLE))} can. Compile the model anew with it."
+                f"{', '.join(map(repr, _CHANGEABLE))} can. Compile the model again with it."
             )
 
 
@@ -89,13 +89,12 @@ class Schedule:
 
 
 def compiled_as(compiled: Any) -> Compiled:
-    """What is known of ``compiled``. TypeError where it is not one of ours."""
+    """The record kept for ``compiled``. Raises TypeError if it was not compiled with our backend."""
     context = context_of(compiled)
     found = next((a for a in getattr(context, "args", ()) if isinstance(a, Compiled)), None)
     if found is None:
         raise TypeError(
-            f'{type(compiled).__name__} is not compiled with backend="highway"; give what '
-            'torch.compile(model, backend="highway") returned, or a model on which model.compile(backend="highway") '
-            "was called"
+            f'{type(compiled).__name__} is not compiled with backend="highway"; pass the result of '
+            'torch.compile(model, backend="highway"), or a model on which model.compile(backend="highway") was called'
         )
     return found

@@ -1,4 +1,4 @@
-"""One graph in every form that was asked for, each compiled when it is first needed."""
+"""One graph in every form that was requested, each compiled when it is first needed."""
 
 from __future__ import annotations
 
@@ -30,26 +30,29 @@ Seen = Callable[[Callable[[], Check] | None], None]
 
 
 class Forms:
-    """``compile(module, inputs, options)`` is how the backend compiles; numbers stand in ``options`` by now."""
+    """``compile(module, inputs, options)`` is the backend's compilation. ``options`` contain numbers, not "auto"."""
 
     def __init__(self, source: Source, compile: Compile) -> None:
         self.source, self.compile = source, compile
         self.made: dict[Options, tuple[Callable[..., Any], Guards] | None] = {}
 
     def keep(self, options: Options, form: Callable[..., Any]) -> None:
-        """What Dynamo had compiled, whose guards are Dynamo's."""
+        """Keep a form that Dynamo's own compilation made. Dynamo checks its guards."""
         self.made[options] = form, Guards(self.source)
 
     def has(self, options: Options, values: Sequence[Any]) -> bool:
-        """Whether the form holds for these inputs. It is compiled for that, and given up for good where that fails."""
+        """Whether the form is valid for these inputs. Compiles it first if needed; if that fails, the form is given up
+        for good.
+        """
         if options not in self.made:
             self.made[options] = self._compiled(options)
         found = self.made[options]
         return found is not None and found[1].hold(values)
 
     def run(self, options: Options, values: Sequence[Any], otherwise: Callable[..., Any] | None = None) -> Any:
-        """With exact gradients where the form cannot be compiled, or does not hold for these inputs; those that
-        ``otherwise`` computes, where that cannot be compiled either. HighwayError if there is no such thing."""
+        """Run the form. Use exact gradients if it cannot be compiled or is not valid for these inputs; if those cannot
+        be compiled either, use ``otherwise``. Raises HighwayError if there is no ``otherwise``.
+        """
         if not self.has(options, values):
             options = options.exactly()
             if not self.has(options, values):
@@ -61,7 +64,7 @@ class Forms:
         return found[0](*values)
 
     def late(self, options: Options, checks: Checks | None = None) -> tuple[Callable[..., Any], Guards]:
-        """Compiled after Dynamo is gone, and the sizes it holds for."""
+        """Compile after Dynamo has finished. Also return the guards on sizes."""
         how = {} if checks is None else {"checks": checks.of}
         with self.source.guarded() as guards:
             form = self.source.compiled(lambda module, inputs: self.compile(module, inputs, options, **how))
@@ -85,9 +88,9 @@ class Forms:
 
 @dataclass
 class Checks:
-    """A compilation that compares: with ``given`` forms, or with the ladder of the graph.
+    """A compilation that compares the ``given`` forms, or else the ladder of the graph.
 
-    ``seen`` gets what each backward pass finds.
+    ``seen`` receives what each backward pass finds.
     """
 
     forms: Forms
@@ -98,7 +101,7 @@ class Checks:
     rewrite: CheckedPass | None = None
 
     def of(self, options: Options, prepared: Prepared) -> Checks:
-        """Called when the graph is prepared."""
+        """Called when the graph has been prepared."""
         loops = bool(self.given and prepared.loops) or any(record.candidates for record in prepared.records)
         self.rewrite = CheckedPass(
             options, prepared.records, given=self.given, hands_out=self.hands_out,
@@ -108,13 +111,13 @@ class Checks:
 
     @property
     def highway(self) -> CheckedPass:
-        """The pass, once the graph is prepared."""
+        """The pass, once the graph has been prepared."""
         assert self.rewrite is not None
         return self.rewrite
 
     @property
     def rungs(self) -> list[Rung]:
-        """What is compared; empty where the compilation is exact backprop and nothing else."""
+        """The forms compared; empty if the compilation is exact backprop only."""
         return self.rewrite.rungs if self.rewrite is not None else []
 
     def give_up(self) -> None:
@@ -122,7 +125,7 @@ class Checks:
         self.rewrite = None
 
     def inner_compile(self, otherwise: Callable[..., Any] | None) -> Callable[..., Any]:
-        """In the place of Inductor's compiler of forward and backward graphs."""
+        """Replaces Inductor's compiler of forward and backward graphs."""
         halves = CheckedHalves(self.highway, lambda found: self.seen(found))
 
         def compile(module: GraphModule, example_inputs: Any, **how: Any) -> Callable[..., Any]:
@@ -133,7 +136,7 @@ class Checks:
         return compile
 
     def _retraced(self, options: Options) -> tuple[Graph, Sequence[ChainRecord]]:
-        """The joint graph with loops as ``options`` have them."""
+        """The joint graph with its loops as in ``options``."""
         found: list[Graph] = []
         records: list[ChainRecord] = []
 
@@ -141,7 +144,7 @@ class Checks:
             prepared = prepare(module, options)
             records.extend(prepared.records)
             if failed := [record for record in prepared.records if record.failed]:
-                raise HighwayError(failed[0].reason)  # it is unrolled then, which nobody wants to wait for
+                raise HighwayError(failed[0].reason)  # the loop would be unrolled, which takes too long
             return compile_fx(module, inputs, {"joint_custom_pre_pass": _Keeping(found)}, inner_compile=_no_code)
 
         self.forms.source.compiled(trace)

@@ -1,4 +1,4 @@
-"""A checked step's graph, run operator by operator: first what the step is for, then what that is compared with."""
+"""Run a checked step's graph operator by operator: first the step's own results, then the gradients to compare."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class CheckedHalves:
-    """Stands where Inductor's compiler of forward and backward graphs stands: runs them as they are.
+    """Replaces Inductor's compiler of forward and backward graphs, and runs them uncompiled.
 
-    ``seen(check)`` is called in the backward pass with what it was given to find, a function that waits for the
-    device; with None where the other gradients could not be computed.
+    ``seen(found)`` is called in the backward pass. ``found`` is a function that waits for the device and returns the
+    check; it is None if the other gradients could not be computed.
     """
 
     def __init__(self, checked: CheckedPass, seen: Callable[[Callable[[], Check] | None], None]) -> None:
@@ -41,7 +41,7 @@ class CheckedHalves:
             if not how.get("is_backward"):
                 self.parameters = [isinstance(value, nn.Parameter) for value in given]
                 self.upstream = [isinstance(value, Tensor) and not value.is_leaf for value in given]
-            # Autocast has had its say when the graph was traced.
+            # Autocast was already applied when the graph was traced.
             with torch.no_grad(), without_autocast():
                 results, found = half.run(given)
             if how.get("is_backward"):
@@ -54,7 +54,7 @@ class CheckedHalves:
 
 
 class _Half:
-    """A graph, run operator by operator: its results first, then what they are compared with."""
+    """A graph, run operator by operator: its results first, then the gradients to compare with them."""
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
@@ -69,7 +69,7 @@ class _Half:
         self.last = self._last_uses()
 
     def _last_uses(self) -> dict[Node, list[Node]]:
-        """What need not be kept after a node has run."""
+        """Which values can be dropped after each node."""
         kept: set[Node] = set()
         torch.fx.map_arg(self.results, kept.add)
         if self.observed is not None:
@@ -84,7 +84,7 @@ class _Half:
         return dropped
 
     def run(self, values: list[Any]) -> tuple[Any, list[Tensor] | None]:
-        """The results; and the moments, None where there are none or they failed. Empties ``values``."""
+        """The results, and the moments (None if there are none or they failed). Empties ``values``."""
         running = _Running(self.module)
         running.env = dict(zip(self.inputs, values, strict=True))
         values.clear()
@@ -95,7 +95,7 @@ class _Half:
             try:
                 self._run(running, self.then)
                 found = [running.env[part] for part in parts]  # type: ignore[union-attr, index]
-            except Exception as error:  # whatever it is (no memory): the exact gradient is there
+            except Exception as error:  # no memory, for example; the exact gradient is available anyway
                 log.warning("a check could not be computed (%s); the step has its exact gradient", first_line(error))
             running.env[self.observed] = running.env[gradient]  # type: ignore[index]
         return torch.fx.map_arg(self.results, running.env.__getitem__), found
@@ -118,7 +118,7 @@ class _Running(Interpreter):
 
 
 def _changes_something(node: Node) -> bool:
-    """A buffer that is written back, a call that is there for its effect."""
+    """Whether it writes a buffer back, or is a call with a side effect."""
     return node.op == "call_function" and (node.is_impure() or changes_its_argument(node))
 
 

@@ -1,4 +1,4 @@
-"""What a checked step measures: gradients of several forms against the exact one."""
+"""The measurements of a checked step: gradients of several forms against the exact one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hwbp_compiler.options import Truncation
 
 @dataclass(frozen=True)
 class Compared:
-    """The gradient of one form against the exact one, over some parameters together: the cosine of the two, and the
-    norm of their difference relative to that of the exact one. nan where the exact one is zero, or one is not finite.
+    """The gradient of one form against the exact one, over some parameters together: their cosine, and the norm of
+    their difference relative to the exact norm. nan if a gradient is zero or not finite.
     """
 
     cosine: float
@@ -28,16 +28,16 @@ class Compared:
 
 @dataclass
 class Check:
-    """What one checked step has measured.
+    """The measurements of one checked step.
 
-    forms       k, gamma and S of what was compared
-    total       of each form, over all parameters (all inputs, where none is a parameter) whose gradient it approximates
-    chains      of each form, by chain: over the parameters whose gradient is taken from that chain
-    parameters  of each form, by name (by position, "input 3", where the name is not known)
-    changes     of each form, what its last iterations changed: the norm of the difference to the form before it with
-                the same S and gamma, relative to that of the exact gradient; nan where there is none
-    saves       of each form, seconds a step that the cost model expects it to save
-    upstream    of each form, over the gradients that go on to what was computed before this graph
+    forms       k, gamma and S of each form compared
+    total       per form, over all parameters (or all inputs, if none is a parameter) whose gradient it approximates
+    chains      per form, by chain: over the parameters whose gradient comes from that chain
+    parameters  per form, by name (or by position, "input 3", if the name is unknown)
+    changes     per form, what its last iterations changed: the norm of the difference to the previous form with the
+                same S and gamma, relative to the exact norm; nan if there is none
+    saves       per form, seconds per step that the cost model expects it to save
+    upstream    per form, over the gradients that go on to earlier graphs
     used        the form that trains; None for exact backprop
     """
 
@@ -52,7 +52,7 @@ class Check:
 
     @property
     def worst(self) -> list[float]:
-        """Of each form the lower of the cosines of its parameters and of what goes on upstream."""
+        """For each form the lower of two cosines: over its parameters, and over the gradients that go upstream."""
         return [
             a.cosine if b.cosine != b.cosine else least(a.cosine, b.cosine)
             for a, b in zip(self.total, self.upstream, strict=True)
@@ -60,7 +60,7 @@ class Check:
 
 
 def least(a: float, b: float) -> float:
-    """The lower of two cosines; nan where either is: something was not finite, or nothing was seen."""
+    """The lower of two cosines; nan if either is nan: something was not finite, or nothing was measured."""
     return min(a, b) if a == a and b == b else float("nan")
 
 
@@ -79,5 +79,5 @@ class Sums:
 
     @property
     def all(self) -> Compared:
-        """Over everything that was added under the name ""; nothing at all is exact."""
+        """Over everything that was added under the name ""; if nothing was added, the gradient is exact."""
         return Compared.of(*self.sums[""]) if "" in self.sums else Compared(1.0, 0.0)

@@ -1,4 +1,4 @@
-"""One joint graph added to another: what both compute is computed once."""
+"""Add one joint graph to another; what both compute is computed once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hwbp_compiler.recurrence.operator import operator as recurrent_module
 class Merging:
     """Adds graphs to ``graph`` that start from the same inputs and have the same forward pass.
 
-    A call of the same operator on the same operands is one node. Calls that draw random numbers are told apart by how
+    Calls of the same operator on the same operands become one node. Calls that draw random numbers are matched by how
     many came before: all graphs draw the same numbers in the same order.
     """
 
@@ -28,7 +28,7 @@ class Merging:
             first[node] = self.known.setdefault(_key(graph, node, args, kwargs, drawn), node)
 
     def add(self, other: Graph) -> list[Any]:
-        """The results of ``other``, as nodes of ``graph``; new ones stand before its output."""
+        """The results of ``other`` as nodes of ``graph``. New nodes are inserted before its output."""
         place: dict[Node, Node] = {}
         drawn: Counter[Any] = Counter()
         positions = iter(self.graph.find_nodes(op="placeholder"))
@@ -42,7 +42,7 @@ class Merging:
                 return list(args[0])
             key = _key(other, node, args, kwargs, drawn)
             if key not in self.known and changes_its_argument(node):
-                place[node] = args[0]  # the first graph does so already, and once is enough
+                place[node] = args[0]  # the first graph already does this, and once is enough
                 continue
             if key not in self.known:
                 with self.graph.inserting_before(output):
@@ -69,7 +69,7 @@ def changes_its_argument(node: Node) -> bool:
 
 def _key(graph: Graph, node: Node, args: Any, kwargs: Any, drawn: Counter[Any]) -> Any:
     if node.target is recurrent_module:
-        args = args[:-1]  # what the forward pass records is asked for by the first graph's backward pass alone
+        args = args[:-1]  # only the first graph's backward pass uses what the forward records
     if node.op == "placeholder":
         return node.name
     if node.op == "get_attr":

@@ -1,4 +1,4 @@
-"""How good the gradient is while a model trains."""
+"""Measure how good the gradient is while a model trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reading:
     iterations, segment, damping   of the form that was compared
     cosine, relative_error         over all parameters whose gradient it approximates
     chains      the same by chain
-    trains      whether it is the form that the model trained with when it was compared
+    trains      whether the model trained with this form when it was compared
     """
 
     number: int
@@ -91,7 +91,7 @@ class GradientMeter:
         self.close()
 
     def take(self, check: Check) -> None:
-        """Called by the model with what a step has measured."""
+        """Called by the model with the measurements of a step."""
         for how, total, chains in zip(check.forms, check.total, check.chains, strict=True):
             figures = total.cosine, total.relative_error, chains, how == check.used
             reading = Reading(len(self.readings), how.iterations, how.segment, how.damping, *figures)
@@ -108,7 +108,7 @@ class GradientMeter:
         if reading.trains and self.warn_below is not None and reading.cosine < self.warn_below:
             log.warning(
                 "the gradient with iterations=%d, segment=%d has a cosine of %.3f with the exact one, below %g. More "
-                "iterations, a larger segment, or iterations=\"auto\" make it better.",
+                "iterations, a larger segment, or iterations=\"auto\" improve it.",
                 reading.iterations, reading.segment, reading.cosine, self.warn_below,
             )  # fmt: skip
         if self.callback is not None:

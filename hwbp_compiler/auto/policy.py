@@ -1,23 +1,23 @@
-"""Which form the next step takes. It sees cosines and counts steps, and no clock: a seed reproduces a training."""
+"""Decide which form the next step takes, from cosines and step counts without a clock: a seed reproduces a training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# Where nothing on the ladder is good, checks become rarer, up to this many times.
+# If no rung is good enough, checks become rarer, by up to this factor.
 _RAREST = 16
 
 
 @dataclass
 class Policy:
-    """Rungs are numbered from 0, the cheapest; number ``rungs`` is exact backprop, where it starts.
+    """Rungs are numbered from 0, the cheapest. Number ``rungs`` is exact backprop, where training starts.
 
-    rungs    how many there are beside exact backprop
-    target   the least cosine of a form that is used
+    rungs    how many there are besides exact backprop
+    target   the lowest cosine of a form in use
     every    steps from one check to the next
-    shared   several modules take their steps in turn: checks come at changing places, and no cheaper form is taken,
-             because a check sees one of the modules alone
+    shared   several modules take turns: checks then hit different modules, and the policy never moves to a cheaper
+             form, because a check sees only one of the modules
     """
 
     rungs: int
@@ -41,16 +41,18 @@ class Policy:
 
     @property
     def downhill(self) -> float:
-        """The least cosine at which a form cheaper than the one in use is taken: half as far from 1 as the target.
-        Without the difference, a form near the target would come and go."""
+        """The lowest cosine for moving to a cheaper form than the one in use: half as far from 1 as the target. Without
+        this margin, a form near the target would come and go.
+        """
         return 1 - (1 - self.target) / 2
 
     def checks_now(self) -> bool:
-        """To be asked once at every step: whether this one is a check. Whoever gets True owes a call of ``observe`` or
-        of ``nothing_seen``."""
+        """Whether this step is a check; call it once per step. After True, the caller must call ``observe`` or
+        ``nothing_seen``.
+        """
         if len(self.lost) == self.rungs:
             return False
-        if self.waiting:  # the last check has had no backward pass
+        if self.waiting:  # the last check had no backward pass
             self.nothing_seen()
         if self.until_check > 0:
             self.until_check -= 1
@@ -60,7 +62,7 @@ class Policy:
         return True
 
     def observe(self, cosines: Sequence[float]) -> None:
-        """Take what a check has measured of every rung; nan where nothing was."""
+        """Record the cosine that a check measured for every rung; nan if it measured none."""
         self.waiting, self.missed = False, 0
         self.checks += 1
         usable = [i for i in range(self.rungs) if i not in self.lost]
@@ -78,12 +80,13 @@ class Policy:
         self.until_check = self._steps_to_come()
 
     def _steps_to_come(self) -> int:
-        """Without a check, after this one."""
+        """Steps without a check after this one."""
         return self.every * self.rarer - 1 + (self.checks % 2 if self.shared else 0)
 
     def nothing_seen(self) -> None:
-        """The check has said nothing: no backward pass came, or the gradient was zero or not finite. Another one
-        follows soon, and then ever later."""
+        """The check found nothing: there was no backward pass, or the gradient was zero or not finite. The next check
+        follows soon, and later each time this repeats.
+        """
         self.waiting = False
         self.until_check = min(2**self.missed, self.every) - 1
         self.missed += 1

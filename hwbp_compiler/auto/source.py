@@ -1,7 +1,7 @@
-"""A graph of Dynamo's, kept as it came: further forms of it can be compiled when Dynamo is gone.
+"""A graph from Dynamo, kept unchanged so that more forms of it can be compiled after Dynamo has finished.
 
-Torch does the same with a backward graph, which it compiles when it is first run. As there, a form that is compiled
-late can add no guard any more; what its compilation learnt about symbolic sizes is asked at every call instead.
+Torch does the same with a backward graph, which it compiles when it is first run. As there, a form compiled late cannot
+add guards. Instead, what its compilation learned about symbolic sizes is checked at every call.
 """
 
 from __future__ import annotations
@@ -21,45 +21,46 @@ from hwbp_compiler.torch_private import LateCompilation
 
 @dataclass
 class Source:
-    """``module`` as Dynamo made it, with fake inputs and the user's names of them ("" where there is none)."""
+    """``module`` as Dynamo made it, with fake inputs and the user's names for them ("" if there is none)."""
 
     module: GraphModule
     inputs: Sequence[Any]
     late: LateCompilation
     names: tuple[str, ...] = ()
-    known: int = 0  # conditions on sizes that Dynamo knows of, and asks before it calls
+    known: int = 0  # number of conditions on sizes that Dynamo knows and checks before each call
 
     @classmethod
     def of(cls, module: GraphModule, inputs: Sequence[Any]) -> Source:
-        """While ``module`` is compiled, and before anything changes it."""
+        """Called while ``module`` is compiled, before anything changes it."""
         given = [node.meta.get("example_value", value) for node, value in zip(_inputs(module), inputs, strict=True)]
         return cls(copy_of(module), given, LateCompilation(given), tuple(names_of_inputs(module.graph)))
 
     @property
     def first_parameter(self) -> int | None:
-        """Its place among the inputs; None where no input is a parameter."""
+        """The position of the first parameter among the inputs; None if no input is a parameter."""
         return next((i for i, value in enumerate(self.inputs) if isinstance(value, nn.Parameter)), None)
 
     def handed_over(self) -> None:
-        """Dynamo's own compilation is done: what is learnt of sizes from now on, Dynamo does not ask."""
+        """Dynamo's own compilation is done. Dynamo does not check what is learned about sizes from now on."""
         self.known = self.late.guards()
 
     def compiled(self, how: Callable[[GraphModule, list[Any]], Callable[..., Any]]) -> Callable[..., Any]:
-        """``how(module, inputs)`` of a copy, after Dynamo is gone."""
+        """Run ``how(module, inputs)`` on a copy, after Dynamo has finished."""
         with self.late.here():
             return how(copy_of(self.module), list(self.inputs))
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[Guards]:
-        """What is learnt of symbolic sizes while this lasts, or was by forms before: nobody learns it again, but it is
-        taken for known."""
+        """Guards for what is learned about symbolic sizes while this lasts, or was learned by earlier forms. The
+        earlier ones count too: a later compilation takes them as known and does not report them again.
+        """
         guards = Guards(self)
         yield guards
         guards.learn()
 
 
 class Guards:
-    """Whether a form that was compiled late holds for the sizes of a call."""
+    """Checks whether a form that was compiled late is valid for the sizes of a call."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -76,7 +77,7 @@ class Guards:
 
 
 def copy_of(module: GraphModule) -> GraphModule:
-    """A graph module of its own over the same tensors, the regions in it copied too."""
+    """A separate graph module over the same tensors, with its regions copied too."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     for node in module.graph.nodes:

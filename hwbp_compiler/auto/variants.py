@@ -1,6 +1,6 @@
-"""The callable that Dynamo gets for a graph: before each forward pass it takes the form that is in force.
+"""The callable that Dynamo gets for a graph. Before each forward pass it picks the form that is in force.
 
-Which options are in force is known only then: ``set_options`` changes them from one step to the next.
+Only then are the options known: ``set_options`` changes them from one step to the next.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Steps(Protocol):
 
 
 class Variants:
-    """One graph of Dynamo's; ``options`` are those it was compiled with."""
+    """One graph from Dynamo; ``options`` are those it was compiled with."""
 
     def __init__(
         self, source: Source, module: GraphModule, inputs: list[Any], options: Options, compile: Compile
@@ -63,7 +63,7 @@ class Variants:
         options, meter = self.options, None
         if by is not None:
             options, meter = by.options or options, by.meter
-        # A meter reads along where the form does not change by itself; "auto" is read as it checks.
+        # A meter needs its own checks if the form is fixed. With "auto" it uses the policy's checks.
         metered = None if meter is None or options.auto else meter.every
         steps = self.steps.get((options, metered))
         if steps is None:
@@ -95,7 +95,7 @@ class Fixed:
 
 
 class Metered:
-    """The same form at every step; at every so many, its gradient is compared with the exact one on the way."""
+    """The same form at every step. Every so many steps, its gradient is also compared with the exact one."""
 
     def __init__(self, forms: Forms, options: Options, every: int) -> None:
         self.forms, self.options = forms, options
@@ -117,7 +117,7 @@ class Metered:
 
 
 class Automatic:
-    """The form that the policy chooses; checks are the policy's too."""
+    """The form that the policy chooses. The policy also decides on the checks."""
 
     def __init__(
         self,
@@ -132,7 +132,7 @@ class Automatic:
         self.parameter = forms.source.first_parameter
         self.owner: int | None = None
         self.rungs = [rung.how for rung in checks.rungs]
-        # Made once: options are checked whenever they are made, which takes longer than the rest of a call.
+        # Computed once: constructing options validates them, which takes longer than the rest of a call.
         self.exact, self.at = options.exactly(), [options.at(how) for how in self.rungs]
         self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every)
         self._arrived: list[Callable[[], Check] | None] = []
@@ -141,7 +141,7 @@ class Automatic:
     def run(self, values: Sequence[Any]) -> Any:
         exact, otherwise = self.exact, self.checked if self.guards.hold(values) else None
         if saves_through_hooks():
-            # A checkpoint in eager mode runs this again, maybe after other calls, and compares what both save.
+            # A checkpoint in eager mode runs this again, perhaps after other calls, and compares what both runs save.
             return self.forms.run(exact, values, otherwise)
         self._look_for_others(values)
         self._take()
@@ -158,11 +158,13 @@ class Automatic:
                 return self.forms.run(options, values)
             if self.forms.made[options] is None:
                 self.policy.lose(position)
-        # A check has the exact gradient too: slow, but right.
+        # A check computes the exact gradient too: slow, but right.
         return self.forms.run(exact, values, otherwise)
 
     def _look_for_others(self, values: Sequence[Any]) -> None:
-        """Whether several modules share this graph: blocks of one class, each compiled. Checks visit them in turn."""
+        """Detect whether several modules share this graph, as blocks of one class that are compiled separately. Checks
+        visit them in turn.
+        """
         if self.parameter is not None and not self.policy.shared:
             owner = id(values[self.parameter])
             self.policy.shared = self.owner not in (None, owner)
@@ -173,7 +175,7 @@ class Automatic:
             self.policy.lose(rung)
 
     def _take(self) -> None:
-        """What checks have found since the last step. Here the host waits for the device, once a check."""
+        """Process what checks have found since the last step. The host waits for the device here, once per check."""
         worst: list[float] = []
         while self._arrived:
             found = self._arrived.pop(0)
@@ -184,7 +186,7 @@ class Automatic:
             report(check, self._used)
             count("checks")
             cosines = check.worst
-            if any(cosine == cosine for cosine in cosines):  # several calls of one step: the worst of them counts
+            if any(cosine == cosine for cosine in cosines):  # several calls in one step: the worst counts
                 worst = list(map(least, worst, cosines)) if worst else cosines
             elif not worst:
                 self.policy.nothing_seen()
@@ -208,7 +210,7 @@ class Automatic:
 
 
 def report(check: Check, used: Truncation | None) -> None:
-    """To the meter of the callable that runs, if it has one."""
+    """Pass the check to the meter of the running callable, if it has one."""
     by = running()
     check.used = used
     if by is not None and by.meter is not None:

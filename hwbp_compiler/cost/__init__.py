@@ -1,1 +1,1 @@
-"""Whether a rewrite is expected to pay: figures of devices, estimates, and the one ladder of decisions."""
+"""Whether a rewrite is expected to pay: device figures, estimates, and the common sequence of decisions."""

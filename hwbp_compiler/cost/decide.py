@@ -1,4 +1,4 @@
-"""The ladder of decisions, the same for chains, for loops of ``recurrent`` and for recurrent modules."""
+"""The sequence of decisions, the same for chains, for loops of ``recurrent`` and for recurrent modules."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .estimate import Estimate
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a chain is rewritten, why, and what that was expected to cost; None where nothing was estimated.
+    """Whether a chain is rewritten, why, and its expected cost (None if nothing was estimated).
 
-    ``candidates``: what may be chosen while the model trains, with what it was expected to cost."""
+    ``candidates`` are the forms that may be chosen while the model trains, with their expected cost.
+    """
 
     why: Why
     rewrites: bool = False
@@ -24,10 +25,10 @@ class Decision:
 
 
 def decide(length: int, options: Options, estimate: Callable[[Truncation], Estimate], may_pay: bool = True) -> Decision:
-    """What becomes of a sound chain of ``length`` links.
+    """Decide about a sound chain of ``length`` links.
 
-    ``estimate`` takes what would be written out, and is asked only where its answer is reported. ``may_pay``: whether
-    expected speed is enough to rewrite the chain, or only ``rewrite="always"``.
+    ``estimate`` takes the truncation to write out, and is called only if its answer is reported. ``may_pay`` says
+    whether expected speed is enough to rewrite the chain, or only ``rewrite="always"``.
     """
     if options.rewrite == "never":
         return Decision(Reason.REWRITE_NEVER.of())
@@ -38,7 +39,7 @@ def decide(length: int, options: Options, estimate: Callable[[Truncation], Estim
     if options.auto:
         return _to_be_chosen(length, options, estimate, may_pay)
     how = options.truncation(length)
-    assert how is not None  # or it is ordinary backprop
+    assert how is not None  # otherwise it is ordinary backprop
     expected = estimate(how)
     if options.rewrite == "always":
         return Decision(Reason.REWRITTEN_ALWAYS.of(estimate=expected), True, expected)
@@ -61,33 +62,32 @@ def needs_memory(needed: float, limit: float, options: Options) -> Why:
     return Reason.NEEDS_MEMORY.of(needed=needed / 1e6, limit=limit / 1e6, given=options.max_extra_memory)
 
 
-# No iterations help one link: none at all drop its block, one is ordinary backprop.
-_ALONE = "Nothing: one link alone has none to be computed at once with, and its gradients are exact."
+# For a single link no number of iterations helps: none drops its block, and one is ordinary backprop.
+_ALONE = "Nothing to do: a single link has no others to be computed at once with. Its gradients are exact."
 
 
 def shorter(length: int, options: Options) -> Why:
-    """Why a chain below ``min_length`` is left alone, and what to change."""
+    """Why a chain below ``min_length`` is left unchanged, and the advice."""
     exact = not options.tried(length)
     advice = _ALONE
     if length > 1:
         also = f" with {_short_of_backprop(length, options)}" if exact else ""
-        advice = f"min_length={length}{also} lets it be considered."
+        advice = f"Use min_length={length}{also} to have it considered."
     return Reason.TOO_SHORT.of(min_length=options.min_length, advice=advice)
 
 
 def ordinary(length: int, options: Options) -> Why | None:
-    """Why ``iterations`` ask for ordinary backprop of a chain of ``length`` links, and what to change; None where they
-    ask for something else."""
+    """Why ``iterations`` means ordinary backprop for ``length`` links, and the advice. None if it does not."""
     if options.tried(length):
         return None
     if options.auto:
         return Reason.NO_CANDIDATE.of()
     needed = options.needed(length)
     if options.iterations == "exact":
-        any_of = f"Any iterations below {needed}." if needed else f"A segment below {length}, and iterations=0."
+        any_of = f"Use iterations below {needed}." if needed else f"Use a segment below {length}, and iterations=0."
         return Reason.EXACT_ASKED_FOR.of(advice=any_of if length > 1 else _ALONE)
     fewer = f"iterations below {needed}" if needed else f"a segment below {length} and iterations=0"
-    advice = f"{fewer}, or leave it: these gradients are exact." if length > 1 else _ALONE
+    advice = f"Use {fewer}, or leave it: these gradients are exact." if length > 1 else _ALONE
     if options.segment == 1:
         return Reason.ITERATIONS_REACH_LENGTH.of(iterations=options.iterations, length=length, advice=advice)
     return Reason.ITERATIONS_REACH_SEGMENTS.of(

@@ -1,8 +1,8 @@
-"""What devices do in a second: the one table that estimates read.
+"""How fast devices are: the one table that the estimates read.
 
-:class:`Device` describes operators that a compiled graph calls one by one; :class:`Kernels` the kernels of recurrent
-modules and the tall products of their rewritten form. The numbers are of the right size, and no measurements of the
-machine at hand: decisions are about clear gains, and ``rewrite="always"`` overrides them.
+:class:`Device` describes operators that a compiled graph calls one by one. :class:`Kernels` describes the kernels of
+recurrent modules and the tall products of their rewritten form. The numbers give the order of magnitude and are not
+measured on the machine at hand. Decisions need a clear gain, and ``rewrite="always"`` overrides them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ COMPILE_NODE = 0.012
 
 @dataclass(frozen=True)
 class Device:
-    """What a device does in a second, and what it costs to ask it.
+    """The speed of a device, and the cost of a call.
 
-    flops         of a large product, per core
-    bytes         of memory, read or written
-    cache_bytes   of what was touched just before, per core
+    flops         per second, of a large product, per core
+    bytes         of memory per second, read or written
+    cache_bytes   per second, of data touched just before, per core
     launch        seconds to launch a library call or a kernel
     piece         seconds to pass one link's tensor into a stack or out of one
     step          seconds of Python in a time step of a loop: finding the rows and calling the compiled step
@@ -43,13 +43,15 @@ class Device:
     grain: float = 0.0
 
     def seconds(self, work: float) -> float:
-        """For what takes ``work`` seconds on one core."""
+        """Seconds for work that takes ``work`` seconds on one core."""
         shared = min(1.0, work / self.grain) if self.grain else 1.0
         return work / (1 + (self.cores - 1) * shared)
 
 
 def device_figures(device: torch.device) -> Device:
-    """Fitted to measurements on one kind of server core; for accelerators round figures that nobody has measured."""
+    """Fitted to measurements on one kind of server core. The numbers for accelerators are round figures without
+    measurements.
+    """
     if device.type == "cpu":
         return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, 6e-6, cores(), 3e-5)
     return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6, 6e-6)
@@ -63,11 +65,12 @@ def cores() -> int:
 
 @dataclass(frozen=True)
 class Kernels:
-    """flops per second of tall products, bytes per second, seconds of a compiled call, and of the exact backward pass
-    (with PyTorch's own kernel: of both passes) seconds a step and seconds an element of the state and step. ``more``:
-    what a further layer or direction takes of the time of the first, where one kernel runs them side by side.
-    ``kernel_flops``: those of PyTorch's own kernel. ``run_flops``: those of a run over segments on one of ``cores``,
-    ``run_step``: its seconds a step beside the products."""
+    """Figures for recurrent modules: flops per second of tall products, bytes per second, and seconds of a compiled
+    call. ``step`` and ``element`` are seconds per step, and per element of the state and step, of the exact backward
+    pass (with PyTorch's own kernel: of both passes). ``more`` is the time of a further layer or direction relative to
+    the first, if one kernel runs them side by side. ``kernel_flops`` are those of PyTorch's own kernel; ``run_flops``
+    those of a run over segments on one of ``cores``, and ``run_step`` its seconds per step besides the products.
+    """
 
     flops: float
     bytes: float
@@ -94,7 +97,7 @@ def kernel_figures(kind: str, like: Tensor) -> Kernels:
 
 
 def _kernels_of_a_gpu(kind: str, like: Tensor) -> Kernels:
-    """cuDNN keeps a small state in one kernel for all steps, but not in bfloat16."""
+    """cuDNN runs all steps in one kernel if the state is small, but not in bfloat16."""
     full, tf32, low = 45e12, 180e12, 400e12
     flops = kernel = low if like.element_size() < 4 else full
     if like.dtype is torch.float32:

@@ -1,8 +1,8 @@
-"""What a chain's backward pass is expected to cost, link after link and rewritten: bytes, flops and launches.
+"""The expected cost of a chain's backward pass, link after link and rewritten: bytes, flops and launches.
 
-Substitution launches every operator once per link, the rewritten form once per group and iteration; but it computes
-every block ``iterations`` times more, and it copies what has to be stacked (saved tensors, and the weights of links
-that have their own).
+Substitution launches every operator once per link; the rewritten form launches it once per group and iteration. But the
+rewritten form computes every block ``iterations`` more times, and it copies what must be stacked (saved tensors, and
+the weights of links that have their own).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .devices import Device, device_figures
 
 aten = torch.ops.aten
 
-# Below this ratio of the two estimates a rewrite is not worth the risk that the model is off.
+# If the ratio of the two estimates is above this, a rewrite is not worth the risk that the estimates are off.
 _MARGIN = 0.8
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected seconds of the chain's backward, link after link and rewritten, and bytes copied to stack."""
+    """Expected seconds of the chain's backward, link after link and rewritten, and bytes copied into stacks."""
 
     substitution: float
     rewritten: float
@@ -55,7 +55,7 @@ class Estimate:
 
 
 def estimate(chain: Chain, groups: list[Group], how: Truncation) -> Estimate:
-    """Cost of ``chain``'s backward as it stands and rewritten."""
+    """The cost of ``chain``'s backward, unchanged and rewritten."""
     like = next(n for n in chain.states[0] if n is not None).meta["val"]
     figures = device_figures(like.device)
     substitution = rewritten = 0.0
@@ -82,7 +82,7 @@ def estimate(chain: Chain, groups: list[Group], how: Truncation) -> Estimate:
 
 
 def of_blocks(group: Group, block: set[int], figures: Device, how: Truncation, positions: Sequence[int]) -> float:
-    """Seconds for the blocks of links ``positions``, counted from the loss, in all iterations, or runs, together."""
+    """Seconds for the blocks of links ``positions``, counted from the loss, in all iterations or runs together."""
     if how.segment == 1:
         return how.iterations * seconds_of(group, block, figures, len(positions))
     at_step = Counter(position % how.segment for position in positions)
@@ -117,8 +117,8 @@ def seconds_of(
 ) -> float:
     """Seconds for ``statements``, once, for ``lanes`` links at a time; ``summed`` ones leave one sum over links.
 
-    Cheap operators fuse into one loop per heavy one or reduction: they cost a launch together, and their bytes at
-    cache speed. What all links share (an RNN's weights) is read once, however many lanes there are.
+    Cheap operators fuse into one loop per heavy operator or reduction. Such a loop costs one launch, plus its bytes at
+    cache speed. What all links share (an RNN's weights) is read once, whatever the number of lanes.
     """
     program = group.template
     total = 0.0
@@ -146,7 +146,7 @@ def seconds_of(
 
 
 def _summed(group: Group) -> frozenset[int]:
-    """Exports of which only the sum over links is wanted (an RNN's weight gradients), through changes of layout."""
+    """Exports of which only the sum over links is needed (an RNN's weight gradients), also behind changes of layout."""
     found: set[int] = set()
     for i in group.exports:
         if all(n is None or _is_accumulated(n) for n in group.raw(i)):
@@ -169,7 +169,7 @@ def _accumulating(group: Group, figures: Device) -> float:
 
 
 def _bytes_of_argument(group: Group, argument: object, lanes: int) -> int:
-    """What is read of one operand for ``lanes`` links."""
+    """Bytes read from one operand for ``lanes`` links."""
     if isinstance(argument, tuple):
         return sum(_bytes_of_argument(group, a, lanes) for a in argument)
     if isinstance(argument, Ref):
@@ -192,12 +192,12 @@ def _flops(node: Node) -> float:
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: _with_hints(n.meta["val"]))
     try:
         return float(formula(*args, **kwargs, out_val=_with_hints(value)))
-    except Exception:  # a formula may refuse shapes it does not know; the estimate does without it
+    except Exception:  # a formula may refuse unknown shapes; the estimate then does without it
         return 2.0 * bytes_of(value)
 
 
 def _with_hints(value: object) -> object:
-    """``value`` with numbers for symbolic sizes: to compute with a symbol would tie the graph to this size of it."""
+    """``value`` with numbers for symbolic sizes: computing with a symbol would specialise the graph to its size."""
     if isinstance(value, (tuple, list)):
         return type(value)(_with_hints(v) for v in value)
     if isinstance(value, torch.SymInt):
@@ -214,6 +214,6 @@ def _copied(group: Group) -> tuple[int, int]:
 
 
 def _handed_out(group: Group) -> int:
-    """Tensors that the rest of the graph takes from the group link by link; sums over links leave it as one."""
+    """Tensors that the rest of the graph takes from the group link by link. A sum over links counts as none."""
     nodes = [n for i in group.exports for n in group.raw(i) if n is not None]
     return sum(not _is_accumulated(n) for n in nodes)

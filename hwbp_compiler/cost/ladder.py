@@ -1,4 +1,4 @@
-"""The forms of one graph that are expected to be faster than exact backprop, as a ladder to climb."""
+"""The forms of one graph that are expected to be faster than exact backprop, ordered as a ladder."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from dataclasses import dataclass
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.options import Truncation
 
-# Rungs at most: each costs a backward pass in every check, and a compilation where it is chosen.
+# The most rungs: each costs a backward pass in every check, and a compilation when it is chosen.
 RUNGS = 4
 
 
 @dataclass(frozen=True)
 class Rung:
-    """k, gamma and S for all chains of a graph for which they pay; the others stay exact. ``saves``: seconds a step,
-    as the cost model expects."""
+    """k, gamma and S for all chains of a graph for which they pay; the other chains stay exact. ``saves``: expected
+    seconds per step, from the cost model.
+    """
 
     how: Truncation
     saves: float
 
 
 def ladder(records: Iterable[ChainRecord], most: int = RUNGS) -> list[Rung]:
-    """At most ``most`` rungs, cheapest first; a dearer one loses no path over more links than all cheaper ones."""
+    """At most ``most`` rungs, cheapest first. Each keeps all paths over more links than any cheaper rung."""
     saves: dict[Truncation, float] = {}
     for record in records:
         for how, estimate in record.candidates:
@@ -36,13 +37,13 @@ def ladder(records: Iterable[ChainRecord], most: int = RUNGS) -> list[Rung]:
 
 
 def saved(records: Iterable[ChainRecord]) -> float:
-    """Seconds a step that the cost model expects of what was rewritten; less than nothing where it is slower."""
+    """Seconds per step that the cost model expects the rewrite to save; negative if it is slower."""
     rewritten = [r for r in records if r.decision == "rewritten" and r.estimate is not None]
     return sum((r.times * (r.estimate.substitution - r.estimate.rewritten) for r in rewritten), 0.0)
 
 
 def _spread(rungs: Sequence[Rung], most: int) -> list[Rung]:
-    """The first, the last, and between them steps of about equal factors of reach."""
+    """Keep the first and the last, and rungs in between at about equal factors of reach."""
     if len(rungs) <= most:
         return list(rungs)
     kept = [round(i * (len(rungs) - 1) / (most - 1)) for i in range(most)]

@@ -1,10 +1,10 @@
-"""Is a recurrent layer's backward pass expected to be faster in Highway-BP form than exact?
+"""Whether a recurrent layer's backward pass is expected to be faster in Highway-BP form than exact.
 
-Weighed is what differs: on one side the operators that ``recurrence.gru`` and ``recurrence.lstm`` write down, on the
-other the exact backward pass. That is PyTorch's own kernel, which pays for every step of time in calls and because the
-products of one step are too small to run at full speed, and what recording adds to its forward pass; for a GRU on a CPU
-it is ``recurrence.runs.exact``, one run over a single segment. The figures are of the size seen on two cores of a
-server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs count as if they were one.
+Only what differs is compared. On one side are the operators that ``recurrence.gru`` and ``recurrence.lstm`` emit, on
+the other the exact backward pass. The latter is PyTorch's own kernel. It pays for calls in every time step, its
+products of one step are too small for full speed, and recording makes its forward pass slower. For a GRU on a CPU, the
+exact pass is ``recurrence.runs.exact``, one run over a single segment. The figures have the magnitude seen on two cores
+of a server CPU and on an H100 (``benchmarks/recurrent.py``); other GPUs are treated as an H100.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from .estimate import Estimate
 
 _GATES = {"gru": 3, "lstm": 4}
 
-# Of [T, B, H], read or written: before the first iteration and after the last, and in every iteration.
+# Number of [T, B, H] tensors read or written: before the first iteration and after the last, and in every iteration.
 _SERIES = {"gru": (33, 10), "lstm": (44, 16)}
 
-# Kernels in a step of a run on a GPU: a product, and what is elementwise before the next.
+# Kernels per step of a run on a GPU: a product, and the elementwise operators before the next one.
 _LAUNCHES = 2
 
 
 def estimate_recurrent(
     kind: str, input: Tensor, output: Tensor, how: Truncation, layers: int = 1, directions: int = 1
 ) -> Estimate:
-    """Seconds for input [T, B, I] and output [T, B, H] ([T, B, 2 H] of both directions); symbolic sizes count as what
-    they were seen to be."""
+    """Seconds for input [T, B, I] and output [T, B, H] ([T, B, 2 H] for both directions); symbolic sizes count as their
+    hints.
+    """
     steps, batch, width = (hint(size) for size in input.shape)
     hidden = hint(output.shape[2]) // directions
     figures = kernel_figures(kind, output)
@@ -62,7 +63,7 @@ def _of_a_layer(
         rewritten = before_and_after + how.iterations * (of_state + each + 4 * figures.launch)
     if kind == "gru" and on_a_cpu:
         exact = before_and_after + _of_a_run(kind, figures, sizes, 1)
-    else:  # two products of one step, at half speed: into the state before and into the weights
+    else:  # two products per step, at half speed: for the state before and for the weights
         by_step = steps * (figures.step + figures.element * batch * hidden)
         slower = figures.flops / (figures.kernel_flops or figures.flops)
         exact = (2 * of_input + 2 * 2 * of_state) * slower + by_step
@@ -70,8 +71,9 @@ def _of_a_layer(
 
 
 def _of_a_run(kind: str, figures: Kernels, sizes: tuple[int, int, int, int], lanes: int) -> float:
-    """Seconds of ``recurrence/runs.cpp`` for all steps, over as many segments at once. Few rows wait for the weights to
-    come out of the cache, and fewer than there are cores are shared out only where a step is long."""
+    """Seconds of ``recurrence/runs.cpp`` for all steps, over ``lanes`` segments at once. With few rows, the weights
+    must come from the cache; and rows fewer than the cores are shared out only if a step is long.
+    """
     steps, batch, _, hidden = sizes
     rows = lanes * batch
     flops = 2.0 * steps * batch * _GATES[kind] * hidden * hidden

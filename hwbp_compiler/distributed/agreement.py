@@ -1,4 +1,4 @@
-"""All ranks start from the same: options and versions before the first step, the plan whenever a stage changes."""
+"""All ranks agree: on options and versions before the first step, and on the plan whenever a stage changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .errors import RankError
 
 
 def agree_on_options(stage: Any, options: dict[str, Any]) -> None:
-    """Raises :class:`RankError` on every rank where two of them differ."""
+    """Raise :class:`RankError` on every rank if any two ranks differ."""
     mine = {
         "torch": torch.__version__,
         "hwbp_compiler (a hash of its sources)": source_digest()[:16],
@@ -38,7 +38,9 @@ def same_everywhere(where: str, mine: dict[str, Any], group: dist.ProcessGroup |
 
 
 def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device: torch.device) -> None:
-    """:func:`same_everywhere` for every call: two numbers cross, and only where they differ what they stand for."""
+    """:func:`same_everywhere`, cheap enough for every call: only two numbers are sent, and the values themselves only
+    if the numbers differ.
+    """
     number = int.from_bytes(hashlib.sha256(repr(mine).encode()).digest()[:7], "big")
     largest = torch.tensor([number, -number], device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -47,14 +49,14 @@ def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device:
 
 
 def nothing_new(stage: Any, here: bool) -> bool:
-    """Whether no rank has anything new to tell. One number a rank and step."""
+    """Whether no rank has news. Costs one number per rank and step."""
     flag = torch.tensor([0 if here else 1], device=stage.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=stage.group)
     return not int(flag)
 
 
 def agree_on_plan(stage: Any, iterations: int | None, mine: StagePlan, failure: Exception | None) -> Plan:
-    """The stages of all ranks in order; :class:`RankError` on every rank where one of them failed."""
+    """The stages of all ranks in order. Raises :class:`RankError` on every rank if one of them failed."""
     everyone = _all((stage.stage_index, mine, failure and first_line(failure)), stage.group)
     for rank, (index, _, failed) in enumerate(everyone):
         if failed:

@@ -1,12 +1,13 @@
-"""Which stages make a chain of segments, and which wait for one another: the plan that all ranks agree on.
+"""Which stages form a chain of segments, and which wait for one another: the plan that all ranks agree on.
 
-Stages are numbered 0 .. R - 1 from the input, as torch numbers them. The last one holds the loss: what it hands back,
-its exact input gradient, is the head of the first chain. A chain runs from stage ``last`` down to stage ``first``, the
-nearest one below that has no highway, or stage 0. In the terms of SEGMENTS.md, section 1: stage s of the chain is a
-segment, e_last is the chain's head, and P_s is needed of every segment but the one next to the input. That one takes
-part in the last run only, so it need not have a highway. What its last run hands back is exact for what it was given,
-and is the head of the next chain: a strided shortcut stays exact, and the stages before it wait for it as they would in
-backprop.
+Stages are numbered 0 .. R - 1 from the input, as in torch. The last one holds the loss. Its exact input gradient is the
+head of the first chain. A chain runs from stage ``last`` down to stage ``first``, which is the nearest stage below
+without a highway, or stage 0.
+
+In the terms of SEGMENTS.md, section 1: stage s of the chain is a segment, e_last is the chain's head, and P_s is needed
+for every segment except the one next to the input. That one takes part only in the last run, so it need not have a
+highway. Its result is exact for the gradient that it receives, and is the head of the next chain. So a strided shortcut
+stays exact, and the stages before it wait for it as they would in backprop.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What all ranks know of a stage.
+    """What all ranks know about a stage.
 
     rank     in the pipeline's group
-    number   P_s, damping included, where it is a number; ``diagonal`` where it is a tensor of the state's shape
-    takes    forms (shape, dtype) of what comes from the stage before in one micro-batch and wants a gradient
+    number   P_s, damping included, if it is a number; ``diagonal`` is true if it is a tensor of the state's shape
+    takes    forms (shape, dtype) of what comes from the stage before in one micro-batch and requires a gradient
     """
 
     rank: int
@@ -53,21 +54,21 @@ class Chain:
 
     @property
     def inner(self) -> range:
-        """The segments whose P and v are needed: all but the one next to the input."""
+        """The segments whose P and v are needed: all except the one next to the input."""
         return range(self.first + 1, self.last + 1)
 
     def __contains__(self, stage: int) -> bool:
         return self.first <= stage <= self.last
 
     def rounds(self, iterations: int | None) -> int:
-        """k, or fewer: C - 1 are ordinary backprop. None asks for that."""
+        """The number of rounds: k, or C - 1 if that is less, which is ordinary backprop. None requests that."""
         most = self.segments - 1
         return most if iterations is None else min(iterations, most)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The stages, and the chains they make, that nearest the loss first."""
+    """The stages, and the chains they form, those nearest the loss first."""
 
     stages: tuple[StagePlan, ...]
     iterations: int | None
@@ -78,13 +79,14 @@ class Plan:
         object.__setattr__(self, "chains", tuple(chains))
 
     def is_exact_at(self, stage: int) -> bool:
-        """Whether P of ``stage`` goes into nothing."""
+        """Whether P of ``stage`` is not used."""
         return not any(stage in chain.inner for chain in self.chains)
 
 
 def chains_of(has_highway: Sequence[bool], iterations: int | None) -> list[Chain]:
-    """A chain that ``iterations`` make ordinary backprop is one of each of its stages: they wait for each other in the
-    rounds as well, and a product of K that overflows would spoil what needs none.
+    """The chains of stages. If ``iterations`` make a chain ordinary backprop, each of its stages becomes a separate
+    chain. In the rounds they would wait for each other anyway, and a product of K that overflows would spoil a result
+    that does not need it.
 
     >>> chains_of([False, True, True, False], 1)
     [Chain(first=0, last=2)]

@@ -1,7 +1,7 @@
-"""What crosses ranks in the backward pass: heads, products and v, over the pipeline's own process group.
+"""What ranks exchange in the backward pass: heads, products and v, in the pipeline's own process group.
 
-Every rank of the group takes part in every collective, in the order of the plan. One that has no part in a chain posts
-its share beforehand and goes on computing; it waits for those at the end of the step.
+Every rank of the group takes part in every collective, in the order of the plan. A rank without a part in a chain posts
+its share early and continues computing; it waits for these collectives at the end of the step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Crossing:
     # -- the head of a chain ------------------------------------------------------------------------------------
 
     def give_head(self, chain: Chain, tensors: Sequence[Tensor]) -> None:
-        """From the stage after the chain: its input gradients, [M, *shape] each."""
+        """Called by the stage after the chain: broadcast its input gradients, [M, *shape] each."""
         for tensor in tensors:
             self._broadcast(chain, tensor, wait=False)
 
@@ -54,7 +54,7 @@ class Crossing:
     # -- rows of the segments of a chain ------------------------------------------------------------------------
 
     def gather(self, chain: Chain, rows: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """[M, *state] by inner segment, own ones -> those of all inner segments."""
+        """Gather rows [M, *state] by inner segment: from this rank's own to those of all inner segments."""
         own, gathered = self._buffers(chain)
         for place, s in enumerate(self._of_rank(chain, self.rank)):
             if s in rows:
@@ -81,7 +81,7 @@ class Crossing:
     # -- of other ranks -----------------------------------------------------------------------------------------
 
     def stand_by_for_products(self, chain: Chain) -> None:
-        """Post this rank's share of a chain that it has no segment of; so do the two below."""
+        """Post this rank's share for a chain of which it has no segment. The next two methods do the same."""
         self.stand_by_for_rounds(chain, int(needs_products(self.plan, chain)))
 
     def stand_by_for_head(self, chain: Chain) -> None:
@@ -96,7 +96,7 @@ class Crossing:
         if wait:
             work.wait()
         else:
-            self._posted.append((work, tensors))  # which must live as long
+            self._posted.append((work, tensors))  # the tensors must live until the collective is done
 
     def finish(self) -> None:
         for work, _ in self._posted:
@@ -105,5 +105,5 @@ class Crossing:
 
 
 def needs_products(plan: Plan, chain: Chain) -> bool:
-    """Whether some P of ``chain`` is a tensor, which is sent once; a number all ranks know."""
+    """Whether any P of ``chain`` is a tensor, which must be sent once; a number is known to all ranks."""
     return any(plan.stages[s].diagonal for s in chain.inner)

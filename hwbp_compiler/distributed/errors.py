@@ -1,4 +1,4 @@
-"""Errors of several processes: each names the rank, the reason, and what to do."""
+"""Errors of several processes. Each names the rank, the reason, and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StageError(HighwayError, ValueError):
 
 
 def checked(where: str, **values: Any) -> Options:
-    """``iterations``, ``damping`` and ``segment`` as :class:`Options` checks them. "auto" has no meaning yet."""
+    """Check ``iterations``, ``damping`` and ``segment`` as :class:`Options` does. "auto" is not supported yet."""
     for key, value in values.items():
         if isinstance(value, str) and value == "auto":
             refuse(where, key, value, "a number" + (' or "exact"' if key == "iterations" else ""))

@@ -1,12 +1,13 @@
-"""When a rank fails, the others say which one and why, instead of that a connection was closed.
+"""When a rank fails, the others report which one and why, instead of a closed connection.
 
-A rank that raises leaves a note in the process group's store. One whose communication fails (the other end is gone, or
-the group's time-out is over) looks for such a note. If there is none it sounds an alarm; a thread on every rank, which
-looks at the store now and then, answers with what its rank is doing. Who does not answer has ended; who answers that
-it computes, and for how long, stalls. The first finding is what all ranks report.
+A rank that raises leaves a note in the process group's store. A rank whose communication fails (the other end is gone,
+or the group's time-out is over) looks for such a note. If there is none, it sets an alarm. A thread on every rank
+checks the store now and then, and answers an alarm with what its rank is doing. A rank that does not answer has ended.
+A rank that answers that it is computing, and for how long, is stalled. The first finding is what all ranks report.
 
-Notes and alarms of a fault that the ranks got over must not be taken for those of the next one. So their keys hold the
-number of agreements that the group has come to, which is the same on all ranks: each takes all of them.
+Notes and alarms of a fault that the ranks survived must not be mistaken for those of a later one. So their keys contain
+the number of agreements that the group has reached. This number is the same on all ranks, because each takes part in
+all of them.
 """
 
 from __future__ import annotations
@@ -30,26 +31,29 @@ from hwbp_compiler.errors import HighwayError, first_line
 from .errors import RankError
 
 POLL = 0.5
-"""Seconds between two looks at the store: a round trip each."""
+"""Seconds between two checks of the store, each a round trip."""
 
 PATIENCE = 5.0
-"""Seconds that the ranks have to answer an alarm: some looks, on a busy machine."""
+"""Seconds that the ranks have to answer an alarm: several checks, even on a busy machine."""
 
 STALL = 1.0
-"""Seconds of computing from which on a rank that others wait for is said to stall; it may have just begun."""
+"""Seconds of computing after which a rank that others wait for is reported as stalled; a shorter time may only mean
+that it just began.
+"""
 
 # gloo raises plain RuntimeErrors.
 _OF_COMMUNICATION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|timed out|broken pipe|socket", re.IGNORECASE
 )
 
-# Within a stage's own pass, where data parallelism communicates too: no words that the stage itself may have.
+# For errors within a stage's own pass, where data parallelism communicates too. The stage's own messages must not
+# match.
 _OF_COMMUNICATION_WITHIN = re.compile(r"\bgloo/|ProcessGroup(Gloo|NCCL)|ncclSystemError|ncclRemoteError")
 
 
 @dataclass
 class _Group:
-    """Of a process group: agreements so far, the watch last used, and the alarm last answered."""
+    """State of a process group: agreements so far, the watch used last, and the alarm answered last."""
 
     agreements: int = 0
     watch: weakref.ref[Watch] | None = None
@@ -60,7 +64,7 @@ _GROUPS: weakref.WeakKeyDictionary[Any, _Group] = weakref.WeakKeyDictionary()
 
 
 class Watch:
-    """What this rank is doing, and what is known of the others. One per schedule and group."""
+    """Knows what this rank is doing, and finds out about the others. One per schedule and group."""
 
     def __init__(self, where: str, group: dist.ProcessGroup | None, name: str) -> None:
         self.where, self.name = where, name
@@ -81,7 +85,7 @@ class Watch:
     # -- what this rank is doing --------------------------------------------------------------------------------
 
     def agreed(self) -> None:
-        """All ranks have come to an agreement: what went wrong before is over."""
+        """All ranks have reached an agreement, so earlier faults are over."""
         self._of_group.agreements += 1
 
     def say(self, what: str, waiting: bool = False) -> None:
@@ -90,15 +94,16 @@ class Watch:
     @contextlib.contextmanager
     def computing(self, what: str) -> Iterator[None]:
         self.say(what)
-        yield  # an error leaves it as it is
+        yield  # an error leaves the state unchanged
         self.say("waiting for other ranks", waiting=True)
 
     # -- faults -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """Around all that communicates. An error of this rank's own goes on as it is; one of communication becomes a
-        :class:`RankError` that names the rank behind it."""
+        """Wraps everything that communicates. An error of this rank passes through unchanged. A communication error
+        becomes a :class:`RankError` that names the rank that caused it.
+        """
         self._of_group.watch = weakref.ref(self)
         self.say("waiting for other ranks", waiting=True)
         try:
@@ -111,7 +116,7 @@ class Watch:
                 self._note(f"{self._me()} raised {first_line(chain[-1])}")
                 ours = next((e for e in chain[1:] if isinstance(e, HighwayError)), None)
                 if ours is not None:
-                    raise ours from None  # torch's words around it tell nothing more
+                    raise ours from None  # torch's wrapper adds no information
                 raise
             self.say("its connection to another rank is lost", waiting=True)
             raise RankError(f"{self.where}: {self._found(error)}") from error
@@ -121,12 +126,12 @@ class Watch:
         return self._of(self.rank, self.name)
 
     def _of(self, rank: int, *said: str) -> str:
-        """A rank of the group, with what else it is called."""
+        """A rank of the group, with its other names."""
         said = (*said, f"global rank {self._global[rank]}") if self._global[rank] != rank else said
         return f"rank {rank} ({', '.join(said)})" if said else f"rank {rank}"
 
     def _note(self, text: str) -> str:
-        """The first note of all ranks, which is this one if there was none."""
+        """Leave a note, unless there is one already. Return the first note of all ranks."""
         with contextlib.suppress(Exception):
             return self._store.compare_set(self._failed(), "", text).decode()
         return text
@@ -142,13 +147,14 @@ class Watch:
             while time.monotonic() < until:
                 if self._store.check([self._failed()]):
                     break
-                if self._store.check([self._failed(1)]):  # of one that had come to the agreement this rank waits for
+                # Left by a rank that reached the agreement this rank is waiting for.
+                if self._store.check([self._failed(1)]):
                     return f"{self._store.get(self._failed(1)).decode()}; {said}"
                 time.sleep(POLL / 5)
             return f"{self._note(self._culprits())}; {said}"
         except Exception as lost:
             return (
-                "the store of the process group does not answer, so the process that holds it (rank 0, unless torchrun "
+                "the store of the process group does not answer, so the process that hosts it (rank 0, unless torchrun "
                 f"does) has probably ended: {first_line(lost)}; {said}"
             )
 
@@ -172,7 +178,9 @@ class Watch:
         )
 
     def answer(self) -> None:
-        """Tell what this rank is doing if somebody asked. Of several watches of a group the one last used answers."""
+        """Report what this rank is doing if there is an alarm. Of several watches of a group, the one used last
+        answers.
+        """
         group = self._of_group
         if group.watch is None or group.watch() is not self or not self._store.check([f"{self._key}/alarm"]):
             return
@@ -198,10 +206,10 @@ def _answer(watch: weakref.ref[Watch], stop: threading.Event) -> None:
 
 
 def is_communication(error: BaseException) -> bool:
-    """Whether ``error`` tells of another rank rather than of this one."""
+    """Whether ``error`` was caused by another rank."""
     if isinstance(error, HighwayError):
         return False
-    first = _chain(error)[-1]  # torch wraps what a stage's forward or backward pass raises
+    first = _chain(error)[-1]  # torch wraps errors from a stage's forward or backward pass
     if isinstance(first, dist.DistError):
         return True
     words = _OF_COMMUNICATION if first is error else _OF_COMMUNICATION_WITHIN
@@ -209,7 +217,7 @@ def is_communication(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """``error`` and what caused it, the first cause last."""
+    """``error`` and its causes, with the first cause last."""
     found = [error]
     while found[-1].__cause__ is not None:
         found.append(found[-1].__cause__)
@@ -220,7 +228,7 @@ _WATCHES: weakref.WeakKeyDictionary[Any, dict[str, Watch]] = weakref.WeakKeyDict
 
 
 def watch_of(where: str, group: dist.ProcessGroup, name: str) -> Watch:
-    """One for every group and use."""
+    """One watch for every group and use."""
     known = _WATCHES.setdefault(group, {})
     if where not in known:
         known[where] = Watch(where, group, name)

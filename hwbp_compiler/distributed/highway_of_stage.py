@@ -1,16 +1,16 @@
 """The highway through a pipeline stage: P_s, found by the compiler's own passes in the stage's joint graph.
 
-A stage is a segment (docs/distributed.md). Of a segment the recurrence needs, besides its backward pass, one diagonal:
-P_s, the product of K over its links, that is the sum over all elementwise paths from the gradient at the stage's output
-to that at its input. Paths through a product of links are products of paths through links, so one look at the whole
-stage finds the same as a look at every link. How many links there are only damping asks for: each counts (1 - gamma).
+A stage is a segment (docs/distributed.md). Besides a segment's backward pass, the recurrence needs one diagonal: P_s,
+the product of K over its links. It is the sum over all elementwise paths from the gradient at the stage's output to
+that at its input. Paths through a product of links are products of paths through links, so analysing the whole stage at
+once gives the same result as analysing every link. Only damping needs the number of links: each counts (1 - gamma).
 
-Where P_s is 1 (pre-LN), nothing is computed. Where it is a tensor (masks, weight/sigma), it is computed from
-parameters and inputs by the part of the forward graph that leads to it, under the random state that the forward pass
-started from. That part gives the stage's output once more, which is compared with what the stage gave: a stage that is
-no function of what the graph knows (a Python counter, data it keeps) is told of instead of multiplied with the wrong K.
-Where P_s is another number, which stands in the graph as it was when the stage was traced, the output is computed once
-more for that comparison alone.
+If P_s is 1 (pre-LN), nothing is computed. If it is a tensor (masks, weight/sigma), it is computed from parameters and
+inputs by the part of the forward graph that leads to it, with the random state from which the forward pass started.
+That part also gives the stage's output again, which is compared with the original output. So a stage that is not a
+function of what the graph knows (a Python counter, stored data) raises an error instead of using the wrong K. If P_s is
+another number, the graph holds its value from the time of tracing, and the output is computed again only for this
+comparison.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ aten = torch.ops.aten
 
 
 class StageChanged(HighwayError):
-    """A stage's forward pass, computed again from the same inputs, gave another output."""
+    """Computing a stage's forward pass again from the same inputs gave a different output."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class StageHighway:
     """P_s of a stage, or why it has none.
 
     links   residual links in the stage; each counts (1 - gamma) under damping
-    number  P_s where it is the same number everywhere, without damping
-    graph   (what ``reads`` names) -> (P_s, the stage's output), P_s broadcastable against the output; where P_s is a
-            number other than 1, (the stage's output); where it is 1, None
-    reads   per input of ``graph``: ("parameter" or "buffer", its name) or ("argument", its place among the flat ones)
+    number  P_s if it is the same number everywhere, without damping
+    graph   (what ``reads`` names) -> (P_s, the stage's output), with P_s broadcastable to the output; if P_s is a
+            number other than 1, (the stage's output); if it is 1, None
+    reads   per input of ``graph``: ("parameter" or "buffer", its name) or ("argument", its flat position)
     random  whether ``graph`` draws random numbers
-    text    P_s for a reader: ``1``, ``mask``, ``weight/sigma``
-    why     set where there is no highway: the stage stays exact, and is waited for
+    text    P_s in readable form: ``1``, ``mask``, ``weight/sigma``
+    why     set if there is no highway: the stage stays exact, and others wait for it
     """
 
     links: int = 0
@@ -85,14 +85,14 @@ class StageHighway:
     def product(
         self, module: nn.Module, arguments: Sequence[Any], output: Tensor, random_state: RandomState
     ) -> Tensor | None:
-        """P_s of one micro-batch, expanded to the output's shape; None where it is a number. ``output`` is what the
-        stage gave for ``arguments``.
+        """P_s of one micro-batch, expanded to the output's shape; None if it is a number. ``output`` is the stage's
+        output for ``arguments``.
 
-        Raises :class:`StageChanged` where the graph gives another output.
+        Raises :class:`StageChanged` if the graph gives another output.
         """
         assert self.graph is not None
         values = _read(self.reads, unwrapped(module), arguments)
-        # Autocast's casts are in the graph.
+        # Autocast's casts are already in the graph.
         casts = torch_private.without_autocast()
         with torch.no_grad(), casts, random_state.again() if self.random else contextlib.nullcontext():
             *product, recomputed = self.graph(*values)
@@ -108,13 +108,13 @@ def _read(reads: Sequence[tuple[str, Any]], module: nn.Module, arguments: Sequen
     }
     values = [held[kind][name] for kind, name in reads]
     if any(isinstance(v, DTensor) for v in values):
-        raise StageChanged("parameters that the highway depends on are sharded now, and were not when it was found.")
+        raise StageChanged("parameters that the highway depends on are sharded now, but were not when it was found.")
     return values
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """Of the generators a stage may draw from: the CPU's, and its device's."""
+    """The state of the generators that a stage may draw from: the CPU's and its device's."""
 
     cpu: Tensor
     device: torch.device
@@ -136,9 +136,9 @@ class RandomState:
 
 
 def find_highway(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StageHighway:
-    """Look for the highway through ``module(*args, **kwargs)``; the module is left as it was.
+    """Look for the highway through ``module(*args, **kwargs)``; the module is not changed.
 
-    ``args`` are the activations the stage was given, those that want a gradient with ``requires_grad``.
+    ``args`` are the activations that the stage received. Those that need a gradient have ``requires_grad`` set.
     """
     try:
         return _find(unwrapped(module), args, dict(kwargs), any(_is_compiled(m) for m in module.modules()))
@@ -160,7 +160,7 @@ def _find(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], comp
 
 
 def _trace(stack: contextlib.ExitStack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The joint graph, with the operators that eager mode draws random numbers with."""
+    """The joint graph, with the operators that eager mode uses to draw random numbers."""
     module = _copy(module)
     stack.enter_context(left_as_it_was(module))
     stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -175,8 +175,9 @@ def _trace(stack: contextlib.ExitStack, module: nn.Module, args: tuple[Any, ...]
 
 
 def _copy(module: nn.Module) -> nn.Module:
-    """The same parameters in modules of their own: tracing counts as no call of the user's, and torch (seen in 2.13)
-    leaves traced tensors in the place of parameters that are tied."""
+    """The same parameters in separate modules. Tracing must not count as a call of the user's module, and torch (seen
+    in 2.13) leaves traced tensors in place of tied parameters.
+    """
     if any(isinstance(m, FSDPModule) for m in module.modules()):
         return _whole(module, {})
     try:
@@ -186,11 +187,11 @@ def _copy(module: nn.Module) -> nn.Module:
 
 
 def _whole(module: nn.Module, seen: dict[int, Any]) -> nn.Module:
-    """``module`` without FSDP2: parameters of their whole shapes with nothing in them, since only shapes are traced."""
+    """``module`` without FSDP2: parameters have their whole shapes but no contents, since only shapes are traced."""
     if id(module) in seen:
         return seen[id(module)]  # type: ignore[no-any-return]
     kind: Any = type(module)
-    if isinstance(module, FSDPModule):  # whose class is made of FSDPModule and the module's own
+    if isinstance(module, FSDPModule):  # its class derives from FSDPModule and the module's own class
         kind = next(c for c in kind.__mro__ if c is not type(module) and not issubclass(c, FSDPModule))
     made = seen[id(module)] = kind.__new__(kind)
     made.__dict__.update(module.__dict__)
@@ -217,7 +218,7 @@ def _is_of_fsdp(hook: Any) -> bool:
 
 
 def _by_place(graph: Graph) -> tuple[dict[int, Node], dict[int, Node], dict[int, Node]]:
-    """Gradients at the outputs, the outputs, and gradients at the inputs, each by place."""
+    """Gradients at the outputs, the outputs, and gradients at the inputs, each by position."""
     (end,) = graph.find_nodes(op="output")
     described = list(zip(end.args[0], end.meta["desc"], strict=True))
     tangents = {
@@ -236,7 +237,7 @@ def _by_place(graph: Graph) -> tuple[dict[int, Node], dict[int, Node], dict[int,
 
 
 def _ends(graph: Graph, taken: list[int]) -> tuple[Node, Node, Node]:
-    """The stage's output, the gradient there, and the gradient at what the stage takes."""
+    """The stage's output, the gradient there, and the gradient at the stage's input."""
     tangents, outputs, gradients = _by_place(graph)
     if len(taken) != 1 or len(tangents) != 1:
         raise Declined(Reason.STAGE_TAKES_MORE.of(taken=_tensors(len(taken)), given=_tensors(len(tangents))))
@@ -261,7 +262,7 @@ def _in_joint_graph(
     _reworded(graph)
     (end,) = graph.find_nodes(op="output")
     gradient = end.args[0][place]
-    if gradient is tangent:  # nothing happens to the gradient: the stage is the identity
+    if gradient is tangent:  # the gradient is unchanged: the stage is the identity
         return StageHighway(number=1.0, text="1")
     info = GraphInfo(graph)
     link = extract(info, (tangent,), [gradient], set())
@@ -286,8 +287,10 @@ def _in_joint_graph(
 
 
 def conditions(module: nn.Module) -> Any:
-    """What of ``module``'s own a trace of it stands for, to be compared with ``==``: its modules and their modes, hooks
-    and plain attributes, and the forms of its parameters. Numbers kept elsewhere (a closure, a list) are not seen."""
+    """Everything of ``module`` that a trace of it depends on, for comparison with ``==``: its modules and their modes,
+    hooks and plain attributes, and the forms of its parameters. Numbers kept elsewhere (a closure, a list) are not
+    included.
+    """
     modules = tuple(
         (weakref.ref(m), *m._forward_hooks, *m._forward_pre_hooks, *(i for i in vars(m).items() if _is_plain(i[1])))
         for m in unwrapped(module).modules()
@@ -302,7 +305,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _reworded(graph: Graph) -> None:
-    """As the passes do before they look for anything."""
+    """Normalise the graph as the passes do before they look for anything."""
     keep_old_values(graph)
     read_sizes_elsewhere(graph)
     in_other_words(graph, set())
@@ -326,8 +329,9 @@ def _coefficient(graph: Graph, end: Node, link: Program, to: int, source: int) -
 
 
 def _cut_out(joint: fx.GraphModule, results: list[Node], end: Node) -> tuple[tuple[tuple[str, Any], ...], bool]:
-    """Leave of the graph what ``results`` are computed by, with every draw of random numbers before them. Returns what
-    it reads, and whether it draws."""
+    """Keep only the part of the graph that computes ``results``, with every draw of random numbers before them. Return
+    what it reads, and whether it draws.
+    """
     graph = joint.graph
     written = {d.mutated_input for d in end.meta["desc"] if isinstance(d, torch_private.InputMutationAOTOutput)}
     end.args = (tuple(results),)
@@ -348,7 +352,7 @@ def _cut_out(joint: fx.GraphModule, results: list[Node], end: Node) -> tuple[tup
             reads.append(("argument", what.idx))
         else:
             raise Declined(Reason.STAGE_UNTRACEABLE.of(error=f"an input of kind {type(what).__name__}"))
-    graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs as they come
+    graph.set_codegen(fx.graph.CodeGen())  # plain inputs and outputs
     graph.lint()
     return tuple(reads), any(_draws(node) for node in graph.nodes)
 
@@ -357,9 +361,9 @@ def _cut_out(joint: fx.GraphModule, results: list[Node], end: Node) -> tuple[tup
 class CellHighway:
     """K of one step of a cell, per pair (to, from) of components of its state.
 
-    numbers    where it is the same everywhere
-    graph      otherwise: (what ``reads`` names) -> (K of ``pairs`` ..., the next state ...)
-    why        set where there is none: the recurrence is exact
+    numbers    K for pairs for which it is the same number everywhere
+    graph      for the others: (what ``reads`` names) -> (K of ``pairs`` ..., the next state ...)
+    why        set if there is no K: the recurrence is exact
     """
 
     numbers: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -376,7 +380,7 @@ class CellHighway:
     def of_step(
         self, module: nn.Module, arguments: Sequence[Any], before: Sequence[Tensor], after: Sequence[Tensor]
     ) -> dict[tuple[int, int], Tensor]:
-        """K of the step from ``before`` to ``after``, each of the shape of its component."""
+        """K of the step from ``before`` to ``after``, each with the shape of its component."""
         found = {pair: torch.full_like(before[pair[0]], number) for pair, number in self.numbers.items()}
         if self.graph is not None:
             with torch.no_grad(), torch_private.without_autocast():
@@ -388,7 +392,7 @@ class CellHighway:
 
 
 def highway_of_cell(step: nn.Module, inputs: Sequence[Tensor], state: Sequence[Tensor]) -> CellHighway:
-    """K of ``step(*inputs, *state) -> (*next state, output)``; every component wants a gradient."""
+    """K of ``step(*inputs, *state) -> (*next state, output)``; every component needs a gradient."""
     try:
         with contextlib.ExitStack() as stack:
             joint = _trace(stack, step, (*inputs, *state), {})
@@ -430,7 +434,7 @@ def _of_cell(joint: fx.GraphModule, first: int, width: int) -> CellHighway:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The stage's own module, within DistributedDataParallel or torch.compile."""
+    """The stage's own module, inside DistributedDataParallel or torch.compile."""
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
@@ -466,7 +470,7 @@ def _text(link: Any) -> str:
     return str(found.xreplace({s: s.func(s.name.partition("@")[0]) for s in found.free_symbols})).replace("**", "^")
 
 
-# What the output computed again may be off by, relative to its norm: another order of summation is far below, another
+# The allowed relative difference of the output computed again. Another order of summation is far below it, another
 # dropout mask far above.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
@@ -474,12 +478,12 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 def _same_output(given: Tensor, recomputed: Tensor) -> None:
     scale = given.norm().item()
     if not math.isfinite(scale):
-        return  # what is not finite reaches the user's own check as it is
+        return  # the user's own checks see values that are not finite
     off = (given - recomputed).norm().item()
     if not off <= _TOLERANCE.get(given.dtype, 1e-3) * max(scale, 1e-30):
         raise StageChanged(
             "the stage's output, computed again from the same inputs and random state, is "
             f"{off / max(scale, 1e-30):.2g} off (relative to its norm). Its highway P depends on that computation. The "
-            "forward pass must be a function of parameters, buffers, inputs and PyTorch's own random numbers; counters "
-            "and other state of Python's are not seen."
+            "forward pass must depend only on parameters, buffers, inputs and PyTorch's own random numbers; counters "
+            "and other Python state are not seen."
         )

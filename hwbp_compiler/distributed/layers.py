@@ -1,7 +1,7 @@
-"""A layer of a recurrence over a rank's stretch: how it runs, what is exact in it, and its highway.
+"""One layer of a recurrence over a rank's stretch: how it runs, what is exact in it, and its highway.
 
-K is that of PAPER.md, section 2: z for a GRU; for an LSTM, with state (h, c), f from c to c and o (1 - tanh(c')^2) f
-from c to h. What has no highway (nn.RNN) is exact.
+K is that of PAPER.md, section 2. For a GRU it is z. For an LSTM, with state (h, c), it is f from c to c and o (1 -
+tanh(c')^2) f from c to h. A layer without a highway (nn.RNN) is exact.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _WHERE = "distributed.recurrent"
 class Diagonals:
     """The highway of a stretch, damped.
 
-    product   P per (to, from), [B, *]: what a gradient of the last state becomes at the state before the first step
-    k         the same of every step, [T, B, *]
+    product   P per (to, from), [B, *]: maps a gradient of the last state to the state before the first step
+    k         the same for every step, [T, B, *]
     """
 
     k: dict[Pair, Tensor]
@@ -44,8 +44,9 @@ class Diagonals:
         return total
 
     def along(self, after: Sequence[list[Tensor]], before: Sequence[list[Tensor]], end: list[Tensor]) -> list[Tensor]:
-        """What the losses contribute at the states after and before every step, and ``end``, along the highway to the
-        state before the first step."""
+        """Carry the losses' contributions at the states after and before every step, and ``end``, along the highway to
+        the state before the first step.
+        """
         state = list(end)
         for t in range(len(after) - 1, -1, -1):
             state = _times({pair: k[t] for pair, k in self.k.items()}, _plus(state, after[t]))
@@ -65,7 +66,7 @@ def _plus(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _after(total: dict[Pair, Tensor], row: dict[Pair, Tensor]) -> dict[Pair, Tensor]:
-    """``row`` follows ``total`` on a gradient's way: row @ total."""
+    """A gradient passes ``total`` first and then ``row``: row @ total."""
     found: dict[Pair, Tensor] = {}
     for (to, middle), second in row.items():
         for (arrived, source), first in total.items():
@@ -108,11 +109,11 @@ class Run:
         return self.x.shape[1]
 
     def through(self, contributions: Tensor, end: list[Tensor]) -> list[Tensor]:
-        """out_s: exact, through the states alone."""
+        """out_s: exact, through the states only."""
         return self._gradients(contributions, end, self.first)  # type: ignore[return-value]
 
     def gradients(self, contributions: Tensor, end: list[Tensor]) -> Gradients:
-        """Everything, once."""
+        """All gradients, once."""
         weights = [w for w in self.layer.weights if w.requires_grad]
         inputs = [self.x] if self.x.requires_grad else []
         found = self._gradients(contributions, end, [*inputs, *self.first, *weights])
@@ -137,13 +138,13 @@ class Run:
         return self.layer.highway(self.x, self.first, self.output)
 
     def along(self, diagonals: Diagonals, contributions: Tensor, end: list[Tensor]) -> list[Tensor]:
-        """A_s, and ``end`` along the highway. The output is component 0 of the state."""
+        """A_s, plus ``end`` carried along the highway. The output is component 0 of the state."""
         rest = [torch.zeros_like(s) for s in self.first[1:]]
         return diagonals.along([[c, *rest] for c in contributions], [], end)
 
 
 class Layer:
-    """One layer; ``width`` components of state, ``support`` the pairs (to, from) of K that are not zero."""
+    """One layer. ``width`` is the number of state components, ``support`` the pairs (to, from) with K not zero."""
 
     width = 1
     support: frozenset[Pair] = frozenset()
@@ -154,7 +155,7 @@ class Layer:
         raise NotImplementedError
 
     def highway(self, x: Tensor, state: list[Tensor], output: Tensor) -> dict[Pair, Tensor]:
-        """K per (to, from) of every step, [T, B, *]."""
+        """K per (to, from) for every step, [T, B, *]."""
         raise NotImplementedError
 
 
@@ -202,7 +203,7 @@ class ModuleLayer(Layer):
 
 
 def layers_of(module: nn.Module, x: Tensor, state: Any, exact: bool) -> Sequence[Layer]:
-    """The layers from the input up; ``x`` [T, B, *]. ``exact``: no highway is asked for."""
+    """The layers from the input upwards; ``x`` is [T, B, *]. ``exact`` means that no highway is needed."""
     if not isinstance(module, nn.RNNBase):
         return [CellLayer(module, x, state, exact)]
     for option, plain in (("bidirectional", False), ("proj_size", 0)):
@@ -219,26 +220,27 @@ def layers_of(module: nn.Module, x: Tensor, state: Any, exact: bool) -> Sequence
     return [ModuleLayer(module, n) for n in range(module.num_layers)]
 
 
-# -- cells of one's own ----------------------------------------------------------------------------------------------
+# -- user-defined cells
+# -------------------------------------------------------------------------------------------------
 
 
 _KEPT = 4
-"""Traces kept of a cell: modes and forms in turn, as training, evaluation and a last, smaller batch."""
+"""How many traces of a cell to keep: training, evaluation and a smaller last batch may alternate."""
 
 _TRACED: weakref.WeakKeyDictionary[nn.Module, list[tuple[Any, CellHighway]]] = weakref.WeakKeyDictionary()
 
 
 class CellLayer(Layer):
-    """``cell(x_t, state) -> (output, next_state)``, step by step; K is found by the compiler's passes in one step.
+    """``cell(x_t, state) -> (output, next_state)``, step by step. The compiler's passes find K in one step.
 
-    The state is a pytree of tensors ``[B, *]``, x_t and the output are tensors ``[B, *]``.
+    The state is a pytree of tensors ``[B, *]``; x_t and the output are tensors ``[B, *]``.
     """
 
     def __init__(self, cell: Any, x: Tensor, state: Any, exact: bool) -> None:
         if not isinstance(cell, nn.Module):
             raise StageError(
-                f"{_WHERE}: module_or_cell is a {type(cell).__name__}; it takes an nn.Module, whose parameters are "
-                "known. Make the cell a module."
+                f"{_WHERE}: module_or_cell is a {type(cell).__name__}; it takes an nn.Module, so that its parameters "
+                "are known. Make the cell a module."
             )
         flat, self.structure = pytree.tree_flatten(state)
         batch = x.shape[1]
@@ -247,7 +249,7 @@ class CellLayer(Layer):
         ):
             raise StageError(
                 f"{_WHERE}: state is {_described(state)}; a cell takes floating-point tensors [{batch}, ...], one or a "
-                "pytree of them, the state before the first step of all."
+                "pytree of them: the state before the first step of the whole sequence."
             )
         self.width = len(flat)
         self.step = _Step(cell, self.structure)
@@ -256,8 +258,9 @@ class CellLayer(Layer):
         self.support = self.found.support
 
     def _look(self, cell: nn.Module, row: Tensor, state: list[Tensor]) -> CellHighway:
-        """K, from a trace that is kept while nothing that it depends on has changed. One that stands for numbers alone
-        is not kept: no step would tell that they have changed where no module holds them."""
+        """K, from a trace that is kept until something it depends on changes. A trace that gives only numbers is not
+        kept: if a number is not stored in a module, no step would notice that it changed.
+        """
         kind = row.device.type
         key = (
             [(tuple(t.shape), t.dtype, t.device) for t in (row, *state)],
@@ -308,9 +311,9 @@ class _Step(nn.Module):
         leaves = pytree.tree_leaves(following)
         if not isinstance(output, Tensor) or [tuple(s.shape) for s in leaves] != [tuple(s.shape) for s in state]:
             raise StageError(
-                f"{_WHERE}: {type(self.cell).__name__} gives {_described(made)} for a state of "
-                f"{_described(list(state))}; it must give (output, next_state), one tensor and a state like the one it "
-                "is given."
+                f"{_WHERE}: {type(self.cell).__name__} returns {_described(made)} for a state of "
+                f"{_described(list(state))}; it must return (output, next_state): one tensor, and a state of the same "
+                "form."
             )
         return (*leaves, output)
 
@@ -362,8 +365,9 @@ class CellRun(Run):
         return {pair: torch.stack([row[pair] for row in rows]) for pair in rows[0]}
 
     def along(self, diagonals: Diagonals, contributions: Tensor, end: list[Tensor]) -> list[Tensor]:
-        """An output that is made of the next state contributes there; any other one at the state before its step, exact
-        through the cell's interior."""
+        """An output computed from the next state contributes there. Any other output contributes at the state before
+        its step, exactly, through the cell's interior.
+        """
         of_after, of_before = [], []
         for step, c in zip(self.steps, contributions, strict=True):
             via = _vjp([step.output], step.after, [c])

@@ -1,4 +1,4 @@
-"""What a stage is to ``ScheduleHighway``, before any process is started, and what crosses ranks."""
+"""How ``ScheduleHighway`` treats a stage, before any process is started, and what ranks exchange."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
 
 
 def described(plan: Plan, iterations: int | None, batches: int) -> str:
-    """The stages and chains of a schedule, one a line."""
+    """The stages and chains of a schedule, one per line."""
     lines = []
     for index, stage in enumerate(plan.stages):
         lines.append(f"stage {index} (rank {stage.rank}, {stage.module}): {_what(plan, index)}")

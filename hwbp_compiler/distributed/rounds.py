@@ -4,7 +4,7 @@
     v_s       out_s(e^t_s) - P_s e^t_s                            all ranks at once: one input gradient of each stage
     e^{t+1}   e_{s-1} = v_s + P_s e^{t+1}_s                       one all-gather of v, then a scan on every rank
 
-No loss touches a state between stages, so no c is added. P does not change from round to round and is gathered once.
+No loss contributes to a state between stages, so no c is added. P is the same in every round and is gathered once.
 Tensors are [M, *state] for M micro-batches.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from .chains import Chain
 
 Gather = Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]]
-"""Own rows by segment -> those of all segments."""
+"""From this rank's rows by segment to those of all segments."""
 
 
 def ends_of_segments(
@@ -51,7 +51,7 @@ def ends_of_segments(
     sent: dict[int, Tensor] = {}
     for t in range(chain.rounds(iterations)):
         for s in own:
-            # e^t of the t + 1 segments nearest the head is exact already, and so is what they send.
+            # The t + 1 segments nearest the head are exact already, and so is what they send.
             if t == 0 or s < chain.last - t + 1:
                 sent[s] = through(s, e[s]) - times(products[s], e[s])
         values = gather(sent)

@@ -71,14 +71,14 @@ class ScheduleHighway(ScheduleGPipe):
         options = checked(_WHERE, iterations=iterations, damping=damping)
         if isinstance(stage, (list, tuple)):
             raise StageError(
-                f"{_WHERE}: stage is a {type(stage).__name__} of {len(stage)}; it takes one stage a rank. "
-                "Pass each rank its stage; several stages on a rank can be one of more layers."
+                f"{_WHERE}: stage is a {type(stage).__name__} of {len(stage)}; it takes one stage per rank. "
+                "Pass each rank its stage. Merge several stages on a rank into one with more layers."
             )
         ranks = dist.get_world_size(stage.group)
         if ranks != stage.num_stages:
             raise StageError(
-                f"{_WHERE}: there are {stage.num_stages} stages on {ranks} ranks; it takes one stage a rank. Start as "
-                "many processes as stages, or make fewer and longer stages."
+                f"{_WHERE}: there are {stage.num_stages} stages on {ranks} ranks; it takes one stage per rank. Start "
+                "as many processes as stages, or make fewer and longer stages."
             )
         self.losses: list[Tensor] = []
         super().__init__(stage, n_microbatches, loss_fn and self._keeping(loss_fn), *args, **kwargs)
@@ -93,9 +93,9 @@ class ScheduleHighway(ScheduleGPipe):
         self._seen: Any = None
         self._given: list[tuple[tuple[Any, ...], dict[str, Any], RandomState]] = []
         self._crossing: Crossing | None = None
-        self._ends: list[Tensor] | None = None  # gradients of what the stage sends on; None for the loss
+        self._ends: list[Tensor] | None = None  # gradients of what the stage passes on; None for the loss
         self._with_loss = True
-        self._ran_with_loss: bool | None = None  # torch learns shapes anew when it changes
+        self._ran_with_loss: bool | None = None  # torch determines shapes again when it changes
         self._watch = Watch(_WHERE, stage.group, f"stage {stage.stage_index}")
         self._forms: Any = None
         self._opened = False
@@ -138,7 +138,7 @@ class ScheduleHighway(ScheduleGPipe):
         self._given.clear()
         self.losses.clear()
         self._crossing = self._ends = None
-        # Compiled stages run backward more than once: what they save must outlive the first time.
+        # Compiled stages run backward more than once, so what they save must outlive the first time.
         with self._answering(), torch_private.functorch_config.patch(donated_buffer=False):
             result = super().step(*args, **kwargs)
         if self._crossing is not None:
@@ -149,11 +149,11 @@ class ScheduleHighway(ScheduleGPipe):
         self._ends = self._product = None
         return result
 
-    # -- what GPipe asks the stage ------------------------------------------------------------------------------
+    # -- what GPipe calls on the stage -------------------------------------------------------------------------------
 
     def _keeping(self, loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def keep(*args: Any, **kwargs: Any) -> Tensor:
-            with self._watch.computing("its loss is computed"):
+            with self._watch.computing("it computes its loss"):
                 loss = loss_fn(*args, **kwargs)
             self.losses.append(loss)
             return loss
@@ -162,11 +162,13 @@ class ScheduleHighway(ScheduleGPipe):
 
     @contextlib.contextmanager
     def _answering(self) -> Iterator[None]:
-        """While this lasts, the stage's answers to GPipe are ours: nothing is received or sent backward, and before the
-        first backward pass come the rounds."""
+        """While this lasts, our functions replace the stage's methods that GPipe calls. Nothing is received or sent
+        backward, and the rounds run before the first backward pass.
+        """
         stage = self.stage
         forward = stage.forward_maybe_with_nosync
-        # To learn shapes torch runs the stage on memory as it comes (seen in 2.13), which BatchNorm takes note of.
+        # To determine shapes, torch runs the stage on uninitialised memory (seen in 2.13), which changes BatchNorm's
+        # buffers.
         new_mode = self._ran_with_loss is not self._with_loss
         buffers = [(b, b.clone()) for b in stage.submod.buffers()] if new_mode else []
 
@@ -176,7 +178,7 @@ class ScheduleHighway(ScheduleGPipe):
                 buffer.copy_(value)
             self._ran_with_loss = self._with_loss
             self._given.append((args, kwargs, RandomState.now(torch.device(stage.device))))
-            with self._watch.computing(f"its forward pass of micro-batch {len(self._given) - 1} runs"):
+            with self._watch.computing(f"it runs its forward pass of micro-batch {len(self._given) - 1}"):
                 output = forward(*args, **kwargs)
             self._same_forms(args, output)
             return output
@@ -184,7 +186,7 @@ class ScheduleHighway(ScheduleGPipe):
         backward = stage.backward_one_chunk
 
         def computing(batch: int, *args: Any, **kwargs: Any) -> None:
-            with self._watch.computing(f"its backward pass of micro-batch {batch} runs"):
+            with self._watch.computing(f"it runs its backward pass of micro-batch {batch}"):
                 backward(batch, *args, **kwargs)
 
         def received(batch: int) -> list[Any]:
@@ -194,7 +196,7 @@ class ScheduleHighway(ScheduleGPipe):
 
         def sent(batch: int) -> list[Any]:
             if stage.has_backward and not stage.is_first:
-                stage.get_local_bwd_output(batch)  # which nothing asks for any more
+                stage.get_local_bwd_output(batch)  # clears it; nothing else reads it
             return []
 
         answers: dict[str, Callable[..., Any]] = {
@@ -212,8 +214,10 @@ class ScheduleHighway(ScheduleGPipe):
                 delattr(stage, name)
 
     def _same_forms(self, args: Any, output: Any) -> None:
-        """Buffers are as large as the first micro-batch was; torch (seen in 2.13) fills them in part without a word.
-        What the first stage is given and the last one gives lies in none."""
+        """Check that all micro-batches have the same shapes. torch's buffers have the size of the first micro-batch;
+        torch (seen in 2.13) silently fills them only in part. The first stage's input and the last stage's output use
+        no such buffers.
+        """
         crossing = (() if self.stage.is_first else args), (() if self.stage.is_last else output)
         forms = [_form(t) for t in pytree.tree_leaves(crossing) if isinstance(t, Tensor)]
         key = self.stage.has_backward
@@ -230,8 +234,8 @@ class ScheduleHighway(ScheduleGPipe):
 
     def _before_backward(self) -> None:
         stage, index = self.stage, self.stage.stage_index
-        del self._given[: -self.batches], self.losses[: -self.batches]  # what torch ran to learn shapes
-        if isinstance(stage.submod, FSDPModule):  # as torch's schedules before all but the last backward pass
+        del self._given[: -self.batches], self.losses[: -self.batches]  # remove torch's runs to determine shapes
+        if isinstance(stage.submod, FSDPModule):  # like torch's schedules before all but the last backward pass
             stage.submod.set_is_last_backward(False)
             stage.submod.set_reshard_after_backward(False)
             stage.submod.set_requires_gradient_sync(False)
@@ -251,7 +255,7 @@ class ScheduleHighway(ScheduleGPipe):
             crossing.stand_by_for_rounds(chain, chain.rounds(self.iterations))
 
     def _solve(self, crossing: Crossing, plan: Plan, chain: Chain) -> list[Tensor]:
-        """This stage's part in its chain: the gradients of what it sends on, [M, *shape] each."""
+        """This stage's part in its chain: the gradients of what it passes on, [M, *shape] each."""
         index = self.stage.stage_index
         products: dict[int, Tensor | float] = {}
         for s in chain.inner:
@@ -278,7 +282,7 @@ class ScheduleHighway(ScheduleGPipe):
         return [found[index]]
 
     def _products(self) -> Tensor | None:
-        """P_s of all micro-batches, damped: [M, *state]; None where it is a number, which is checked."""
+        """P_s of all micro-batches, damped: [M, *state]. None if it is a number, which is only checked."""
         rows = []
         for batch, (args, kwargs, random_state) in enumerate(self._given):
             output = self._differentiable(self.stage.fwd_cache[batch][0])[0]
@@ -288,9 +292,10 @@ class ScheduleHighway(ScheduleGPipe):
         return torch.stack(rows) * (1.0 - self.damping) ** self._highway.links if rows else None
 
     def _input_gradients(self, ends: list[Tensor] | None) -> list[Tensor]:
-        """Gradients of what came from the stage before, [M, *shape] each; no parameter's. ``ends``: those of the
-        output, in that form; None for the loss."""
-        with self._watch.computing("its input gradients are computed"):
+        """Gradients of what came from the stage before, [M, *shape] each, but not of parameters. ``ends`` are the
+        gradients of the output in the same form; None for the loss.
+        """
+        with self._watch.computing("it computes its input gradients"):
             return self._gradients_at_inputs(ends)
 
     def _gradients_at_inputs(self, ends: list[Tensor] | None) -> list[Tensor]:
@@ -313,7 +318,7 @@ class ScheduleHighway(ScheduleGPipe):
         return [torch.stack(column).detach() for column in zip(*columns, strict=True)]
 
     def _take(self, ends: list[Tensor]) -> None:
-        """Hand the stage the gradients of its output, where it would have received them."""
+        """Give the stage the gradients of its output in the place where it would have received them."""
         stage = self.stage
         for batch in range(self.batches):
             rows = dict(zip(self._places_sent(batch), (end[batch] for end in ends), strict=True))
@@ -323,7 +328,7 @@ class ScheduleHighway(ScheduleGPipe):
     # -- what crosses to the neighbours -------------------------------------------------------------------------
 
     def _activations(self, batch: int) -> list[Tensor]:
-        """What came from the stage before and wants a gradient; a mask or a table of positions does not."""
+        """The tensors from the stage before that require a gradient; a mask or a table of positions does not."""
         args = self._given[batch][0]
         if self.stage.is_first:
             return []
@@ -332,7 +337,9 @@ class ScheduleHighway(ScheduleGPipe):
         return [a for a, info in zip(args, infos, strict=True) if info.source == before and a.requires_grad]
 
     def _places_sent(self, batch: int) -> list[int]:
-        """Outputs whose gradient the stage after has: those torch made room for, which it was told of by that stage."""
+        """Outputs for which the next stage sends a gradient: those for which torch has allocated a buffer at its
+        request.
+        """
         after = self.stage.stage_index + 1
         infos, sends = self.stage.grad_recv_info[batch], self.stage.act_send_info
         return [i for i, info in enumerate(infos) if after in sends[i] and info.buffer is not None]
@@ -348,12 +355,13 @@ class ScheduleHighway(ScheduleGPipe):
     # -- the plan -----------------------------------------------------------------------------------------------
 
     def _look(self) -> Plan:
-        """This step's plan, agreed on anew where something changed on some rank; also where P_s could not be computed,
-        which all ranks must be told of before they wait for it."""
+        """This step's plan. The ranks agree again if something changed on any rank, or if P_s could not be computed,
+        because all ranks must know before they wait for it.
+        """
         now, failure = self._signature(), None
         known = self._plan is not None and now == self._seen
         try:
-            with self._watch.computing("the highway of its stage is looked for"):
+            with self._watch.computing("it looks for the highway of its stage"):
                 if not known:
                     self._mine = self._describe()
                 idle = known and self._plan is not None and self._plan.is_exact_at(self.stage.stage_index)
@@ -367,7 +375,7 @@ class ScheduleHighway(ScheduleGPipe):
         return self._plan
 
     def _signature(self) -> Any:
-        """What the stage's joint graph depends on, besides its code and what Python keeps outside of modules."""
+        """What the stage's joint graph depends on, besides its code and Python state outside of modules."""
         args, kwargs, _ = self._given[0]
         flat, spec = pytree.tree_flatten((args, kwargs))
         forms = tuple((tuple(a.shape), a.dtype, a.requires_grad) if isinstance(a, Tensor) else repr(a) for a in flat)
@@ -382,7 +390,7 @@ class ScheduleHighway(ScheduleGPipe):
         takes = tuple(_form(a) for a in self._activations(0))
         name = type(unwrapped(stage.submod)).__name__
         rank = dist.get_rank(stage.group)
-        if index in (0, stage.num_stages - 1):  # neither hands anything on along a highway
+        if index in (0, stage.num_stages - 1):  # neither passes anything on along a highway
             return StagePlan(rank, takes=takes, module=name)
         if self.iterations is None:
             return StagePlan(rank, reason=Reason.EXACT_ASKED_FOR.text, takes=takes, module=name)
@@ -400,23 +408,23 @@ class ScheduleHighway(ScheduleGPipe):
             beyond = [d for d in stage.act_send_info.get(place, []) if d is not None and d != index + 1]
             if beyond and isinstance(output, Tensor) and output.requires_grad:
                 raise StageError(
-                    f"{_WHERE}: stage {index} hands its output {place} to stage {beyond[0]}, past stage {index + 1}, "
-                    "and wants its gradient back. Only neighbours may exchange gradients here. Carry the tensor along "
-                    f"through stage {index + 1}, or use torch's ScheduleGPipe."
+                    f"{_WHERE}: stage {index} sends its output {place} to stage {beyond[0]}, past stage {index + 1}, "
+                    "and needs its gradient back. Only neighbours may exchange gradients here. Pass the tensor through "
+                    f"stage {index + 1}, or use torch's ScheduleGPipe."
                 )
         ends = [*self.losses, *self._differentiable(stage.fwd_cache[0][0])]
         if torch_private.runs_backward_once(ends):
             raise StageError(
-                f"{_WHERE}: stage {index} was compiled before its first step here, such that its backward pass runs "
-                "only once. Leave the first call of a compiled stage to the schedule, or set "
-                "torch._functorch.config.donated_buffer = False before it."
+                f"{_WHERE}: stage {index} was compiled before its first step here, so its backward pass can run only "
+                "once. Let the schedule make the first call of a compiled stage, or set "
+                "torch._functorch.config.donated_buffer = False before that call."
             )
         handed = [] if index == stage.num_stages - 1 else self._differentiable(stage.fwd_cache[0][0])
         crossing = [t for t in (*self._activations(0), *handed) if t.is_complex()]
-        if crossing:  # for which torch (seen in 2.13) makes no room, so that gradients end there without a word
+        if crossing:  # torch (seen in 2.13) allocates no buffer for them, so gradients silently end there
             raise StageError(
-                f"{_WHERE}: stage {index} hands on or takes {_said([_form(t) for t in crossing])}, a gradient wanted. "
-                "torch's pipelines return none for complex tensors: hand on torch.view_as_real of it."
+                f"{_WHERE}: stage {index} sends or receives {_said([_form(t) for t in crossing])} that require a "
+                "gradient. torch's pipelines return no gradient for complex tensors: send torch.view_as_real of them."
             )
         if any(isinstance(a, DTensor) for a in self._given[0][0]):
             raise StageError(f"{_WHERE}: stage {index} is given a DTensor. Activations must be plain tensors.")

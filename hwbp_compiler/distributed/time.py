@@ -1,16 +1,16 @@
 """``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh (SEGMENTS.md, sections 1 and 3).
 
-Rank s holds a stretch of the sequence; that is segment s. Forward, it waits for the state of the rank before it, batch
-part by batch part. Backward, with i_s for what the later ranks hand to the last state of segment s, and c for what the
-losses contribute at its own states:
+Rank s holds a stretch of the sequence, which is segment s. In the forward pass it waits for the state of the rank
+before it, one part of the batch after another. In the backward pass, i_s is what the later ranks contribute at the last
+state of segment s, and c is the losses' contribution at its own states:
 
     i^0       i_{s-1} = A_s + P_s i_s             A_s: the segment's own c's along the highway
     v_s       out_s(i^t_s) - P_s i^t_s            all ranks at once: one backward pass through the states of a stretch
     i^{t+1}   i_{s-1} = v_s + P_s i^{t+1}_s       one all-gather of v, then a scan on every rank
 
-(e_s of SEGMENTS.md is i_s and the c of that state; out_s takes all c's of the stretch along.) The last rank knows its i
-from the start, so all it sends from the first round on is exact, and k = R - 1 is ordinary backprop. Stacked layers are
-chains of their own, the top one first.
+(e_s of SEGMENTS.md is i_s plus the c of that state; out_s includes all c's of the stretch.) The last rank knows its i
+from the start, so everything it sends from the first round on is exact, and k = R - 1 is ordinary backprop. Each of
+several stacked layers is a separate chain, the top one first.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def recurrent(
         StageError: a module that cannot be run so.
         RankError: ranks differ in options, versions or the form of what they hand over.
     """
-    # A rank that refuses leaves word for the others, which wait for it.
+    # A rank that refuses leaves a note for the others, which wait for it.
     known = isinstance(mesh, DeviceMesh) and mesh.ndim == 1
     with _watch(mesh.get_group()).guarded() if known else contextlib.nullcontext():
         return _recurrent(module_or_cell, x_shard, state, mesh, iterations, segment, damping, batches)
@@ -154,7 +154,9 @@ class _How:
 
 
 class _Sharded(torch.autograd.Function):
-    """(x, first state, weights) -> (y of this shard, last state): all layers, and what crosses ranks both ways."""
+    """(x, first state, weights) -> (y of this shard, last state): all layers, and what ranks exchange in both
+    directions.
+    """
 
     @staticmethod
     def forward(ctx: Any, how: _How, count: int, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -193,7 +195,7 @@ class _Sharded(torch.autograd.Function):
             del rest[len(rest) - layer.width :]
             end = _joined(how, layer, runs, of_y, head)
             parts = of_y.split([run.batch for run in runs], 1), *(e.split([run.batch for run in runs]) for e in end)
-            with how.watch.computing("its steps backward run"):
+            with how.watch.computing("it runs its steps backward"):
                 results = [run.gradients(c, list(e)) for run, c, *e in zip(runs, *parts, strict=True)]
             of_first = [torch.cat(part) for part in zip(*(r.state for r in results), strict=True)]
             of_states = [*(g if how.rank == 0 else torch.zeros_like(g) for g in of_first), *of_states]
@@ -206,7 +208,9 @@ class _Sharded(torch.autograd.Function):
 
 
 def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bool) -> list[Run]:
-    """The stretch, part of the batch by part: each waits for the state from the rank before and hands on its own."""
+    """Run the stretch, one part of the batch after another. Each part waits for the state from the rank before and then
+    sends on its own.
+    """
     runs, sent = [], []
     parts = zip(x.chunk(how.batches, 1), *(s.chunk(how.batches, 0) for s in first), strict=True)
     for part, *state in parts:
@@ -214,7 +218,7 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
         if how.rank > 0:
             for s in state:
                 dist.recv(s, group=how.group, group_src=how.rank - 1)
-        with how.watch.computing("its steps forward run"):
+        with how.watch.computing("it runs its steps forward"):
             run = Run.of(layer, part, state, wanted)
             _same_forms(state, run.last)
         runs.append(run)
@@ -228,17 +232,17 @@ def _forward(how: _How, layer: Layer, x: Tensor, first: list[Tensor], wanted: bo
 
 
 def _same_forms(first: list[Tensor], last: Sequence[Tensor]) -> None:
-    """What a rank hands on is what the next one made room for."""
+    """Check that a rank sends what the next one has allocated."""
     before, after = ([(tuple(t.shape), t.dtype) for t in state] for state in (first, last))
     if before != after:
         raise StageError(
-            f"{_WHERE}: the state is {before} before this rank's steps and {after} after them; it must stay alike. "
-            "Under autocast give a state of the dtype that the cell gives, or call this outside of autocast."
+            f"{_WHERE}: the state is {before} before this rank's steps and {after} after them; it must keep its form. "
+            "Under autocast, pass a state in the dtype that the cell returns, or call this outside of autocast."
         )
 
 
 def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[Tensor]) -> list[Tensor]:
-    """i^k of this rank: what later ranks hand to the last state of its stretch, [B, *] per component."""
+    """i^k of this rank: what later ranks contribute at the last state of its stretch, [B, *] per component."""
     rank, last = how.rank, how.ranks - 1
     width = layer.width
     sizes = [run.batch for run in runs]
@@ -252,20 +256,20 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
 
     def through(end: list[Tensor]) -> list[Tensor]:
         """out_s"""
-        with how.watch.computing("its steps backward run, through their states"):
+        with how.watch.computing("it runs its steps backward, through their states"):
             found = [run.through(c, e) for run, c, e in zip(runs, of_y.split(sizes, 1), cut(end), strict=True)]
         return [torch.cat(part) for part in zip(*found, strict=True)]
 
     exact = how.iterations is None or how.iterations >= last or not layer.support
     if exact:
-        # One stretch after the other; nobody goes along a highway.
+        # One stretch after the other; no highway is used.
         for s in range(last, 0, -1):
             rows = _gather(how, through(mine) if rank == s else zeros)
             if rank == s - 1:
                 mine = rows[s]
         return mine
 
-    with how.watch.computing("its highway is computed"):
+    with how.watch.computing("it computes its highway"):
         diagonals = [run.diagonals(how.damping) for run in runs]
         own = _concatenated([d.product for d in diagonals])
         parts = zip(runs, diagonals, of_y.split(sizes, 1), cut(mine), strict=True)
@@ -284,7 +288,7 @@ def _joined(how: _How, layer: Layer, runs: list[Run], of_y: Tensor, head: list[T
 
     for t in range(how.iterations or 0):
         end = scan()
-        if t == 0 or rank < last - t + 1:  # what is exact already does not change
+        if t == 0 or rank < last - t + 1:  # values that are exact already do not change
             values = through(end)
             if rank != last:
                 values = [a - b for a, b in zip(values, times(products[rank], end), strict=True)]
@@ -311,7 +315,7 @@ def _sum(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _gather(how: _How, rows: list[Tensor]) -> list[list[Tensor]]:
-    """Of all ranks, in order: one all-gather."""
+    """The rows of all ranks, in order, by one all-gather."""
     flat = torch.cat([r.reshape(-1) for r in rows])
     everyone = [torch.empty_like(flat) for _ in range(how.ranks)]
     dist.all_gather(everyone, flat, group=how.group)
@@ -320,13 +324,13 @@ def _gather(how: _How, rows: list[Tensor]) -> list[list[Tensor]]:
 
 
 def _local(x: Tensor, mesh: DeviceMesh, time: int) -> tuple[Tensor, Any]:
-    """The rank's own steps, and what makes of outputs what was given."""
+    """The rank's own steps, and a function that gives outputs the form of the input."""
     if not isinstance(x, DTensor):
         return x, lambda y: y
     if x.device_mesh != mesh or tuple(x.placements) != (Shard(time),):
         raise StageError(
             f"{_WHERE}: x_shard is a DTensor with placements {x.placements} on {x.device_mesh}; it takes "
-            f"(Shard({time}),) on the mesh that is given. Redistribute it, or pass plain tensors."
+            f"(Shard({time}),) on the given mesh. Redistribute it, or pass plain tensors."
         )
     length = x.shape[time]
 
@@ -358,7 +362,7 @@ def _states(module: nn.Module, layers: Sequence[Layer], x: Tensor, state: Any) -
 
 
 def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: list[Tensor]) -> Any:
-    """``last``, layer by layer, as the module returns it."""
+    """``last``, layer by layer, in the form that the module returns."""
     if not isinstance(module, nn.RNNBase):
         (layer,) = layers
         return layer.structured(last)  # type: ignore[attr-defined]
@@ -368,7 +372,7 @@ def layers_state(module: nn.Module, layers: Sequence[Layer], given: Any, last: l
 
 
 def _agree(how: _How, x: Tensor, states: Sequence[Tensor]) -> None:
-    """What must be the same on all ranks, in every call: one that differs would leave the others waiting."""
+    """Check what must be the same on all ranks in every call. A rank that differs would leave the others waiting."""
     mine = {
         "torch": torch.__version__,
         "hwbp_compiler (a hash of its sources)": source_digest()[:16],

@@ -1,7 +1,7 @@
-"""What an operator becomes with a leading link dimension: a rule each.
+"""One rule per operator: how to apply it with a leading link dimension.
 
-A rule is given Values (see ``emitter``), nested tuples and constants. Supporting an operator here is one function and
-one test; without one, vmap is asked.
+A rule receives Values (see ``emitter``), nested tuples and constants. Supporting an operator here takes one function
+and one test; without a rule, vmap is tried.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _pointwise(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
 
 @_rule(aten.clone.default, aten._to_copy.default)
 def _copy(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
-    # A copy into another memory format says nothing once there is a link dimension.
+    # With a link dimension, the memory format of a copy no longer matters.
     x: Value = args[0]
     if target is aten._to_copy.default and kwargs.get("dtype") is not None:
         return e.convert(x, kwargs["dtype"])
@@ -216,7 +216,7 @@ _MASKED_PUT = aten._unsafe_masked_index_put_accumulate.default
 
 @_rule(aten.index_put.default, aten._unsafe_index_put.default, _MASKED_PUT)
 def _index_put(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
-    """Links are one more index, the first. The gradient of an embedding is ``index_put`` into zeros."""
+    """Links become one more index, the first. The gradient of an embedding is ``index_put`` into zeros."""
     base, *mask, indices, values = args[: 4 if target is _MASKED_PUT else 3]
     rest = list(args[3:]) if target is not _MASKED_PUT else []
     if kwargs or not all(isinstance(i, Value) and i.tensor.dtype in (torch.int32, torch.int64) for i in indices):
@@ -283,7 +283,7 @@ def _unfold(e: Emitter, node: Node) -> Value:
     aten.max_pool2d_with_indices_backward.default,
 )
 def _pooling_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Value:
-    """Pooling mixes neither the batch nor, where there is none, the channels: links go there."""
+    """Pooling mixes neither the batch nor, in inputs without a batch, the channels: links join that dimension."""
     return _unfold(e, e.call(target, *(_fold(e, a) if isinstance(a, Value) else a for a in args), **kwargs))
 
 
@@ -303,7 +303,7 @@ TAKE_KEYWORDS.update(_ATTENTION_BACKWARD)
 
 @_rule(*_ATTENTION_BACKWARD)
 def _attention_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> list[Any]:
-    """Attention never mixes its batch dimension: links go there."""
+    """Attention never mixes its batch dimension: links join it."""
     named = dict(zip((a.name for a in target._schema.arguments), args, strict=False))
     if named["dropout_p"] != 0:
         raise Declined(Reason.DROPOUT_IN_ATTENTION)
@@ -315,7 +315,7 @@ def _attention_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -
             return argument
         if argument.rank >= 2:
             return _fold(e, argument)
-        # The state of the random numbers, which nothing reads without dropout.
+        # The state of the random numbers, which is not read without dropout.
         like = argument.tensor
         return e.call(aten.full.default, list(argument.shape), 0, dtype=like.dtype, device=like.device)
 
@@ -329,7 +329,7 @@ def _attention_backward(e: Emitter, target: Any, args: Args, kwargs: Keywords) -
 
 
 def _folded_mask(e: Emitter, mask: Value, batch: Any) -> Node:
-    """An additive mask that broadcasts to [batch, heads, queries, keys], for [links * batch, ...]."""
+    """An additive mask that broadcasts to [batch, heads, queries, keys], expanded for [links * batch, ...]."""
     if not mask.batched and (mask.rank < 4 or mask.shape[0] == 1):
         return mask.node
     node, sizes = e.batch(mask), list(mask.shape)
@@ -343,7 +343,7 @@ def _folded_mask(e: Emitter, mask: Value, batch: Any) -> Node:
 def convolution_backward(e: Emitter, args: Args, which: int) -> Value:
     """Output ``which`` (0 input, 1 weight, 2 bias) of convolution_backward for all links.
 
-    Shared weights: links join the batch. Own weights: links become groups of one convolution.
+    With shared weights, links join the batch. With separate weights, links become groups of one convolution.
     """
     gradient, inputs, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, _ = args
     mask = [which == i for i in range(3)]
@@ -385,7 +385,7 @@ def convolution_backward(e: Emitter, args: Args, which: int) -> Value:
 
 
 def _all_groups(e: Emitter, offsets: Value, rows: Any) -> Node:
-    """Where the groups of all links end, one link's rows after the other's: [links * groups]."""
+    """The end offsets of the groups of all links, one link's rows after the other's: [links * groups]."""
     ends = offsets.tensor
     first = e.call(aten.arange.default, e.count, dtype=ends.dtype, device=ends.device)
     before = e.call(aten.unsqueeze.default, e.call(aten.mul.Tensor, first, e.size(rows)), 1)
@@ -394,7 +394,7 @@ def _all_groups(e: Emitter, offsets: Value, rows: Any) -> Node:
 
 
 def _in_groups(e: Emitter, value: Value, offsets: Value, dim: int) -> Value:
-    """``value`` with zeros behind the last group: what follows there is the next link's."""
+    """``value`` with zeros after the last group, because the next link's rows would follow there."""
     size = value.shape[dim]
     number = e.call(aten.arange.default, e.size(size), dtype=offsets.tensor.dtype, device=offsets.tensor.device)
     last = e.call(aten.slice.Tensor, e.batch(offsets), 1, offsets.shape[0] - 1, offsets.shape[0])
@@ -408,7 +408,7 @@ if hasattr(aten, "_grouped_mm"):
 
     @_rule(aten._grouped_mm.default)
     def _grouped_mm(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
-        """Links are more groups: of rows times their matrices, or of the inner dimension."""
+        """Links become more groups: of rows times their matrices, or of the inner dimension."""
         left, right, offsets, *rest = (*args, None)[: max(3, len(args))]
         if offsets is None or any(a is not None for a in rest[:1]) or left.rank != 2:
             return e.vmap(target, args, kwargs)
@@ -419,14 +419,14 @@ if hasattr(aten, "_grouped_mm"):
             return _unfold(e, found)
         inner = left.shape[1]
         ends = _all_groups(e, offsets, inner)
-        # Column by column, as a transposed matrix lies: rows of any length need not be aligned.
+        # Stored column by column, like a transposed matrix, because rows of any length may be unaligned.
         columns = e.permute(_in_groups(e, left, offsets, 1).node, [0, 2, 1])
         tall = e.permute(e.reshape(columns, [e.count * inner, left.shape[0]]), [1, 0])
         return _unfold(e, e.call(target, tall, _fold(e, _in_groups(e, right, offsets, 0)), ends, *rest, **kwargs))
 
 
 def grouped_fallback(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> Result:
-    """transformers' own products in groups, for what PyTorch's does not take, and their backward."""
+    """transformers' own grouped products, for cases that PyTorch's operator does not support, and their backward."""
     input, weight, offsets, *gradient = args
     ends = _all_groups(e, offsets, input.shape[0])
     rows, *gradient = (_fold(e, _in_groups(e, a, offsets, 0)) for a in (input, *gradient))
@@ -434,7 +434,7 @@ def grouped_fallback(e: Emitter, target: Any, args: Args, kwargs: Keywords) -> R
     return [_unfold(e, v.node) for v in found] if isinstance(found, list) else _unfold(e, found.node)
 
 
-# Operators that are there only once somebody else has registered them.
+# Operators that exist only after another library has registered them.
 RULES_BY_NAME.update({
     "transformers::grouped_mm_fallback": grouped_fallback,
     "transformers::grouped_mm_fallback_backward": grouped_fallback,

@@ -1,8 +1,9 @@
 """Writes operators into a graph, for all links of a group at once.
 
-A ``Value`` is a graph node that either has a leading dimension of ``count`` links (``batched``) or is the same for
-all of them (shared). A size is a number or a bare node, and the same for all. A rule (``batching``) turns "operator on
-one link" into "operator on the stack". Where no rule is written, ``torch.vmap`` of the operator is traced and inlined.
+A ``Value`` is a graph node. It either has a leading dimension of ``count`` links (``batched``) or is the same for all
+of them (shared). A size is a number or a bare node, and is the same for all links. A rule (``batching``) turns
+"operator on one link" into "operator on the stack". Without a rule, ``torch.vmap`` of the operator is traced and
+inlined.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def decompositions() -> dict[Any, Any]:
     return dict(select_decomp_table())
 
 
-# Inductor's decomposition of these only treats special cases (empty operands, batch 1, complex numbers, no dtype) and
-# else keeps the operator.
+# For these, Inductor's decomposition handles only special cases (empty operands, batch 1, complex numbers, no dtype)
+# and otherwise keeps the operator.
 _KEPT = {
     aten.cat.default,
     aten.mm.default,
@@ -53,8 +54,9 @@ _KEPT = {
 }
 
 
-# They copy their first argument and write into the copy. Where it is one for all links, vmap expands it, and Inductor
-# (seen in torch 2.13) copies an expanded constant as it lies: all links then write into the same memory.
+# These copy their first argument and write into the copy. If that argument is shared by all links, vmap expands it, and
+# Inductor (seen in torch 2.13) copies an expanded constant with its strides, so all links would write into the same
+# memory.
 _WRITES = {
     aten.index_put.default,
     aten._unsafe_index_put.default,
@@ -72,13 +74,13 @@ _WRITES = {
 
 
 RULES: dict[object, Rule] = {}
-"""By operator, and for all pointwise ones by that tag; ``batching`` fills it."""
+"""By operator, or by ``torch.Tag.pointwise`` for all pointwise ones; ``batching`` fills it."""
 
 RULES_BY_NAME: dict[str, Rule] = {}
 """The same for operators of libraries that may not be loaded: ``"library::operator"``."""
 
 TAKE_KEYWORDS: set[object] = set()
-"""Operators whose rules know what to do with keywords that differ from link to link."""
+"""Operators whose rules can handle keyword arguments that differ from link to link."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ class Emitter:
     # -- plain nodes --------------------------------------------------------------------------------------------
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """One operator, decomposed if Inductor decomposes it: at this stage Inductor no longer does."""
+        """Emit one operator. It is decomposed here if Inductor decomposes it, because at this stage Inductor no longer
+        does.
+        """
         if target in decompositions() and target not in _KEPT:
             return self._decomposed(target, args, kwargs)
         return self._append(target, args, kwargs)
@@ -212,14 +216,14 @@ class Emitter:
         return Value(self.call(prims.convert_element_type.default, value.node, dtype), value.batched)
 
     def batch(self, value: Value) -> Node:
-        """The stacked form of a value: a shared one is repeated by an expanding view."""
+        """The stacked form of a value. A shared value is repeated by an expanding view."""
         if value.batched:
             return value.node
         node = self.call(aten.unsqueeze.default, value.node, 0)
         return self.call(aten.expand.default, node, [self.count, *(self.size(s) for s in value.shape)])
 
     def aligned(self, value: Value, rank: int) -> Node:
-        """``value`` with size-1 dimensions after the link dimension, so that it broadcasts as one link would."""
+        """``value`` with size-1 dimensions after the link dimension, so that it broadcasts as it would for one link."""
         if not value.batched or value.rank == rank:
             return value.node
         sizes = list(value.tensor.shape)
@@ -228,11 +232,11 @@ class Emitter:
     # -- one operator -------------------------------------------------------------------------------------------
 
     def apply(self, target: Any, args: Args, kwargs: Keywords) -> Result:
-        """``target`` for every link. ``args`` and ``kwargs`` hold Value, nested tuples and constants."""
+        """``target`` for every link. ``args`` and ``kwargs`` hold Values, nested tuples and constants."""
         values = [v for v in flattened((*args, *kwargs.values())) if isinstance(v, Value)]
         if not any(v.batched for v in values):
             if target is aten.view.default and not _has_view(args[0].tensor, plain(args)[1]):
-                # Its strides are not those the program was written for.
+                # Its strides differ from those the program was traced with.
                 args = (
                     Value(self.call(aten.clone.default, args[0].node, memory_format=torch.contiguous_format), False),
                     *args[1:],
@@ -243,7 +247,7 @@ class Emitter:
         if rule is None and isinstance(target, torch._ops.OpOverload):
             rule = RULES_BY_NAME.get(target._schema.name)
         if any(isinstance(v, Value) for v in kwargs.values()) and target not in TAKE_KEYWORDS:
-            rule = None  # the other rules pass keywords on as they are
+            rule = None  # other rules pass keywords through unchanged
         if rule is None and isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
             rule = RULES[torch.Tag.pointwise]
         if rule is not None:
@@ -253,7 +257,7 @@ class Emitter:
         return self.vmap(target, args, kwargs)
 
     def own(self, value: Value) -> Node:
-        """The stacked form of a value, for every link to write into its own."""
+        """The stacked form of a value in separate memory for every link, so that each link can write to its own."""
         if value.batched:
             return value.node
         return self.call(aten.clone.default, self.batch(value), memory_format=torch.contiguous_format)
@@ -265,7 +269,7 @@ class Emitter:
         return Value(node, batched)
 
     def vmap(self, target: Any, args: Args, kwargs: Keywords) -> Result:
-        # Sizes are inputs of what is traced too: a symbol may not stand in a graph as it is.
+        # Sizes must be inputs of the trace too, because a graph cannot hold a bare symbol.
         values = [v if isinstance(v, Value) else Value(v, False)
                   for v in flattened((*args, *kwargs.values())) if isinstance(v, (Value, Node))]  # fmt: skip
 
@@ -287,7 +291,7 @@ class Emitter:
         return Value(result, True)
 
     def _inline(self, graph: Graph, inputs: list[Node]) -> Any:
-        """Copy a traced graph to here; its result: a node, or a list of nodes."""
+        """Copy a traced graph to this place. Return its result: a node or a list of nodes."""
         try:
             return inline(graph, inputs, lambda node, args, kwargs: self._append(node.target, args, kwargs))
         except NotImplementedError as error:
@@ -296,8 +300,9 @@ class Emitter:
     # -- sums over links ----------------------------------------------------------------------------------------
 
     def sum_links(self, value: Value) -> Node:
-        """The sum over links of a batched value; of matrix products, it is one long product, and of what links add to
-        zeros, all of them add to the same."""
+        """The sum over links of a batched value. For matrix products it becomes one long product. If the links add to
+        zeros, all of them add into one tensor.
+        """
         node = value.node
         if node in self.puts:
             return self._sum_puts(self.puts[node])
@@ -320,7 +325,7 @@ class Emitter:
         return self.call(aten.sum.dim_IntList, node, [0])
 
     def _sum_puts(self, put: Put) -> Node:
-        """What all links add, added to one: ``[links, *base]`` is never made."""
+        """All links' additions, added into one base. The large tensor ``[links, *base]`` is never created."""
         base = self.apply(aten.mul.Tensor, (put.base, self.count), {})
         assert isinstance(base, Value)
         first, *others = put.indices
@@ -332,7 +337,7 @@ class Emitter:
 
 
 def _has_view(tensor: torch.Tensor, sizes: Sequence[Any]) -> bool:
-    """Whether ``tensor.view(sizes)`` needs no copy. Symbolic sizes: known of contiguous tensors only."""
+    """Whether ``tensor.view(sizes)`` needs no copy. With symbolic sizes this is known only for contiguous tensors."""
     if tensor.is_contiguous():
         return True
     try:
@@ -343,8 +348,9 @@ def _has_view(tensor: torch.Tensor, sizes: Sequence[Any]) -> bool:
 
 
 def _can_view(tensor: torch.Tensor) -> bool:
-    """True for contiguous tensors whose strides leave no doubt: convolutions take a size of 1 with an odd stride for
-    another memory format."""
+    """Whether the tensor is contiguous with regular strides. Convolutions take a size of 1 with an irregular stride for
+    another memory format.
+    """
     expected = 1
     for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
         if not isinstance(size, int) or not isinstance(stride, int):
@@ -382,7 +388,7 @@ def plain_keywords(kwargs: Keywords) -> Keywords:
 
 @dataclass(frozen=True)
 class Put:
-    """All links' additions to ``base``, which is the same for all; of ``rank`` are the places where."""
+    """All links' additions to ``base``, which they share. The indices have rank ``rank``."""
 
     target: object
     base: Value
@@ -421,7 +427,7 @@ _TRANSPARENT: dict[object, Callable[[Emitter, Node], Node | None]] = {
 
 
 def sizes_at_hand(nodes: Iterable[Node]) -> dict[Any, Node]:
-    """The first node that computes it, for every size that is known only at run time."""
+    """For every size known only at run time, the first node that computes it."""
     found: dict[Any, Node] = {}
     for node in nodes:
         if isinstance(node.meta.get("val"), SYMBOLIC):

@@ -1,14 +1,14 @@
 """Evaluate a group's program for all its links at once, as nodes of the rewritten graph.
 
-A link is ``s' = K s + J s + b``. One interpreter serves all three parts and the whole:
+A link is ``s' = K s + J s + b``. One interpreter computes each of the three parts and the whole:
 
-    FULL     s' from the state, injections included           (parameter and side gradients, once)
-    STATE    the same without injections: K s + J s            (what a heavy operator inside J is given)
+    FULL     s' from the state, including injections           (for parameter and side gradients, once)
+    STATE    the same without injections: K s + J s             (the input of a heavy operator inside J)
     REST     J s: an elementwise edge passes REST on, a heavy one takes the STATE of its operand
     INJECT   b: the state is zero
     Coefficient(c)   the diagonal of K from state component c: ones in, heavy edges cut
 
-None stands for zero throughout, so whatever is zero costs no node.
+None means zero everywhere, so zeros cost no node.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ Asked = Mode | Coefficient
 
 
 class Evaluator:
-    """One group, one set of state values. ``stack(slot)`` gives an external for all lanes; ``inject(statement)`` the
-    stacked injections of a sum or None."""
+    """Evaluates one group for one set of state values. ``stack(slot)`` gives an external for all lanes.
+    ``inject(statement)`` gives the stacked injections of a sum, or None.
+    """
 
     def __init__(
         self,
@@ -69,9 +70,9 @@ class Evaluator:
         self._memo: dict[tuple[Asked, int], Any] = {}
 
     def value(self, mode: Asked, statement: int) -> Any:
-        """Value, list of Value, float (a coefficient that is the same number everywhere), or None for zero."""
+        """A Value, a list of Values, a float (a coefficient that is the same number everywhere), or None for zero."""
         todo = [(mode, statement)]
-        while todo:  # links can be deep: no recursion over statements
+        while todo:  # no recursion over statements, because links can be deep
             key = todo[-1]
             if key in self._memo:
                 todo.pop()
@@ -87,7 +88,7 @@ class Evaluator:
     # -- what a statement needs --------------------------------------------------------------------------------
 
     def _operand_mode(self, mode: Asked, i: int, ref: Ref) -> Asked | None:
-        """The mode in which statement i takes ``ref``; None where the edge is cut."""
+        """The mode in which statement i takes ``ref``; None if the edge is cut."""
         if mode is Mode.REST:
             return mode if elementwise_argument(self.program, i, ref) else Mode.STATE
         if isinstance(mode, Coefficient):
@@ -184,14 +185,14 @@ class Evaluator:
         return {k: self._outside(v) for k, v in statement.kwargs}
 
     def _outside(self, a: Any) -> Any:
-        """An argument that does not depend on the state. Rules take a size as what it is, not as a tensor to batch."""
+        """An argument that does not depend on the state. Rules take sizes unchanged, not as tensors to batch."""
         if isinstance(a, External):
             value = self.stack(a.slot)
             return value if isinstance(value.tensor, torch.Tensor) else self.e.size(value.node)
         return tuple(map(self._outside, a)) if isinstance(a, tuple) else a
 
     def _with_zeros(self, target: Any, args: Args) -> Any:
-        """add and sub with a zero operand, without making zeros."""
+        """add and sub with a zero operand, without creating zeros."""
         if target in (aten.add.Tensor, aten.sub.Tensor) and args[1] is _Zero:
             return args[0]
         if target is aten.add.Tensor and args[0] is _Zero:
@@ -201,7 +202,7 @@ class Evaluator:
         return NotImplemented
 
     def _arguments(self, mode: Asked, i: int) -> Args | None:
-        """The statement's arguments in ``mode``; None if it is linear in what is zero."""
+        """The statement's arguments in ``mode``; None if the statement is linear in something that is zero."""
         statement = self.program.statements[i]
         linear = self._linear(i)
         alive = False
@@ -211,7 +212,7 @@ class Evaluator:
             if isinstance(a, Ref):
                 value = self._operand(mode, i, a)
                 if value is None and not additive:
-                    # Not a linear position: only where a whole side computation is evaluated.
+                    # This position is not linear. It occurs only when a whole side computation is evaluated.
                     raise AssertionError(f"statement {i} needs a value that is zero")
                 if value is not None:
                     alive = alive or additive
@@ -239,7 +240,7 @@ class Evaluator:
         return tuple(self._materialise(a) for a in args)
 
     def _has_the_shape(self, i: int, position: int) -> bool:
-        """Whether this operand alone has the result's shape: zeros may be what it is broadcast to."""
+        """Whether this operand alone has the result's shape. If not, it may broadcast to the shape of the zeros."""
         node = self.program.raw[i]
         assert node is not None
         operand = node.args[position]
@@ -257,7 +258,7 @@ class Evaluator:
         mine = self.program.statements[i]
         positions = {p for p, a in enumerate(mine.args) if any(True for _ in references((a,)))}
         found = linear_arguments(node, positions)
-        # A side statement may be linear in nothing the table knows: then all of it is needed.
+        # A side statement may have no linear argument in the table; then all its arguments are needed.
         return found if found is not None else frozenset(positions)
 
     def _materialise(self, a: Any) -> Any:
@@ -274,7 +275,7 @@ class Evaluator:
     # -- coefficients -------------------------------------------------------------------------------------------
 
     def _coefficient(self, mode: Coefficient, i: int) -> Any:
-        """A number stays a number through views, casts and scalings; otherwise it becomes a tensor of it."""
+        """A number stays a number through views, casts and scalings; otherwise it becomes a tensor."""
         statement = self.program.statements[i]
         values = {p: self._operand(mode, i, a) for p, a in enumerate(statement.args) if isinstance(a, Ref)}
         present = {p: v for p, v in values.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Move a traced graph into another one, and find what a part of a graph is computed from."""
+"""Copy a traced graph into another one, and find the nodes that a result depends on."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.fx import Graph, Node
 
 
 def inline(traced: Graph, operands: Sequence[Any], emit: Callable[[Node, Any, Any], Any]) -> Any:
-    """The results of ``traced`` on ``operands``; every call in it is made by ``emit(node, args, kwargs)``.
+    """The results of ``traced`` on ``operands``. ``emit(node, args, kwargs)`` makes every call in it.
 
-    Raises NotImplementedError where the graph holds a constant tensor of its own.
+    Raises NotImplementedError if the graph holds a constant tensor.
     """
     environment: dict[Node, Any] = {}
     remaining = iter(operands)
@@ -30,7 +30,7 @@ def inline(traced: Graph, operands: Sequence[Any], emit: Callable[[Node, Any, An
 
 
 def needed(inputs: Iterable[Node], results: Iterable[Node]) -> set[Node]:
-    """The nodes that ``results`` are computed from, themselves included, down to ``inputs``, which are not."""
+    """The nodes that ``results`` depend on, including ``results`` and excluding ``inputs``."""
     found: set[Node] = set()
     known = set(inputs)
     todo = list(results)

@@ -1,7 +1,6 @@
-"""C++ kernels for a CPU, built for a dtype on first use as Inductor builds its own.
+"""C++ kernels for CPUs, built per dtype on first use in the way Inductor builds its own.
 
-Nothing needs to be installed beyond what ``torch.compile`` needs on a CPU, and libraries are kept in Inductor's cache
-directory.
+They need nothing beyond what ``torch.compile`` needs on a CPU. The libraries are stored in Inductor's cache directory.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ Kernel = Callable[..., Any]
 
 
 class NativeKernel:
-    """One source file, which calls the dtype ``HIGHWAY_TYPE``.
+    """One source file, which uses ``HIGHWAY_TYPE`` as its dtype.
 
     source   the file
-    before   files whose text goes before its own
-    types    what it calls each dtype that it serves; one is built at a time: a second or two instead of ten
-    taken    takes the function out of the library that was built
-    without  what is logged, once for each reason and at ``level``, where it cannot be built
+    before   files whose text is put in front
+    types    the C++ name of each supported dtype; one is built at a time, in a second or two instead of ten
+    taken    extracts the function from the built library
+    without  the message logged, once per reason and at ``level``, if the kernel cannot be built
     """
 
     def __init__(
@@ -45,12 +44,12 @@ class NativeKernel:
         self.forget()
 
     def forget(self) -> None:
-        """Build anew at the next use, and log again what is missing."""
+        """Build again at the next use, and log again what is missing."""
         self._loaded: dict[torch.dtype, Kernel | None] = {}
         self._logged: set[str] = set()
 
     def load(self, dtype: torch.dtype) -> Kernel | None:
-        """The kernel for ``dtype``; None where it does not serve it, or cannot be built."""
+        """The kernel for ``dtype``; None if the dtype is not supported or the kernel cannot be built."""
         if dtype not in self._loaded:
             self._loaded[dtype] = self._try_to_build(dtype) if dtype in self.types else None
         return self._loaded[dtype]
@@ -71,8 +70,8 @@ class NativeKernel:
         # cache directory, and returns a ctypes library.
         from hwbp_compiler.torch_private import CppCodeCache
 
-        # Inductor switches fused multiply-add off to match eager mode; ours have nothing to match. Their loops are
-        # written out in vectors, and -O3 finds nothing more in them for half as much compile time again.
+        # Inductor turns fused multiply-add off to match eager mode; our kernels have nothing to match. Their loops are
+        # already vectorised, so -O3 gains nothing and takes half as much compile time again.
         flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
         parts = [f"#define HIGHWAY_TYPE {self.types[dtype]}", *(f.read_text() for f in (*self.before, self.source))]
         return self.taken(CppCodeCache.load("\n".join(parts), extra_flags=flags))

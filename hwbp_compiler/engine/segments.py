@@ -1,14 +1,15 @@
 """W by Highway-BP with segments: exact inside a segment of S links, highway across (docs/design.md, "Segments").
 
-L links are cut into C segments, counted from the loss; the one next to the input takes the remainder. e_s is the
-estimate of the gradient at the last state of segment s, run_s the substitution inside the segment (K + J, undamped),
-out_s its result at the segment's first state, and P_s the product of its (1 - gamma) K:
+The L links are cut into C segments, counted from the loss; the one next to the input takes the remainder. e_s is the
+estimate of the gradient at the last state of segment s. run_s is the substitution inside the segment (K + J, undamped),
+out_s is its result at the segment's first state, and P_s is the product of its (1 - gamma) K:
 
-    e^0       what the highway alone gives: one scan over the links
-    e^{t+1}   scan(out(e^t) - P e^t, P), the last row being the head: S steps for all segments at once, then one scan
+    e^0       from the highway alone: one scan over the links
+    e^{t+1}   scan(out(e^t) - P e^t, P), with the head as last row: S steps for all segments at once, then one scan
     W         run(e^k), whose inner states are the rows of W
 
-The segment next to the input takes part in the last run only: nothing is before it that its result could reach.
+The segment next to the input takes part only in the last run, because there is nothing before it that would use its
+result.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Cut:
 
     size    S, links per segment
     count   C
-    first   the row of e_1: as many links are before it as the segment next to the input has in the series
+    first   the row of e_1, which is the number of links in the series that belong to the segment next to the input
     """
 
     size: int
@@ -37,16 +38,16 @@ class Cut:
 
     @classmethod
     def of(cls, links: Any, size: int, outside: int = 0) -> Cut:
-        """Of ``links`` links, of which those ``outside`` belong to the segment next to the input, not to the series."""
+        """Cut ``links`` links. ``outside`` of them are in the segment next to the input, but not in the series."""
         count = (links + size - 1) // size
         return cls(size, count, links - (count - 1) * size - outside)
 
     def last_run(self) -> Iterator[tuple[slice, bool, bool]]:
-        """The steps of the last run: the rows of the links that take part (no link being outside), whether those of the
-        segment next to the input are among them, and whether those of any other are.
+        """The steps of the last run. Each gives the rows of the links that take part (assuming none is outside),
+        whether the segment next to the input is among them, and whether any other segment is.
 
-        The former ends after ``first`` steps. The others need no last step: where it would lead to is the end of the
-        segment before.
+        The segment next to the input ends after ``first`` steps. The others need no last step, because it would lead to
+        the end of the segment before, which is known.
         """
         for step in range(max(self.first, self.size - 1) if self.count > 1 else self.first):
             with_first, with_rest = step < self.first, step < self.size - 1 and self.count > 1
@@ -58,41 +59,43 @@ class SegmentSeries(Series[T], Protocol[T]):
     """A :class:`Series` that can be cut."""
 
     def ends(self, rows: T, cut: Cut, /) -> T:
-        """e_1 ... e_C: [C, ...] of rows 0..L."""
+        """e_1 ... e_C: [C, ...], taken from rows 0..L."""
         ...
 
     def product(self, k: T | float, keep: float, cut: Cut, /) -> T | float:
-        """Of ``keep`` k over the links of each segment: a row for each of segments 2..C."""
+        """The product of ``keep`` k over the links of each segment: one row for each of segments 2..C."""
         ...
 
     def folded(self, k: T | float, cut: Cut, /) -> T | float:
-        """k [L, ...] as [S, C - 1, ...]: row j has a link of each of segments 2..C, those next to the loss last."""
+        """k [L, ...] as [S, C - 1, ...]: each row has one link of each of segments 2..C; the links next to the loss
+        come last.
+        """
         ...
 
     def of_segments(self, cut: Cut, /) -> SegmentSeries[T]:
-        """Series with a row for each of segments 2..C."""
+        """A series with one row for each of segments 2..C."""
         ...
 
     def inside(self, cut: Cut, /) -> SegmentSeries[T]:
-        """Series with S rows, each of segments 2..C side by side."""
+        """A series with S rows, each of which holds segments 2..C side by side."""
         ...
 
     def all(self, component: int, value: float, /) -> T:
-        """A head of this number everywhere."""
+        """A head with this number everywhere."""
         ...
 
     def first_row(self, rows: T, /) -> T: ...
 
 
 class Runs(Protocol[T]):
-    """Substitution inside the segments: w_{i-1} = b_{i-1} + (K_i + J_i) w_i, step by step, all segments at once."""
+    """Substitution inside the segments: w_{i-1} = b_{i-1} + (K_i + J_i) w_i, step by step, for all segments at once."""
 
     def across(self, iteration: int, ends: list[T], /) -> list[T]:
-        """out_2 ... out_C of e_2 ... e_C: [C - 1, ...] per component."""
+        """out_2 ... out_C from e_2 ... e_C: [C - 1, ...] per component."""
         ...
 
     def through(self, ends: list[T], /) -> list[T]:
-        """Rows 0..L of e_1 ... e_C, which are among them."""
+        """Rows 0..L from e_1 ... e_C, which are some of the rows."""
         ...
 
 
@@ -133,7 +136,7 @@ def _products(series: SegmentSeries[T], highway: Highway[T], damping: float, cut
             if (source, source) in highway.k:
                 found[source, source] = series.product(highway.k[source, source], 1.0 - damping, cut)
             continue
-        # Components feed one another: the highway's answer to a gradient of ones at ``source`` alone.
+        # Components feed one another: find the highway's response to a gradient of ones at ``source`` alone.
         inside = series.inside(cut)
         k = {pair: series.folded(value, cut) for pair, value in highway.k.items() if set(pair) <= set(reached)}
         heads = [inside.all(c, 1.0 if c == source else 0.0) for c in range(width)]
@@ -143,7 +146,7 @@ def _products(series: SegmentSeries[T], highway: Highway[T], damping: float, cut
 
 
 def _reached(highway: Highway[T], source: int) -> list[int]:
-    """``source`` and the components that K leads to from it, in the order in which they are scanned."""
+    """``source`` and the components that K reaches from it, in the order of the scans."""
     reached = {source}
     for to in highway.order:
         if any((to, by) in highway.k for by in reached):

@@ -1,13 +1,13 @@
-"""W by Highway-BP, the one place where it is computed: for chains in a joint graph, for loops, and for modules.
+"""W by Highway-BP. This is the only place that computes it: for chains in a joint graph, for loops, and for modules.
 
-Row i of W is w_i, the gradient at state i, i = 0..L; the last row is the chain's head, known exactly. With b for what
-is injected at each link (PAPER.md, sections 1 and 2):
+Row i of W is w_i, the gradient at state i, i = 0..L. The last row is the chain's head, which is known exactly. With b
+for the injections at each link (PAPER.md, sections 1 and 2):
 
     W^0     = scan([b, w_L], (1 - gamma) K)
     W^{t+1} = scan([b + J W^t + gamma K W^t, w_L], (1 - gamma) K)        all links at once, then one scan
 
-A state may have several components; K is lower triangular among them, so they are scanned one after another. What a
-series is, a node of a graph or a tensor, only the :class:`Series` that is given knows.
+A state may have several components. K is lower triangular among them, so they are scanned one after another. A series
+is a graph node or a tensor; only the given :class:`Series` knows which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
-"""A tensor: one row per link, or per state; or a head, a state's shape without rows."""
+"""A tensor with one row per link or per state; or a head, which has a state's shape without rows."""
 
 
 class Series(Protocol[T]):
@@ -26,15 +26,15 @@ class Series(Protocol[T]):
     def add(self, a: T, b: T, /) -> T: ...
 
     def scaled(self, series: T, k: T | float, factor: float, /) -> T:
-        """``factor * k * series``; ``k`` broadcasts against it."""
+        """``factor * k * series``; ``k`` broadcasts against the series."""
         ...
 
     def before(self, rows: T, /) -> T:
-        """w_1..w_L of w_0..w_L: what each link is given."""
+        """w_1..w_L of w_0..w_L: the input of each link."""
         ...
 
     def nothing(self, component: int, /) -> T:
-        """Zeros, a row per link."""
+        """Zeros, one row per link."""
         ...
 
     def repeated(self, component: int, head: T, /) -> T:
@@ -46,18 +46,18 @@ class Series(Protocol[T]):
         ...
 
     def scan(self, values: T, k: T | float, keep: float, head: T, /) -> T:
-        """Rows 0..L, the last being ``head``: row i is values i and ``keep`` k of link i + 1 times row i + 1."""
+        """Rows 0..L with ``head`` as the last: row i is values i plus ``keep`` k of link i + 1 times row i + 1."""
         ...
 
 
 @dataclass(frozen=True)
 class Highway(Generic[T]):
-    """What a chain is solved from.
+    """The input of the solver for one chain.
 
-    order     components so ordered that K is lower triangular
-    k         K per (to, from): a number, or a row per link; pairs without an elementwise path are left out
+    order     components ordered so that K is lower triangular
+    k         K per (to, from): a number, or one row per link; pairs without an elementwise path are left out
     heads     w_L per component
-    injected  b per component: a row per link, None where there is none
+    injected  b per component: one row per link; None if there is none
     """
 
     order: Sequence[int]
@@ -76,8 +76,8 @@ def solve(
 ) -> list[T]:
     """Rows 0..L of w^k per component, k = ``iterations``.
 
-    ``blocks(t, rows)`` is J applied to all links at once in iteration t: a row per link and component, None for zero.
-    ``before_scan(t)`` is called before the scan that gives w^t.
+    ``blocks(t, rows)`` applies J to all links at once in iteration t. It returns one row per link and component; None
+    means zero. ``before_scan(t)`` is called before the scan that gives w^t.
     """
     nothing: list[T | None] = [None] * len(highway.order)
     before_scan(0)
@@ -85,7 +85,7 @@ def solve(
     for t in range(1, iterations + 1):
         found = blocks(t, rows)
         if all(block is None for block in found) and not damping:
-            break  # no block at all: exact without iterating (a diagonal recurrence)
+            break  # no block at all (a diagonal recurrence): exact without iterations
         before_scan(t)
         rows = scan_along(series, highway, found, damping, rows)
     return rows
@@ -98,9 +98,9 @@ def scan_along(
     damping: float = 0.0,
     rows: Sequence[T] | None = None,
 ) -> list[T]:
-    """One scan along the highway, component after component: rows 0..L of each, by number.
+    """One scan along the highway, component by component. Returns rows 0..L of each, by component number.
 
-    Damping hands gamma K of the ``rows`` before to the block.
+    Damping adds gamma K times the previous ``rows`` to the block.
     """
     keep = 1.0 - damping
     done: dict[int, T] = {}
@@ -121,7 +121,7 @@ def scan_along(
         values = terms[0] if terms else series.nothing(to)
         for term in terms[1:]:
             values = series.add(values, term)
-        if own is None or not keep or (isinstance(own, float) and own == 0.0):  # nothing is carried along
+        if own is None or not keep or (isinstance(own, float) and own == 0.0):  # the highway carries nothing
             done[to] = series.with_head(values, head)
         else:
             done[to] = series.scan(values, own, keep, head)

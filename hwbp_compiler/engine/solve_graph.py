@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 class GraphSeries:
-    """``like``: a state's component each, which ``links`` rows are made of."""
+    """``like`` holds one component of a state each; a series has ``links`` rows of that form."""
 
     def __init__(self, emitter: Emitter, links: int, like: Sequence[Tensor]) -> None:
         self.e, self.links, self.like = emitter, links, like
@@ -84,7 +84,7 @@ class GraphSeries:
         return self.e.call(aten.select.int, rows, 0, 0)
 
     def _multiplier(self, values: Node, k: Node | float, keep: float) -> Node | None:
-        """``keep * k``, made once for all rounds; None stands for one."""
+        """``keep * k``, created once for all rounds; None means one."""
         if (k, keep) not in self._multipliers:
             made: Node | None
             if not isinstance(k, float):

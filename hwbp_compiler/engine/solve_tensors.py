@@ -1,4 +1,4 @@
-"""Series as tensors, for :func:`~.solve.solve`: computed as it is called, or traced by whoever calls."""
+"""Series as tensors, for :func:`~.solve.solve`: computed at once, or traced if the caller traces."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ linear_scan = torch.ops.highway.linear_scan
 
 
 class TensorSeries:
-    """``like``: a state's component each; ``links`` rows of them, a number or a symbol."""
+    """``like`` holds one component of a state each; a series has ``links`` rows of that form (a number or a symbol)."""
 
     def __init__(self, links: int, like: Sequence[Tensor]) -> None:
         self.links, self.like = links, like
@@ -78,7 +78,7 @@ class TensorSeries:
 
 
 def multiplier(k: Tensor | float, like: Tensor) -> Tensor | None:
-    """``k`` as ``linear_scan`` takes it; None stands for one."""
+    """``k`` in the form that ``linear_scan`` takes; None means one."""
     if isinstance(k, float):
         return None if k == 1.0 else torch.full((), k, dtype=like.dtype, device=like.device)
     return k

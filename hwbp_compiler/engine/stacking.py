@@ -1,14 +1,14 @@
-"""Stack what links take from outside: one node for all of them, made as cheaply as the graph allows.
+"""Stack the values that links take from outside: one node for all links, made as cheaply as the graph allows.
 
 Note [Hoisting the stack]
 ~~~~~~~~~~~~~~~~~~~~~~~~~
-A tuple of nodes, one per link, is not always worth a copy of each:
+A tuple of nodes, one per link, does not always need a copy of each:
 
-- all the same node (an RNN's weights) or size: shared, no stack at all;
-- ``x[0], x[1], ...`` of one tensor: a slice of that tensor;
-- the same cheap function of other nodes (a transpose, a cast, ``1 - z``): the function of their stack, provided that
-  this does not stack more bytes than it saves. The gates of a recurrent cell are stacked once and everything
-  elementwise is recomputed from them in one fused loop.
+- if all are the same node (an RNN's weights) or size, it is shared and needs no stack;
+- ``x[0], x[1], ...`` of one tensor is a slice of that tensor;
+- the same cheap function of other nodes (a transpose, a cast, ``1 - z``) is that function of their stack, unless this
+  stacks more bytes than it saves. The gates of a recurrent cell are stacked once, and everything elementwise is
+  recomputed from them in one fused loop.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ _CHEAP = _VIEWS | {
 
 
 class StackPlan:
-    """How each tuple is made a stack; makes nothing.
+    """Decides how each tuple is stacked, but creates nothing.
 
-    ``announced`` are all tuples that will be asked for: to compute one of them from another copies nothing.
+    ``announced`` are all tuples that will be requested. Computing one of them from another copies nothing.
     """
 
     def __init__(self, announced: Sequence[tuple[Node, ...]] = ()) -> None:
@@ -91,7 +91,7 @@ class StackPlan:
         return found
 
     def operands(self, nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | None:
-        """The operands to compute ``nodes`` from, where stacking them copies no more than stacking the results."""
+        """The operands from which to compute ``nodes``, if stacking them copies no more than stacking the results."""
         columns = _columns(nodes)
         return None if columns is None or self._cost_of_operands(columns) > bytes_of(nodes[0].meta["val"]) else columns
 
@@ -99,12 +99,12 @@ class StackPlan:
         return sum(self._cost(c) for c in dict.fromkeys(column for _, column in columns))
 
     def _cost(self, nodes: tuple[Node, ...]) -> int:
-        """Bytes per link that have to be copied for ``nodes`` beyond what is asked for anyway."""
+        """Bytes per link that must be copied for ``nodes`` beyond what is requested anyway."""
         if nodes in self._announced or is_shared(nodes):
             return 0
         if nodes not in self._costs:
             copied = bytes_of(nodes[0].meta["val"])
-            self._costs[nodes] = copied  # a bound while we look deeper, and for what is not cheap
+            self._costs[nodes] = copied  # a bound while we look deeper, and the value if it is not cheap
             columns = _columns(nodes)
             if columns is not None:
                 self._costs[nodes] = min(copied, self._cost_of_operands(columns))
@@ -112,7 +112,7 @@ class StackPlan:
 
 
 class Stacker:
-    """Values of tuples of nodes, made once each, as ``plan`` says."""
+    """Stacked values of tuples of nodes, each made once, as ``plan`` decides."""
 
     def __init__(self, emitter: Emitter, plan: StackPlan | None = None) -> None:
         self.e = emitter
@@ -136,7 +136,7 @@ class Stacker:
         return self._recomputed(nodes, columns) if columns is not None else self._copied(nodes)
 
     def _sliced(self, base: Node, dim: int, rows: range) -> Value:
-        """``base[rows]`` along ``dim``, that dimension first."""
+        """``base[rows]`` along ``dim``, with that dimension first."""
         node = base
         low, high, step = min(rows), max(rows) + 1, abs(rows.step)
         if (low, high, step) != (0, base.meta["val"].shape[dim], 1):
@@ -164,7 +164,7 @@ class Stacker:
 
 
 def _columns(nodes: tuple[Node, ...]) -> list[tuple[int, tuple[Node, ...]]] | None:
-    """The operands, by argument position, of ``nodes`` that are one cheap function of them; None if they are not."""
+    """The operands, by argument position, if ``nodes`` are one cheap function of them; otherwise None."""
     first = nodes[0]
     if first.op != "call_function" or first.target not in _CHEAP:
         return None
@@ -196,12 +196,14 @@ def stack(e: Emitter, nodes: Sequence[Node]) -> Node:
 
 
 def is_shared(nodes: tuple[Node, ...]) -> bool:
-    """The same for all links: one node, or the same function of the same nodes (every layer makes its mask anew)."""
+    """Whether all links share it: one node, or the same function of the same nodes (every layer may compute its own
+    mask).
+    """
     return all(same_value(n, nodes[0]) for n in nodes[1:])
 
 
 def rows_of_one(nodes: tuple[Node, ...]) -> tuple[Node, int, range] | None:
-    """``base[i0], base[i0 + 1], ...`` along one dimension, also downward: base, dimension, rows."""
+    """``base[i0], base[i0 + 1], ...`` along one dimension, also in descending order: base, dimension, rows."""
     first = nodes[0]
     if len(nodes) < 2 or any(n.target is not aten.select.int or n.args[:2] != first.args[:2] for n in nodes):
         return None

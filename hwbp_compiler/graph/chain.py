@@ -17,8 +17,8 @@ from .program import Program, State
 class Chain:
     """``len(links)`` links; ``states[i]`` are the nodes of state i, one per component.
 
-    ``tail`` is true where one more link follows the last state whose own input needs no gradient (the first step of
-    a recurrence that starts from zeros): it counts as a link but has no state to send to.
+    ``tail`` is true if one more link follows the last state and the input of that link needs no gradient (the first
+    step of a recurrence that starts from zeros). It counts as a link but sends its gradient to no state.
     """
 
     states: list[State]
@@ -39,7 +39,9 @@ class Chain:
 
     @property
     def last_known(self) -> State:
-        """Per component the last state that is a node. The very last may lack one, or be a part of a larger sum."""
+        """Per component, the last state that is a node. The very last state may lack a node, or be part of a larger
+        sum.
+        """
         return tuple(next((s[c] for s in reversed(self.states) if s[c] is not None), None) for c in range(self.width))
 
 
@@ -47,8 +49,8 @@ class Chain:
 class Group:
     """Links whose programs are equal: evaluated once per iteration, as lanes of one batched program.
 
-    lanes       positions of the links in the chain, in forward order (descending); the tail, if it joined, comes first
-                and is position ``len(links)``
+    lanes       positions of the links in the chain, in forward order (descending); a tail that joined comes first and
+                has position ``len(links)``
     programs    per lane, statement by statement the same
     """
 
@@ -58,12 +60,12 @@ class Group:
 
     @functools.cached_property
     def template(self) -> Program:
-        """A lane that has a node for every statement (the first and the last link of a chain may lack some)."""
+        """A lane with a node for every statement (the first and the last link of a chain may lack some)."""
         whole = (p for p in self.programs if p.outputs and all(n is not None for n in p.raw))
         return next(whole, self.programs[-1])
 
     def raw(self, statement: int) -> list[Node | None]:
-        """The nodes that statement stands for, one per lane."""
+        """The nodes for that statement, one per lane."""
         return [p.raw[statement] for p in self.programs]
 
     def external(self, slot: int) -> list[Node]:
@@ -71,5 +73,5 @@ class Group:
 
     @property
     def external_tuples(self) -> list[tuple[Node, ...]]:
-        """What the links take from outside: per slot one node for each lane."""
+        """The externals of the links: per slot, one node for each lane."""
         return [tuple(self.external(slot)) for slot in range(len(self.template.externals))]

@@ -17,14 +17,14 @@ prims = torch.ops.prims
 _TRANSPARENT = {"clone", "alias", "detach", "_to_copy", "convert_element_type", "expand", "view", "_unsafe_view"}
 _TRANSPARENT |= {"reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "getitem", "select", "slice"}
 _TRANSPARENT |= {"split", "split_with_sizes", "unbind", "chunk"}
-# Backward, a complex factor is the conjugate of the one forward, which is what the text is about.
+# In the backward pass a complex factor is the conjugate of the forward one. The text describes the forward one.
 _TRANSPARENT |= {"conj", "_conj", "conj_physical", "_conj_physical", "resolve_conj"}
 _MASKS = {"le", "lt", "ge", "gt", "eq", "ne", "logical_not", "logical_and", "logical_or", "bitwise_not", "bernoulli"}
 _COMPLEMENTS = {"le", "lt", "logical_not", "bitwise_not", "eq"}
 _DEPTH = 4
 
 STANDS_FOR = "highway_stands_for"
-"""Key in the meta of an argument of a graph that was cut out of another: the node there."""
+"""Meta key for an argument of a graph cut out of another one: the original node."""
 
 
 def multiplier(program: Program, to: int, source: int) -> sympy.Expr:
@@ -83,7 +83,7 @@ def _statement(program: Program, i: int, values: list) -> sympy.Expr | None:
         chosen = program.externals[condition.slot] if isinstance(condition, External) else node
         assert chosen is not None
         mask = _symbol("mask", chosen)
-        # where(x <= 0, 0, g) keeps what the mask of a ReLU keeps: its condition is the mask's complement.
+        # where(x <= 0, 0, g) keeps what a ReLU's mask keeps: its condition is the complement of the mask.
         where_kept = 2 if _name(chosen.target) in _COMPLEMENTS else 1
         return sum((v * (mask if p == where_kept else 1 - mask) for p, v in carried), sympy.Integer(0))
     if name == "fma":
@@ -100,7 +100,7 @@ def _name(target: object) -> str:
 
 
 def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
-    """A factor by what made it: ``sigmoid(...)``, ``mask``, ``weight``, ``1/sigma``."""
+    """A factor named by its origin: ``sigmoid(...)``, ``mask``, ``weight``, ``1/sigma``."""
     if STANDS_FOR in node.meta:
         return describe(node.meta[STANDS_FOR], depth)
     if size_of(node) is not None:
@@ -130,7 +130,7 @@ def describe(node: Node, depth: int = _DEPTH) -> sympy.Expr:
 
 
 def _symbol(name: str, node: Node | None) -> sympy.Symbol:
-    """Two sigmoids, or two masks, are two factors, though the text calls them alike."""
+    """A symbol per node: two sigmoids, or two masks, are different factors, although the text gives them one name."""
     return sympy.Symbol(f"{name}@{node.name if node is not None else ''}", positive=True)
 
 
@@ -147,12 +147,13 @@ def _combine(name: str, parts: list) -> sympy.Expr:
 
 
 def multiplier_text(program: Program, support: frozenset[tuple[int, int]]) -> str:
-    """K of one link: ``"1"``, ``"sigmoid(...)"``, ``"weight/sigma"``; for a state of several components one entry per
-    elementwise path, in the direction of the forward pass (``"c->h: ..."``)."""
+    """K of one link: ``"1"``, ``"sigmoid(...)"``, ``"weight/sigma"``. A state of several components has one entry per
+    elementwise path, in the direction of the forward pass (``"c->h: ..."``).
+    """
     if support == {(0, 0)}:
         return _text(multiplier(program, 0, 0))
     names = _component_names(program.arity, support)
-    # A gradient goes from component `source` to component `to`; the forward path leads the other way.
+    # The gradient goes from component `source` to component `to`; the forward path goes the other way.
     return "; ".join(
         f"{names[to]}->{names[source]}: {_text(multiplier(program, to, source))}" for to, source in sorted(support)
     )
@@ -160,7 +161,7 @@ def multiplier_text(program: Program, support: frozenset[tuple[int, int]]) -> st
 
 def _component_names(width: int, support: frozenset[tuple[int, int]]) -> list[str]:
     if width == 2 and (1, 1) in support and (0, 0) not in support:
-        return ["h", "c"]  # only the second carries itself on: hidden and cell state
+        return ["h", "c"]  # only the second feeds itself: hidden and cell state
     return [f"s{i + 1}" for i in range(width)]
 
 

@@ -10,7 +10,7 @@ from .rules import Kind, is_elementwise_edge, rule_of
 
 
 class GraphInfo:
-    """Index of a joint graph, made once per look at the graph and never updated.
+    """Index of a joint graph, built each time the graph is examined and never updated.
 
     nodes       all nodes in graph order; a node is mostly handled as its index in here
     index       node -> index
@@ -18,8 +18,8 @@ class GraphInfo:
     users       indices of the gradient-carrying users of a gradient-carrying node, ascending
     sources     indices of its gradient-carrying operands
 
-    ``settled`` nodes are what an earlier rewriting emitted: no highway is looked for in them. ``tangents`` are the
-    placeholders whose linear functions are looked at, unless it is those that AOTAutograd calls so.
+    ``settled`` nodes were emitted by an earlier rewriting: no highway is looked for in them. ``tangents`` are the
+    placeholders whose linear functions are examined; by default those that AOTAutograd names tangents.
     """
 
     def __init__(self, graph: Graph, settled: Set[Node] = frozenset(), tangents: Set[Node] | None = None) -> None:
@@ -63,7 +63,7 @@ class GraphInfo:
         return self._elementwise[key]
 
     def descendants(self, starts: set[int], last: int | None = None) -> set[int]:
-        """Everything a gradient at ``starts`` reaches, the starts included, up to graph position ``last``."""
+        """Everything that a gradient at ``starts`` reaches, including the starts, up to graph position ``last``."""
         reached = set(starts)
         todo = list(starts)
         while todo:
@@ -87,7 +87,7 @@ class GraphInfo:
         return kept
 
     def is_sum(self, i: int) -> bool:
-        """True for the operators that join gradients: both operands are added, elementwise."""
+        """Whether the operator joins gradients: both operands are added, elementwise."""
         return self.nodes[i].target in SUMS
 
 

@@ -1,8 +1,8 @@
 """Recognise a known program elsewhere in the graph, walking backward from its outputs.
 
-The first link of a chain has no join before it that would tell where it starts; that it is built like its
-neighbour does. Matching the neighbour's program backward from the first join finds its input, drops nothing that
-belongs to the link (a ReLU or LayerNorm after the last addition) and takes in nothing else (pooling, a final norm).
+The first link of a chain has no join before it that marks its start, but it is built like its neighbour. Matching the
+neighbour's program backward from the first join finds the link's input. The match keeps everything that belongs to the
+link (a ReLU or LayerNorm after the last addition) and adds nothing else (pooling, a final norm).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .info import GraphInfo
 from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, closure, sum_terms
 from .rules import form_of, shape_of, size_of
 
-# Trials within trials, in sums of what is alike.
+# The maximum depth of nested trials, in sums of similar terms.
 _DEEPEST = 8
 
 
@@ -26,18 +26,18 @@ class _Mismatch(Exception):
 
 
 class Ambiguous(Exception):
-    """Several nodes can be what is looked for, and which one it is makes a difference."""
+    """Several nodes could match, and the choice makes a difference."""
 
 
 Fits = Callable[[int, Node], bool]
-"""Whether a node can be what enters a program from outside at a slot."""
+"""Whether a node can be the external of a program at a slot."""
 
 
 def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) -> Program | None:
-    """The program equal to ``template`` that ends in ``outputs``; None where there is none.
+    """The program equal to ``template`` that ends in ``outputs``; None if there is none.
 
-    An input that only ever appears as a term of a sum may be absent: it is zero then (the cell state's gradient at
-    the last step of an LSTM).
+    An input that occurs only as a term of a sum may be absent; it is then zero (the gradient of the cell state at the
+    last step of an LSTM).
     """
     try:
         return _Matcher(template, info).run(outputs)
@@ -61,8 +61,8 @@ class _Matcher:
         self.externals: list[Node | None] = [None] * len(template.externals)
         self.injections: dict[int, list[Node]] = {}
         self.remainders: dict[int, tuple[Node, list[Node]]] = {}
-        self.trials = 0  # one within the other
-        self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to settle once the rest is known
+        self.trials = 0  # how many trials are nested
+        self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to resolve once the rest is known
 
     def run(self, outputs: Sequence[Node]) -> Program:
         template = self.template
@@ -74,8 +74,9 @@ class _Matcher:
         return self.program()
 
     def program(self) -> Program:
-        """What was matched. Slots of statements that were not matched keep the template's externals: any value of
-        the right shape will do, since nothing is computed from them."""
+        """The matched program. Slots of unmatched statements keep the template's externals: any value of the right
+        shape will do, since nothing is computed from them.
+        """
         template = self.template
         return Program(
             arity=template.arity,
@@ -104,8 +105,9 @@ class _Matcher:
         self.undecided.clear()
 
     def try_statement(self, i: int, node: Node, needed: Sequence[int], output: bool = False) -> bool:
-        """Match statement ``i`` and what it is computed from (``needed``, descending) against ``node``; on a
-        mismatch nothing is changed. An ``output`` may be one part of the sum ``node``."""
+        """Match statement ``i`` and the statements it depends on (``needed``, descending) against ``node``. A mismatch
+        changes nothing. An ``output`` may be one part of the sum ``node``.
+        """
         before = self._so_far()
         try:
             self._bind(i, node)
@@ -132,7 +134,9 @@ class _Matcher:
             self.bound[i] = None
 
     def _check_distinct(self) -> None:
-        """One node per statement, a one-term sum and its term excepted; nothing from outside depends on the chain."""
+        """Each statement must have a separate node, except a one-term sum and its term. No external may depend on the
+        chain.
+        """
         owner: dict[Node, int] = {}
         for i, node in enumerate(self.bound):
             if node is not None and node in owner:
@@ -205,8 +209,9 @@ class _Matcher:
         self.injections[i] = terms
 
     def _bind_one_of(self, alike: list[Node], wanted: int) -> Node:
-        """Bind statement ``wanted`` to the first of ``alike`` that what it is computed from lets it be. A sum may have
-        terms of many links: of the first state, which every link reads, say."""
+        """Bind statement ``wanted`` to the first node of ``alike`` whose operands match. A sum may have similar terms
+        from many links, for example of the first state if every link reads it.
+        """
         if not alike:
             raise _Mismatch
         raw = self.template.raw[wanted]
@@ -222,7 +227,7 @@ class _Matcher:
         try:
             for node in alike:
                 before = self._so_far()
-                # An input that a sum waits for must be one of the terms that it has left.
+                # An input that a sum still needs must be one of its remaining terms.
                 if self.try_statement(wanted, node, needed) and all(
                     self.bound[input] is None or self.bound[input] in self.injections[i]
                     for i, input in undecided
@@ -255,13 +260,14 @@ def match_sides(
     tainted: Set[int],
     fits: Fits,
 ) -> Program | None:
-    """``template``'s side outputs, computed from ``state``; None unless all are found among ``candidates``.
+    """``template``'s side outputs, computed from ``state``. None unless all are found in ``candidates``.
 
-    ``sides`` are (statement, what it needs, descending). Nothing ``tainted`` may enter from outside, and only what
-    ``fits``: where input and state are of one size, only the weights tell the gradient of the one from that of the
-    other. Outputs are matched where there are any: the first state of a model may want a gradient in all its
-    components, in some, or in none (``outputs`` is empty then). A side output is computed from the final w, so any
-    alignment of it is right; an output becomes a state. Raises Ambiguous where two nodes could be the same one.
+    ``sides`` are (statement, the statements it needs, descending). No external may be ``tainted``, and every one must
+    satisfy ``fits``: if input and state have the same size, only the weights distinguish their gradients.
+
+    Outputs are matched if there are any: the first state of a model may need a gradient in all, some or none of its
+    components (``outputs`` is empty then). A side output is computed from the final w, so any alignment of it is
+    correct. An output becomes a state, so it must be the right one; Ambiguous is raised if two nodes match it.
     """
     needed_by = {i: sorted(closure(template, i), reverse=True) for i in template.outputs}
     largest_first = sorted(sides, key=lambda side: -len(side[1]))
@@ -285,7 +291,7 @@ def match_sides(
                 return None
         return matcher
 
-    # A state is the whole of a sum: the root of its additions comes before its terms.
+    # A state is a whole sum, so try the root of its additions before its terms.
     roots_first = [node for node in sorted(candidates, key=_is_term) if node not in state]
     outputs: dict[int, Node] = {}
     for i in template.outputs:
@@ -313,7 +319,7 @@ def _is_part_of(node: Node, root: Node) -> bool:
 
 
 def _is_term(node: Node) -> bool:
-    """True for a single-use term of an addition."""
+    """Whether the node is a single-use term of an addition."""
     user = next(iter(node.users), None)
     return user is not None and len(node.users) == 1 and user.target is ADD and shape_of(user) == shape_of(node)
 
@@ -325,9 +331,9 @@ def _alike(a: object, b: object, depth: int) -> bool:
     if shape_of(a) != shape_of(b) or size_of(a) != size_of(b):
         return False
     if size_of(a) is not None:
-        return True  # however it is computed
+        return True  # no matter how it is computed
     if ADD in (a.target, b.target):
-        return True  # a sum may lack a term, and then it is no sum
+        return True  # a sum may lack a term and then is not an addition
     if a.op != b.op or (a.op == "call_function" and a.target != b.target):
         return False
     if depth == 0 or a.op != "call_function":
@@ -336,9 +342,10 @@ def _alike(a: object, b: object, depth: int) -> bool:
 
 
 def same_value(a: object, b: object, depth: int = 8) -> bool:
-    """The same node or size, or the same function of the same ones: every step transposes an RNN's weights anew.
+    """Whether both are the same node or size, or the same function of equal arguments: every step may transpose an
+    RNN's weights again.
 
-    Only PyTorch's own operators are functions of their arguments alone, and not those that draw random numbers.
+    Only PyTorch's own operators are known to depend on their arguments alone, except those that draw random numbers.
     """
     if a is b:
         return True

@@ -1,8 +1,9 @@
-"""What is computed from a buffer before the forward pass changes it is not computed again behind that.
+"""Prevent recomputation from a buffer that the forward pass has changed in the meantime.
 
-torch's partitioner (2.11 to 2.14) may save such a buffer for the backward pass, where it has its new value already, and
-compute from it again what the forward pass computed from the old one: with ``self.count += 1; return x + f(x) *
-self.count`` in a block plain Inductor has wrong gradients. Nodes are marked here; nothing else changes.
+torch's partitioner (2.11 to 2.14) may save such a buffer for the backward pass. The buffer then has its new value, but
+the partitioner recomputes from it what the forward pass computed from the old value. Plain Inductor gives wrong
+gradients for a block with ``self.count += 1; return x + f(x) * self.count``. This module marks nodes so that they are
+saved; nothing else changes.
 """
 
 from __future__ import annotations
@@ -29,5 +30,5 @@ def keep_old_values(graph: Graph) -> None:
 
 
 def must_be_kept(node: Node) -> bool:
-    """Whether ``node`` may not be computed a second time."""
+    """Whether ``node`` must not be computed a second time."""
     return node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE

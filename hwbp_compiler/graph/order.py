@@ -1,8 +1,8 @@
-"""The order of a state's elements behind permutations, also where sizes are known only at run time.
+"""The order of a state's elements after permutations, also with sizes known only at run time.
 
-An order is written as a tensor's strides are: factors ``(size, stride)``, outermost first, say that element
-``(i, j, ...)`` is number ``i * stride_i + j * stride_j + ...`` of the state. A view keeps the order. A permutation
-takes the factors in groups, one per dimension, and moves the groups. Sizes are ints or sympy expressions.
+An order is written like a tensor's strides: factors ``(size, stride)``, outermost first. They say that element ``(i, j,
+...)`` is number ``i * stride_i + j * stride_j + ...`` of the state. A view keeps the order. A permutation splits the
+factors into groups, one per dimension, and moves the groups. Sizes are ints or sympy expressions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ AS_IT_WAS: Order = ()
 
 
 def permuted(order: Order | None, shape: Sequence, dims: Sequence[int]) -> Order | None:
-    """The order of a tensor of ``shape`` after ``permute(dims)``; None, also as ``order``, where it is not known."""
+    """The order of a tensor of ``shape`` after ``permute(dims)``. None, also as ``order``, means unknown."""
     groups = None if order is None else _strided(shape) if order == AS_IT_WAS else _grouped(order, shape)
     return None if groups is None else _joined([factor for d in dims for factor in groups[d]])
 
 
 def _strided(shape: Sequence) -> list[list[Factor]]:
-    """A contiguous tensor, a factor per dimension."""
+    """The factors of a contiguous tensor, one per dimension."""
     groups: list[list[Factor]] = []
     stride: Any = 1
     for size in reversed(shape):
@@ -36,7 +36,7 @@ def _strided(shape: Sequence) -> list[list[Factor]]:
 
 
 def _grouped(order: Order, shape: Sequence) -> list[list[Factor]] | None:
-    """The factors that make up each dimension of ``shape``, with factors split where a dimension is a part of one."""
+    """The factors of each dimension of ``shape``. A factor is split if a dimension is part of it."""
     left, sizes = list(order), list(shape)
     front: list[list[Factor]] = []
     while sizes and (sizes[0] == 1 or left and left[0][0] == sizes[0]):
@@ -57,7 +57,7 @@ def _grouped(order: Order, shape: Sequence) -> list[list[Factor]] | None:
             if rest is None and left:
                 return None
             if rest is None:
-                # The last factor has the size of all dimensions that are left together, so each of them divides it.
+                # The last factor has the size of all remaining dimensions together, so each of them divides it.
                 rest = size / sympy.sympify(wanted)
             left.append((rest, _product(wanted, stride)))
             group.insert(0, (wanted, stride))
@@ -65,11 +65,11 @@ def _grouped(order: Order, shape: Sequence) -> list[list[Factor]] | None:
         back.insert(0, group)
     if not sizes:
         return None if left else front
-    return [*front, left, *back]  # whatever is left makes up the outermost dimension
+    return [*front, left, *back]  # the remaining factors make up the outermost dimension
 
 
 def _joined(factors: list[Factor]) -> Order:
-    """The same order in as few factors as it takes."""
+    """The same order with as few factors as possible."""
     joined: list[Factor] = []
     for size, stride in factors:
         if size == 1:
@@ -85,7 +85,7 @@ def _product(a: Any, b: Any) -> Any:
 
 
 def _quotient(a: Any, b: Any) -> Any | None:
-    """``a / b`` if that is a whole number whatever the sizes are, else None."""
+    """``a / b`` if that is a whole number for all sizes, else None."""
     if isinstance(a, int) and isinstance(b, int):
         return a // b if a % b == 0 else None
     found = sympy.cancel(sympy.sympify(a) / b)

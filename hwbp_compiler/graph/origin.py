@@ -1,8 +1,8 @@
-"""Where in the user's model a link comes from: its source line and its module.
+"""Find where in the user's model a link comes from: its source line and its module.
 
-Autograd numbers the calls of the forward pass, and the backward nodes of a call carry the number of that call
-(``meta["seq_nr"]``). So the nodes of a link name the forward nodes of its block, and the residual addition or gated
-update is the addition that the block's result runs into.
+Autograd numbers the calls of the forward pass, and the backward nodes of a call carry the call's number
+(``meta["seq_nr"]``). So the nodes of a link identify the forward nodes of its block. The residual addition or gated
+update is the addition that uses the block's result.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _ADDITIONS = {
     aten.addcmul.default,
     torch.ops.prims.fma.default,
 }
-# Of a value that is saved for the backward pass.
+# Copies of a value that is saved for the backward pass.
 _COPIES = {aten.alias.default, aten.detach.default}
-# Between a block's last call and the addition there may be a view, a cast, a dropout mask, a scale.
+# Between a block's last call and the addition there may be a view, a cast, a dropout mask or a scale.
 _STEPS_TO_ADDITION = 12
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one link comes from; empty where nothing is known.
+    """The origin of one link; fields are empty if unknown.
 
     source    ``file:line: code`` of the residual addition or gated update
     module    dotted name of the module whose code adds
@@ -54,7 +54,7 @@ class Origin:
 
 
 class Origins:
-    """The forward nodes of a joint graph by the number of their call. Made once, before anything is rewritten."""
+    """The forward nodes of a joint graph by the number of their call. Built once, before anything is rewritten."""
 
     def __init__(self, graph: Graph) -> None:
         self.order: dict[Node, int] = {}
@@ -87,10 +87,12 @@ class Origins:
         )
 
     def modules(self, origin: Origin) -> list[str]:
-        """The modules of a stretch of blocks: of every addition like the last one, on its line, in the order they run.
+        """The modules of a stretch of blocks, found from every addition that is like the last one and on its line, in
+        order.
 
-        An addition leaves no node in the backward graph, so those within the stretch are looked for between its first
-        node and the last addition. Those of a batch norm, on the same line, are told apart by their shapes."""
+        An addition leaves no node in the backward graph. So the additions of the stretch are searched for between its
+        first node and the last addition. A batch norm's additions on the same line differ in their shapes.
+        """
         last = origin.addition
         if last is None:
             return []
@@ -107,14 +109,15 @@ class Origins:
         ]
 
     def _addition(self, forward: Sequence[Node]) -> Node:
-        """The residual addition or gated update of a block: what its last value is added in, or was added in."""
+        """The residual addition or gated update of a block: the addition that uses its last value, or that made it."""
         last = forward[-1]
         while last.target in _COPIES and not self._users(last):
             last = last.all_input_nodes[0]
         inside = set(forward)
         first = self.order[forward[0]]
-        # What runs last may leave the block sideways (a penalty): the addition that something from before the block
-        # goes into is the one, whichever value of the block it is found from. Of several blocks it is the last one's.
+        # The node that runs last may be a side output (a penalty). The right addition also uses a value from before the
+        # block, no matter which value of the block leads to it. If there are several blocks, it is that of the last
+        # one.
         heaviest = max((self.order[n] for n in forward if _kind(n) is Kind.HEAVY), default=-1)
         found = [
             addition
@@ -123,13 +126,13 @@ class Origins:
             if self.order[addition] > heaviest
             and any(self._is_from_before(operand, first, inside) for operand in addition.all_input_nodes)
         ]
-        if found:  # a batch norm's running statistics are added to as well: they are small
+        if found:  # additions to a batch norm's running statistics count too, but are small
             return max(found, key=lambda addition: len(_shape(addition)))
         for addition in self._additions_behind(last):
             return addition
         todo, seen = [last], {last}
         while todo:
-            # The latest first: of several sums that lead to the last value, the one nearest to it.
+            # Latest first: of several sums that lead to the last value, take the nearest.
             node = todo.pop(max(range(len(todo)), key=lambda i: self.order[todo[i]]))
             if _adds(node):
                 return node
@@ -141,7 +144,9 @@ class Origins:
         return last
 
     def _additions_behind(self, node: Node) -> Iterator[Node]:
-        """Those that ``node`` runs into, element by element and with nothing else on the way."""
+        """The additions that use ``node``, reached only through elementwise operators and layout changes with a single
+        user.
+        """
         for _ in range(_STEPS_TO_ADDITION):
             users = self._users(node)
             if len(users) != 1 or _kind(users[0]) not in (Kind.ELEMENTWISE, Kind.LAYOUT):
@@ -151,7 +156,7 @@ class Origins:
                 yield node
 
     def _is_from_before(self, node: Node, first: int, inside: set[Node]) -> bool:
-        """Whether it depends on nothing of the block, whose nodes are ``inside`` and begin at position ``first``."""
+        """Whether the node depends on nothing in the block (nodes ``inside``, beginning at position ``first``)."""
         todo, seen = [node], {node}
         while todo:
             node = todo.pop()
@@ -164,7 +169,7 @@ class Origins:
         return True
 
     def _users(self, node: Node) -> list[Node]:
-        """What uses ``node`` in the forward pass, without copies that are kept for the backward pass alone."""
+        """The users of ``node`` in the forward pass, without copies that are kept only for the backward pass."""
         users = [u for u in node.users if u in self.order and not _is_backward(u)]
         return [u for u in users if u.target not in _COPIES or self._users(u)]
 
@@ -178,7 +183,7 @@ def _kind(node: Node) -> Kind | None:
     return None if rule is None else rule.kind
 
 
-# The rule table is about gradients; these occur in the forward pass only.
+# The rule table is about gradients; these operators occur only in the forward pass.
 _FORWARD_HEAVY = {aten.convolution.default, aten._scaled_dot_product_flash_attention_for_cpu.default}
 
 
@@ -187,7 +192,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _adds(node: Node) -> bool:
-    """True for a sum of two tensors of one shape: neither a bias nor the epsilon of a norm."""
+    """Whether the node adds two tensors of one shape. The bias of a layer and the epsilon of a norm do not count."""
     if node.target not in _ADDITIONS:
         return False
     shapes = [tuple(n.meta["val"].shape) for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
@@ -200,7 +205,7 @@ def _is_backward(node: Node) -> bool:
 
 
 def _accumulates(node: Node) -> bool:
-    """Autograd's own additions stand for no call of the forward pass, whatever number they carry."""
+    """Autograd's own additions belong to no call of the forward pass, whatever number they carry."""
     return bool(node.meta.get("is_gradient_acc")) or _ACCUMULATION in (node.meta.get("stack_trace") or "")
 
 
@@ -240,10 +245,11 @@ def names_of_inputs(graph: Graph) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """``L['self'].blocks.0`` -> ``blocks.0``; ``L['self']._modules['blocks']._parameters['weight']`` too. The key of an
-    ``nn.ModuleDict`` may hold quotes and brackets; it is spelt as it is."""
+    """``L['self'].blocks.0`` -> ``blocks.0``; also from ``L['self']._modules['blocks']._parameters['weight']``. The key
+    of an ``nn.ModuleDict`` may hold quotes and brackets; it is kept unchanged.
+    """
     name = re.sub(r"^[LG]\['\w+'\](\.__self__)?", "", name)
-    name = re.sub(r"(?<=[^.\]])@\d+(?=$|\.)", "", name)  # the second call of a module, the third
+    name = re.sub(r"(?<=[^.\]])@\d+(?=$|\.)", "", name)  # the suffix for the second or third call of a module
     return _KEY.sub(lambda found: "." + _unquoted(found[1]), name).strip(".")
 
 
@@ -257,7 +263,7 @@ def _unquoted(key: str) -> str:
 
 
 def common(names: Sequence[str]) -> str:
-    """The module that holds all of these: ``encoder`` of ``encoder.0`` and ``encoder.1``."""
+    """The module that contains all of these: ``encoder`` for ``encoder.0`` and ``encoder.1``."""
     if not names:
         return ""
     parts = [name.split(".") for name in names]
@@ -270,7 +276,9 @@ def common(names: Sequence[str]) -> str:
 
 
 def modules_of(origins: Sequence[Origin]) -> list[str]:
-    """One module name per link: the module that adds where it tells links apart, else the one that holds the block."""
+    """One module name per link: the module that adds if it distinguishes the links, otherwise the one that holds the
+    block.
+    """
     adding, inside = [o.module for o in origins], [o.inside for o in origins]
     return adding if len(set(adding)) > 1 or len(set(inside)) == 1 and adding[0] else inside
 
@@ -287,5 +295,5 @@ def in_order(name: str) -> list[tuple[int, str]]:
 
 
 def by_frequency(lines: Iterable[str]) -> list[str]:
-    """Distinct, most frequent first; among equals in the order given."""
+    """Distinct lines, most frequent first; equally frequent ones in the given order."""
     return [line for line, _ in Counter(filter(None, lines)).most_common()]

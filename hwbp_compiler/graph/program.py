@@ -2,17 +2,18 @@
 
 Note [Normal form]
 ~~~~~~~~~~~~~~~~~~
-Two links are evaluated together when their programs are equal, so a program must not depend on node names, on the
-order of nodes in the graph, or on how additions are associated:
+Two links are evaluated together if their programs are equal. So a program must not depend on node names, on the order
+of nodes in the graph, or on how additions are associated:
 
 - statements are numbered by a depth-first walk from the outputs;
 - a tree of single-use additions is one n-ary ``SUM``; its terms are ordered by their structure;
 - an operand of a sum that does not depend on the state (a loss at this step, another branch of the model) is an
-  *injection*: it is kept aside and is no part of the structure, so a link with a loss and one without are equal;
-- every output is a sum, if need be of one term;
-- other operands that do not depend on the state (saved tensors, weights) are *externals*: the structure has their
-  shape and dtype only. Of a size that a block computes it has the expression, so what is evaluated together agrees
-  in every size.
+  *injection*: it is stored separately and is not part of the structure, so a link with a loss and one without are
+  equal;
+- every output is a sum, if necessary with one term;
+- other operands that do not depend on the state (saved tensors, weights) are *externals*: the structure contains only
+  their shape and dtype. For a size that a block computes it contains the expression, so links that are evaluated
+  together agree in every size.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ INPUT = "input"
 ADD = torch.ops.aten.add.Tensor
 
 State = tuple["Node | None", ...]
-"""The nodes that together are one state of a chain; None stands for a component that is zero."""
+"""The nodes that form one state of a chain; None means that the component is zero."""
 
 
 def why_not_linear(node: Node, on_trunk: bool = False) -> Why:
-    """Why a gradient that meets ``node`` is lost where ``linear_arguments`` has no answer: in a block, or ``on_trunk``
-    on its way past the blocks."""
+    """Why a gradient cannot pass ``node`` if ``linear_arguments`` has no answer, in a block or, if ``on_trunk``, on its
+    way past the blocks.
+    """
     name = operator_name(node)
     if rule_of(node) is not None or is_never_linear(node):
         return Reason.NOT_LINEAR_IN_GRADIENT.of(operator=name)
@@ -72,7 +74,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class External:
-    """Argument: the ``slot``-th value from outside; ``additive`` where it is added rather than multiplied."""
+    """Argument: the ``slot``-th external. ``additive`` if it is added and not multiplied."""
 
     slot: int
     additive: bool = False
@@ -80,8 +82,9 @@ class External:
 
 @dataclass(frozen=True)
 class Statement:
-    """One operation. ``args`` holds Ref, External and constants; ``kwargs`` holds (name, External or constant), by
-    name: no operator is linear in a keyword. ``shape`` and ``dtype`` describe the result."""
+    """One operation. ``args`` holds Ref, External and constants. ``kwargs`` holds (name, External or constant), sorted
+    by name; no operator is linear in a keyword argument. ``shape`` and ``dtype`` describe the result.
+    """
 
     target: object
     args: tuple
@@ -95,12 +98,12 @@ class Program:
     """An affine map between states.
 
     statements   in dependency order; the first ``arity`` are the inputs
-    raw          the graph node each statement stands for (None for a zero input)
-    outputs      statement of each state component of the next state, () where nothing follows
+    raw          the graph node of each statement (None for a zero input)
+    outputs      the statement of each component of the next state; () if nothing follows
     externals    node per external slot
-    injections   statement -> nodes added to it (statements that are sums only)
+    injections   statement -> nodes added to it (only for statements that are sums)
     remainders   output statement -> (node, terms): the node is that output plus terms that depend on the chain itself
-                 (a sum over links, as of the gradient of a context that every link reads); the output has no node
+                 (a sum over links, such as the gradient of a context that every link reads); the output has no node
     """
 
     arity: int
@@ -129,7 +132,7 @@ class Program:
 
 
 def sum_terms(root: Node, leaves: Iterable[Node] = ()) -> list[Node]:
-    """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is no addition)."""
+    """Leaves of the tree of single-use, equal-shape additions under ``root`` (``[root]`` if it is not an addition)."""
     stop = set(leaves)
     terms: list[Node] = []
     todo = [root]
@@ -164,9 +167,9 @@ def _is_plain_add(node: Node) -> bool:
 def extract(info: GraphInfo, inputs: State, outputs: Sequence[Node], tainted: set[int], last: bool = False) -> Program:
     """The program from state ``inputs`` to state ``outputs``.
 
-    ``tainted`` are the indices of everything that depends on the chain; none of it may enter the link except
-    through ``inputs`` (separation: no path by-passes a state). Where nothing follows (``last``), other gradients of
-    the state may: they are set aside as remainders. Raises Declined.
+    ``tainted`` are the indices of everything that depends on the chain. None of it may enter the link except through
+    ``inputs`` (separation: no path bypasses a state). If nothing follows (``last``), other gradients of the state may
+    enter; they are stored as remainders. Raises Declined.
     """
     index = info.index
     starts = {index[n] for n in inputs if n is not None}
@@ -214,7 +217,7 @@ class _Builder:
             return str(value)
 
         text = repr((str(statement.target), key(statement.args), key(statement.kwargs), str(statement.shape)))
-        # Not hash(): of strings that is another one in every process, and with it the order of what is emitted.
+        # Not hash(): for strings it differs between processes, and so would the order of the emitted nodes.
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
     def build(self, outputs: Sequence[Node]) -> Program:
@@ -228,7 +231,7 @@ class _Builder:
             self.program.outputs.append(i)
         used = {ref.id for statement in self.program.statements for ref in references(statement.args)}
         for i in self.program.remainders:
-            if i in used:  # what reads the whole of it would get a part
+            if i in used:  # a reader of the whole sum would get only a part
                 raise Declined(Reason.CONNECTION_SKIPS_STEPS)
             self.program.raw[i] = None
         return _numbered_from_outputs(self.program, self.hash_of)
@@ -237,7 +240,7 @@ class _Builder:
         return node in self.dependent or node in self.input_nodes
 
     def _visit(self, root: Node, outputs: set[Node]) -> None:
-        """Depth-first, without recursion: links can be thousands of nodes deep."""
+        """Depth-first without recursion, because links can be thousands of nodes deep."""
         todo: list[tuple[Node, bool]] = [(root, False)]
         while todo:
             node, ready = todo.pop()
@@ -266,7 +269,7 @@ class _Builder:
         inside = [t for t in terms if self._is_state(t)]
         outside = [t for t in terms if not self._is_state(t)]
         remainder = node in self.ends and any(self.info.index[t] in self.tainted for t in outside)
-        if remainder:  # what the link gives to its state, and again to what every link reads, it gives to both
+        if remainder:  # a term that the link adds to its state and to a value that every link reads counts for both
             outside += [t for i, t in enumerate(inside) if t in inside[:i]]
             inside = list(dict.fromkeys(inside))
         for term in outside if not remainder else ():
@@ -291,7 +294,7 @@ class _Builder:
                 added = "that is a size"
             if isinstance(added, (int, float, str)) and added != 0:
                 raise Declined(Reason.ADDS_CONSTANT.of(constant=added))
-        # By name alone: what stands there need not compare. Nothing that depends on the state does: see above.
+        # Sorted by name only, because the values may not be comparable. None depends on the state, as checked above.
         kwargs = tuple((k, self._argument(node.kwargs[k], False)) for k in sorted(node.kwargs))
         self._append(Statement(node.target, args, kwargs, shape_of(node), dtype_of(node)), node)
 
@@ -308,7 +311,7 @@ class _Builder:
 
 
 def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
-    """The same program in the normal form's numbering: sums visited in the order of their terms' structure."""
+    """The same program in the numbering of the normal form: sums are visited in the order of their terms' structure."""
     order = list(range(program.arity))
     seen = set(order)
     for output in program.outputs:
@@ -352,7 +355,7 @@ def _numbered_from_outputs(program: Program, hash_of: list[int]) -> Program:
 
 
 def references(args: Iterable) -> Iterator[Ref]:
-    """All statements that ``args`` refer to, in order, as often as they do."""
+    """All statements that ``args`` refer to, in order and with repetitions."""
     for a in args:
         if isinstance(a, Ref):
             yield a
@@ -361,7 +364,7 @@ def references(args: Iterable) -> Iterator[Ref]:
 
 
 def closure(program: Program, end: int) -> set[int]:
-    """The statements that statement ``end`` is computed from, itself included, inputs excluded."""
+    """The statements that statement ``end`` depends on, including itself, excluding inputs."""
     needed: set[int] = set()
     todo = [end]
     while todo:
@@ -373,19 +376,19 @@ def closure(program: Program, end: int) -> set[int]:
 
 
 def inputs_of(program: Program, end: int) -> set[int]:
-    """The components of the state that statement ``end`` is computed from."""
+    """The components of the state that statement ``end`` depends on."""
     used = {ref.id for i in closure(program, end) for ref in references(program.statements[i].args)}
     return {i for i in used | {end} if i < program.arity}
 
 
 def has_block(program: Program) -> bool:
-    """False where no statement on the way from state to state takes the state other than elementwise: J = 0."""
+    """False if no statement between the states uses the state other than elementwise, so that J = 0."""
     inside = set().union(*(closure(program, i) for i in program.outputs))
     return not all(elementwise_argument(program, i, r) for i in inside for r in references(program.statements[i].args))
 
 
 def is_heavy(program: Program, i: int) -> bool:
-    """Whether statement ``i`` is what a block is made of."""
+    """Whether statement ``i`` is a heavy operator, as blocks contain them."""
     node = program.raw[i]
     return node is not None and program.statements[i].target not in (SUM, INPUT) and is_heavy_operator(node)
 
@@ -400,9 +403,10 @@ def _constant(value: object):
 
 
 def elementwise_argument(program: Program, statement: int, ref: Ref) -> bool:
-    """True where statement i depends on element i of ``ref`` alone, up to a fixed change of shape.
+    """Whether the result's element i depends only on element i of ``ref``, up to a fixed change of shape.
 
-    The same at all times: where K is looked for and where it is computed, it must be one answer."""
+    The answer must stay the same over time: K is looked for and computed at different moments.
+    """
     if program.statements[statement].target is SUM:
         return True
     node, source = program.raw[statement], program.raw[ref.id]

@@ -1,4 +1,4 @@
-"""What is told about a chain: to the log, the counters and ``explain``."""
+"""What the log, the counters and ``explain`` report about a chain."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class GroupRecord:
     links        how many
     operators    the heavy operators of one link, by name, and how often
     multiplier   K of these links as text
-    module       the modules they stand in, ``"blocks.0..blocks.23"``
+    module       the modules that contain them, ``"blocks.0..blocks.23"``
     source       ``file:line: code`` of their residual addition or gated update
-    batched      how they are evaluated at once, one phrase per heavy operator; filled by ``explain`` alone
+    batched      how they are evaluated at once, one phrase per heavy operator; filled only by ``explain``
     """
 
     links: int
@@ -31,7 +31,7 @@ class GroupRecord:
 
 @dataclass
 class ChainRecord:
-    """One chain, or one stretch that was refused.
+    """One chain, or one stretch that was declined.
 
     length        number of links
     decision      "rewritten" or "declined"
@@ -39,19 +39,19 @@ class ChainRecord:
     reason_code   the same as a member of ``Reason``, whose name never changes its meaning
     multiplier    K as text, one entry per kind of link, most frequent first, joined by " | "
     groups        links evaluated together
-    source        ``file:line: code`` of the user's line with the residual addition or gated update; of the most
-                  frequent one where links differ
-    estimate      expected seconds link after link and rewritten, and bytes stacked; None where nothing was estimated
+    source        ``file:line: code`` of the user's line with the residual addition or gated update; the most frequent
+                  one if links differ
+    estimate      expected seconds link after link and rewritten, and bytes stacked; None if nothing was estimated
     failed        declined because a pass broke, not because of the model
-    module        the modules the links stand in, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``
+    module        the modules that contain the links, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``
     sources       all such lines, most frequent first
-    advice        what to change to have it rewritten; "" where there is nothing
-    times         how many equal ones this record stands for (declined ones only)
-    members       group of each link, in forward order; empty where it never came to groups
+    advice        what to change to have it rewritten; "" if there is nothing
+    times         how many equal ones this record represents (only for declined ones)
+    members       group of each link, in forward order; empty if groups were never formed
     modules       module of each link, in forward order
-    side_losses   links, in forward order, at whose state something besides the chain adds a gradient
-    added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
-    iterations, segment   k and S it was rewritten with; None where it was not, or has no block
+    side_losses   links, in forward order, whose state receives a gradient from outside the chain
+    added_bytes   upper bound on the memory that the rewritten form holds at once beyond the chain's own
+    iterations, segment   k and S it was rewritten with; None if it was not, or has no block
     candidates    with "auto": what may be chosen while the model trains, as (k, gamma, S) and the estimate
     """
 
@@ -77,23 +77,24 @@ class ChainRecord:
     candidates: tuple[tuple[Truncation, Any], ...] = ()
 
     def rewritten(self, how: Truncation) -> None:
-        """The chain takes the form that ``how`` says."""
+        """Mark the chain as rewritten with ``how``."""
         self.decision, self.iterations, self.segment = "rewritten", how.iterations, how.segment
 
     @property
     def name(self) -> str:
-        """What a reader knows it by: its modules, or else its line."""
+        """The name a reader knows it by: its modules, or else its source line."""
         return self.module or self.source.partition(": ")[0]
 
     @property
     def segments(self) -> int | None:
-        """C, where it was rewritten in segments of more than one link."""
+        """C, if it was rewritten in segments of more than one link."""
         return -(-self.length // self.segment) if self.segment is not None and self.segment > 1 else None
 
     @property
     def depth(self) -> tuple[int, int]:
-        """Blocks that wait for one another, in ordinary backprop and as it is now: L, and k, or (k + 1) S in runs over
-        segments."""
+        """How many blocks wait for one another, in ordinary backprop and now: L, and k, or (k + 1) S in runs over
+        segments.
+        """
         if self.iterations is None or self.segment is None:
             return self.length, self.length
         return self.length, self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
@@ -103,7 +104,7 @@ class ChainRecord:
         self.reason, self.advice, self.reason_code = why.text, why.advice, why.code
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: the reason's code by its name, and what follows from k and S."""
+        """Plain data, ready for JSON: the reason's code by name, and the values that follow from k and S."""
         return asdict(self) | {
             "reason_code": self.reason_code.name if self.reason_code is not None else None,
             "candidates": [asdict(how) for how, _ in self.candidates],

@@ -1,15 +1,15 @@
 """What each operator means for the highway: one table.
 
-A gradient node is a linear function of the tangents, so every operator that a gradient flows through must be
-linear in some of its arguments. For each operator the table states
+A gradient node is a linear function of the tangents, so every operator that a gradient flows through must be linear in
+some of its arguments. For each operator the table states
 
 - its kind: ``ELEMENTWISE`` (output element i depends on element i of the gradient operand), ``LAYOUT`` (the same
-  elements under another shape), ``MIXING`` (elements are combined, moved or dropped, cheaply: reductions,
-  slices, concatenation), ``HEAVY`` (what a block is made of: matrix products, convolutions, attention, and other
-  operators that carry information across elements);
+  elements in another shape), ``MIXING`` (elements are combined, moved or dropped, cheaply: reductions, slices,
+  concatenation), ``HEAVY`` (the operators that make a block: matrix products, convolutions, attention, and others that
+  carry information across elements);
 - the sets of arguments it is *jointly* linear in: ``add`` in {0, 1} together, ``mul`` in {0} or in {1}, never both.
 
-Supporting an operator is one entry here and one test. An operator that is absent is opaque: a link that contains it
+Supporting an operator takes one entry here and one test. An operator that is absent is opaque: a link that contains it
 is declined, never guessed.
 """
 
@@ -39,7 +39,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True)
 class Rule:
-    """Kind of an operator and the argument sets it is jointly linear in (positions in ``node.args``)."""
+    """The kind of an operator, and the argument sets it is jointly linear in (positions in ``node.args``)."""
 
     kind: Kind
     linear: tuple[frozenset[int], ...]
@@ -54,7 +54,7 @@ def _register(kind: Kind, linear: list[set[int]], *names: str, namespace=aten) -
         packet_name, _, overload = name.partition(".")
         packet = getattr(namespace, packet_name, None)
         target = getattr(packet, overload or "default", None)
-        if target is not None:  # an operator this torch does not have needs no rule
+        if target is not None:  # an operator that this torch lacks needs no rule
             _RULES[target] = rule
 
 
@@ -81,7 +81,7 @@ _register(L, [{0}], "squeeze", "squeeze.dim", "squeeze.dims", "expand")
 _register(M, [{0}], "sum", "sum.dim_IntList", "mean", "mean.dim", "slice.Tensor", "select.int", "split.Tensor")
 _register(M, [{0}], "split_with_sizes", "unbind.int", "cat", "stack", "constant_pad_nd", "as_strided", "diagonal")
 _register(M, [{0}], "select_backward", "slice_backward", "diagonal_backward", "repeat", "view_as_real")
-# A conjugate is additive, but no multiple of what is conjugated: nothing that K could be.
+# A conjugate is additive but not a multiple of its argument, so it cannot be part of K.
 _register(
     M, [{0}], "view_as_complex", "_conj", "conj", "_conj_physical", "conj_physical", "resolve_conj", "real", "imag"
 )
@@ -109,14 +109,14 @@ _register(H, [{2}], "linalg_lu_solve")
 _register(H, [{0}, {1}], "_grouped_mm")
 
 _BY_NAME: dict[str, Rule] = {
-    # A scan is what a block's own recurrence was rewritten to.
+    # A scan comes from rewriting a block's own recurrence.
     "highway::linear_scan": Rule(H, (frozenset({0, 3}),)),
     "transformers::grouped_mm_fallback": Rule(H, (frozenset({0}), frozenset({1}))),
     "transformers::grouped_mm_fallback_backward": Rule(H, (frozenset({3}),)),
 }
 """Operators of libraries that may not be loaded."""
 
-# -- not linear in any argument: for saying why, since no rule and this come to the same ---------------------------
+# -- not linear in any argument: used only to give the reason; the decision is the same without a rule ---------------
 _NEVER_LINEAR = {
     "abs", "sign", "sgn", "heaviside", "relu", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "fmax", "fmin",
     "floor", "ceil", "round", "trunc", "frac", "remainder", "fmod", "nan_to_num", "pow", "sqrt", "rsqrt", "reciprocal",
@@ -128,8 +128,9 @@ _NEVER_LINEAR = {
 
 
 def is_never_linear(node: Node) -> bool:
-    """Whether the result of ``node`` is known to be no linear function of any argument: a comparison, a clamp, a
-    square root. Every result that is not a number (bool) or is a whole one is such."""
+    """Whether the result of ``node`` is known not to be linear in any argument: a comparison, a clamp, a square root.
+    Every boolean or integer result is of this kind.
+    """
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and not (value.dtype.is_floating_point or value.dtype.is_complex):
         return True
@@ -137,13 +138,13 @@ def is_never_linear(node: Node) -> bool:
 
 
 def is_complex(node: Node) -> bool:
-    """Whether ``node`` gives or takes complex numbers."""
+    """Whether ``node`` returns or takes complex numbers."""
     values = (n.meta.get("val") for n in (node, *node.all_input_nodes))
     return any(isinstance(v, torch.Tensor) and v.dtype.is_complex for v in values)
 
 
 def rule_of(node: Node) -> Rule | None:
-    """The rule of ``node``'s operator, or None where nobody described it (opaque)."""
+    """The rule of ``node``'s operator; None if there is none (opaque)."""
     import operator
 
     if node.target is operator.getitem:
@@ -160,8 +161,9 @@ SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def size_of(node: Node):
-    """The number that ``node`` computes (a size, and what is computed from sizes): an int, float or sympy expression;
-    None where it computes anything else."""
+    """The number that ``node`` computes (a size, or a value computed from sizes) as an int, float or sympy expression;
+    None if it computes anything else.
+    """
     value = node.meta.get("val")
     if isinstance(value, SYMBOLIC):
         return value.node.expr
@@ -169,7 +171,7 @@ def size_of(node: Node):
 
 
 def operator_name(node: Node) -> str:
-    """The operator as users write it: ``aten::mm``, ``mylib::fancy``; higher-order operators by their name alone."""
+    """The operator as users write it: ``aten::mm``, ``mylib::fancy``; higher-order operators by their name only."""
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name
@@ -177,7 +179,7 @@ def operator_name(node: Node) -> str:
 
 
 def operands(node: Node) -> list[tuple[int, Node]]:
-    """``(argument position, node)`` for every node among the arguments, lists flattened; keyword arguments as -1."""
+    """``(argument position, node)`` for every node among the arguments, lists flattened; keyword arguments get -1."""
     found: list[tuple[int, Node]] = []
 
     def walk(position: int, value: object) -> None:
@@ -195,10 +197,10 @@ def operands(node: Node) -> list[tuple[int, Node]]:
 
 
 def linear_arguments(node: Node, positions: set[int]) -> frozenset[int] | None:
-    """The argument set that ``node`` is jointly linear in and that covers ``positions``; None if it is not linear.
+    """The argument set that covers ``positions`` and in which ``node`` is jointly linear; None if it is not linear.
 
-    A covering set that is larger than ``positions`` names additive arguments: what stands there and does not
-    depend on the state is added, not multiplied.
+    If the set is larger than ``positions``, the remaining arguments are additive: values there that do not depend on
+    the state are added, not multiplied.
     """
     rule = rule_of(node)
     if rule is None:
@@ -216,7 +218,7 @@ def shape_of(node: Node) -> tuple | None:
 
 
 def as_written(size: int | torch.SymInt) -> Any:
-    """An int or a sympy expression: to compare a symbolic size itself would tie what was traced to it."""
+    """An int or a sympy expression: comparing a symbolic size directly would restrict the trace to it."""
     return size if isinstance(size, int) else size.node.expr
 
 
@@ -226,23 +228,25 @@ def dtype_of(node: Node) -> torch.dtype | None:
 
 
 def form_of(node: Node) -> tuple:
-    """What two values share if one can take the other's place in a program: shape and dtype; of a size, the number
-    itself."""
+    """What two values must share so that one can replace the other in a program: shape and dtype; for a size, the
+    number itself.
+    """
     size = size_of(node)
     return (shape_of(node), dtype_of(node)) if size is None else ("size", size)
 
 
 def is_heavy_operator(node: Node) -> bool:
-    """Whether ``node`` is what a block is made of: a matrix product, a convolution, attention."""
+    """Whether ``node`` is an operator that makes a block: a matrix product, a convolution, attention."""
     rule = rule_of(node)
     return rule is not None and rule.kind is Kind.HEAVY
 
 
 def is_elementwise_edge(source: Node, node: Node, shapes: tuple[tuple | None, tuple | None] | None = None) -> bool:
-    """True where element i of ``node`` depends on element i of ``source`` alone (up to a fixed change of shape).
+    """Whether element i of ``node`` depends only on element i of ``source`` (up to a fixed change of shape).
 
-    ``shapes``: of the two, as they were written when it matters that the answer stays what it was: torch may find
-    out at any time that two symbolic sizes are one."""
+    ``shapes`` are the shapes of the two at tracing time. They are given if the answer must not change later: torch may
+    find out at any time that two symbolic sizes are equal.
+    """
     rule = rule_of(node)
     if rule is None or rule.kind not in (E, L):
         return False
@@ -261,8 +265,9 @@ def is_elementwise_edge(source: Node, node: Node, shapes: tuple[tuple | None, tu
 
 
 def _one_size(before: int, after: int) -> bool:
-    """Whether a symbolic size is its counterpart in the result, in other terms. What is broadcast has a size of 1
-    before; of any other torch has made sure that it is that of the result."""
+    """Whether a symbolic size equals its counterpart in the result, written differently. A broadcast dimension has size
+    1 before; for any other, torch has made sure that the size is that of the result.
+    """
     return before == after != 1
 
 
@@ -275,7 +280,7 @@ _FILLS = {aten.full.default: 1, aten.scalar_tensor.default: 0, aten.full_like.de
 
 
 def is_zero(value: object) -> bool:
-    """True for a literal 0 and for nodes that create zeros."""
+    """Whether it is a literal 0 or a node that creates zeros."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return value == 0
     if isinstance(value, Node) and value.op == "call_function":

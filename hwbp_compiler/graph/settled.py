@@ -1,6 +1,7 @@
-"""Mark what a recurrence's backward pass puts into a joint graph: no highway is to be looked for in it again.
+"""Mark the nodes that a recurrence's backward pass adds to a joint graph, so that no highway is looked for in them.
 
-The mark is the name of the recurrence, by which a report finds these nodes."""
+The mark is the name of the recurrence. A report uses it to find these nodes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes as plain numbers, for estimates and for what is told: to compare a symbol would tie the graph to its size."""
+"""Sizes as plain numbers, for estimates and reports: comparing a symbol would specialise the graph to its size."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 
 def hint(size: int | torch.SymInt) -> int:
-    """A symbolic size as it was seen; 1 where it was not."""
+    """The example value of a symbolic size; 1 if there is none."""
     return size if isinstance(size, int) else size.node.hint if size.node.has_hint() else 1
 
 
 def bytes_of(value: object) -> int:
-    """Bytes of a node's value, of the tensors in it if it is a tuple or list; a symbolic size counts as its hint."""
+    """Bytes of a node's value, summed if it is a tuple or list. A symbolic size counts as its hint."""
     if isinstance(value, (tuple, list)):
         return sum(bytes_of(v) for v in value)
     if not isinstance(value, torch.Tensor):

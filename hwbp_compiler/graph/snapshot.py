@@ -1,4 +1,4 @@
-"""A graph as it was, to go back to."""
+"""A copy of a graph that can be restored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch.fx import Graph, Node, map_arg
 
 
 class Snapshot:
-    """A copy of ``graph``, made now."""
+    """A copy of ``graph``, taken at construction."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph, self._copy = graph, Graph()
@@ -14,7 +14,7 @@ class Snapshot:
         self._output = self._copy.graph_copy(graph, self._copies)
 
     def restore(self) -> dict[Node, Node]:
-        """Put the copy in place of whatever ``graph`` has become; for every node that was there, the new one."""
+        """Replace the current content of ``graph`` by the copy. Return the new node for every node that was there."""
         graph = self._graph
         metadata = dict(next(n for n in reversed(graph.nodes) if n.op == "output").meta)
         for node in reversed(list(graph.nodes)):

@@ -2,10 +2,10 @@
 
 Note [Wires]
 ~~~~~~~~~~~~
-Backward, two products of one gradient can look the same: ``w * a`` is the gradient of the state before a step
-``a * h``, ``w * h`` that of the gate. Only the forward pass tells them apart: the state of one step is an operand of
-the next. A *wire* leads from what a link takes from outside to what the link before it in the model takes from
-outside, and the wires that all links of a chain share say what its first and its last link must look like.
+In the backward pass, two products of one gradient can look the same: ``w * a`` is the gradient of the state before a
+step ``a * h``, and ``w * h`` is that of the gate. Only the forward pass distinguishes them: the state of one step is an
+operand of the next. A *wire* leads from an external of a link to an external of the link before it in the model. The
+wires that all links of a chain share determine what its first and its last link must look like.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .program import Program
 from .rules import operands
 
 Route = tuple[tuple[object, int], ...]
-"""From a node to an operand of an operand ...: (operator, number of the operand)."""
+"""The way from a node to an operand of an operand ...: (operator, number of the operand)."""
 
-# Wires are short, and what a link takes from outside is found within a few operators of it.
+# Limits of the search. Wires are short, and a link's externals are found within a few operators of it.
 _SEARCHED = 200
 _OPERATORS_OF_AN_EXTERNAL = 2
 _CLIMBED = 3
@@ -33,7 +33,7 @@ _USERS = 8
 
 @dataclass(frozen=True)
 class End:
-    """What a link takes from outside, or what that was computed from."""
+    """An external of a link, or a value that it was computed from."""
 
     slot: int
     route: Route
@@ -41,8 +41,9 @@ class End:
 
 @dataclass(frozen=True)
 class Wire:
-    """From ``later`` up to a user of users (``up``) and over to another operand of it (its number is ``turn``), or
-    straight on where ``up`` is empty, then down ``down`` to ``earlier`` in the step before."""
+    """A path from ``later`` up to a user of users (``up``), over to another operand of it (number ``turn``), and down
+    ``down`` to ``earlier`` in the step before. If ``up`` is empty, the path goes straight down.
+    """
 
     later: End
     up: Route
@@ -52,10 +53,10 @@ class Wire:
 
 
 class Pattern:
-    """What links that follow others have in common in what they take from outside; ``pairs`` are (the later one in the
-    model, the earlier one), all the earlier ones equal, and so are the later ones.
+    """What consecutive links have in common in their externals. ``pairs`` are (the later one in the model, the earlier
+    one). All earlier ones are equal, and so are all later ones.
 
-    shared   slot -> what all of them take
+    shared   slot -> the value that all of them take
     wires    from every link to the next one (the step before it in the model)
     """
 
@@ -74,7 +75,7 @@ class Pattern:
         return bool(self.shared or self.wires)
 
     def fits(self, later: Program) -> Callable[[int, Node], bool]:
-        """Whether the link behind ``later`` can take a node from outside at a slot."""
+        """Return a function that says whether the link before ``later`` in the model can take a node at a slot."""
         ends = [(wire.earlier, self._reached(wire, later)) for wire in self.wires]
 
         def fits(slot: int, node: Node) -> bool:
@@ -85,15 +86,16 @@ class Pattern:
         return fits
 
     def follows(self, earlier: Program, later: Program) -> bool:
-        """Whether ``earlier`` can be the link behind ``later``."""
+        """Whether ``earlier`` can be the link that follows ``later`` in the chain."""
         fits = self.fits(later)
         return all(fits(slot, node) for slot, node in enumerate(earlier.externals))
 
     def may_be_first(self, link: Program) -> bool:
-        """Whether what ``link`` multiplies by goes where it goes in other links, up to the state behind it.
+        """Whether the multiplier of ``link`` is used in the forward pass as in the other links, up to the state of the
+        step.
 
-        Asked where a link is one product with a tensor of the model's own: ``c * h`` is no step ``a * h + b``. What
-        is computed is computed likewise in all links, or it does not fit.
+        This matters if a link is only one product with a tensor of the model: ``c * h`` is not a step ``a * h + b``.
+        Computed multipliers need no check: they are computed alike in all links, or they do not fit.
         """
         if max(link.outputs) > link.arity + 1:
             return True
@@ -126,12 +128,12 @@ class Pattern:
                 found |= mine
                 if mine:
                     break
-        # h is computed from the a of the step before, but not the first h: where h itself is reached that is enough.
+        # h is computed from the a of the step before, except the first h. If h itself is reached, that is enough.
         nearest = {w.earlier.slot: len(w.earlier.route) for w in sorted(found, key=lambda w: -len(w.earlier.route))}
         return {w for w in found if len(w.earlier.route) == nearest[w.earlier.slot]}
 
     def _reached(self, wire: Wire, later: Program) -> set[Node]:
-        """Where ``wire`` leads from ``later``."""
+        """The nodes that ``wire`` reaches from ``later``."""
         node = _follow(later.externals[wire.later.slot], wire.later.route)
         if node is None:
             return set()
@@ -150,7 +152,7 @@ class Pattern:
         return users if len(users) <= _USERS else []
 
     def _starts(self, node: Node) -> Iterator[list[tuple[Route, int, Node]]]:
-        """Where wires may go down from: ``node`` itself, other operands of its users, of their users, and so on."""
+        """Where wires may start to go down: ``node`` itself, other operands of its users, of their users, and so on."""
         yield [((), 0, node)]
         tops: list[tuple[Route, Node]] = [((), node)]
         for _ in range(_CLIMBED):
@@ -186,7 +188,7 @@ def _walk(node: Node, depth: int) -> Iterator[tuple[Route, Node]]:
 
 
 def _below(start: Node, goals: Container[Node]) -> Iterator[tuple[Node, Route]]:
-    """Every goal that ``start`` is computed from, with the shortest route to it."""
+    """Every goal that ``start`` depends on, with the shortest route to it."""
     routes: dict[Node, Route] = {start: ()}
     todo = deque([start])
     while todo and len(routes) < _SEARCHED:

@@ -1,7 +1,7 @@
 """The forward pass of a GRU on a CPU: ``gru.cpp``.
 
-PyTorch has a kernel of all steps for an LSTM there (oneDNN), but calls a dozen operators in every step of a GRU. Where
-this one cannot be built, or does not serve a call, PyTorch's own runs as ever.
+On CPUs PyTorch has one kernel for all steps of an LSTM (oneDNN), but calls a dozen operators in every step of a GRU. If
+this kernel cannot be built, or does not support a call, PyTorch's own runs as usual.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ native = native_kernel(
 
 
 def gru(call: OperatorCall) -> tuple[Tensor, Tensor] | None:
-    """Outputs [T, B, H directions], last states [layers directions, B, H]; None where PyTorch's kernel has to run."""
+    """Outputs [T, B, H directions] and last states [layers directions, B, H]; None if PyTorch's kernel must run."""
     tensors = (call.input, *call.state, *call.weights)
     served = call.kind == "gru" and call.autocast is None and call.batch_sizes is None and not call.random
     if not served or call.input.device.type != "cpu" or call.input.dim() != 3 or call.input.numel() == 0:
@@ -50,7 +50,7 @@ def gru(call: OperatorCall) -> tuple[Tensor, Tensor] | None:
 def _layer(
     kernel: Callable[..., Any], input: Tensor, first: Tensor, weights: Sequence[Tensor], reverse: bool
 ) -> Tensor:
-    """[T, B, H]; ``weights`` are W_ih, W_hh and b_ih, b_hh or no biases."""
+    """[T, B, H]; ``weights`` are W_ih, W_hh, followed by b_ih, b_hh if there are biases."""
     w_ih, w_hh, *biases = weights
     (steps, batch, _), hidden = input.shape, first.shape[-1]
     rows = input.reshape(steps * batch, -1)

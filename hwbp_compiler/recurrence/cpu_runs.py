@@ -29,8 +29,9 @@ def run(
     segment: int,
     whole: bool,
 ) -> list[Tensor] | None:
-    """What :func:`.runs._run_segments` returns; None where this kernel does not serve. Numbers of 16 bits are computed
-    with in float32, and rounded once at the end."""
+    """Returns what :func:`.runs._run_segments` returns; None if this kernel does not support the call. 16-bit numbers
+    are computed in float32 and rounded once at the end.
+    """
     tensors = [t for t in (values, multipliers, through, into, weight, *ends) if t is not None]
     (dtype, *others) = {t.dtype for t in tensors}
     if others or any(t.device.type != "cpu" or t.numel() == 0 for t in tensors):
@@ -70,5 +71,5 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _two(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Of both components, where there are two."""
+    """The addresses of both components, if there are two."""
     return [_address(tensors[i]) if i < len(tensors) else None for i in range(2)]

@@ -14,7 +14,7 @@ operator = torch.ops.highway.dropout_noise.default
 
 
 def _dropout_noise(input: Tensor, p: float) -> Tensor:
-    """As ``torch.dropout`` draws them, from the same generator, in the same order."""
+    """Draws the factors like ``torch.dropout``: from the same generator, in the same order."""
     noise = torch.empty(input.shape, dtype=input.dtype, device=input.device)
     return noise.zero_() if p == 1 else noise.bernoulli_(1 - p).div_(1 - p)
 

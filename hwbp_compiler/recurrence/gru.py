@@ -22,11 +22,11 @@ def gradients(
     grad_h_n: Tensor | None,
     truncation: Truncation | None,
 ) -> Gradients:
-    """With the gates r and z and the candidate n of every step at once,
+    """The gates r and z and the candidate n of every step are computed at once:
 
         h' = (1 - z) n + z h        n = tanh(W_in x + b_in + r (W_hn h + b_hn))
 
-    Truncation None: exact backprop, one step after the other (``runs.exact``).
+    Truncation None means exact backprop, one step after the other (``runs.exact``).
     """
     first, later = layer.state[0][0].to(layer.output.dtype), layer.output[:-1]  # the states before each step
     size = first.shape[-1]
@@ -36,9 +36,9 @@ def gradients(
     of_x, candidate_of_h = _of_input(layer, new), _of_states(layer, first, later, new)
     n = torch.tanh(of_x + r * candidate_of_h)
     into_n = (1 - z) * (1 - n * n)
-    # What a gradient of h' is multiplied with on its way into a product with the weights: n on the side of x, then
-    # r, z and n on the side of h. The first three lead through W_ih, the last three through W_hh.
-    # (h - n) z is h' - n.
+    # ``into`` holds the factors that multiply a gradient of h' before a product with the weights: n on the side of x,
+    # then r, z and n on the side of h. The first three lead through W_ih, the last three through W_hh. (h - n) z is h'
+    # - n.
     of_z = (layer.output - n) * (1 - z)
     into = torch.stack([into_n, into_n * candidate_of_h * r * (1 - r), of_z, into_n * r], dim=2)
     c = contributions(layer, grad_output)
@@ -69,7 +69,7 @@ def _of_input(layer: Layer, gates: slice) -> Tensor:
 
 
 def _of_states(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor:
-    """The same of the states before, which are never put together in memory."""
+    """The same for the states before each step, without joining these in memory."""
     weight = layer.w_hh[gates].t()
     of_h = torch.cat([torch.mm(first, weight), torch.mm(rows(later), weight)])
     of_h = of_h.view(*layer.output.shape[:2], weight.shape[1])
@@ -77,7 +77,7 @@ def _of_states(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tens
 
 
 def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor:
-    """Their sum, the second product added to the first in place of a tensor of its own."""
+    """Their sum. The second product is added to the first, without a separate tensor."""
     batch, weight = first.shape[0], layer.w_hh[gates].t()
     of_x = torch.mm(rows(layer.input), layer.w_ih[gates].t())
     both = torch.cat([torch.addmm(of_x[:batch], first, weight), torch.addmm(of_x[batch:], rows(later), weight)])
@@ -86,8 +86,9 @@ def _of_both(layer: Layer, first: Tensor, later: Tensor, gates: slice) -> Tensor
 
 
 def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Tensor]:
-    """w [T, B, H], and what it makes of the state before the first step [B, H]; ``last`` is the gradient at the last
-    state [B, H]."""
+    """w [T, B, H], and the resulting gradient at the state before the first step [B, H]. ``last`` is the gradient at
+    the last state [B, H].
+    """
     z, into, damping = links.multipliers, links.into, how.damping
     assert z is not None
     highway = Highway(order=(0,), k={(0, 0): z[1:]}, heads=[last], injected=[links.values[:-1]])
@@ -110,7 +111,7 @@ def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Ten
 
 
 def _through_blocks(into: Tensor, w: Tensor, w_hh: Tensor) -> Tensor:
-    """[T, B, H]. On a CPU by halves: what is multiplied with W_hh is the largest tensor of an iteration."""
+    """[T, B, H]. On a CPU in two halves, because the factor of W_hh is the largest tensor of an iteration."""
     steps = into.shape[0]
     by_halves = into.device.type == "cpu" and isinstance(steps, int) and steps > 1
     half = -(-steps // 2) if by_halves else steps
@@ -120,10 +121,10 @@ def _through_blocks(into: Tensor, w: Tensor, w_hh: Tensor) -> Tensor:
 
 
 def _from_front(weight: Tensor, size: int) -> Tensor:
-    """(r, z, n) as (n, r, z)."""
+    """Reorder (r, z, n) to (n, r, z)."""
     return torch.cat([weight[2 * size :], weight[: 2 * size]])
 
 
 def _from_back(weight: Tensor, size: int) -> Tensor:
-    """(n, r, z) as (r, z, n)."""
+    """Reorder (n, r, z) to (r, z, n)."""
     return torch.cat([weight[size:], weight[:size]])

@@ -17,7 +17,7 @@ ADDRESS, NUMBER, FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 def native_kernel(source: str, function: str, arguments: Sequence[Any], without: str) -> NativeKernel:
-    """``function`` of ``source``, which takes ``arguments``, returns nothing and is made of ``product.h``."""
+    """``function`` of ``source`` as a kernel. It takes ``arguments``, returns nothing, and includes ``product.h``."""
 
     def taken(library: Any) -> Callable[..., Any]:
         found: Any = getattr(library, function)

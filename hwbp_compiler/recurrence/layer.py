@@ -1,9 +1,10 @@
-"""One recurrent layer, one direction, as its backward pass finds it; and what GRU and LSTM do alike.
+"""One recurrent layer in one direction, as its backward pass receives it; and what GRU and LSTM have in common.
 
 Note [Rows and the last state]
-Row i of a series belongs to step i + 1 of time; the block of a step leads to the state before it, a row further up.
-What the losses contribute at h_T is the whole gradient there: every scan starts from it, as the initial state, and runs
-over the links 2..T. No scan needs a concatenation or a pad for the sake of that row.
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Row i of a series belongs to time step i + 1. The block of a step leads to the state before it, one row further up. The
+losses' contribution at h_T is the whole gradient there. So every scan starts from it, as the initial state, and runs
+over the links 2..T. No scan needs a concatenation or padding for that row.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """input [T, B, I], output [T, B, H] (h_1 ... h_T), state (h_0,) or (h_0, c_0) of shape [1, B, H] each; the
-    weights of the cell as ``nn.GRU`` and ``nn.LSTM`` have them, biases both or none."""
+    """input [T, B, I], output [T, B, H] (h_1 ... h_T), state (h_0,) or (h_0, c_0) of shape [1, B, H] each. The weights
+    are laid out as in ``nn.GRU`` and ``nn.LSTM``; there are both biases or none.
+    """
 
     input: Tensor
     output: Tensor
@@ -34,7 +36,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of a :class:`Layer`, in its order."""
+    """The gradients for a :class:`Layer`, in its order."""
 
     input: Tensor
     state: tuple[Tensor, ...]
@@ -58,15 +60,15 @@ def states_before(layer: Layer) -> Tensor:
 
 
 def column_sums(matrix: Tensor) -> Tensor:
-    """As a product: a compiled reduction over rows walks down one narrow column after another."""
+    """Sums over rows as a product: a compiled reduction would walk down one narrow column after another."""
     return torch.mm(matrix.new_ones(1, matrix.shape[0]), matrix).squeeze(0)
 
 
 def at_the_last_state(c: Tensor, grad_h_n: Tensor | None) -> Tensor:
-    """[B, H]: what the losses contribute at h_T, of c [T, B, H] and of what is returned as the last state."""
+    """[B, H]: the losses' contribution at h_T, from c [T, B, H] and from the returned last state."""
     return c[-1] if grad_h_n is None else c[-1] + grad_h_n[0]
 
 
 def contributions(layer: Layer, grad_output: Tensor | None) -> Tensor:
-    """What the losses contribute at h_1 ... h_T through the output; ``at_the_last_state`` adds the rest."""
+    """The losses' contribution at h_1 ... h_T through the output; ``at_the_last_state`` adds the rest."""
     return torch.zeros_like(layer.output) if grad_output is None else grad_output

@@ -31,14 +31,14 @@ def gradients(
     grad_c_n: Tensor | None,
     truncation: Truncation,
 ) -> Gradients:
-    """With the gates i, f, o and the candidate g of every step at once,
+    """The gates i, f, o and the candidate g of every step are computed at once:
 
         c' = f c + i g        h' = o tanh(c')
 
-    The cell states are not saved: they are the scan of i g with multipliers f, the gates being known from h. Of the
-    gradients, w_h, that of h', is reached through the weights alone; w_e, that of c' with what comes through h', is
-    scanned: w_e = o (1 - tanh(c')^2) w_h + f' w_e'. What is injected into it and what its block gives are therefore
-    those of w_h times o (1 - tanh(c')^2).
+    The cell states are not saved. The gates follow from h, and the cell states are the scan of i g with multipliers f.
+    There are two gradients. w_h, that of h', is reached only through the weights. w_e, that of c' including what comes
+    through h', is scanned: w_e = o (1 - tanh(c')^2) w_h + f' w_e'. So the injections and the block of w_e are those of
+    w_h times o (1 - tanh(c')^2).
     """
     before = states_before(layer)
     both = torch.cat([layer.input, before], -1)
@@ -51,7 +51,7 @@ def gradients(
     g = torch.tanh(gates.select(2, 2))
     c = torch.ops.highway.linear_scan(i * g, f, False, layer.state[1][0].to(i.dtype))
     tanh_c = torch.tanh(c[1:])
-    # What the gradients of c' (three times) and h' are multiplied with on their way into the product with the weights.
+    # The factors that multiply the gradients of c' (three times) and h' before the product with the weights.
     into = torch.stack([g * i * (1 - i), c[:-1] * f * (1 - f), i * (1 - g * g), tanh_c * o * (1 - o)], dim=2)
     through_h = o * (1 - tanh_c * tanh_c)
 
@@ -75,12 +75,12 @@ def gradients(
         w_ih=weights[:, :inputs],
         w_hh=weights[:, inputs:],
         b_ih=sums,
-        b_hh=sums.clone(),  # both are added to and clipped in place
+        b_hh=sums.clone(),  # a separate copy: callers add to both and clip both in place
     )
 
 
 def _truncated(links: Links, highway: Highway[Tensor], how: Truncation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w_h and w_e [T, B, H], and what they make of h_0 and c_0 [B, H]."""
+    """w_h and w_e [T, B, H], and the resulting gradients at h_0 and c_0 [B, H]."""
     f, q, into, damping = links.multipliers, links.through, links.into, how.damping
     assert f is not None and q is not None
     series = TensorSeries(f.shape[0] - 1, highway.heads)

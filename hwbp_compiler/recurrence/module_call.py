@@ -16,7 +16,7 @@ class ModuleCall:
     input        [T, B, I], [B, T, I] if ``batch_first``, or [sum of batch_sizes, I]
     batch_sizes  of a packed sequence, else None
     state        (h_0,), for an LSTM (h_0, c_0); each [layers * directions, B, H]
-    weights      per layer and direction w_ih, w_hh and, if there, b_ih, b_hh and the projection w_hr
+    weights      per layer and direction w_ih, w_hh and, if present, b_ih, b_hh and the projection w_hr
     """
 
     kind: str
@@ -33,8 +33,10 @@ class ModuleCall:
 
     @classmethod
     def of(cls, kind: str, args: Sequence[Any], kwargs: dict[str, Any]) -> ModuleCall:
-        """Both overloads: ``(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first)``
-        and ``(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train, bidirectional)``."""
+        """From the arguments of either overload: ``(input, hx, params, has_biases, num_layers, dropout, train,
+        bidirectional, batch_first)`` or ``(data, batch_sizes, hx, params, has_biases, num_layers, dropout, train,
+        bidirectional)``.
+        """
         names = ("hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional")
         given = dict(kwargs)
         packed = "data" in given or "batch_sizes" in given or (len(args) > 3 and isinstance(args[3], (list, tuple)))
@@ -57,7 +59,7 @@ class ModuleCall:
 
     @property
     def tensors(self) -> tuple[Any, ...]:
-        """What can have a gradient."""
+        """The tensors that can have a gradient."""
         return (self.input, *self.state, *self.weights)
 
     @property

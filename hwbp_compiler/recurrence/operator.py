@@ -29,9 +29,9 @@ _OPTIONS = (
     "bool has_biases, int layers, float dropout, bool train, bool bidirectional, ScalarType? autocast, bool[] record"
 )
 library = torch.library.Library("highway", "FRAGMENT")
-# A CUDA graph would replay the kernels and leave out what is kept in Python between them (``kept``).
+# A CUDA graph would replay the kernels, but skip the Python that keeps recordings between them (``kept``).
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
-# Random: with dropout between layers two equal calls must not become one.
+# Random: with dropout between layers, two equal calls must not be merged into one.
 library.define(
     f"recurrent_module(str kind, Tensor input, Tensor? batch_sizes, Tensor[] state, Tensor[] weights, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -53,25 +53,25 @@ def _recurrent(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if any(record):
         recording = _Recording(call, record)
         output, *last = (t.detach() for t in recording.outputs)
-        # What runs afterwards may write into the last states.
+        # Code that runs later may write into the last states.
         return *_outputs(call.dtype, output, [t.clone() for t in last]), kept.token(recording)
     with below_autograd():
         ours = cpu.gru(call)
         if ours is not None:
             return *_outputs(call.dtype, ours[0], [ours[1]]), kept.token()
-        # cuDNN would set memory aside for a backward pass when it is told to train.
+        # in training mode cuDNN would reserve memory for a backward pass
         output, *last = call._replace(train=call.random).run()
     return *_outputs(call.dtype, output, last), kept.token()
 
 
 def _outputs(dtype: torch.dtype, output: Tensor, last: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """As the fake says they are; nothing for c_n where there is none."""
+    """Match what the fake kernel returns; c_n is empty where there is none."""
     output, h_n, *c_n = (t.to(dtype).contiguous() for t in (output, *last))
     return output, h_n, c_n[0] if c_n else output.new_empty(0)
 
 
 class _Recording:
-    """One run of the kernel with the autograd graph it recorded."""
+    """One run of the kernel, with the autograd graph that it recorded."""
 
     def __init__(self, call: OperatorCall, record: Sequence[bool]) -> None:
         with recording_autograd():
@@ -84,7 +84,7 @@ class _Recording:
     def gradients(self, incoming: Sequence[Tensor | None]) -> list[Tensor | None]:
         pairs = [(o, g) for o, g in zip(self.outputs, incoming, strict=False) if g is not None and o.requires_grad]
         with recording_autograd():
-            # Not autograd.grad: it asks for every node of the graph whether it leads to a leaf.
+            # Not autograd.grad: that checks for every node of the graph whether it leads to a leaf.
             torch.autograd.backward([o for o, _ in pairs], [g.to(o.dtype) for o, g in pairs])
         return [leaf.grad for leaf in self.leaves]
 
@@ -113,8 +113,8 @@ def _recurrent_backward(
 def _again(call: OperatorCall, record: Sequence[bool]) -> _Recording:
     if call.random:
         raise RuntimeError(
-            "backward through a recurrent module with dropout between its layers a second time: its random masks are "
-            "not kept. Call the module again, or compile with an approximating `iterations`, where layers are apart."
+            "a second backward pass through a recurrent module with dropout between its layers: its random masks are "
+            "not kept. Call the module again, or compile with approximating `iterations`, which separates the layers."
         )
     return _Recording(call, record)
 
@@ -165,10 +165,10 @@ torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, l
 
 
 def _no_second_derivative(ctx: Any, *incoming: Any) -> Any:
-    """Compiled graphs refuse this by themselves; this is for one that runs in eager mode because something failed."""
+    """Compiled graphs refuse this by themselves. This is for a graph that runs in eager mode after a failure."""
     raise RuntimeError(
         "double backward through a recurrent module of a model compiled with backend='highway' is not supported. Call "
-        "the model uncompiled where the gradient itself is differentiated (create_graph=True)."
+        "the uncompiled model if you differentiate the gradient itself (create_graph=True)."
     )
 
 
@@ -176,7 +176,7 @@ torch.library.register_autograd(BACKWARD_NAME, _no_second_derivative, lib=librar
 
 
 def _under_autocast(device: str) -> Any:
-    """Tracing under autocast writes down what autocast would do: compiled code runs without it."""
+    """Compiled code runs without autocast, so tracing under autocast records what autocast would do."""
 
     def call(kind: str, input: Tensor, sizes: Any, state: Any, weights: Any, *options: Any) -> Any:
         *rest, _, record = options
@@ -190,15 +190,15 @@ def _under_autocast(device: str) -> Any:
 
 
 def _halved(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What autocast does before it calls cuDNN: to float16 whatever its own type is, but for float64."""
+    """What autocast does before it calls cuDNN: convert everything but float64 to float16."""
     return [t.half() if t.is_floating_point() and t.dtype is not torch.float64 else t for t in tensors]
 
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     library.impl("recurrent_module", _under_autocast(_device), _key)
 
-# Said of a layer by itself (its weights lie in the memory of the module's) and of weights just cast: cuDNN packs them
-# in every call, which costs little beside a run over time.
+# cuDNN warns about single layers (whose weights are part of the module's memory) and about freshly cast weights. It
+# then packs the weights in every call, which costs little beside a run over time.
 warnings.filterwarnings(
     "ignore", "RNN module weights are not part of single contiguous chunk of memory", UserWarning, __name__
 )

@@ -1,4 +1,4 @@
-"""A call of ``highway::recurrent_module``, as its kernels take it."""
+"""A call of ``highway::recurrent_module``, as its kernels receive it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class OperatorCall(NamedTuple):
-    """What the operator is called with, but for ``record``: the arguments of the schema, in its order."""
+    """The operator's arguments, except ``record``, in the order of the schema."""
 
     kind: str
     input: Tensor
@@ -26,12 +26,12 @@ class OperatorCall(NamedTuple):
 
     @property
     def random(self) -> bool:
-        """Whether random numbers are drawn: dropout is between layers."""
+        """Whether random numbers are drawn: there is dropout between layers."""
         return self.train and self.dropout > 0 and self.layers > 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the outputs, as in eager mode: a CPU interpolates the GRU's state in its own type."""
+        """The dtype of the outputs, as in eager mode. On a CPU, a GRU interpolates the state in its own type."""
         if self.autocast is None:
             return self.input.dtype
         if self.kind == "gru" and self.input.device.type == "cpu":

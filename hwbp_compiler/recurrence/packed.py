@@ -1,8 +1,8 @@
-"""What becomes of recurrent modules that are given a packed sequence.
+"""Report recurrent modules that receive a packed sequence.
 
-Their code reads the number of sequences out of a tensor (``batch_sizes[0]``). Dynamo breaks the graph there and leaves
-the call to eager mode: PyTorch's own kernels, exact gradients. No graph ever shows it to a pass, so it is Dynamo's
-break that is told of.
+Their code reads the number of sequences from a tensor (``batch_sizes[0]``). Dynamo breaks the graph there and leaves
+the call to eager mode: PyTorch's own kernels, exact gradients. No pass ever sees the call in a graph, so Dynamo's graph
+break is what gets reported.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 
 REASON = Reason.PACKED_BREAKS_GRAPH.of()
 
-_READS = ("_local_scalar_dense", "Tensor.item()")  # how Dynamo says that a number was read out of a tensor
+_READS = ("_local_scalar_dense", "Tensor.item()")  # Dynamo's words for reading a number from a tensor
 _here = threading.local()
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[str]]:
-    """The source lines of such calls that are found in this thread while it lasts, which are then not counted."""
+    """Collect the source lines of such calls in this thread while this lasts. They are then not counted."""
     before, _here.found = getattr(_here, "found", None), []
     try:
         yield _here.found
@@ -38,7 +38,7 @@ def listening() -> Iterator[list[str]]:
 
 
 def seen(stack: list[FrameSummary], error: str) -> None:
-    """What Dynamo's graph breaks are shown to: the lines that led to one, outermost first, and what is said there."""
+    """Called for Dynamo's graph breaks, with the user's lines that led there, outermost first, and Dynamo's message."""
     if not (stack and stack[-1].filename == rnn.__file__ and any(what in error for what in _READS)):
         return
     own = [frame for frame in stack if "/torch/" not in frame.filename]
@@ -54,5 +54,5 @@ def seen(stack: list[FrameSummary], error: str) -> None:
 
 @functools.cache
 def _tell(source: str) -> None:
-    """Once for each line: what is compiled anew for other shapes says nothing new."""
+    """Log once per line: a recompilation for other shapes adds nothing new."""
     log.info("recurrent module declined: %s%s", REASON.text, f" [{source}]" if source else "")

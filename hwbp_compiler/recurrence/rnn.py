@@ -1,4 +1,4 @@
-"""The backward pass of a tanh or ReLU RNN layer. K = 0: no highway, exact backprop (``runs.exact``) only."""
+"""The backward pass of a tanh or ReLU RNN layer. K = 0: no highway, so only exact backprop (``runs.exact``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .runs import Links, exact
 
 
 def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Tensor | None) -> Gradients:
-    """h' = tanh(a) or max(a, 0) with a = W_ih x + b_ih + W_hh h + b_hh. Their derivatives are known from h'."""
+    """h' = tanh(a) or max(a, 0) with a = W_ih x + b_ih + W_hh h + b_hh. The derivatives follow from h'."""
     after = layer.output
     # NaN passes through max(a, 0), and so does its gradient.
     into = 1 - after * after if kind == "rnn_tanh" else torch.where(after <= 0, torch.zeros_like(after), 1)
@@ -26,5 +26,5 @@ def gradients(kind: str, layer: Layer, grad_output: Tensor | None, grad_h_n: Ten
         w_ih=torch.mm(flat.t(), rows(layer.input)),
         w_hh=torch.addmm(torch.mm(flat[:batch].t(), first), flat[batch:].t(), rows(later)),
         b_ih=sums,
-        b_hh=sums.clone(),  # both are added to and clipped in place
+        b_hh=sums.clone(),  # a separate copy: callers add to both and clip both in place
     )

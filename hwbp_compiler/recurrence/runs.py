@@ -1,14 +1,15 @@
-"""``highway::run_segments``: substitution inside the segments of a recurrent layer, all of them at once.
+"""``highway::run_segments``: substitution inside the segments of a recurrent layer, for all segments at once.
 
 Row t of a series belongs to link t, which leads from the state after step t to the state before it. Segments are
-counted from the last row; the first takes the remainder. A run is S steps, each one product over C times the batch:
+counted from the last row; the first takes the remainder. A run is S steps. Each step is one product over C times the
+batch:
 
     GRU, RNN    w' = c + m w + (p w) W
     LSTM        h' = c + (p_i e, p_f e, p_g e, p_o h) W        e' = m e + q h'        (recurrence/lstm.py: h and e)
 
-with c (and q) of the state that is led to. On a CPU a run is one call (:mod:`.cpu_runs`), and so is exact backprop, a
-run over one segment of all steps (:func:`exact`). For other devices the steps are written out where T is a number, and
-compiled with what surrounds them (:func:`written_out`).
+where c (and q) belong to the state that the link leads to. On a CPU a run is one call (:mod:`.cpu_runs`). So is exact
+backprop, a run over one segment of all steps (:func:`exact`). On other devices, if T is a number, the steps are written
+out and compiled with the code around them (:func:`written_out`).
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ operator = torch.ops.highway.run_segments.default
 class Links:
     """All links of a layer.
 
-    values       c [T, B, H]: what the losses contribute at h_1 ... h_T
+    values       c [T, B, H]: the losses' contribution at h_1 ... h_T
     multipliers  m [T, B, H]; None for zeros
     through      q [T, B, H] of an LSTM, else None
-    into         p [T, B, G, H]: what a gradient of the state is multiplied with on its way to each gate
+    into         p [T, B, G, H]: the factors that multiply a gradient of the state for each gate
     weight       W [G H, H]
     """
 
@@ -54,9 +55,10 @@ class Links:
 
     @functools.cached_property
     def factors(self) -> Tensor:
-        """p, m and q in one tensor [T, B, G + 2, H], of a GRU without q. The states meet p and m in one multiplication.
-        Written out, a step is then one kernel and one product; with m apart, kernels of the state's size and of the
-        gates' would be two. q is here so that it is computed once and not anew in every step."""
+        """p, m and q (not for a GRU) in one tensor [T, B, G + 2, H]. The states are multiplied by p and m at once.
+        Written out, a step is then one kernel and one product; with m separate it would need two kernels, one of the
+        state's size and one of the gates' size. q is included so that it is computed once and not in every step.
+        """
         apart = [part.unsqueeze(2) for part in (self.multipliers, self.through) if part is not None]
         return torch.cat([self.into, *apart], 2) if apart else self.into
 
@@ -74,8 +76,9 @@ class Links:
         return moved, None if self.multipliers is None else met[:, :, gates]
 
     def step(self, states: Sequence[Tensor], rows: slice) -> list[Tensor]:
-        """The states before links ``rows``, of those after: [lanes, B, H] per component. No loss contributes at the
-        state before link 0."""
+        """The states before links ``rows``, computed from those after: [lanes, B, H] per component. No loss contributes
+        at the state before link 0.
+        """
         moved, kept = self.onward(states, rows)
         if rows.start > 0:
             return self._joined(
@@ -97,19 +100,22 @@ class Links:
 
 
 def exact(links: Links, last: Tensor) -> list[Tensor]:
-    """Ordinary backprop along the states, from the gradient at the last one, [B, H]; an LSTM's is PyTorch's own.
-    For a GRU or an RNN on a CPU it has no backward kernel: autograd replays every small operator of every step, with
-    products for the weights among them. Of all this only the gradient of the state has to wait for the next step's.
+    """Ordinary backprop along the states, from the gradient at the last state [B, H]; for GRU and RNN layers, since an
+    LSTM uses PyTorch's own. On a CPU PyTorch has no backward kernel for a GRU or RNN: autograd replays every small
+    operator of every step, including the products for the weights. Here only the gradient of the state waits for the
+    next step.
 
-    Returns w [T, B, H], and what the first link makes of it [B, H]."""
+    Returns w [T, B, H], and the resulting gradient before the first link [B, H].
+    """
     values = links.values
     given = values, links.multipliers, links.through, links.into, links.weight
     return operator(*given, [last.unsqueeze(0)], values.shape[0], True)  # type: ignore[no-any-return]
 
 
 class LayerRuns:
-    """:class:`~hwbp_compiler.engine.segments.Runs` of a layer: rows h_1 ... h_T. ``of_first``, after the last run:
-    what the first link makes of it, [B, H] per component."""
+    """:class:`~hwbp_compiler.engine.segments.Runs` of a layer, with rows h_1 ... h_T. After the last run, ``of_first``
+    holds the gradient before the first link, [B, H] per component.
+    """
 
     def __init__(self, links: Links, segment: int) -> None:
         self.links, self.segment = links, segment
@@ -117,7 +123,7 @@ class LayerRuns:
 
     @property
     def cut(self) -> Cut:
-        """Of h_1 ... h_T: the link to h_1 is outside."""
+        """The segments of h_1 ... h_T; the link to h_1 lies outside."""
         return Cut.of(self.links.values.shape[0], self.segment, outside=1)
 
     def across(self, iteration: int, ends: list[Tensor]) -> list[Tensor]:
@@ -130,7 +136,7 @@ class LayerRuns:
 
     def _run(self, ends: list[Tensor], whole: bool) -> list[Tensor]:
         of = self.links
-        # Written out for a symbolic number of steps, every remainder would be compiled apart.
+        # With a symbolic number of steps, every remainder would be compiled separately, so nothing is written out then.
         if of.values.device.type != "cpu" and isinstance(of.values.shape[0], int):
             return written_out(of, ends, self.segment, whole)
         given = of.values, of.multipliers, of.through, of.into, of.weight
@@ -138,10 +144,10 @@ class LayerRuns:
 
 
 def written_out(links: Links, ends: list[Tensor], segment: int, whole: bool) -> list[Tensor]:
-    """A run step by step, without an operator of its own. Results as :func:`_run_segments`'."""
+    """A run step by step, without a special operator. Returns what :func:`_run_segments` returns."""
     cut = Cut.of(links.values.shape[0], segment)
     if not whole:
-        for step in range(segment):  # rows of the segment next to the input are passed over
+        for step in range(segment):  # the segment next to the input is left out
             ends = links.step(ends, slice(cut.first + segment - 1 - step, None, segment))
         return ends
     of_first, of_rest = [[e[:1] for e in ends]], [[e[1:] for e in ends]]
@@ -172,10 +178,11 @@ def _run_segments(
     segment: int,
     whole: bool,
 ) -> list[Tensor]:
-    """Arguments as in :class:`Links`. ``ends`` are e_s [C, B, H] per component if ``whole``, else of segments 2..C.
+    """Arguments as in :class:`Links`. ``ends`` are e_s [C, B, H] per component if ``whole``, otherwise those of
+    segments 2..C.
 
-    Returns, per component, what segments 2..C make of them at the states before them, [C - 1, B, H]; or, if ``whole``,
-    the rows h_1 ... h_T [T, B, H], then what the first link makes of them [B, H].
+    Returns, per component, the gradients before segments 2..C, [C - 1, B, H]. If ``whole``, returns instead the rows
+    h_1 ... h_T [T, B, H], then the gradient before the first link [B, H].
     """
     links = Links(values, multipliers, through, into, weight)
     cut = Cut.of(values.shape[0], segment)

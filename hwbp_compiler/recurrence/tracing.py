@@ -1,11 +1,12 @@
 """How recurrent modules reach our backend whole, and no other backend.
 
 Note [Recurrent modules in Dynamo]
-Dynamo breaks the graph at ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` unless its ``allow_rnn`` is on; then it puts one call
-of ``torch.gru`` (or its like) into the graph. To learn the shape of the result it runs that call on fake tensors, where
-PyTorch takes it apart step by step: as slow as it is long, and the length becomes a constant. :func:`traced_whole`
-turns ``allow_rnn`` on and answers with our operator's shapes instead, in this thread while it lasts: while callables
-compiled with our backend run.
+~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~~
+Dynamo breaks the graph at ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM`` unless ``allow_rnn`` is on. With it, Dynamo puts one
+call of ``torch.gru`` (or similar) into the graph. To learn the shape of the result it runs that call on fake tensors,
+and PyTorch then computes it step by step. That takes time proportional to the length, and makes the length a constant.
+:func:`traced_whole` turns ``allow_rnn`` on and answers with our operator's shapes instead. This holds only in this
+thread, and only while a callable compiled with our backend runs.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ from .operator import operator
 
 _here = threading.local()
 
-# Where the setting holds for all threads, the last of them to leave puts back what the first found.
+# If the setting is shared by all threads, the last thread to leave restores what the first one found.
 _setting: Any = threading.local() if config_is_per_thread() else types.SimpleNamespace()
 _lock = threading.Lock()
 
 
 class traced_whole:
-    """A context for ``compiled``, in which Dynamo traces recurrent modules as one call each, and frames that other
-    backends had it give up (see Note [Skipped frames])."""
+    """A context for ``compiled``. In it, Dynamo traces each recurrent module as one call, and looks again at frames
+    that it gave up for other backends (see Note [Skipped frames]).
+    """
 
     def __init__(self, compiled: Compiled | None = None) -> None:
         self.lifted = lifted(compiled or Compiled(warned=True))
@@ -69,7 +71,7 @@ class traced_whole:
 
 
 def shapes_of(call: ModuleCall) -> tuple[Any, ...]:
-    """(output, h_n) or (output, h_n, c_n) of ``call``, of tensors, as the functions of torch return them."""
+    """The fake results (output, h_n) or (output, h_n, c_n) of a call, as torch's functions return them."""
     input = call.input.transpose(0, 1) if call.batch_first else call.input
     output, h_n, c_n, _ = operator(
         call.kind, input, call.batch_sizes, list(call.state), list(call.weights), call.has_biases, call.layers,
@@ -84,8 +86,8 @@ def _whole(kind: str, original: Any) -> Any:
         if not getattr(_here, "active", False):
             return original(*args, **kwargs)
         if tracing_for_another_backend() or functorch_levels.peek_interpreter_stack() is not None:
-            # Of a function with another backend, called from one of ours; inside torch.func.grad and the like: eager
-            # mode, as under any other backend.
+            # A function with another backend that one of ours calls, or code inside torch.func.grad and similar: run in
+            # eager mode, as under any other backend.
             raise UnsupportedOperatorException(getattr(torch.ops.aten, kind))
         return shapes_of(ModuleCall.of(kind, args, kwargs))
 
@@ -99,8 +101,9 @@ for _kind in KINDS:
 
 
 def _break_at_padding() -> None:
-    """With ``allow_rnn`` on, Dynamo 2.11 traces ``pad_packed_sequence``, whose operator reads the memory that its fake
-    tensors do not have, and fails. Later ones skip the function."""
+    """With ``allow_rnn`` on, Dynamo 2.11 traces ``pad_packed_sequence``. Its operator reads memory, which fake tensors
+    do not have, and fails. Later releases skip the function.
+    """
     if getattr(_here, "active", False):
         raise UnsupportedOperatorException(torch.ops.aten._pad_packed_sequence.default)
 

@@ -1,7 +1,7 @@
-"""Looking at what the compiler does: ``explain`` and its report as text, data, page, drawings and repro script.
+"""Inspect what the compiler does: ``explain`` and its report as text, data, page, drawings and repro script.
 
 explaining trace a model and run the passes on copies of its joint graphs
-advice     what it is said to take, tried
+advice     try out the advice before it is given
 restore    leave the model as it was
 programs   blocks as their forward source and their backward program, before and after
 data       the report

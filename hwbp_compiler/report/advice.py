@@ -1,7 +1,8 @@
-"""Advice put to the test: a chain that ``rewrite="always"`` would not rewrite either is not said to be.
+"""Test the advice: do not advise ``rewrite="always"`` for a chain that it would not rewrite either.
 
-A chain is declined for what it costs before it is rewritten, and some chains turn out only then to be none. The report
-tries it on a copy of the graph, which takes as long as the passes once more.
+A chain that is declined for its cost is declined before the rewrite, and only the rewrite shows that some chains cannot
+be rewritten at all. So the report tries the rewrite on a copy of the graph. This takes as long as running the passes
+once more.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .data import copy_of
 
 
 def put_to_the_test(before: fx.GraphModule, records: Sequence[ChainRecord], options: Options) -> None:
-    """Correct the advice of those ``records`` that stay declined when it is followed."""
+    """Correct the advice of those ``records`` that would stay declined if a user followed it."""
     weighed = [record for record in records if _was_weighed(record, options)]
     for iterations in dict.fromkeys(_fewer(record, options) for record in weighed):
         trial = copy_of(before.graph)
@@ -30,15 +31,15 @@ def put_to_the_test(before: fx.GraphModule, records: Sequence[ChainRecord], opti
             same = [other for other in found if _key(other) == _key(record)]
             if same and all(other.decision == "declined" for other in same):
                 what = 'rewrite="always"' if iterations == options.iterations else "Fewer iterations"
-                record.advice = f"{what} would not have it rewritten either: {same[0].reason}. {same[0].advice}"
+                record.advice = f"{what} would not change this: {same[0].reason}. {same[0].advice}"
 
 
 def _was_weighed(record: ChainRecord, options: Options) -> bool:
-    """Declined for its cost or its iterations: other values of these options are what it is said to take."""
+    """Whether the chain was declined for its cost or its iterations, so that the advice is to change these options."""
     if record.decision == "rewritten" or record.failed or not record.members or record.length < options.min_length:
         return False
     if record.length < 2 or options.needed(record.length) == 0:
-        return False  # no iterations are advised
+        return False  # the advice names no iterations
     return options.rewrite != "always" or _fewer(record, options) != options.iterations
 
 

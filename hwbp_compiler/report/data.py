@@ -1,4 +1,4 @@
-"""The report: what was found, as data. How it is shown stands in files of its own."""
+"""The report as data. Other files show it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hwbp_compiler.options import Options
 
 
 def copy_of(graph: fx.Graph) -> fx.GraphModule:
-    """A module of its own over a copy of ``graph``."""
+    """A separate module that holds a copy of ``graph``."""
     assert graph.owning_module is not None
     return fx.GraphModule(graph.owning_module, copied(graph), "JointGraph")
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
-    with warnings.catch_warnings():  # copying a graph warns of how torch itself copies the layout of its inputs
+    with warnings.catch_warnings():  # torch warns here about its own copying of the inputs' layout
         warnings.simplefilter("ignore", FutureWarning)
         return copy.deepcopy(graph)
 
 
 @dataclass
 class BlockPrograms:
-    """One group of a chain for a reader.
+    """One group of a chain, in readable form.
 
     forward   the user's own lines of one block, ``file:line: code``, in the order they run
-    before    the backward of one block, as ordinary backprop runs it
-    example   which link that is, from 1 on, in forward order
-    after     the backward of all blocks of the group at once; "" where the chain is not rewritten
+    before    the backward of one block in ordinary backprop
+    example   the number of that block's link, from 1 on, in forward order
+    after     the backward of all blocks of the group at once; "" if the chain is not rewritten
     """
 
     forward: list[str] = field(default_factory=list)
@@ -44,8 +44,10 @@ class BlockPrograms:
 
 @dataclass
 class ErrorAt:
-    """The parameter gradient at ``iterations`` and ``segment`` against the exact one: cosine, and norm of the
-    difference relative to the norm of the exact one. Both over all parameters of the chain's graph together."""
+    """The error of the parameter gradient at ``iterations`` and ``segment``: its cosine with the exact gradient, and
+    the norm of the difference relative to the exact norm. Both are taken over all parameters of the chain's graph
+    together.
+    """
 
     iterations: int
     cosine: float
@@ -53,7 +55,7 @@ class ErrorAt:
     segment: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """None for what overflowed: JSON has no word for it."""
+        """Values that overflowed become None, because JSON cannot represent them."""
         return {key: value if math.isfinite(value) else None for key, value in asdict(self).items()}
 
 
@@ -61,14 +63,14 @@ class ErrorAt:
 class ExplainedGraph:
     """One joint graph (forward and backward of one piece of the model).
 
-    before, after   the graph as it was traced and as the passes leave it
-    chains          what was found in it
-    failure         the exception that ended the passes; the graph is then compiled as it is. None if there was none
+    before, after   the graph as traced, and after the passes
+    chains          the chains found in it
+    failure         the exception that stopped the passes; the graph is then compiled unchanged. None if there was none
     programs        per chain, one entry per group
-    rest            per chain, what of its rewritten form belongs to no group: multipliers, scans, states
-    errors          error of w^k against k and S; empty where it was not asked for
-    loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``: those are
-                    rewritten before the joint graph is traced, which holds them as they are in ``before`` too
+    rest            per chain, the part of its rewritten form that belongs to no group: multipliers, scans, states
+    errors          error of w^k against k and S; empty if it was not requested
+    loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``. They are rewritten
+                    before the joint graph is traced, so ``before`` holds them rewritten too
     """
 
     before: fx.GraphModule
@@ -95,9 +97,9 @@ class ReportData:
 
     options    the highway's own options in force
     graphs     one entry per joint graph, in the order they were traced; several where Dynamo broke the graph
-    notes      what is to be said about the model as a whole, such as why there is no graph
-    measured   step times, where they were asked for
-    name       what the model is called: its class or function
+    notes      remarks about the model as a whole, such as why there is no graph
+    measured   step times, if requested
+    name       the model's class or function
     """
 
     options: Options
@@ -108,19 +110,20 @@ class ReportData:
 
     @property
     def chains(self) -> list[ChainRecord]:
-        """All chains of all graphs, the declined ones too."""
+        """All chains of all graphs, including the declined ones."""
         return [chain for graph in self.graphs for chain in graph.chains]
 
     @property
     def graph_before(self) -> fx.GraphModule | None:
-        """The joint graph as traced: the first with a chain that was rewritten, else the first with any chain, else
-        the first; None if there is no joint graph. ``print_readable()`` prints it."""
+        """The joint graph as traced: the first with a rewritten chain, else the first with any chain, else the first;
+        None if there is no joint graph. ``print_readable()`` prints it.
+        """
         graph = self.shown()
         return None if graph is None else graph.before
 
     @property
     def graph_after(self) -> fx.GraphModule | None:
-        """The same graph as the passes leave it: what Inductor would compile."""
+        """The same graph after the passes: what Inductor would compile."""
         graph = self.shown()
         return None if graph is None else graph.after
 

@@ -14,7 +14,7 @@ _ENDINGS = "one of " + ", ".join(SUFFIXES)
 
 
 def check(path: str | os.PathLike[str]) -> None:
-    """Raise what :meth:`Report.draw` would for want of a program, a package or a suffix."""
+    """Raise what :meth:`Report.draw` would raise for a missing program or package, or a wrong suffix."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"draw: {path.name!r} has the suffix {path.suffix!r}; it must end in {_ENDINGS}")
@@ -35,6 +35,6 @@ def draw(module: fx.GraphModule | None, path: str | os.PathLike[str]) -> None:
         raise ValueError("draw: the report has no joint graph to draw; print(report) says why")
     path = Path(path)
     check(path)
-    # What an attribute of the module is, or a call's stack trace, is in print_readable() already.
+    # print_readable() already shows the module's attributes and the calls' stack traces, so they are left out here.
     drawing = FxGraphDrawer(module, path.stem, ignore_getattr=True, ignore_parameters_and_buffers=True)
     drawing.get_dot_graph().write(str(path), format={".dot": "raw"}.get(path.suffix, path.suffix[1:]))

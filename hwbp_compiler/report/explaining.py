@@ -108,7 +108,7 @@ def explain(
 
 
 def _say_what_is_chosen_from(looking: _Looking, rungs: Sequence[Rung]) -> None:
-    """The chains are shown in the first of several forms."""
+    """Note that the chains are shown in the first of several forms."""
     forms = ", ".join([f"({rung.how})" for rung in rungs] + ["exact backprop"])
     for graph in looking.graphs:
         for chain in graph.chains:
@@ -134,7 +134,7 @@ def _measure_errors(looking: _Looking, wanted: Any, retraced: Callable[[Options]
 
 
 def _retracing(traced: Callable[[_Looking, bool], Any], options: Options) -> Callable[[Options], list[fx.GraphModule]]:
-    """The joint graphs once more, with other options for the loops that are rewritten before these are traced."""
+    """Trace the joint graphs again with other options for the loops, which are rewritten before tracing."""
 
     @functools.cache
     def graphs(how: Options) -> list[fx.GraphModule]:
@@ -154,24 +154,24 @@ class LossError(ValueError):
 
 
 class _Looking(CustomGraphPass):
-    """Stands where the highway's pass stands, and rewrites copies of what it is shown."""
+    """Replaces the highway's pass and rewrites copies of the graphs that it gets."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.of_loops: Options | None = None  # what holds for all loops of hwbp_compiler.recurrent, if not their own
-        self.names: list[str] = []  # of the inputs of the graph that is being compiled
-        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # in it, with names
-        self.unrolled: Sequence[ChainRecord] = ()  # of Python loops in it that stay unrolled
-        self.packed: list[str] = []  # source lines of recurrent modules on packed sequences
+        self.of_loops: Options | None = None  # options for all loops of hwbp_compiler.recurrent; None: each loop's own
+        self.names: list[str] = []  # names of the inputs of the graph that is being compiled
+        self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # the loops in it, with the user's names
+        self.unrolled: Sequence[ChainRecord] = ()  # its Python loops that stay unrolled
+        self.packed: list[str] = []  # source lines of recurrent modules that take packed sequences
         self.forget()
 
     def forget(self) -> None:
-        """Start to look anew."""
+        """Reset before tracing again."""
         self.graphs: list[ExplainedGraph] = []
         self.runs: list[measuring.Run] = []
         self.inference_graphs = 0
-        self.pieces = 0  # what Dynamo made of the model; a piece may hold graphs of its own, such as a scan's body
-        self.lacking: list[str] = []  # what the report has to do without, and why
+        self.pieces = 0  # graphs that Dynamo made of the model; one may contain further graphs, such as a scan's body
+        self.lacking: list[str] = []  # parts missing from the report, and why
         self.packed.clear()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -210,30 +210,31 @@ class _Looking(CustomGraphPass):
         found.after.recompile()
 
     def _near_misses(self, found: ExplainedGraph) -> list[ChainRecord]:
-        """Explain looks for them alone: whatever goes wrong there says nothing about what is compiled."""
+        """Only ``explain`` looks for near misses. An error here says nothing about what is compiled."""
         try:
             return near_misses(found.before.graph, found.chains)
         except Exception as error:
-            self.lacking.append(f"What looks like a chain and is none is not told of: {type(error).__name__}: {error}.")
+            self.lacking.append(f"The search for near misses failed: {type(error).__name__}: {error}.")
             return []
 
     def _put_to_the_test(self, found: ExplainedGraph) -> None:
         try:
             put_to_the_test(found.before, found.chains[found.loops :], self.options.in_numbers())
         except Exception as error:
-            self.lacking.append(f"What is said to change a decision is not tried: {type(error).__name__}: {error}.")
+            self.lacking.append(f"The advice below could not be tried out: {type(error).__name__}: {error}.")
 
     def uuid(self) -> None:
-        """None keeps the graph out of torch.compile's caches: found there, it would not be shown to a pass."""
+        """None, which keeps the graph out of torch.compile's caches: for a cached graph no pass would run."""
         return None
 
 
 def _traced(
     model: Callable[..., Any], patches: dict[str, Any], keep: Callable[[Any], None], looking: _Looking, recorded: bool
 ) -> Callable[..., Any]:
-    """``model``, such that running it shows every graph to Inductor's passes and then runs the graph as it stands.
+    """``model`` in a form that passes every graph to Inductor's passes when it runs, and then runs the graph unchanged.
 
-    With ``recorded``, forward and backward graphs are run instead, and what they are given is kept in ``runs``."""
+    With ``recorded`` it runs the forward and backward graphs instead and keeps their inputs in ``runs``.
+    """
 
     def backend(module: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         looking.pieces += 1
@@ -243,7 +244,7 @@ def _traced(
         eager = fx.GraphModule(module, copy.deepcopy(module.graph))
         looking.names = names_of_inputs(module.graph)
         inner = functools.partial(_recording, looking, len(looking.graphs)) if recorded else _no_code
-        halves = compile_fx(module, inputs, patches, inner_compile=inner)  # which owns the module and may change it
+        halves = compile_fx(module, inputs, patches, inner_compile=inner)  # Inductor owns the module and may change it
 
         def run(*values: Any) -> Any:
             keep(values)
@@ -263,7 +264,7 @@ def _traced(
 
 
 def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
-    """The user's names for what a loop's step takes from outside, by their names in the step."""
+    """Map names in a loop's step to the user's names, for everything that the step takes from outside."""
     if loop.step is None:
         return {}
     placeholders = module.graph.find_nodes(op="placeholder")
@@ -276,14 +277,15 @@ def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
 
 
 def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:
-    """The joint graph's inputs are the Dynamo graph's, in order, unless AOTAutograd has made some of its own."""
+    """The joint graph's inputs are those of the Dynamo graph, in order, unless AOTAutograd has added some."""
     primals = [n.name for n in joint.find_nodes(op="placeholder") if not is_tangent(n)]
     return dict(zip(primals, names, strict=True)) if len(primals) == len(names) else {}
 
 
 def _isolated() -> dict[str, Any]:
-    """The user's own compilations of the same code are not touched. Where torch cannot keep them apart, ``restore``
-    drops ours afterwards."""
+    """Options of torch.compile that leave the user's own compilations of the same code alone. If torch cannot keep them
+    apart, ``restore`` drops ours afterwards.
+    """
     return {"isolate_recompiles": True} if ISOLATES else {}
 
 
@@ -294,7 +296,7 @@ def _no_code(module: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Call
 def _recording(
     looking: _Looking, number: int, module: fx.GraphModule, example_inputs: Any, **kwargs: Any
 ) -> Callable[..., Any]:
-    """No code either; the halves of joint graph ``number`` write down what they are given."""
+    """Like ``_no_code``, but the halves of joint graph ``number`` also record their inputs."""
     is_backward = bool(kwargs.get("is_backward"))
     tangents = sum(is_tangent(node) for node in module.graph.nodes)
 
@@ -322,9 +324,9 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         raise LossError(f"explain: loss(output) is {what}; it must be one number: reduce it, by .mean() or .sum()")
     if not looking.graphs and not looking.inference_graphs:
         return [
-            "torch.compile's front end, Dynamo, found no graph to compile: all of it runs in eager mode. "
-            'TORCH_LOGS="graph_breaks" tells why; torch._dynamo.reset() makes Dynamo look again at code that it has '
-            "given up before."
+            "torch.compile's front end, Dynamo, found no graph to compile: the whole model runs in eager mode. "
+            'TORCH_LOGS="graph_breaks" shows why; torch._dynamo.reset() makes Dynamo look again at code that it '
+            "gave up before."
         ]
     if not looking.graphs:
         if not torch.is_grad_enabled():
@@ -335,14 +337,14 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         ]
     notes = list(looking.lacking)
     if looking.options.rewrite == "never":
-        notes.append('rewrite="never" asks for plain Inductor: nothing was looked for.')
+        notes.append('rewrite="never" asks for plain Inductor: no chains were looked for.')
     if looking.pieces > 1:
         notes.append(
             f"The model was traced in {looking.pieces} pieces: a chain ends where a graph does. "
-            'TORCH_LOGS="graph_breaks" tells where and why.'
+            'TORCH_LOGS="graph_breaks" shows where and why.'
         )
     if loss is None:
-        notes.append("The output has no floating tensor that the report could see: give loss=.")
+        notes.append("The report found no floating-point tensor in the output: pass loss=.")
     elif not loss.requires_grad:
         notes.append("The loss does not depend on anything that requires a gradient.")
     return notes

@@ -1,4 +1,4 @@
-"""What can be measured on the inputs at hand: a training step's time, and the error of w^k against k and S."""
+"""Measurements on the given inputs: the time of a training step, and the error of w^k against k and S."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hwbp_compiler.options import Options
 from .data import ErrorAt, StepTimes, copy_of
 
 _REPEATS, _WARM_UP = 5, 2
-# Iterations tried where none are named: dense where the error falls, few altogether; and with segments, of which few
-# sizes are tried beside the one in force.
+# Iterations to try if none are given: dense where the error falls, few in all. With segments, only a few iterations and
+# segment sizes are tried, besides the size in force.
 _LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _FEW = (0, 1, 2)
 _SIZES = (4, 16)
@@ -31,8 +31,9 @@ _SIZES = (4, 16)
 
 @dataclass
 class Run:
-    """What one joint graph was given when the model ran: its inputs, the gradients of its outputs, and which of the
-    inputs are parameters."""
+    """The inputs of one joint graph when the model ran: its primal inputs, the gradients of its outputs, and which of
+    the inputs are parameters.
+    """
 
     primals: list[Any] = field(default_factory=list)
     tangents: list[Any] = field(default_factory=list)
@@ -53,12 +54,12 @@ def errors(
     wanted: Iterable[int | tuple[int, int]] | bool,
     length: int,
 ) -> list[ErrorAt]:
-    """The parameter gradient of w^k for every k, or (k, S), in ``wanted`` against the exact one.
+    """Compare the parameter gradient of w^k with the exact one, for every k or (k, S) in ``wanted``.
 
-    A k alone means S as it is in ``options``; True a few of both that are no ordinary backprop of ``length`` links.
-    Runs the joint graph in eager mode once each, all chains rewritten whether it pays or not, with one seed for all.
-    ``joint(options)`` is that graph before the passes, with k and S (or ``"exact"``) for whatever is rewritten before
-    they run.
+    A k alone takes S from ``options``. True means a few of both that are below ordinary backprop of ``length`` links.
+    Each runs the joint graph once in eager mode, with all chains rewritten even if it does not pay, and with the same
+    seed. ``joint(options)`` returns that graph before the passes; loops in it are already rewritten with the k and S
+    (or ``"exact"``) of ``options``.
     """
     exact = _gradient(joint(dataclasses.replace(options, iterations="exact")), run)
     found: list[ErrorAt] = []
@@ -89,7 +90,7 @@ def _named(options: Options, wanted: Iterable[int | tuple[int, int]]) -> list[tu
 
 
 def _gradient(joint: fx.GraphModule, run: Run) -> Tensor:
-    """All parameter gradients as one float64 vector; of all inputs where none is a parameter."""
+    """All parameter gradients as one float64 vector; the gradients of all inputs if none is a parameter."""
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         inputs = [v.clone() if isinstance(v, Tensor) else v for v in (*run.primals, *run.tangents)]
@@ -116,7 +117,7 @@ def step_times(
     loss: Callable[[Any], Any],
     isolated: Mapping[str, Any],
 ) -> StepTimes:
-    """Compile ``model`` with both backends and time a step; the two take turns, so that noise hits both."""
+    """Compile ``model`` with both backends and time a step. The two take turns, so that noise affects both."""
     steps = []
     for backend, chosen in (("inductor", dict(inductor_options)), ("highway", dict(options or {}))):
         compiled = torch.compile(model, backend=backend, options=chosen or None, **isolated)  # type: ignore[call-overload]
@@ -141,7 +142,7 @@ def _step(compiled: Any, args: Any, kwargs: Any, loss: Callable[[Any], Any]) -> 
 
 
 def backward(total: Tensor) -> None:
-    """Run the backward pass of ``total`` and keep no gradient: nobody's ``.grad`` changes."""
+    """Run the backward pass of ``total`` and keep no gradient: no ``.grad`` changes."""
     leaves, seen, todo = [], set(), [total.grad_fn]
     while todo:
         function = todo.pop()

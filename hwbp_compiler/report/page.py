@@ -1,4 +1,4 @@
-"""The report as one page: ``page.html`` filled in. No network, no script but the few lines that open a block."""
+"""The report as one page: ``page.html`` filled in. It needs no network; its only script opens blocks on a click."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hwbp_compiler.graph.record import ChainRecord
 from . import picture, text
 from .data import ExplainedGraph, ReportData
 
-# A browser shows a few thousand lines at ease; print_readable() has the rest.
+# A browser handles a few thousand lines easily; print_readable() shows the rest.
 _MOST_LINES = 1500
 
 
@@ -93,7 +93,7 @@ def _example(record: ChainRecord, link: int) -> str:
 
 
 def _joined(entries: Iterator[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Labels with all their lines; sources apart."""
+    """Each label with all its lines. Sources are shown separately."""
     found: list[tuple[str, list[str]]] = []
     for label, line in entries:
         if label:

@@ -1,6 +1,6 @@
 """Pictures as SVG text: a chain with its track, blocks and segments, and the error of w^k against k.
 
-Colours are variables that the page defines for light and for dark; nothing here names one.
+Colours are CSS variables that the page defines for light and dark mode.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .text import short
 
 # -- which links are drawn --------------------------------------------------------------------------------------
 
-# Chains up to this length are drawn whole.
+# Chains up to this length are drawn completely.
 _WHOLE = 8
 _LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
 class Fold:
-    """``links`` links from ``start`` on that repeat the ``period`` before them."""
+    """``links`` links from ``start`` on that repeat the ``period`` links before them."""
 
     start: int
     links: int
@@ -32,7 +32,7 @@ class Fold:
 
 
 def folded(kinds: Sequence[object]) -> list[int | Fold]:
-    """What is drawn of a chain whose links are of these kinds: positions, and folds for what repeats.
+    """The parts to draw of a chain whose links have these kinds: positions, and folds for repetitions.
 
     >>> folded("ab" * 500)
     [0, 1, Fold(start=2, links=996, period=2), 998, 999]
@@ -55,7 +55,7 @@ def _folded(kinds: Sequence[object], start: int, end: int) -> list[int | Fold]:
                 best = (run + period, hidden, period)
             run = i + 1
     first, hidden, period = best
-    if hidden < 2:  # nothing repeats: the middle is left out all the same
+    if hidden < 2:  # nothing repeats: leave out the middle anyway
         hidden = end - start - _WHOLE
         first, period = start + _WHOLE // 2, 0
         return [*range(start, first), Fold(first, hidden, 0), *range(first + hidden, end)]
@@ -68,14 +68,14 @@ _WIDTH = 360
 _TRACK = 112
 _BOX, _BOX_WIDTH, _BOX_HEIGHT = 164, 188, 46
 _LINK, _FOLD, _TOP = 84, 60, 40
-_TICKS = 8  # of segments that end where links are left out, at most
+_TICKS = 8  # at most so many marks for segments that end inside a fold
 COLOURS = 6
 
 
 def chain_svg(chain: ChainRecord, number: int) -> str:
-    """The track from top (input) to bottom (loss), blocks to its right, K and side losses to its left.
+    """Draw the track from top (input) to bottom (loss), blocks to its right, K and side losses to its left.
 
-    Every block is ``<g class="block" data-chain data-group data-link>``; a click on it is the page's business.
+    Every block is ``<g class="block" data-chain data-group data-link>``; the page handles a click on it.
     """
     losses = set(chain.side_losses)
     kinds = [(member, i in losses) for i, member in enumerate(chain.members)]
@@ -140,7 +140,7 @@ def _link(chain: ChainRecord, number: int, i: int, y: int) -> str:
 
 
 def _fold(fold: Fold, y: int, ends: Sequence[int]) -> str:
-    """``ends``: the states inside it that end a segment."""
+    """``ends`` are the states inside the fold that end a segment."""
     times = fold.links // fold.period if fold.period else 0
     text = f"{fold.links} more links" if not times else f"the same {times} times more"
     if fold.period > 1:
@@ -198,7 +198,9 @@ _PLOT_WIDTH, _PLOT_HEIGHT, _LEFT, _BOTTOM = 360, 220, 56, 36
 
 
 def errors_svg(errors: Sequence[ErrorAt]) -> str:
-    """Relative error and 1 - cosine of the parameter gradient against k, on a logarithmic axis; curves for each S."""
+    """Relative error and 1 - cosine of the parameter gradient against k, on a logarithmic axis, with one curve for each
+    S.
+    """
     ks, sizes = sorted({e.iterations for e in errors}), sorted({e.segment for e in errors})
     values = [v for e in errors for v in _drawn(e).values() if math.isfinite(v)]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
@@ -240,5 +242,5 @@ def errors_svg(errors: Sequence[ErrorAt]) -> str:
 
 
 def _drawn(error: ErrorAt) -> dict[str, float]:
-    """What an axis of powers of ten can show."""
+    """The values limited to what a logarithmic axis can show."""
     return {"error": max(error.relative_error, 1e-12), "cosine": max(1 - error.cosine, 1e-12)}

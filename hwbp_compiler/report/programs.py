@@ -34,7 +34,7 @@ _SHORT = {
 
 
 class Programs:
-    """A watcher of the passes that writes down the programs of each chain. ``names``: the user's, of graph inputs."""
+    """Watches the passes and records the programs of each chain. ``names`` are the user's names of graph inputs."""
 
     def __init__(self, names: Mapping[str, str] | None = None) -> None:
         self.names = names or {}
@@ -57,7 +57,7 @@ class Programs:
 
     def found_module(self, records: list[ChainRecord], backward: Node) -> None:
         for record in records:
-            before = "\n".join(["# one operator, which goes through the steps one after another", _line(backward)])
+            before = "\n".join(["# one operator, which computes the steps one after another", _line(backward)])
             self.blocks[id(record)] = [BlockPrograms(list(record.sources), before, example=record.length)]
 
     def rewrote_module(self, records: list[ChainRecord], created: list[Node]) -> None:
@@ -66,7 +66,7 @@ class Programs:
             self.blocks[id(record)][0].after = after
 
     def finish(self) -> None:
-        """After the last chain: what a later rewriting dropped of an earlier one is not shown."""
+        """Called after the last chain: leave out nodes of an earlier rewriting that a later one removed."""
         for record, _, rewriting in self._rewritten:
             parts: dict[int | None, list[str]] = {}
             bounds = [start for _, _, start in rewriting.sections] + [len(rewriting.created)]
@@ -85,7 +85,7 @@ class Programs:
 
 
 def _sample(record: ChainRecord, origins: list[Origin], group: int) -> Origin:
-    """A link of the group, not the first or last of the chain where there is another: those may be cut short."""
+    """A link of the group. If possible not the first or last of the chain, which may be cut short."""
     mine = [i for i, member in enumerate(record.members) if member == group]
     return origins[mine[len(mine) // 2]] if mine else Origin()
 
@@ -98,8 +98,9 @@ def _forward_lines(origin: Origin) -> list[str]:
 
 
 def of_loop(plan: Plan, length: int, joint: Graph, names: Mapping[str, str]) -> list[BlockPrograms]:
-    """The one group of a loop over time; ``joint`` holds its backward pass. ``names``: the user's, of what the step
-    takes from outside."""
+    """The only group of a loop over time; ``joint`` holds its backward pass. ``names`` are the user's names for what
+    the step takes from outside.
+    """
     assert plan.stage.link is not None
     lines = [source_line(node) for node in plan.stage.link.graph.nodes if node.op == "call_function"]
     forward = [line for line in dict.fromkeys(filter(None, lines)) if not is_ours(line)]
@@ -118,12 +119,12 @@ def of_loop(plan: Plan, length: int, joint: Graph, names: Mapping[str, str]) -> 
 
 
 def _before(program: Program, exports: Iterable[int], given: Mapping[str, str]) -> str:
-    """State to state first, then what leaves sideways."""
+    """First the path from state to state, then the side outputs."""
     track = set().union(*(closure(program, i) for i in program.outputs)) if program.outputs else set()
     sides = set().union(*(closure(program, i) for i in exports)) - track if exports else set()
     names = {i: _state(program, i) for i in range(program.arity)}
     lines = [f"def backward({', '.join(_typed(names[i], program.statements[i]) for i in names)}):"]
-    for title, chosen in (("the gradient on to the state before the block", track), ("what leaves sideways", sides)):
+    for title, chosen in (("the gradient of the state before the block", track), ("side outputs", sides)):
         if not chosen:
             continue
         lines.append(f"    # {title}")
@@ -167,7 +168,7 @@ def _call(program: Program, i: int, names: dict[int, str], given: Mapping[str, s
 
 
 def _external(node: Node, given: Mapping[str, str]) -> str:
-    """A weight by its own name, through views of it; anything else as the graph calls it."""
+    """A weight by its own name, looking through views; anything else by its name in the graph."""
     source, transposed = node, ""
     for _ in range(8):
         if STANDS_FOR in source.meta:

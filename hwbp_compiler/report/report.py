@@ -1,4 +1,4 @@
-"""The report as users hold it: its data, and every way to show it."""
+"""The report that users get: its data, and every way to show it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 class Report(ReportData):
-    """What :func:`hwbp_compiler.explain` found. ``print(report)`` for people, :meth:`to_dict` for programs,
-    :meth:`to_html` for a browser. Attributes: see :class:`ReportData`."""
+    """What :func:`hwbp_compiler.explain` found. Use ``print(report)`` to read it, :meth:`to_dict` for programs,
+    :meth:`to_html` for a browser. Attributes: see :class:`ReportData`.
+    """
 
     def __str__(self) -> str:
         return text.plain(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """For ``rich.print(report)``: the same text, coloured."""
+        """For ``rich.print(report)``: the same text in colour."""
         yield text.coloured(self, options.max_width)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
@@ -30,13 +31,15 @@ class Report(ReportData):
     def draw(self, path: str | os.PathLike[str], after: bool = True) -> None:
         """Draw ``graph_after`` (or ``graph_before``) with torch's ``FxGraphDrawer``, as ``.dot``, ``.svg`` or ``.png``.
 
-        Raises ImportError where pydot is missing and, for pictures, FileNotFoundError where graphviz is; ValueError
-        for another suffix or where there is no graph."""
+        Raises ImportError if pydot is missing; FileNotFoundError if graphviz is missing and a picture is wanted;
+        ValueError for another suffix or if there is no graph.
+        """
         draw.draw(self.graph_after if after else self.graph_before, path)
 
     def save_repro(self, path: str | os.PathLike[str], graph: int | None = None) -> None:
-        """Write a script that needs this package alone: it rebuilds a joint graph, draws inputs of the same shapes,
-        runs the passes, and compares the gradients. ``graph`` counts from 0; the one shown if absent.
+        """Write a script that needs only this package. It rebuilds a joint graph, draws inputs of the same shapes, runs
+        the passes, and compares the gradients. ``graph`` counts from 0; by default it is the graph shown.
 
-        Raises ValueError where there is no graph, or where it holds sub-graphs that no script can spell out."""
+        Raises ValueError if there is no graph, or if the graph holds sub-graphs that a script cannot contain.
+        """
         repro.write(self.shown() if graph is None else self.graphs[graph], self.options, path)

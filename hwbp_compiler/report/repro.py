@@ -1,4 +1,6 @@
-"""A script for bug reports: the joint graph spelt out, inputs of its shapes, the passes, the gradients compared."""
+"""A script for bug reports. It contains the joint graph, draws inputs of its shapes, runs the passes and compares
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ from .data import ExplainedGraph, copied
 
 _LARGEST_CONSTANT = 4096
 _LOOPS = (
-    "The loops of hwbp_compiler.recurrent in this graph were rewritten before it was traced and are the same in all "
-    "that is compared here: for a report about them, send the cell."
+    "The loops of hwbp_compiler.recurrent in this graph were rewritten before it was traced, so they are the same in "
+    "all gradients compared here. For a report about them, send the cell."
 )
 
 _SCRIPT = '''"""Rebuilds a joint graph, runs hwbp_compiler's passes on it and compares the gradients.
@@ -144,7 +146,7 @@ def _constants(module: fx.GraphModule, graph: fx.Graph) -> str:
         value = getattr(module, name, None)
         if not isinstance(value, Tensor) or value.numel() > _LARGEST_CONSTANT:
             raise ValueError(
-                f"save_repro: the graph holds {name!r} ({type(value).__name__}), which no script can spell out"
+                f"save_repro: the graph holds {name!r} ({type(value).__name__}), which a script cannot contain"
             )
         lines.append(f"        self.register_buffer({name!r}, {_spelt(value)})")
     return "\n".join(lines)

@@ -17,8 +17,9 @@ from hwbp_compiler.torch_private import compilations_forgotten
 
 @contextlib.contextmanager
 def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
-    """Undo on leaving what running ``model`` does to buffers, to tensors given to the yielded function, and to
-    random number generators. Nor does what is compiled meanwhile count against the user's own compilations."""
+    """On leaving, undo what running ``model`` does to buffers, to tensors passed to the yielded function, and to random
+    number generators. Compilations in between do not count against the user's own.
+    """
     module = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     buffers = [(m, dict(m._buffers)) for m in modules]
@@ -26,7 +27,7 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
 
     def keep(values: Any) -> None:
         for value in pytree.tree_leaves(values):
-            # A parameter is changed by an optimizer, not by a forward pass, and may be large; a meta tensor is empty.
+            # A parameter is changed by an optimizer, not by a forward pass, and may be large. A meta tensor is empty.
             if not isinstance(value, Tensor) or isinstance(value, nn.Parameter) or value.is_meta:
                 continue
             if id(value) not in kept:
@@ -41,7 +42,7 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
-        # module.compile() replaces what a call does; the module's own code is to be traced.
+        # module.compile() replaces the module's call; here the module's own code must be traced.
         for m in modules[:1]:
             if m.__dict__.get("_compiled_call_impl") is not None:
                 stack.callback(setattr, m, "_compiled_call_impl", m._compiled_call_impl)
@@ -53,7 +54,7 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
                 for tensor, value in kept.values():
                     if not torch.equal(tensor, value):  # BatchNorm changes its statistics without a new version
                         tensor.copy_(value)
-            kept.clear()  # the compiled code, which Dynamo keeps, holds on to ``keep``
+            kept.clear()  # Dynamo keeps the compiled code, which refers to ``keep``
             for m, found in buffers:
                 if any(m._buffers.get(name) is not b for name, b in found.items()) or len(m._buffers) != len(found):
                     m._buffers.clear()

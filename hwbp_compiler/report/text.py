@@ -1,4 +1,4 @@
-"""The report for a terminal: plain text, or the same text coloured where ``rich`` is installed."""
+"""The report for a terminal: plain text, or the same text in colour if ``rich`` is installed."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from .data import ExplainedGraph, ReportData
 if TYPE_CHECKING:
     from rich.text import Text
 
-# A line as it stands, or (indent, label, text to be wrapped).
+# A line to print unchanged, or (indent, label, text to wrap).
 _Line = str | tuple[int, str, str]
 
 _NARROWEST, _WIDEST = 30, 100
 _LABEL = 11
-# Below this width labels stand on lines of their own.
+# Below this width, labels get their own lines.
 _BESIDE = 60
 NO_CHAIN = (
-    "nothing that carries a gradient past a block element by element (a residual addition, a gate) was found. "
+    "found nothing that carries a gradient past a block element by element (a residual addition, a gate). "
     "All gradients of this graph are exact."
 )
 
 
 def plain(report: ReportData, width: int | None = None) -> str:
-    """No line wider than ``width``; than the terminal, but at most 100 columns, if absent."""
+    """The report with no line wider than ``width``. The default is the terminal's width, at most 100 columns."""
     return _wrapped(_lines(report), width)
 
 
@@ -50,7 +50,7 @@ def coloured(report: ReportData, width: int | None = None) -> Text:
 
 
 def show(report: ReportData) -> None:
-    """Print it, coloured where that is possible: in a terminal, with ``rich`` installed."""
+    """Print the report, in colour if it goes to a terminal and ``rich`` is installed."""
     if sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import rich
@@ -96,7 +96,7 @@ def _lines(report: ReportData) -> Iterator[_Line]:
 
 
 def graph_text(records: list[ChainRecord], before: int, after: int) -> str:
-    """What a compilation that is under way tells of one joint graph."""
+    """The text about one joint graph that a running compilation logs."""
     head = f"joint graph: {_nodes(before, after)}"
     return _wrapped([head, *(_chains(records, 0) if records else [(2, "no chain", NO_CHAIN)])])
 
@@ -111,12 +111,12 @@ def _chains(records: list[ChainRecord], counted: int) -> Iterator[_Line]:
 def sizes(graph: ExplainedGraph) -> str:
     text = _nodes(len(graph.before.graph.nodes), len(graph.after.graph.nodes))
     if any(chain.decision == "rewritten" for chain in graph.chains[: graph.loops]):
-        text = text.removesuffix(", left as it is") + ", its loops rewritten before it was traced"
+        text = text.removesuffix(", unchanged") + ", its loops rewritten before it was traced"
     return text
 
 
 def _nodes(before: int, after: int) -> str:
-    return f"{before} nodes" + (f", {after} after" if after != before else ", left as it is")
+    return f"{before} nodes" + (f", {after} after" if after != before else ", unchanged")
 
 
 def measured_text(report: ReportData) -> str:
@@ -129,14 +129,14 @@ def measured_text(report: ReportData) -> str:
 
 
 def heading(chain: ChainRecord) -> str:
-    became = "left as it is: a pass failed" if chain.failed else chain.decision
+    became = "unchanged: a pass failed" if chain.failed else chain.decision
     times = f", {chain.times} times" if chain.times > 1 else ""
     length = count(chain.length, "link") if chain.length else "a loop of unknown length"
     return f"{length}{times}, {became}"
 
 
 def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
-    """What is said about one chain, as (label, text); a label "" continues the one before."""
+    """The text about one chain, as (label, text); the label "" continues the entry before."""
     if chain.module:
         yield "module", chain.module
     for i, source in enumerate(chain.sources[:4] or ([chain.source] if chain.source else [])):
@@ -164,7 +164,7 @@ def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
 
 
 def _places(groups: list[GroupRecord]) -> list[str]:
-    """What tells groups apart: their lines, or their modules where a line belongs to several."""
+    """What tells groups apart: their source lines, or their modules if a line belongs to several."""
     lines = [place_and_code(group.source)[0].rpartition("/")[2] for group in groups]
     if len(groups) == 1:
         return [""]
@@ -209,7 +209,7 @@ def short(operator: str) -> str:
 
 
 def place_and_code(source: str) -> tuple[str, str]:
-    """``file:line`` with the file as short as it can be said, and the code."""
+    """``file:line`` with the shortest form of the path, and the code."""
     match = re.fullmatch(r"(.*?):(\d+): (.*)", source, re.DOTALL)
     if match is None:
         return source, ""
@@ -228,7 +228,7 @@ def count(number: int, what: str) -> str:
 
 
 def _wrapped(lines: Iterable[_Line], width: int | None = None) -> str:
-    """Labels in a column of their own, their text beside it or below it, no line wider than the terminal."""
+    """Put labels in their own column, with text beside or below them, and no line wider than the terminal."""
     if width is None:
         width = min(_WIDEST, shutil.get_terminal_size((_WIDEST, 24)).columns)
     width = max(_NARROWEST, width)

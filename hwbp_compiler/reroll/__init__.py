@@ -1,15 +1,15 @@
-"""Python loops over time, which Dynamo unrolls, rolled up again: find the step that repeats, put one loop in its place.
+"""Roll up Python loops over time that Dynamo unrolled: find the step that repeats, and replace its copies by one loop.
 
-``values``           what a node stands for: a part of what another one computes
+``values``           a node as a part of another node's result
 ``zeros``            the number that a sum starts from, as a tensor
 ``find``             where a graph repeats itself
-``steps``            what a step takes from outside and from the steps before it; or why it is no loop
-``around``           what the rest of the graph takes from the steps, and what it could see change
-``totals``           a state that is changed in place, where nobody can see that
-``rows``, ``series`` what the steps read, write and give, as one tensor each
-``hand_over``        the loop's results, for those who took them from its steps
-``loop``             the loop in the place of its steps
-``refuse``           which repetitions are worth a loop, and what is told of the others
+``steps``            what a step takes from outside and from earlier steps, or why the steps are no loop
+``around``           what the rest of the graph takes from the steps, and which changes it could see
+``totals``           a state that is changed in place where nothing can see it
+``rows``, ``series`` what the steps read, write and return, as one tensor each
+``hand_over``        pass the loop's results to the users of its steps
+``loop``             the loop that replaces the steps
+``refuse``           which repetitions are worth a loop, and the records of the others
 ``replace``          the search
 """
 

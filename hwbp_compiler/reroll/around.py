@@ -1,4 +1,6 @@
-"""What the rest of a graph has to do with equal steps in it: what it takes from them, and what it could see change."""
+"""How the rest of a graph depends on equal steps in it: what it takes from them, and which of their changes it could
+see.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,11 @@ class Write:
 
 @dataclass
 class Around:
-    """
-    writes   what the steps write into tensors made before them; those nodes are no part of the step
-    taken    value -> {t: nodes} that the rest of the graph takes
-    kept     nodes of the last step that stay: the rest of the graph needs them, no other step does
+    """The rest of the graph around the steps.
+
+    writes   writes of the steps into tensors made before them; these nodes are not part of the step
+    taken    value -> {t: nodes} that the rest of the graph uses
+    kept     nodes of the last step that stay, because the rest of the graph needs them and no other step does
     """
 
     steps: Steps
@@ -42,8 +45,9 @@ class Around:
 
     @classmethod
     def of(cls, steps: Steps) -> Around:
-        """Raises Declined where the rest of the graph sees the steps, or they see it, in a way that a loop would not
-        keep."""
+        """Raises Declined if the rest of the graph sees the steps, or they see it, in a way that a loop would not
+        preserve.
+        """
         found = cls(steps, list(_writes(steps)))
         found._check_indices()
         found._check_memory()
@@ -51,7 +55,7 @@ class Around:
         return found
 
     def _check_indices(self) -> None:
-        """Where a step writes into what it made, it is the same place in every step."""
+        """If a step writes into a tensor of its own, it must be the same place in every step."""
         writing = {write.place for write in self.writes}
         for place, node in enumerate(self.steps.blocks[0]):
             if node.target is operator.setitem and place not in writing:
@@ -64,7 +68,9 @@ class Around:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def _check_memory(self) -> None:
-        """Nothing that the steps make is changed in place behind them, nor what they write into read by them."""
+        """Nothing after the loop may change in place what the steps made, and the steps may not read what they write
+        into.
+        """
         steps = self.steps
         made = set().union(*(memory_of(node) for node in steps.where if node.target is not operator.setitem))
         node = steps.last[-1].next
@@ -117,7 +123,7 @@ class Around:
                     self._settle(node, last)
 
     def _made(self) -> Iterator[tuple[Node, int]]:
-        """The steps' nodes and all that take parts of them, with the number of the step."""
+        """The steps' nodes and all nodes that take parts of them, with the number of the step."""
         seen: set[Node] = set()
         for node, (t, _) in self.steps.where.items():
             todo = [node]
@@ -140,8 +146,9 @@ class Around:
         return user not in self.steps.where and not (is_part(user) and self.steps.inner(user) is not None)
 
     def _settle(self, node: Node, last: int) -> None:
-        """Find where the rest gets from what it takes of the last step alone: from the last state, from nodes of that
-        step that stay, or else from a value of all steps."""
+        """Decide how the rest gets a value that it takes only from the last step: from the last state, from nodes of
+        that step that stay, or otherwise from a value of all steps.
+        """
         level = node
         while True:
             inner = self.steps.inner(level)
@@ -162,7 +169,7 @@ class Around:
             nodes.append(node)
 
     def _may_stay(self, node: Node) -> bool:
-        """Whether it needs the states before the last step only by way of that step's results."""
+        """Whether the node needs the states before the last step only through that step's results."""
         if node in self.kept:
             return True
         place = self.steps.where[node][1]
@@ -186,14 +193,14 @@ def _without_nodes(index: Any) -> str:
 
 
 def _watches_gradients(node: Node) -> bool:
-    """A hook, or gradients asked for in the graph: they see the whole gradient of what they are given."""
+    """A hook, or gradients requested in the graph: both see the whole gradient of their argument."""
     return "hook" in name_of(node) or node.target is torch.autograd.grad
 
 
 def _writes(steps: Steps) -> Iterator[Write]:
     for place, node in enumerate(steps.blocks[0]):
         if node.target is not operator.setitem or not isinstance(steps.sources[place][0], Same):
-            continue  # else it writes into what the step made, or carries
+            continue  # otherwise it writes into a tensor that the step made or carries
         target, *others = steps.sources[place]
         indices = [part_of_index(block[place].args[1]) for block in steps.blocks]
         if len(others) != 1 or not isinstance(others[0], Inner) or None in indices:

@@ -1,6 +1,6 @@
-"""Where a graph repeats itself: stretches of its nodes that come again and again, one directly after the other.
+"""Find where a graph repeats itself: stretches of nodes that occur again and again, one directly after the other.
 
-Near-linear in the number of nodes: a period is looked for only where a node comes again at that distance.
+Near-linear in the number of nodes: a period is tried only if a node occurs again at that distance.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from hwbp_compiler.graph.sizes import hint
 
 from .values import example, is_part, only_splits, value_of
 
-# Steps that a loop has at least: two alike may be chance.
+# The fewest steps of a loop: two equal ones may be chance.
 LEAST = 3
 
-# Periods that are tried, those that the most nodes ask for first.
+# The number of periods to try, the most frequent distances first.
 _PERIODS = 64
 
 
@@ -36,18 +36,18 @@ class Run:
 
     @property
     def saved(self) -> int:
-        """Nodes that a loop in its place saves."""
+        """The number of nodes that a loop would save."""
         return (self.length // self.period - 1) * self.period
 
 
 def working(graph: Graph) -> list[Node]:
-    """The nodes that compute something, in order; those that take a part of another are left out."""
+    """The nodes that compute something, in order. Nodes that only take a part of another are left out."""
     kinds = ("call_function", "call_method", "call_module")
     return [node for node in graph.nodes if node.op in kinds and not is_part(node) and not only_splits(node)]
 
 
 def runs(looks: Sequence[Any], least: int) -> list[Run]:
-    """All of at least ``least`` periods, those that save most first. ``looks``: what each node looks like."""
+    """All runs of at least ``least`` periods, those that save most first. ``looks`` describe the nodes."""
     numbers: dict[Any, int] = {}
     seen = [numbers.setdefault(look, len(numbers)) for look in looks]
     last: dict[int, int] = {}
@@ -67,7 +67,7 @@ def runs(looks: Sequence[Any], least: int) -> list[Run]:
 
 
 def _stretches(same: Tensor) -> Iterator[tuple[int, int]]:
-    """Start and length of each stretch of true."""
+    """Start and length of each stretch of true values."""
     values, counts = torch.unique_consecutive(same, return_counts=True)
     start = 0
     for value, count in zip(values.tolist(), counts.tolist(), strict=True):
@@ -76,17 +76,18 @@ def _stretches(same: Tensor) -> Iterator[tuple[int, int]]:
         start += count
 
 
-# -- what nodes look like ------------------------------------------------------------------------------------------
+# -- descriptions of nodes -----------------------------------------------------------------------------------------
 
 
 def closely(node: Node) -> Any:
-    """What two nodes have in common that are the same part of two steps: all but which tensors they take (parameters
-    must be the same) and the numbers that :mod:`.steps` knows how to take from a series."""
+    """A description that corresponding nodes of two steps share. It leaves out which tensors they take (but parameters
+    must be the same) and the numbers that :mod:`.steps` can take from a series.
+    """
     return _look(node, _constant, _shapes)
 
 
 def loosely(node: Node) -> Any:
-    """What two steps have in common that are meant to be alike, whether or not a loop can be made of them."""
+    """A description shared by steps that are meant to be alike, whether or not they can become a loop."""
     return _look(node, lambda node, place, value: type(value).__name__, lambda value: type(value).__name__)
 
 
@@ -119,7 +120,9 @@ _METHODS = {"lt", "le", "gt", "ge", "eq", "ne"}
 
 
 def is_number_of_step(node: Node, place: Any, value: Any) -> bool:
-    """Whether the constant may be another in every step: what a tensor is compared with, and where it is written to."""
+    """Whether the constant may differ from step to step: a number that a tensor is compared with, or a place to write
+    to.
+    """
     if node.target is operator.setitem:
         return place == 1
     compares = node.target in COMPARISONS if node.op == "call_function" else node.target in _METHODS
@@ -128,7 +131,7 @@ def is_number_of_step(node: Node, place: Any, value: Any) -> bool:
 
 def _shapes(value: Any) -> Any:
     if isinstance(value, Tensor):
-        # A symbol by its value: the same size may be written in two ways.
+        # Symbols count by their value, because the same size may be written in two ways.
         return tuple(hint(size) for size in value.shape), value.dtype, str(value.device)
     if isinstance(value, (tuple, list)):
         return tuple(map(_shapes, value))

@@ -1,4 +1,4 @@
-"""The results of a loop, for those who took them from its steps."""
+"""Pass the results of a loop to the users of its steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 from .series import Writer, joined
 from .values import is_part, only_splits
 
-# So many rows are taken one by one; more of them all at once, whose gradient is one tensor then.
+# Up to so many rows are taken one by one. More are taken all at once, so that their gradient is one tensor.
 _FEW = 4
 
 
@@ -19,10 +19,10 @@ _FEW = 4
 class HandOver:
     """One value of every step, or of the last.
 
-    gone    the steps' nodes, which are to be erased
-    at      nodes that are the value, by the number of the step
-    series  the values of all ``count`` steps; None where only the last is taken
-    state   the last of them, where it is part of the state
+    gone    the steps' nodes, which will be erased
+    at      nodes that hold the value, by the number of the step
+    series  the values of all ``count`` steps; None if only the last is used
+    state   the last value, if it is part of the state
     """
 
     write: Writer
@@ -70,7 +70,7 @@ class HandOver:
             else:
                 apart = self.rows.setdefault(-1, self._apart())
                 self.rows[t] = self.write.call(operator.getitem, apart, t)
-        # What a model returns may be changed by its caller.
+        # The caller of a model may change what it returns.
         return self.write.call(torch.clone, self.rows[t]) if leaves else self.rows[t]
 
     def _apart(self) -> Node:

@@ -1,4 +1,4 @@
-"""One loop in the place of equal steps, with the same meaning forward and backward."""
+"""Replace equal steps by one loop with the same meaning, forward and backward."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ log = logging.getLogger(__name__)
 
 
 class PutBack(Exception):
-    """The loop could not be put in place, and the graph is what it was, of new nodes."""
+    """The loop could not be inserted. The graph is as it was before, but its nodes are new."""
 
 
 class NoRecurrence(Exception):
-    """The steps are equal, but none takes anything of the one before it; or they are layers, each with its weights."""
+    """The steps are equal, but none uses the one before it; or they are layers, each with its own weights."""
 
 
-# Tensors of its own, no rows of a series, that a time step may take: a token, a mask, a target. A layer takes more.
+# The most tensors that a time step may take besides rows of a series: a token, a mask, a target. A layer takes more.
 _OWN = 4
 
 
 class Loop:
-    """``around`` as a loop of ``gm``, not yet in its place. Raises Declined, and NoRecurrence."""
+    """``around`` as a loop of ``gm``, not inserted yet. Raises Declined and NoRecurrence."""
 
     def __init__(self, gm: GraphModule, around: Around, options: Options) -> None:
         self.gm, self.around, self.steps, self.options = gm, around, around.steps, options
@@ -74,7 +74,7 @@ class Loop:
         return example_of(Value(self.steps.blocks[0][inner.place], inner.parts))
 
     def _outputs(self) -> list[Inner]:
-        """What is wanted of more than the last step, or of that alone and is no state."""
+        """Values needed from more than the last step, or from the last step alone if they are not part of the state."""
         last = self.steps.count - 1
         taken = [i for i, at in self.around.taken.items() if i not in self.carried or at.keys() != {last}]
         found = list(dict.fromkeys([*taken, *(write.source for write in self.around.writes)]))
@@ -95,7 +95,8 @@ class Loop:
     def put_in_place(self) -> Recurrence:
         graph = self.gm.graph
         with graph.inserting_after(self.steps.last[-1]):
-            behind = graph.call_function(len, ((),))  # what stands behind the steps may go; this goes last
+            # Marks the end of the steps, because nodes after the steps may be erased. It is erased last.
+            behind = graph.call_function(len, ((),))
         with graph.inserting_before(behind):
             write = Writer(graph, self.fake_mode, self.steps.blocks[0][0])
             try:
@@ -125,7 +126,7 @@ class Loop:
             stop = source.first + steps.count * source.stride
             taken[source] = write.call(torch.arange, source.first, stop, source.stride, device=source.device), ()
         inputs = list(dict.fromkeys(node for node, _ in taken.values()))
-        if not inputs:  # it is their number that says how many steps there are
+        if not inputs:  # the inputs' length gives the number of steps
             inputs = [write.call(torch.arange, steps.count, device=example(starts[0]).device)]
         body = self._body(inputs, taken, shared)
         write_out_modules(body)
@@ -161,7 +162,7 @@ class Loop:
         return node if example(node).is_contiguous() else write.call("contiguous", node)
 
     def _source(self) -> str:
-        """The user's line that makes the state."""
+        """The user's line that computes the state."""
         carried = self.steps.states[0]
         return source_line(self.steps.blocks[0][carried.place])
 
@@ -207,14 +208,14 @@ class Loop:
             known[carried.after(1)] if carried.lag > 1 else found(Inner(carried.place, carried.parts))
             for carried in steps.states
         ]
-        # Copies, so that each is a result of the step; they cost nothing in the end.
+        # Copies, so that each is a result of the step. They are removed later.
         results = [write.call("contiguous", node) for node in following]
         results = [write.call(torch.clone, node) for node in (*results, *map(found, self.outputs))]
         graph.output(tuple(results))
         return GraphModule({}, graph)
 
     def _copy(self, graph: Graph, node: Node, sources: list[Node]) -> Node:
-        """The node over other operands: those in its arguments, and behind them the numbers that count steps."""
+        """Copy the node with other operands: first those in its arguments, then the numbers that count steps."""
         count = len(operands(node))
         nodes, numbers = iter(sources[:count]), iter(sources[count:])
         steps = [block[self.steps.where[node][1]] for block in self.steps.blocks[:2]]
@@ -253,7 +254,7 @@ class Loop:
         gone = {node for node in steps.where if node not in self.around.kept}
         for inner, at in self.around.taken.items():
             HandOver(write, gone, at, rows.get(inner), state.get(inner), steps.count).run()
-        # What stood among the steps and takes their results stands behind them now.
+        # Nodes that stood among the steps and use their results now come after the loop.
         late, node = {call, *write.made[before:]}, steps.blocks[0][0]
         while node is not call:
             node, here = node.next, node
@@ -267,7 +268,7 @@ class Loop:
 
 
 def _autocasts_at(node: Node) -> list[Any]:
-    """What the autocast regions were entered with in which a node of Dynamo's graph lies."""
+    """The arguments of the autocast regions that contain a node of Dynamo's graph."""
     entered: dict[Node, Any] = {}
     for before in node.graph.nodes:
         if before is node:
@@ -281,5 +282,5 @@ def _autocasts_at(node: Node) -> list[Any]:
 
 def _as_it_is(record: ChainRecord) -> Why:
     assert record.reason_code is not None
-    text = record.reason.removeprefix("the cell is stepped through, which unrolls the loop: ")
+    text = record.reason.removeprefix("the cell runs step by step, which unrolls the loop: ")
     return Why(record.reason_code, text, record.advice)

@@ -1,4 +1,4 @@
-"""Which repetitions are worth a loop, and what is told of those that stay unrolled."""
+"""Decide which repetitions are worth a loop, and record why the others stay unrolled."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .find import LEAST, Run, loosely, runs, working
 from .steps import same_constants
 from .values import operands, value_of
 
-# Operators that one node becomes, forward and backward, where it is not one.
+# How many operators one node becomes, forward and backward, if not one.
 _OPERATORS = {
     torch.gru_cell: 20, torch.lstm_cell: 20, torch.rnn_tanh_cell: 6, torch.gru: 24, torch.lstm: 24,
     torch.nn.functional.linear: 3, torch.matmul: 3, torch.bmm: 3, operator.matmul: 3,
 }  # fmt: skip
-# Seconds that Inductor needs for one of them, and what a loop needs whatever its length, on one core: a GRUCell of 256
-# steps took 190 s. Shorter loops than _SHORT compile in about the time that a rolled one does.
+# Seconds that Inductor needs for one operator, and for a loop of any length, on one core: a GRUCell of 256 steps took
+# 190 s. Loops shorter than _SHORT compile in about the time that a rolled one does.
 _SECONDS, _LOOP, _SHORT = 0.03, 10.0, 16
 
 
 def is_worth_it(nodes: Sequence[Node], run: Run, options: Options) -> bool:
-    """Whether the loop is to be rolled up: with "auto", where that is expected to compile faster."""
+    """Whether to roll up the loop. With "auto", only if that is expected to compile faster."""
     if options.reroll == "always":
         return True
     steps = run.length // run.period
@@ -45,7 +45,7 @@ def refusal(nodes: Sequence[Node], run: Run, declined: Declined) -> ChainRecord:
 
 
 def told_apart(gm: GraphModule, options: Options) -> Iterator[tuple[set[Node], ChainRecord]]:
-    """Loops whose steps look alike but are not: what differs."""
+    """Yield loops whose steps look alike but differ, with the difference."""
     nodes = working(gm.graph)
     seen: set[Node] = set()
     for run in runs([loosely(node) for node in nodes], LEAST):
@@ -62,7 +62,7 @@ def told_apart(gm: GraphModule, options: Options) -> Iterator[tuple[set[Node], C
 
 
 def _recurs(nodes: Sequence[Node], run: Run) -> bool:
-    """Whether every step takes something of the one before it."""
+    """Whether every step uses something from the step before it."""
     place = {node: i for i, node in enumerate(nodes[run.start : run.start + run.length])}
     linked = set()
     for node, i in place.items():

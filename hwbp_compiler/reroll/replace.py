@@ -1,4 +1,4 @@
-"""The search for Python loops in a graph from Dynamo, and what becomes of each."""
+"""Search for Python loops in a graph from Dynamo, and replace those that can be rolled up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Rerolled:
-    """``loops`` stand in the graph now; ``records`` tell of those that were left unrolled."""
+    """``loops`` are in the graph now; ``records`` describe those that stay unrolled."""
 
     loops: list[Recurrence] = field(default_factory=list)
     records: list[ChainRecord] = field(default_factory=list)
@@ -71,7 +71,7 @@ def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
 
 
 def _is_plain(graph: Graph) -> bool:
-    """Whether its tensors are Dynamo's own examples: none of another kind (DTensor), none inside a transform."""
+    """Whether all tensors are Dynamo's own examples: no other kind (DTensor), none inside a transform."""
     for node in graph.nodes:
         held = example(node)
         if isinstance(held, Tensor) and not isinstance(held, FakeTensor):
@@ -82,7 +82,7 @@ def _is_plain(graph: Graph) -> bool:
 
 
 def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Recurrence | None:
-    """Roll up the loop that saves most, of those that may be. What is refused is not tried again."""
+    """Roll up the eligible loop that saves most. A refused one is not tried again."""
     nodes = working(gm.graph)
     for run in runs([closely(node) for node in nodes], LEAST):
         key = nodes[run.start], run.period, run.length
@@ -111,8 +111,8 @@ def _advise(loops: Sequence[Recurrence]) -> None:
     longest = max(record.length for loop in loops for record in loop.records)
     if longest >= _LONG:
         log.info(
-            "A Python loop of %d steps was rolled up again. Dynamo traced every step of it first, which takes most of "
-            "the time to compile; hwbp_compiler.recurrent(cell, inputs, state) in its place skips that too.",
+            "A Python loop of %d steps was rerolled. Dynamo traced every step of it first, which takes most of the "
+            "compile time; hwbp_compiler.recurrent(cell, inputs, state) instead of the loop avoids that too.",
             longest,
         )
 
@@ -124,8 +124,9 @@ _LONG = 256
 
 
 def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) -> Recurrence:
-    """Where a step begins is not known: it is where the least passes from one to the next. The first steps, and the
-    last, may be others than those between."""
+    """Roll up one run. Where a step begins is not known; the best guess is where the least data passes from one step to
+    the next. The first steps and the last may differ from those in between.
+    """
     for node in nodes[run.start : run.start + run.period]:
         _check_operator(node)
     first: Declined | None = None
@@ -150,14 +151,14 @@ def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) ->
             except Declined as declined:
                 first = first or declined
                 if declined.why.code.name.startswith("CELL_"):
-                    raise  # of the step, wherever it begins
+                    raise  # true of the step, wherever it begins
         if understood:
             break  # fewer steps would be a loop too, but not the user's
     assert first is not None
     raise first
 
 
-# Beginnings of a step that are tried, those first between which the least passes.
+# How many beginnings of a step to try, those with the least data between steps first.
 _PHASES = 3
 
 

@@ -1,4 +1,4 @@
-"""Where the rows of a tensor lie that steps read or write, one row a step: ``x[:, t]``, ``x[t : t + 2]``."""
+"""The rows of a tensor that steps read or write, one row per step: ``x[:, t]``, ``x[t : t + 2]``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ALL = ("slice", None, None, None)
 class Rows:
     """Evenly spaced rows of a tensor.
 
-    index   what takes all of them at once
-    dim     the dimension of what it takes along which they lie
-    width   how many entries of that dimension a row has; None for one, whose dimension is gone
-    stride  entries from one row to the next; below zero where they are taken from the end
+    index   the index that takes all of them at once
+    dim     the dimension of the result along which the rows lie
+    width   how many entries of that dimension a row has; None for a single entry, which drops the dimension
+    stride  entries from one row to the next; negative if they are taken from the end
     """
 
     index: tuple[Any, ...]
@@ -26,7 +26,7 @@ class Rows:
 
     @classmethod
     def of(cls, indices: Sequence[tuple[Any, ...]], shape: Sequence[Any]) -> Rows | None:
-        """Of a tensor of that shape, row t at ``indices[t]``; None where they are not evenly spaced rows."""
+        """The rows ``indices[t]`` of a tensor of this shape. None if they are not evenly spaced rows."""
         plain = [_one_item_each(index, shape) for index in indices]
         first = plain[0]
         if first is None or any(p is None or len(p) != len(first) for p in plain):
@@ -58,7 +58,7 @@ class Rows:
 
 
 def evenly(numbers: Sequence[int]) -> tuple[int, int] | None:
-    """First and stride of numbers that are evenly spaced, and not all the same."""
+    """First number and stride, if the numbers are evenly spaced and not all the same."""
     stride = numbers[1] - numbers[0]
     if stride == 0 or any(n != numbers[0] + t * stride for t, n in enumerate(numbers)):
         return None
@@ -66,8 +66,9 @@ def evenly(numbers: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _one_item_each(index: tuple[Any, ...], shape: Sequence[Any]) -> tuple[Any, ...] | None:
-    """An index with one item per dimension (and None for new ones), numbers counted from 0; None where a number counts
-    back from a size that is a symbol."""
+    """The index with one item per dimension (and None for new ones), with numbers counted from 0. None if a number
+    counts back from a symbolic size.
+    """
     missing = len(shape) - sum(item is not None and item is not Ellipsis for item in index)
     items: list[Any] = []
     for item in index:

@@ -1,4 +1,4 @@
-"""What steps take and give, as one tensor each ``[T, ...]``, written into a Dynamo graph."""
+"""What steps take and return, as one tensor ``[T, ...]`` each, written into a Dynamo graph."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .values import Part, Value, example, example_of, index_of
 
 
 class Writer:
-    """Adds nodes to a Dynamo graph, at the graph's insertion point, each with its example value."""
+    """Adds nodes to a Dynamo graph at its insertion point, each with its example value."""
 
     def __init__(self, graph: Graph, fake_mode: Any, like: Node) -> None:
         self.graph, self.fake_mode, self.like = graph, fake_mode, like
         self.made: list[Node] = []
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A function, or a tensor's method by its name."""
+        """Call a function, or a tensor's method by its name."""
         known, named = map_arg((args, kwargs), example)
         with self.fake_mode, torch.no_grad():
             found = (
@@ -43,7 +43,7 @@ class Writer:
         return node
 
     def change(self, target: Any, *args: Any) -> Node:
-        """A function that changes its first argument in place."""
+        """Call a function that changes its first argument in place."""
         return self._node(target, args, {})
 
     def part(self, node: Node, part: Part) -> Node:
@@ -56,16 +56,16 @@ class Writer:
         return node
 
 
-# -- rows that are taken -----------------------------------------------------------------------------------------------
+# -- rows that steps take ----------------------------------------------------------------------------------------------
 
 
 def stacked(values: Sequence[Value], write: Writer) -> tuple[Node, tuple[Part, ...]]:
-    """A tensor whose row t is ``values[t]``, or what ``values[t]`` is a part of: that part comes with it."""
+    """A tensor whose row t is ``values[t]``, or contains it. The second result is the part of the row to take."""
     rest = _common_end(values)
     found = _as_rows([Value(v.root, v.parts[: len(v.parts) - len(rest)]) for v in values], write)
     if found is not None:
         return found, rest
-    # The steps before the loop, or its first, may have made the first of them.
+    # The first values may come from before the loop, or from its first step.
     for before in (1, 2):
         if len(values) > before + 1 and (behind := _as_rows(values[before:], write)) is not None:
             first = [write.call("unsqueeze", write.value(value), 0) for value in values[:before]]
@@ -74,7 +74,7 @@ def stacked(values: Sequence[Value], write: Writer) -> tuple[Node, tuple[Part, .
 
 
 def _common_end(values: Sequence[Value]) -> tuple[Part, ...]:
-    """The last parts, which all values share, behind the one in which they differ."""
+    """The last parts, after the one in which the values differ; all values share them."""
     first = values[0].parts
     if any(v.root is not values[0].root or len(v.parts) != len(first) for v in values):
         return ()
@@ -83,7 +83,7 @@ def _common_end(values: Sequence[Value]) -> tuple[Part, ...]:
 
 
 def _as_rows(values: Sequence[Value], write: Writer) -> Node | None:
-    """A view of the tensor that the values are rows of; None where they are not evenly spaced rows of one."""
+    """A view of the tensor of which the values are rows. None if they are not evenly spaced rows of one tensor."""
     first = values[0]
     if not first.parts or any(v.root is not first.root or v.parts[:-1] != first.parts[:-1] for v in values):
         return None
@@ -104,12 +104,14 @@ def _as_rows(values: Sequence[Value], write: Writer) -> Node | None:
     return write.call(torch.flip, node, [0]) if rows.stride < 0 else node
 
 
-# -- rows that are given -----------------------------------------------------------------------------------------------
+# -- rows that steps return --------------------------------------------------------------------------------------------
 
 
 def joined(consumer: Node, order: dict[Node, int], series: Node, count: int, write: Writer) -> Node | None:
-    """``torch.stack`` or ``torch.cat`` of all rows of a series, in order or in reverse, among other tensors: made of
-    the series at once. None where the consumer is something else. ``order``: which nodes are row t."""
+    """Replace ``torch.stack`` or ``torch.cat`` of all rows of a series, in order or in reverse, possibly among other
+    tensors. The result uses the series as a whole. None if the consumer is anything else. ``order`` maps nodes to their
+    row t.
+    """
     if consumer.target not in _JOINS or not consumer.args or not isinstance(consumer.args[0], (list, tuple)):
         return None
     tensors, stacks = list(consumer.args[0]), consumer.target is torch.stack
@@ -136,7 +138,7 @@ def joined(consumer: Node, order: dict[Node, int], series: Node, count: int, wri
         others = [[write.call(torch.stack, tensors, dim)] if tensors else [] for tensors in others]
     if any(others):
         return write.call(torch.cat, [*others[0], node, *others[1]], dim)
-    # What is joined lies in new memory, one row after the other.
+    # A joined tensor has its own memory, with one row after the other.
     return write.call(torch.clone, node, memory_format=torch.contiguous_format)
 
 
@@ -156,7 +158,7 @@ def may_be_written(rows: Rows | None, target: Any, row: Any) -> bool:
 def write_rows(rows: Rows, target: Node, series: Node, write: Writer) -> None:
     """Write row t of ``series`` into the target's row t, as ``target[:, t] = ...`` does."""
     kept = sum(type(item) is not int for item in rows.index) - (rows.width is None)
-    for _ in range(kept - (example(series).dim() - 1)):  # a smaller row is spread
+    for _ in range(kept - (example(series).dim() - 1)):  # a smaller row is broadcast
         series = write.call("unsqueeze", series, 1)
     if rows.stride < 0:
         series = write.call(torch.flip, series, [0])

@@ -1,6 +1,6 @@
-"""What a step takes from outside and from the steps before it, and what the rest of the graph takes from the steps.
+"""What a step takes from outside and from earlier steps.
 
-A loop is made only of what is understood altogether: everything else raises :class:`Declined` with a reason.
+Only steps that are fully understood become a loop. Everything else raises :class:`Declined` with a reason.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .values import Part, Value, example, example_of, operands, value_of
 
 @dataclass(frozen=True)
 class Inner:
-    """What the same step computes: ``parts`` of its node number ``place``."""
+    """A result of the same step: ``parts`` of its node number ``place``."""
 
     place: int
     parts: tuple[Part, ...]
@@ -31,7 +31,7 @@ class Inner:
 
 @dataclass(frozen=True)
 class Carried:
-    """What the step ``lag`` steps before computed; in the first ``lag`` steps these are ``starts``."""
+    """A result of the step ``lag`` steps earlier; for the first ``lag`` steps, ``starts``."""
 
     place: int
     parts: tuple[Part, ...]
@@ -48,21 +48,21 @@ class Carried:
 
 @dataclass(frozen=True)
 class Row:
-    """A value from outside, another one in every step."""
+    """A value from outside that differs in every step."""
 
     values: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
 class Same:
-    """A node outside, the same in every step."""
+    """A node outside that is the same in every step."""
 
     node: Node
 
 
 @dataclass(frozen=True)
 class Counter:
-    """A number that grows by ``stride`` from step to step; compared with tensors on ``device``."""
+    """A number that grows by ``stride`` from step to step and is compared with tensors on ``device``."""
 
     first: int
     stride: int
@@ -77,7 +77,7 @@ class Steps:
     """Equal steps, one after the other.
 
     blocks    blocks[t][j] is node j of step t
-    sources   sources[j] are the operands of node j, in order, and behind them Counters for numbers that count steps
+    sources   sources[j] are the operands of node j, in order, followed by Counters for numbers that count steps
     """
 
     blocks: list[list[Node]]
@@ -95,22 +95,22 @@ class Steps:
         return self.blocks[-1]
 
     def inner(self, node: Node) -> Inner | None:
-        """What node, or part of one, this is; None outside of the steps."""
+        """The node of a step, or its part, that this is; None if it is outside the steps."""
         value = value_of(node)
         return Inner(self.where[value.root][1], value.parts) if value.root in self.where else None
 
     def of(self, kind: type) -> list[Any]:
-        """The sources of that kind, each once, in the order in which they are met."""
+        """The sources of that kind, each once, in order of first occurrence."""
         found = [s for sources in self.sources for s in sources if isinstance(s, kind)]
         return list(dict.fromkeys(found))
 
     @property
     def states(self) -> list[Carried]:
-        """Every component of the state: what is taken ``lag`` steps later is handed on through ``lag`` of them."""
+        """Every component of the state. A value used ``lag`` steps later passes through ``lag`` components."""
         return list(dict.fromkeys(c.after(n) for c in self.of(Carried) for n in range(c.lag)))
 
 
-# -- taking a run apart ------------------------------------------------------------------------------------------------
+# -- from a run to its steps -------------------------------------------------------------------------------------------
 
 
 def steps_of(nodes: Sequence[Node], start: int, period: int, count: int) -> Steps:
@@ -153,7 +153,7 @@ def _source(slot: list[Node], where: dict[Node, tuple[int, int]], column: list[N
 
 
 def _numbers(column: list[Node]) -> list[Source]:
-    """The numbers that a comparison holds, one source each, where they are not the same in all steps."""
+    """One source for each number in a comparison that differs between steps."""
     found: list[Source] = []
     first = column[0]
     for place, value in enumerate(first.args):

@@ -1,4 +1,4 @@
-"""``total += loss``: a state that is changed in place, where nobody can see that it is."""
+"""``total += loss``: a state that is changed in place where nothing can see it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ OUT_OF_PLACE = {
 
 
 def is_running_total(steps: Steps, place: int) -> bool:
-    """Whether node ``place`` changes a state in place that nothing else looks at until the last step is done: a new
-    tensor in every step is the same then."""
+    """Whether node ``place`` changes in place a state that nothing else reads until the last step is done. A new tensor
+    in every step is then equivalent.
+    """
     column = [block[place] for block in steps.blocks]
     carried = steps.sources[place][0]
     if not isinstance(carried, Carried) or carried.lag != 1 or carried.parts or carried.place != place:
@@ -30,11 +31,11 @@ def is_running_total(steps: Steps, place: int) -> bool:
     other = example(column[0].args[1])
     shape = other.shape if isinstance(other, Tensor) else ()
     if torch.result_type(held, other) != held.dtype or torch.broadcast_shapes(held.shape, shape) != held.shape:
-        return False  # in place it keeps its dtype and its shape
+        return False  # in-place addition keeps dtype and shape
     here = memory_of(column[0])
     mine = {start.root, *column}
     for node in column[0].graph.nodes:
         if node not in mine and node.op != "output" and memory_of(node) & here:
-            return False  # another name for it, a view of it
+            return False  # another name for it, or a view of it
     readers = [user for node in (start.root, *column[:-1]) for user in node.users]
     return all(user in mine for user in readers)

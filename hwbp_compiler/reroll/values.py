@@ -1,7 +1,7 @@
-"""What a node of a Dynamo graph stands for: a part of what another one computes.
+"""A node of a Dynamo graph as a part of another node's result.
 
-``x[:, 3]``, ``x.select(1, 3)`` and the fourth of ``x.unbind(1)`` are the same part of x. Such nodes do no work of their
-own: the same step may read its part before the loop or in it, or, where nothing takes it, not at all.
+``x[:, 3]``, ``x.select(1, 3)`` and the fourth of ``x.unbind(1)`` are the same part of x. Such nodes compute nothing. A
+step may read its part before the loop or inside it, or not at all if nothing uses it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch.fx.node import map_arg
 
 from hwbp_compiler.torch_private import set_grad_enabled
 
-# One part: ``int`` of a tuple, or the index of a tensor, whose slices are triples: a slice has no hash.
+# One part: an ``int`` for a tuple, or an index for a tensor. Slices in an index are triples, because a slice has no
+# hash.
 Slice = tuple[str, Any, Any, Any]
 Part = int | tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Value:
-    """``parts[-1]`` of ... of ``parts[0]`` of what ``root`` computes."""
+    """``parts[-1]`` of ... of ``parts[0]`` of the result of ``root``."""
 
     root: Node
     parts: tuple[Part, ...] = ()
@@ -36,12 +37,12 @@ class Value:
         return Value(self.root, (*self.parts, part))
 
 
-# A longer way of parts of parts is as good as none: x, x[1:], x[1:][1:], ...
+# A longer chain of parts (x, x[1:], x[1:][1:], ...) is not followed.
 _DEEPEST = 32
 
 
 def value_of(node: Node) -> Value:
-    """The value that ``node`` is a part of, as far down as that goes."""
+    """The value of which ``node`` is a part, followed down as far as possible."""
     parts: list[Part] = []
     while len(parts) < _DEEPEST and (taken := _taken_from(node)) is not None:
         node, part = taken
@@ -50,7 +51,7 @@ def value_of(node: Node) -> Value:
 
 
 def is_part(node: Node) -> bool:
-    """Whether the node does nothing but take a part of another."""
+    """Whether the node only takes a part of another."""
     return _taken_from(node) is not None
 
 
@@ -77,7 +78,7 @@ def nodes_in(argument: Any) -> list[Node]:
 
 
 def index_of(part: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A part of a tensor as Python writes an index."""
+    """A part of a tensor in the form of a Python index."""
     return tuple(slice(*p[1:]) if isinstance(p, tuple) else p for p in part)
 
 
@@ -85,8 +86,10 @@ _CUT = "highway_read_without_gradient"
 
 
 def mark_cuts(graph: Graph) -> None:
-    """Mark what is read where no gradients are recorded and used where they are: it is no part of what it is read from,
-    since read again, it would have a gradient. (What Dynamo's examples say of that is not always so.)"""
+    """Mark parts that are read while no gradients are recorded and used while they are. They are not treated as parts
+    of their source, because reading them again would give them a gradient. (Dynamo's examples are not always right
+    about that.)
+    """
     records, recording = {}, torch.is_grad_enabled()
     for node in graph.nodes:
         if node.target is set_grad_enabled:
@@ -137,7 +140,7 @@ def _read(node: Node) -> tuple[Node, Part] | None:
 
 
 def part_of_index(index: Any) -> tuple[Any, ...] | None:
-    """The index as a part; None where it is more than a view by numbers."""
+    """The index as a part; None if it is more than a view by numbers."""
     found: list[Any] = []
     for item in index if isinstance(index, tuple) else (index,):
         if isinstance(item, slice):
@@ -157,7 +160,7 @@ def _along(held: Tensor, dim: int, item: Any) -> tuple[Any, ...]:
 
 
 def _called(node: Node) -> str | None:
-    """Name of a tensor's method or of torch's function of that name."""
+    """The name of a tensor's method, or of the torch function of that name."""
     if node.op == "call_method":
         return str(node.target)
     if node.op == "call_function" and getattr(torch, getattr(node.target, "__name__", ""), None) is node.target:
@@ -174,7 +177,7 @@ _SPLITS = {"unbind", "split", "chunk", "tensor_split"}
 
 
 def only_splits(node: Node) -> bool:
-    """Whether the node does nothing but take a tensor apart, so that its results are parts of that."""
+    """Whether the node only splits a tensor, so that its results are parts of the tensor."""
     return _called(node) in _SPLITS and isinstance(example(node), (tuple, list)) and _of_a_split(node, 0) is not None
 
 
@@ -238,7 +241,7 @@ def _changes_arguments(body: GraphModule) -> bool:
 
 
 def _is_told_to(node: Node) -> bool:
-    """Whether ``inplace`` is true among its arguments, by name or by place."""
+    """Whether ``inplace`` is true among its arguments, by name or by position."""
     if node.kwargs.get("inplace") is True:
         return True
     if getattr(node.target, "__module__", None) != torch.nn.functional.__name__ or True not in node.args:
@@ -250,7 +253,7 @@ def _is_told_to(node: Node) -> bool:
     return bound.arguments.get("inplace") is True
 
 
-# What a view is told in place: its shape, or that it has no gradient. No memory changes.
+# In-place changes to a view's shape or to its gradient. No memory changes.
 RESHAPE = {"squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "as_strided_", "set_", "detach_"}
 
 
@@ -262,7 +265,7 @@ _CHANGES_FIRST = {
 
 
 def memory_of(node: Node) -> set[int]:
-    """Which memory a node's tensors lie in: Dynamo's examples share it where the tensors would."""
+    """The memory that holds a node's tensors. Dynamo's examples share memory wherever the tensors would."""
     held = example(node)
     tensors = held if isinstance(held, (tuple, list)) else [held]
     return {t.untyped_storage()._cdata for t in tensors if isinstance(t, Tensor) and t.layout is torch.strided}

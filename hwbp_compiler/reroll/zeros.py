@@ -1,7 +1,7 @@
-"""The number that a sum starts from, as a tensor.
+"""Replace the number that a sum starts from by a tensor.
 
-``total = 0.0`` before a loop and ``total = total + loss`` in it make the first addition another one than the rest: of a
-number and a tensor. With a tensor of zeros in the number's place it is like the others. Where no loop comes of it, the
+With ``total = 0.0`` before a loop and ``total = total + loss`` in it, the first addition differs from the others: it
+adds a number and a tensor. With a tensor of zeros instead of the number it is like the others. If no loop results, the
 number is put back.
 """
 
@@ -21,7 +21,7 @@ _ADDITIONS = {operator.add, operator.iadd, torch.add}
 
 
 def zeros_for_numbers(graph: Graph) -> list[Node]:
-    """Put tensors of zeros into additions of 0 and a tensor; returns the additions' new operands."""
+    """Insert tensors of zeros into additions of 0 and a tensor. Return these new operands."""
     made: list[Node] = []
     first = next((node for node in graph.nodes if node.op != "placeholder"), None)
     for node in list(graph.nodes):
@@ -51,7 +51,7 @@ def _as(held: Tensor) -> dict[str, object]:
 
 
 def put_back(graph: Graph, made: list[Node]) -> None:
-    """The numbers where they were, but for those that a loop starts from."""
+    """Put the numbers back, except those that a loop starts from."""
     for node in made:
         number, addition = node.meta["number"]
         for user in list(node.users):

@@ -1,12 +1,12 @@
-"""Run one stage over time: the affine ones by a scan, the others by a loop whose backward pass is Highway-BP.
+"""Run one stage over time. Affine stages run as a scan, the others as a loop whose backward pass is Highway-BP.
 
-Rows are in the order of time. With w_t the gradient at the state after step t, c_t what the losses contribute there and
-link t = K_t + J_t (PAPER: section 1),
+Rows are in the order of time. w_t is the gradient at the state after step t, c_t is the losses' contribution there, and
+link t = K_t + J_t (PAPER: section 1):
 
-    W^0     = scan(c, K)                    w_0, ..., w_T; the last row is c_T, known exactly
+    W^0     = scan(c, K)                    w_0, ..., w_T; the last row is c_T, which is exact
     W^{i+1} = scan(c + J W^i, K)
 
-with every gate computed again from the states, all steps at once. ``exact`` runs the same program step by step.
+Every gate is computed again from the states, for all steps at once. ``exact`` runs the same program step by step.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ linear_scan = torch.ops.highway.linear_scan
 
 @dataclass(frozen=True)
 class How:
-    """How a chain's gradient is computed: ``truncation`` None is ordinary backprop, step after step; so is any chain
-    of less than ``shortest`` links, and of any other number than ``only``."""
+    """How a chain's gradient is computed. ``truncation`` None means ordinary backprop, step after step. A chain also
+    gets ordinary backprop if it has fewer than ``shortest`` links, or any number of links other than ``only``.
+    """
 
     truncation: Truncation | None
     shortest: int = 0
     only: int | None = None
 
     def at(self, length: Any) -> How:
-        """For this length. Where it is symbolic, the comparison becomes a guard: both answers are compiled apart."""
+        """The method for this length. If the length is symbolic, the comparison becomes a guard, and both outcomes are
+        compiled separately.
+        """
         right = length >= self.shortest if self.only is None else length == self.only
         return self if right else How(None)
 
@@ -60,7 +63,9 @@ class How:
 
 def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Sequence[Tensor],
                shared: Sequence[Any]) -> list[Tensor]:  # fmt: skip
-    """States after every step, ``[T, ...]`` per component; differentiable by autograd, whose gradient is exact."""
+    """States after every step, ``[T, ...]`` per component. Autograd differentiates this function, and its gradient is
+    exact.
+    """
     width = len(start)
     nodes = link.arguments
     known = {n: constant(v, True) for n, v in zip(nodes[width:], per_step, strict=False)}
@@ -90,7 +95,7 @@ def run_affine(link: Affine, length: Any, start: Sequence[Tensor], per_step: Seq
 
 
 class HighwayLoop(torch.autograd.Function):
-    """A loop over time that keeps its states only, and the backward pass that ``how`` asks for."""
+    """A loop over time that saves only its states, and the backward pass that ``how`` asks for."""
 
     @staticmethod
     def forward(ctx: Any, link: LoopLink, how: How, length: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -104,7 +109,7 @@ class HighwayLoop(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable  # compiled, torch.compile refuses a second time; in eager mode this does
+    @once_differentiable  # torch.compile refuses a second derivative of compiled code; this does so in eager mode
     def backward(ctx: Any, *contributions: Tensor | None) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         width = ctx.link.width
@@ -117,13 +122,13 @@ class HighwayLoop(torch.autograd.Function):
 
 
 def apart(values: Sequence[Any]) -> tuple[list[Tensor], list[Any]]:
-    """Tensors, and sizes."""
+    """Split into tensors and sizes."""
     return [v for v in values if isinstance(v, Tensor)], [v for v in values if not isinstance(v, Tensor)]
 
 
 @dataclass
 class LoopLink:
-    """A link that has to be looped over: its step as text, and its backward. ``name`` marks what becomes of that."""
+    """A link that runs as a loop: its step as text, and its backward. ``name`` marks the nodes of its backward."""
 
     name: str
     code: str
@@ -193,11 +198,11 @@ class _Backprop:
         )
 
     def _before(self) -> list[Tensor]:
-        """What the losses contribute at the state before each link: nothing at the first."""
+        """The losses' contribution at the state before each link; zero at the first."""
         return [torch.cat([torch.zeros_like(d[:1]), d[:-1]]) for d in self.direct]
 
     def _blocks(self, rows: list[Tensor]) -> list[Tensor | None]:
-        """J at all links at once."""
+        """Apply J to all links at once."""
         assert self.program is not None
         evaluator = self._evaluator([constant(r[1:], True) for r in rows])
         blocks = [evaluator.value(Mode.REST, i) for i in self.program.outputs]
@@ -212,7 +217,9 @@ class _Backprop:
         return [torch.cat([f, h.unsqueeze(0)]) for f, h in zip(found, head, strict=True)]
 
     def _step(self) -> _Step:
-        """One link of the substitution. All that does not depend on the gradient is computed for all steps before."""
+        """One link of the substitution. Everything that does not depend on the gradient is computed for all steps
+        beforehand.
+        """
         backward = self.link.backward
         graph = backward.module.graph
         moving = depends_on(backward.tangents, graph) | fractions_in(graph)
@@ -229,7 +236,9 @@ class _Backprop:
 
 @dataclass
 class _Step:
-    """A link of the substitution as text, and what it takes: a row for each link, or the same for all."""
+    """One link of the substitution as text, with its arguments: ``inputs`` have a row for each link, ``shared`` and
+    ``sizes`` are the same for all.
+    """
 
     code: str
     inputs: list[Tensor]

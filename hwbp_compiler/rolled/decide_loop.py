@@ -1,4 +1,4 @@
-"""Which way a loop's gradient goes: Highway-BP, or step after step."""
+"""Decide how a loop's gradient is computed: Highway-BP, or step after step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from .link import Backward
 
 
 def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, ChainRecord]:
-    """For the ``length`` at hand. Others meet the same decision, unless they are on the other side of ``shortest``."""
+    """Decide for the current ``length``. Other lengths get the same decision, except those on the other side of
+    ``shortest``.
+    """
     record = ChainRecord(length, "declined", "", link.multiplier)
     if link.split is None:
         assert link.why is not None
@@ -31,7 +33,7 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
         return How(None), record
     chosen = options.numbers
     shortest = max(chosen.iterations + 1, options.min_length)
-    if chosen.segment > 1:  # as many as need more segments than iterations make exact
+    if chosen.segment > 1:  # the fewest links for which the iterations are not exact
         shortest = max((chosen.iterations + 1) * chosen.segment + 1, options.min_length)
     if not decision.rewrites:
         return How(None, shortest), record
@@ -48,14 +50,14 @@ def decide_loop(link: Backward, options: Options, length: int) -> tuple[How, Cha
 
 
 def _held_by_a_link(link: Backward) -> int:
-    """Bytes of everything that one link computes: those of all steps are there at once, at most."""
+    """Bytes of everything that one link computes. At most, the values of all steps exist at once."""
     nodes = [node for node in link.module.graph.nodes if node.op == "call_function"]
     kinds = [(node, rule_of(node)) for node in nodes]
     return sum(bytes_of(n.meta.get("val")) for n, rule in kinds if rule is None or rule.kind is not Kind.LAYOUT)
 
 
 def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
-    """Seconds for the gradients at all states; parameter and input gradients cost the same either way."""
+    """Seconds for the gradients at all states. Parameter and input gradients cost the same either way."""
     assert link.program is not None and link.split is not None
     like = link.tangents[0].meta["val"]
     figures = device_figures(like.device)

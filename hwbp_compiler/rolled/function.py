@@ -1,4 +1,4 @@
-"""``hwbp_compiler.recurrent``: a cell over time."""
+"""``hwbp_compiler.recurrent``: run a cell over time."""
 
 from __future__ import annotations
 
@@ -79,25 +79,26 @@ def recurrent(
 
 
 def _loop(cell: Callable[..., Any], inputs: Any, state: Any, options: str) -> tuple[Any, Any]:
-    """What Dynamo traces; see :mod:`.capture`."""
+    """The code that Dynamo traces; see :mod:`.capture`."""
     leaves, structure = pytree.tree_flatten(state)
     rows, structure_of_rows = pytree.tree_flatten(inputs)
-    if any(row.shape[0] != rows[0].shape[0] for row in rows):  # a series of one row would be spread over all
+    if any(row.shape[0] != rows[0].shape[0] for row in rows):  # an input of one row would broadcast
         raise ValueError("recurrent: the inputs differ in dim 0, the number of time steps; it must be the same for all")
-    # A tensor that is given twice is two components of the state, and may be captured by the cell besides.
+    # A tensor passed twice is two components of the state, and the cell may capture it too. Views keep them apart.
     leaves = [leaf.contiguous().view_as(leaf) for leaf in leaves]
     rows = [row.view_as(row) for row in rows]
     count = len(leaves)
 
     def step(*arguments: Tensor) -> tuple[list[Tensor], Any]:
-        # Views, made in here: of an argument Dynamo would take an attribute (x.T, x.real) outside of the step.
+        # Views made in here: Dynamo would take an attribute (x.T, x.real) of an argument outside the step.
         arguments = tuple(argument.view_as(argument) for argument in arguments)
         before = pytree.tree_unflatten(arguments[:count], structure)
         made = cell(pytree.tree_unflatten(arguments[count:], structure_of_rows), before)
-        if not isinstance(made, (tuple, list)) or len(made) != 2:  # Dynamo 2.11 asserts where it takes others apart
+        # Dynamo 2.11 raises an assertion when it unpacks anything else.
+        if not isinstance(made, (tuple, list)) or len(made) != 2:
             raise TypeError("recurrent: the cell must return a pair (output, next_state)")
         output, following = made
-        # Copies, so that each is a result of the step; they cost nothing in the end.
+        # Copies, so that each is a result of the step. They are removed later.
         kept = [_like(new, old).clone() for new, old in zip(_leaves_like(before, following), arguments, strict=False)]
         return kept, () if output is None else pytree.tree_map(torch.clone, output)
 
@@ -110,18 +111,18 @@ def _loop(cell: Callable[..., Any], inputs: Any, state: Any, options: str) -> tu
 
 def _like(new: Tensor, old: Tensor) -> Tensor:
     if new.shape != old.shape:
-        raise ValueError("recurrent: the cell makes a state of another shape than the one it is given")
+        raise ValueError("recurrent: the cell returns a state whose shape differs from that of the state passed in")
     return new.to(old.dtype).contiguous()
 
 
 def _leaves_like(like: Any, tree: Any) -> list[Any]:
-    """The leaves of ``tree`` in the order of those of ``like``: a dict may name its entries in another order."""
+    """The leaves of ``tree`` in the order of ``like``'s leaves: the entries of a dict may be in another order."""
     if isinstance(like, dict) and isinstance(tree, dict) and like.keys() == tree.keys():
         return [leaf for key in like for leaf in _leaves_like(like[key], tree[key])]
     if isinstance(like, (tuple, list)) and isinstance(tree, (tuple, list)) and len(like) == len(tree):
         return [leaf for a, b in zip(like, tree, strict=True) for leaf in _leaves_like(a, b)]
     if isinstance(like, (dict, tuple, list)) or isinstance(tree, (dict, tuple, list)):
-        raise ValueError("recurrent: the cell returns a state of another structure than the one it is given")
+        raise ValueError("recurrent: the cell returns a state whose structure differs from that of the state passed in")
     return pytree.tree_leaves(tree)  # type: ignore[no-any-return]
 
 
@@ -132,7 +133,8 @@ def _by_itself(cell: Any, inputs: Any, state: Any, options: Mapping[str, Any] | 
         options = {**(options or {}), "iterations": "exact"}
     _check(inputs, state)
     compiled = _compiled(cell, options)
-    inputs = pytree.tree_map(lambda leaf: leaf.view_as(leaf), inputs)  # a mark is seen by whoever compiles next
+    # Mark views: a mark stays on its tensor and would affect other compilations.
+    inputs = pytree.tree_map(lambda leaf: leaf.view_as(leaf), inputs)
     for leaf in pytree.tree_leaves(inputs):
         torch._dynamo.maybe_mark_dynamic(leaf, 0)
     try:
@@ -176,19 +178,21 @@ _COMPILED: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDicti
 
 
 def _compiled(cell: Any, options: Mapping[str, Any] | None) -> Callable[..., Any]:
-    """One compiled loop per module and per function (by its code, so that a lambda made anew is the same)."""
+    """One compiled loop per module or function. A function is identified by its code, so a lambda made again finds the
+    same loop.
+    """
     key = cell if isinstance(cell, nn.Module) else getattr(getattr(cell, "__func__", cell), "__code__", type(cell))
     made = _COMPILED.setdefault(key, {})
     chosen = repr(sorted((options or {}).items(), key=str))
     if chosen not in made:
-        # Dynamo keeps what it compiled with the code object: each has its own, so none evicts another's.
+        # Dynamo stores its compilations with the code object. Each loop has its own, so none evicts another's.
         fresh = types.FunctionType(_loop.__code__.replace(), _loop.__globals__, _loop.__name__)
         made[chosen] = torch.compile(fresh, backend="highway", fullgraph=True, options=dict(options or {}))
     return made[chosen]  # type: ignore[no-any-return]
 
 
 def _why(cell: Any, inputs: Any, state: Any, error: Exception) -> str:
-    """What the cell does that cannot be compiled, found by running it once; else what torch says."""
+    """What in the cell cannot be compiled, found by running it once; otherwise torch's message."""
     try:
         with torch.no_grad():
             x = pytree.tree_map(lambda t: t[0].clone(), inputs)
@@ -198,8 +202,8 @@ def _why(cell: Any, inputs: Any, state: Any, error: Exception) -> str:
             for name, tensor, version in versions:
                 if tensor._version != version:
                     return (
-                        f"the cell changes {name} in place; the loop needs every state as it was. Write the change as "
-                        "a new tensor (h * z instead of h.mul_(z))"
+                        f"the cell changes {name} in place, but the loop needs every state unchanged. Write the change "
+                        "as a new tensor (h * z instead of h.mul_(z))"
                     )
         if not isinstance(made, tuple) or len(made) != 2:
             return f"the cell returns {type(made).__name__}; it must return a pair (output, next_state)"
@@ -207,16 +211,16 @@ def _why(cell: Any, inputs: Any, state: Any, error: Exception) -> str:
             new = _leaves_like(state, made[1])
         except ValueError:
             given, returned = pytree.tree_structure(state), pytree.tree_structure(made[1])
-            return f"the cell returns a state of structure {returned}; it is given one of {given}"
+            return f"the cell returns a state of structure {returned}, but the state passed in has {given}"
         for a, b in zip(pytree.tree_leaves(state), new, strict=True):
             if not isinstance(b, Tensor) or a.shape != b.shape:
                 shape = tuple(b.shape) if isinstance(b, Tensor) else b
-                return f"the cell makes a state of shape {shape} from one of shape {tuple(a.shape)}; they must agree"
+                return f"the cell turns a state of shape {tuple(a.shape)} into one of shape {shape}; they must be equal"
         for leaf in pytree.tree_leaves(made[0]):
             if made[0] is not None and not isinstance(leaf, Tensor):
-                return f"the cell's output holds {leaf!r}; only tensors are allowed, or None for no output at all"
+                return f"the cell's output holds {leaf!r}; only tensors are allowed, or None for no output"
     except Exception as own:
-        return f"the cell fails by itself: {type(own).__name__}: {own}"
+        return f"the cell itself raises {type(own).__name__}: {own}"
     return f"the cell cannot be traced in one piece. torch.compile says: {error}"
 
 

@@ -1,8 +1,8 @@
 """``torch.ops.highway.loop_segments``: one compiled step, called for all segments of a series at once.
 
-The step is that of :mod:`.loop`, as text, for one link. Here every link of a batch takes it: the batching rules make
-of it a step over lanes, whose number is a symbol. So another length of the series compiles nothing. One lane alone is a
-step of its own; so is every number where compiling compared it with another size.
+The step is that of :mod:`.loop`, as text, for one link. Here it is applied to a batch of links: the batching rules turn
+it into a step over lanes, whose number is a symbol. So a new length of the series needs no compilation. A single lane
+needs its own compiled step, and so does a number of lanes that the compilation compared with another size.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ Compiled = Callable[[list[Tensor]], Any]
 def _compiled(
     code: str, slots: int, batched: int, description: tuple[Any, Any], sizes: tuple[int, ...], lanes: int | None
 ) -> tuple[Compiled, Callable[[int], bool]]:
-    """What takes [*results to write, *state, *inputs, *shared], all but the last with so many lanes, or any number from
-    two on; and for which numbers it is right."""
+    """Compile the step over lanes. The result takes [*results to write, *state, *inputs, *shared]. All but ``shared``
+    have the given number of lanes, or any number from two on. Also return a function that says for which numbers it is
+    right.
+    """
     step = _over_lanes(code, batched, sizes)
 
     def write(*given: Tensor) -> list[Tensor]:
@@ -91,10 +93,11 @@ def _loop_segments(
     whole: bool,
     sizes: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Row t of ``inputs`` [T, ...] is read by the step through link t; ``ends`` are e_s [C, ...] per component if
-    ``whole``, else of segments 2..C (SEGMENTS: engine/segments.py).
+    """The step through link t reads row t of ``inputs`` [T, ...]. ``ends`` are e_s [C, ...] per component if ``whole``,
+    otherwise those of segments 2..C (SEGMENTS: engine/segments.py).
 
-    Returns, per component, the states 0..T [T + 1, ...] if ``whole``, else those before segments 2..C [C - 1, ...].
+    Returns, per component, the states 0..T [T + 1, ...] if ``whole``, otherwise those before segments 2..C [C - 1,
+    ...].
     """
     links = inputs[0].shape[0]
     run = _Step(code, shared, tuple(sizes))
@@ -103,7 +106,7 @@ def _loop_segments(
         states, spare = [e.contiguous() for e in ends], [e.new_empty(e.shape) for e in ends]
         for step in range(segment):
             run(spare, states, [x[first + segment - 1 - step :: segment] for x in inputs])
-            # What was given may be somebody else's.
+            # The tensors passed in may belong to the caller, so they are not reused.
             states, spare = spare, [e.new_empty(e.shape) for e in ends] if step == 0 else states
         return states
     found = [e.new_empty((links + 1, *e.shape[1:])) for e in ends]
@@ -119,8 +122,9 @@ def _loop_segments(
 
 
 class _Step:
-    """The compiled step. Strides are the same at every step of a run: what is compiled is looked up once per number of
-    lanes."""
+    """The compiled step. Strides are the same at every step of a run, so the compiled code is looked up once per number
+    of lanes.
+    """
 
     def __init__(self, code: str, shared: list[Tensor], sizes: tuple[int, ...]) -> None:
         self.code, self.shared, self.sizes = code, list(shared), sizes

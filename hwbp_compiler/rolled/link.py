@@ -1,4 +1,4 @@
-"""The link of a stage, as the passes see it: its program, the split into K and J, and whether it is affine."""
+"""The link of a stage as the passes use it: its program, its split into K and J, and whether it is affine."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from .trace import depends_on, trace_decomposed, trace_vjp
 
 @dataclass
 class Backward:
-    """What one link does to a gradient: ``(own state, per_step, shared, gradient) -> gradients`` of all but the last.
+    """The backward of one link: ``(own state, per_step, shared, gradient) -> gradients`` of all arguments but the last.
 
     arguments   nodes of the link's arguments: state, then per_step, then shared
-    gradients   a node per argument, None where nothing reaches it
-    program     from the gradient at the next state to that at the state
-    split       K; None where the link has no sound one, ``why`` says why
+    gradients   one node per argument; None if the argument gets no gradient
+    program     from the gradient at the next state to the gradient at this state
+    split       K; None if the link has no sound K, and then ``why`` gives the reason
     """
 
     module: GraphModule
@@ -57,13 +57,13 @@ class Backward:
         return multiplier_text(self.program, self.split.support) if self.split is not None else "0"
 
     def group(self, length: int) -> GroupRecord:
-        """What one link is made of; ``length`` of them are alike."""
+        """Describe one link; ``length`` of them are alike."""
         return _group(self.program, self.multiplier, length)
 
 
 @dataclass
 class Affine:
-    """A link ``s' = A s + b`` with A triangular, made of diagonals, and neither of them looking at the state."""
+    """A link ``s' = A s + b``. A is triangular with diagonal entries, and neither A nor b depends on the state."""
 
     module: GraphModule
     arguments: list[Node]
@@ -94,7 +94,7 @@ def look_backward(stage: Stage, fake_mode: Any) -> Backward:
 
 
 def look_for_affine(stage: Stage, fake_mode: Any) -> Affine | None:
-    """The link as an affine program, if it is one and its matrix a triangle of diagonals."""
+    """The link as an affine program, if it is affine and its matrix is triangular with diagonal entries; else None."""
     assert stage.link is not None
     module = trace_decomposed(stage.link, fake_mode)
     arguments = list(module.graph.find_nodes(op="placeholder"))
@@ -118,7 +118,9 @@ def _is_scanned(state: torch.Tensor) -> bool:
 
 
 def _numbers_as_tensors(graph: Graph, state: list[Node], fake_mode: Any) -> None:
-    """A number that is added to what depends on the state is part of b; a program knows b by its tensors."""
+    """Turn numbers that are added to state-dependent values into tensors. They are part of b, and a program finds b
+    through its tensors.
+    """
     moving = depends_on(state, graph)
     for node in graph.nodes:
         taken = {p for p, n in operands(node) if n in moving}

@@ -1,7 +1,7 @@
-"""The batching rules run on tensors: every operator is called at once instead of being written into a graph.
+"""Run the batching rules on tensors: every operator is called at once instead of being written into a graph.
 
-What runs here is itself traced, by AOTAutograd, when the recurrence is compiled. The number of time steps and all
-other sizes are then whatever the tracer uses for sizes, symbols included, and no size has to be known beforehand.
+AOTAutograd traces what runs here when the recurrence is compiled. The number of time steps and all other sizes are
+whatever the tracer uses, including symbols, so no size has to be known beforehand.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hwbp_compiler.reasons import Declined, Reason
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-# Decompositions produce a few operators that autograd has no formula for; what runs here may yet be differentiated.
+# Decompositions produce a few operators for which autograd has no formula. What runs here may still be differentiated.
 _DIFFERENTIABLE = {
     prims.convert_element_type.default: lambda tensor, dtype: tensor.to(dtype),
     prims.fma.default: lambda a, b, c: a * b + c,
@@ -30,7 +30,7 @@ _DIFFERENTIABLE = {
 
 
 class Live:
-    """In the place of a graph node: an operator that has been called, and what it gave (``meta["val"]``)."""
+    """Replaces a graph node: an operator that has been called, and its result (``meta["val"]``)."""
 
     __slots__ = ("args", "kwargs", "meta", "target")
 
@@ -39,13 +39,14 @@ class Live:
 
 
 def constant(value: Any, batched: bool) -> Value:
-    """A tensor (``[T, ...]`` if ``batched``) or a size as an operand of the rules."""
+    """A tensor (``[T, ...]`` if ``batched``) or a size, as an operand of the rules."""
     return Value(Live(None, (), {}, value), batched)  # type: ignore[arg-type]
 
 
 class LiveEmitter(Emitter):
-    """``count`` time steps. ``sizes`` tells what the traced step's sizes are here: a size that comes as an expression
-    is one of those, any other is of here."""
+    """Emits for ``count`` time steps. ``sizes`` maps the traced step's sizes to the actual ones. A size given as an
+    expression is a traced one; any other is an actual one.
+    """
 
     def __init__(self, count: Any, sizes: Sizes) -> None:
         self.count = count
@@ -89,9 +90,9 @@ def _values(structure: Any) -> Any:
 
 
 class AllSteps:
-    """The nodes of a traced step, each evaluated for all time steps at once when first asked for.
+    """Evaluates nodes of a traced step for all time steps at once, each when it is first needed.
 
-    ``known`` are the values to start from: inputs and states, ``[T, ...]``, and what is the same for all steps.
+    ``known`` are the values to start from: inputs and states, ``[T, ...]``, and values that are the same for all steps.
     """
 
     def __init__(self, emitter: LiveEmitter, known: Mapping[Node, Value]) -> None:
@@ -99,7 +100,7 @@ class AllSteps:
         self.known: dict[Node, Any] = dict(known)
 
     def __getitem__(self, node: Node) -> Any:
-        """A Value; a list of Values for an operator with several results."""
+        """Return a Value, or a list of Values for an operator with several results."""
         todo = [node]
         while todo:
             current = todo[-1]
@@ -129,7 +130,7 @@ class AllSteps:
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, Node):
             value = self.known[argument]
-            # A size is no tensor to batch, and rules take sizes as they are.
+            # A size is not a tensor to batch; rules take sizes unchanged.
             return value.tensor if isinstance(value, Value) and not isinstance(value.tensor, Tensor) else value
         if isinstance(argument, (list, tuple)):
             return tuple(self._argument(a) for a in argument)
@@ -137,11 +138,11 @@ class AllSteps:
 
 
 class Sizes:
-    """What the symbolic sizes of a traced step are here, where its arguments have the sizes in ``values``.
+    """Maps the symbolic sizes of a traced step to the actual ones, given arguments with the sizes in ``values``.
 
-    Every size of an argument is an equation, its expression as traced = what it is here. Tracing on, torch may find
-    that two symbols are one, or one of them four times the other; so all expressions, those that a program was
-    written with among them, are compared in the form they have by now.
+    Every size of an argument gives an equation between its traced expression and the actual size. While tracing goes
+    on, torch may find that two symbols are equal, or that one is four times the other. So all expressions, including
+    those in a program, are compared in their current form.
     """
 
     def __init__(self, values: Mapping[Node, Value]) -> None:
@@ -152,11 +153,11 @@ class Sizes:
             self._now = size.node.shape_env.replace
             if size.node.expr.free_symbols:
                 self._known.setdefault(size.node.expr, here)
-        while any([self._solve(equation) for equation in list(self._known)]):  # what one tells may help another
+        while any([self._solve(equation) for equation in list(self._known)]):  # one solution may help to solve another
             pass
 
     def __getitem__(self, expression: sympy.Expr) -> Any:
-        """Raises Declined where the arguments do not tell."""
+        """Raises Declined if the arguments do not determine the size."""
         from hwbp_compiler.torch_private import PythonReferenceAnalysis, sympy_interp
 
         expression = self._now(expression)
@@ -169,7 +170,7 @@ class Sizes:
         return sympy_interp(PythonReferenceAnalysis, {names[known]: here for known, here in self._known.items()}, plain)
 
     def _solve(self, equation: sympy.Expr) -> bool:
-        """Of ``a * s + b = here`` with one unknown symbol s, tell s; whether that was new."""
+        """Solve ``a * s + b = here`` for its only unknown symbol s. Return whether that gave a new value."""
         unknown = equation.free_symbols - self._known.keys()
         if len(unknown) != 1:
             return False
@@ -183,7 +184,7 @@ class Sizes:
 
 
 def _sizes(traced: Any, value: Value) -> list[tuple[torch.SymInt, Any]]:
-    """The symbolic ones of a traced argument, each with what it is here."""
+    """The symbolic sizes of a traced argument, each with its actual value."""
     if isinstance(traced, Tensor):
         pairs = zip(traced.shape, value.shape, strict=True)
     else:

@@ -1,7 +1,7 @@
 """``torch.ops.highway.loop``: one compiled step, called for every time step.
 
-The step comes as text, the Python code of a flat graph of operators, so that a graph that contains the loop is plain
-data: it can be printed, and found again in torch.compile's caches by another process.
+The step is given as text: the Python code of a flat graph of operators. So a graph that contains the loop is plain
+data. It can be printed, and another process can find it in torch.compile's caches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hwbp_compiler.torch_private import compile_step
 
 log = logging.getLogger(__name__)
 
-# What generated code may name: torch, what torch.fx always adds, and how numbers and devices print.
+# The names that generated code may use: torch, and what numbers and devices print as. torch.fx always adds the others.
 _NAMES: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": math.inf, "nan": math.nan}
 _UNUSED = {"NoneType", "fx_pytree", "pytree"}
 
@@ -47,8 +47,10 @@ def code_of(
     results: Sequence[Node | None],
     add: bool = False,
 ) -> str:
-    """The step ``(state, inputs, shared) -> results`` as text, of ``shared`` the sizes last; the nodes between must be
-    operator calls. With ``add`` one input per result comes first and is added to it; None is a result of zero then."""
+    """The step ``(state, inputs, shared) -> results`` as text. The sizes in ``shared`` come last. All nodes in between
+    must be operator calls. With ``add``, one input per result comes first and is added to that result; a result of None
+    then counts as zero.
+    """
     copied = Graph()
     environment = {node: copied.placeholder(f"state{i}") for i, node in enumerate(state)}
     added = [copied.placeholder(f"added{i}") for i in range(len(results) if add else 0)]
@@ -76,7 +78,9 @@ def is_size(node: Node) -> bool:
 
 
 def _in_one_line(source: str) -> str:
-    """Of a function without branches. Inductor quotes a node's arguments in comments, one line of comment each."""
+    """Put a function without branches on one line. Inductor quotes a node's arguments in comments that hold one line
+    each.
+    """
     head, *statements = [line.strip() for line in source.splitlines() if line.strip()]
     return f"{head} {'; '.join(statements)}"
 
@@ -92,20 +96,20 @@ def step_of(code: str) -> GraphModule:
 
 def _function_of(code: str) -> Callable[..., Sequence[Tensor]]:
     names = dict(_NAMES)
-    exec(code, names)  # the text is ours: code_of made it
+    exec(code, names)  # safe: code_of generated the text
     return names["forward"]  # type: ignore[no-any-return]
 
 
 @functools.lru_cache(maxsize=1024)
 def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...]) -> Callable[[list[Tensor]], Any]:
-    """Takes [*results to write, *state, *inputs, *shared]. The sizes become part of the compiled step."""
+    """The compiled step. It takes [*results to write, *state, *inputs, *shared]; the sizes become part of its code."""
     try:
         examples = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
             for shape, stride, dtype, device in description
         ]
         return compile_step(_writing(code, slots, examples, sizes), examples, keeping_pieces({}))
-    except Exception as error:  # no compiler, say; then the graph around the loop runs in eager mode too
+    except Exception as error:  # no compiler, for example; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)
         warn_once(first_line(error))
@@ -124,9 +128,10 @@ def warn_once(reason: str) -> None:
 
 
 def _writing(code: str, slots: int, examples: list[Tensor], sizes: tuple[int, ...]) -> GraphModule:
-    """The step as a flat graph, with the copies of its results into rows."""
+    """The step as a flat graph that also copies its results into rows."""
     with torch.no_grad():
-        # Inductor takes decomposed operators. Fake: nothing may be run on what these hold, which is no index, no pivot.
+        # Inductor needs decomposed operators. Fake, because the examples hold no valid indices or pivots to compute
+        # with.
         tracing = make_fx(lambda *given: step_of(code)(*given, *sizes), decompositions(), tracing_mode="fake")
         step = tracing(*examples[slots:])
     step.graph.eliminate_dead_code()
@@ -150,8 +155,9 @@ def _loop(
     reverse: bool = False,
     sizes: Sequence[int] = (),
 ) -> list[Tensor]:
-    """Row t of each result is the state after time step t (in reverse: row t is written by the step that reads row t
-    of the inputs, the last row first). ``sizes``: numbers that the step takes last, the same in every step."""
+    """Row t of each result is the state after time step t. In reverse, the last row comes first, and the step that
+    reads row t of the inputs writes row t. ``sizes`` are the step's last arguments, the same in every step.
+    """
     stacked = [s.new_empty((length, *s.shape)) for s in state]
     state = [s.contiguous() for s in state]
     shared = list(shared)
@@ -177,7 +183,7 @@ def _fake(code, inputs, state, shared, length, reverse=False, sizes=()):
 library.impl("loop", _loop, "CompositeExplicitAutograd")
 torch.library.register_fake("highway::loop", _fake, lib=library)
 
-# Inductor takes both of two copies for what they copy: what is returned would be one memory.
+# Inductor treats two copies of one tensor as the same. Then two returned values would share memory.
 library.define("copy(Tensor tensor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 copy = torch.ops.highway.copy.default
 library.impl("copy", lambda tensor: tensor.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""A loop over time in a Dynamo graph, and the module that stands in its place."""
+"""A loop over time in a Dynamo graph, and the module that replaces it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Plan:
-    """How one stage is run: a scan, a loop, or (neither) all steps at once."""
+    """How one stage is run: as a scan, as a loop, or (with neither set) all steps at once."""
 
     stage: Stage
     affine: Affine | None = None
@@ -43,10 +43,10 @@ class Plan:
 
 
 class Recurrence(nn.Module):
-    """``(*state, *inputs, *shared) -> (*last state, *outputs)``, inputs and outputs ``[T, ...]``.
+    """``(*state, *inputs, *shared) -> (*last state, *outputs)``; inputs and outputs are ``[T, ...]``.
 
-    It has no parameters: what the cell uses comes in as ``shared``. ``plans`` is None where the cell is stepped
-    through while autograd records, exactly as written; ``records`` tell what was found.
+    It has no parameters: ``shared`` holds everything the cell uses from outside. If ``plans`` is None, the cell runs
+    step by step while autograd records, exactly as written. ``records`` say what was found.
     """
 
     def __init__(self, cell: Body, states: int, inputs: int) -> None:
@@ -60,7 +60,7 @@ class Recurrence(nn.Module):
 
     @property
     def recurring(self) -> list[Plan]:
-        """The plans that ``records`` tell of, in their order; empty where the cell is stepped through."""
+        """The plans that ``records`` describe, in the same order; empty if the cell runs step by step."""
         return [plan for plan in self.plans or () if plan.stage.link is not None]
 
     def forward(self, *arguments: Any) -> tuple[Any, ...]:
@@ -76,7 +76,7 @@ class Recurrence(nn.Module):
         self.step = self.plans = None
 
     def __reduce__(self) -> Any:
-        """For torch.compile's caches, which read a graph by pickling it: all that decides what is computed here."""
+        """For torch.compile's caches, whose key is the pickled graph: everything that determines the result."""
         plans = [
             (p.stage.members, p.affine is not None, p.loop.code if p.loop else "", p.how) for p in self.plans or ()
         ]
@@ -124,7 +124,7 @@ class Recurrence(nn.Module):
                 before = torch.cat([first.unsqueeze(0), rows[:-1]])
                 values.known[step.state[member]] = constant(before, True)
                 last[member] = copy(rows[-1])
-        # As torch.stack would: what is returned may be changed in place, and states and inputs may not.
+        # As with torch.stack, callers may change what is returned in place. States and inputs must not change with it.
         held = {*step.state, *step.inputs, *step.shared, *step.next_state}
         rows = [(n, tensor(n, True)) for n in step.outputs]
         outputs = [copy(row) if _is_view_of(n, held) or not row.is_contiguous() else row for n, row in rows]
@@ -146,7 +146,7 @@ def _is_view_of(node: Node, nodes: set[Node]) -> bool:
 def build(
     name: str, cell: Body, state: list, inputs: list, shared: list, fake_mode: Any, options: Options, source: str
 ) -> Recurrence:
-    """``cell`` over time; ``state``, ``inputs`` and ``shared`` are fake tensors (inputs ``[T, ...]``) or sizes."""
+    """``cell`` over time. ``state``, ``inputs`` and ``shared`` are fake tensors (inputs ``[T, ...]``) or sizes."""
     made = Recurrence(cell, len(state), len(inputs))
     length = hint(inputs[0].shape[0])
     try:
@@ -173,7 +173,7 @@ def build(
             code = Reason.CELL_UNTRACEABLE if declined else Reason.DEFECT_IN_LOOP
             why = code.of(error=error if declined else first_line(error))
         record = ChainRecord(length, "declined", "", source=source, sources=[source] if source else [])
-        record.because(why.after("the cell is stepped through, which unrolls the loop: "))
+        record.because(why.after("the cell runs step by step, which unrolls the loop: "))
         record.failed = not declined
         made.records = [record]
         log.debug("rolling a recurrence failed", exc_info=error)
@@ -181,7 +181,7 @@ def build(
 
 
 def _tell_where(record: ChainRecord, stage: Stage, source: str) -> None:
-    """The line and the module of the links, and that they are all alike."""
+    """Record the source line and the module of the links, and that all links are alike."""
     assert stage.link is not None
     record.source, record.sources = source, [source] if source else []
     record.module = common([module_of(node) for node in stage.link.graph.nodes if node.op == "call_function"])
@@ -219,7 +219,7 @@ def _plans(
 
 
 def _rehearse(made: Recurrence, state: list, inputs: list, shared: list, fake_mode: Any) -> None:
-    """Forward and backward on fake tensors, three steps long: what cannot be batched shows here and not later."""
+    """Run forward and backward on fake tensors for three steps, to find operators that cannot be batched."""
 
     def leaf(value: Any) -> Any:
         if not isinstance(value, Tensor):

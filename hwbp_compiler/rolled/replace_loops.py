@@ -1,14 +1,14 @@
-"""Find the loops that ``hwbp_compiler.recurrent`` left in a Dynamo graph, and put a :class:`Recurrence` in their place.
+"""Find the loops that ``hwbp_compiler.recurrent`` left in a Dynamo graph, and replace each by a :class:`Recurrence`.
 
 Dynamo traces ``recurrent`` into four kinds of nodes::
 
-    s0 = highway.enter(state)                   each component of the state, where the step takes it
+    s0 = highway.enter(state)                   each component of the state, as the step takes it
     x0 = highway.first(input)                   each input's first row
-    s1, y0 = wrap(step, s0, x0, ...)            one step as a graph; what it uses from outside is lifted to arguments
+    s1, y0 = wrap(step, s0, x0, ...)            one step as a graph; values from outside become arguments
     last, y = highway.rolled([s1], [y0], [state], [input], options)
 
-They stand for nothing that could be run: ``rolled`` says how large the results are, and is replaced before anything is
-compiled. All guards, and what a new call may reuse, are Dynamo's business as ever.
+These nodes are placeholders and cannot run: ``rolled`` only knows the sizes of its results, and all are replaced before
+anything is compiled. Dynamo handles all guards and reuses its compilations as usual.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def _rolled(
 
 
 def _no_gradient(ctx: Any, *gradients: Any) -> Any:
-    raise AssertionError("stands for a loop that has to be replaced before anything is differentiated")
+    raise AssertionError("a placeholder for a loop, which must be replaced before anything is differentiated")
 
 
 for _name, _shapes in (("enter", _enter), ("first", _first), ("rolled", _rolled)):
     torch.library.register_fake(f"highway::{_name}", _shapes, lib=library)
     torch.library.register_autograd(f"highway::{_name}", _no_gradient, lib=library)
 
-# Where the loop itself is written: what stands there is ours.
+# The file that holds the loop around the user's step. Source lines in it are ours.
 _HERE = str(Path(__file__).with_name("function.py"))
 
 
@@ -71,8 +71,9 @@ def encode(options: Mapping[str, Any] | None) -> str:
 
 
 def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Options]) -> list[Any]:
-    """Replace in place, in the graph and in its regions (a checkpoint, the cell of another loop); returns the
-    recurrences in graph order. ``parse(mapping)`` gives a loop's own options."""
+    """Replace the loops in place, in the graph and in its regions (a checkpoint, the cell of another loop). Return the
+    recurrences in graph order. ``parse(mapping)`` gives a loop's own options.
+    """
     found: list[Any] = []
     _replace_in(gm, (), lambda own: options if own is None else parse(own), found)
     return found
@@ -81,7 +82,7 @@ def replace_loops(gm: GraphModule, options: Options, parse: Callable[[Any], Opti
 def _replace_in(
     gm: GraphModule, around: tuple[Sequence[Any], ...], options: Callable[[Any], Options], found: list[Any]
 ) -> None:
-    """``around``: what the autocast regions were entered with that ``gm`` lies in."""
+    """``around`` holds the arguments of the autocast regions that contain ``gm``."""
     before, regions, autocasts = len(found), dict(gm.named_children()), {}
     for node in list(gm.graph.nodes):
         if node.target is enter_autocast:
@@ -102,17 +103,17 @@ def _replace_in(
 
 @contextlib.contextmanager
 def as_around(autocasts: Sequence[Any]) -> Iterator[None]:
-    """Trace as a loop would run that lies in regions entered with these."""
+    """Trace as a loop inside autocast regions with these arguments would run."""
     with contextlib.ExitStack() as stack:
         for device, dtype, enabled, cached in autocasts:
             stack.enter_context(torch.autocast(device, dtype, enabled, cached))
-        # A checkpoint in eager mode around all this counts what autograd saves, but not what is traced here.
+        # A checkpoint in eager mode around the model counts what autograd saves. It must not count what is traced here.
         stack.enter_context(without_saved_tensor_hooks())
         yield
 
 
 def _replace(gm: GraphModule, node: Node, name: str, options: Callable[[Any], Options]) -> Any:
-    """Replace one loop, whose results ``node`` stands for. Its step is traced here, before the graph runs."""
+    """Replace one loop, whose results are those of ``node``. Its step is traced here, before the graph runs."""
     from hwbp_compiler.passes.write_out_cells import write_out_cells
 
     from .recurrence import build
@@ -122,7 +123,7 @@ def _replace(gm: GraphModule, node: Node, name: str, options: Callable[[Any], Op
     step = next_state[0].args[0]
     body: GraphModule = getattr(gm, step.args[0].target)
     write_out_cells(body)
-    taken: dict[Node, int] = {}  # argument of the step -> position among (state, inputs, shared)
+    taken: dict[Node, int] = {}  # argument of the step -> position in (state, inputs, shared)
     shared: list[Node] = []
     for argument in step.args[1:]:
         if argument.target is enter:
@@ -163,12 +164,12 @@ def _example(node: Any) -> Any:
 
 
 def is_ours(line: str) -> bool:
-    """Whether this source line is of the loop around the user's step."""
+    """Whether this source line belongs to our loop around the user's step."""
     return _HERE in line
 
 
 def _source(body: GraphModule, result: int) -> str:
-    """The user's line that makes the next state: our own copy of it stands behind."""
+    """The user's line that computes the next state. Our own copy comes after it and is skipped."""
     node = body.graph.find_nodes(op="output")[0].args[0][result]
     while is_ours(source_line(node)) and node.args and isinstance(node.args[0], Node):
         node = node.args[0]

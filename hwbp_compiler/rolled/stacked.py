@@ -1,9 +1,9 @@
-"""A state that is several tensors stacked, taken apart into them.
+"""Split a state that is a stack of several tensors into these tensors.
 
-``nn.LSTM`` holds the states of its layers as one tensor. Its step selects each, and stacks what they become. By the
-operators, no element of the stack leads straight to one of the next that way; layer by layer it does. So a component
-whose next value is a stack is a component for each entry, wherever the step looks at entries alone: operators between
-the state and the selection work on each entry for itself.
+``nn.LSTM`` holds the states of its layers as one tensor. Its step selects each entry and stacks the new ones. Seen as a
+whole, the stack has no elementwise path to the next stack; layer by layer it has one. So if a component's next value is
+a stack, each entry becomes a component. The step may use only single entries of the state: between the state and the
+selection, every operator must work on each entry separately.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ aten = torch.ops.aten
 
 
 def take_apart(step: Step, fake_mode: Any) -> tuple[Step, list[int | None]]:
-    """The step over single entries, and for each component of its state along which dimension it was stacked; None
-    where it is as it was. Stacks of different dimensions never meet: what both lead to would be selected along both."""
+    """The step over single entries, and for each component of its state the dimension along which it was stacked; None
+    if it is unchanged. Stacks along different dimensions never meet: a value that depends on both would be selected
+    along both.
+    """
     dims = [_dim_of_stack(node) for node in step.next_state]
     for number, dim in enumerate(dims):
         if dim is not None and not _seen_by_entries(step, step.state[number], dim):
@@ -42,7 +44,7 @@ def _dim_of_stack(node: Node) -> int | None:
 
 
 def _seen_by_entries(step: Step, state: Node, dim: int) -> bool:
-    """Whether all that a component of the state is needed for is selections of its entries."""
+    """Whether a component of the state is used only through selections of its entries."""
     whole = {*step.next_state, *step.outputs}
     todo, seen = [state], set()
     while todo:
@@ -71,7 +73,7 @@ def _works_on_entries(node: Node, state: Node) -> bool:
 def _rebuilt(step: Step, dims: Sequence[int | None], fake_mode: Any) -> Step:
     graph = Graph()
     known: dict[Node, Node] = {}
-    entries: dict[Node, tuple[int, list[Node]]] = {}  # what is stacked: the dimension, the entries
+    entries: dict[Node, tuple[int, list[Node]]] = {}  # stacked values: the dimension, the entries
     state: list[Node] = []
     for node, after, dim in zip(step.state, step.next_state, dims, strict=True):
         if dim is None:
@@ -101,7 +103,7 @@ def _rebuilt(step: Step, dims: Sequence[int | None], fake_mode: Any) -> Step:
         return made
 
     def entry(argument: Any, i: int, dim: int, rank: int) -> Any:
-        """Entry i of an operand of something of that rank."""
+        """Entry i of an operand of an operator whose result has rank ``rank``."""
         if not isinstance(argument, Node):
             return argument
         if argument in entries:

@@ -1,8 +1,8 @@
-"""Take a step apart into stages: groups of state components that need one another's last value.
+"""Split a step into stages: groups of state components that need one another's last value.
 
-A stage is computed for all time steps before the next one begins. What feeds no state from itself needs no loop at
-all: the input's part of the gates, a state that is only handed on late, everything the cell returns. Two layers in
-one cell are two stages, and so two chains.
+Each stage is computed for all time steps before the next one begins. Values that do not feed back into a state need no
+loop: the input's part of the gates, a state that only delays a value, everything the cell returns. Two layers in one
+cell are two stages, and so two chains.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .trace import Step, depends_on, fractions_in, operands_outside, subgraph
 
 @dataclass
 class Stage:
-    """The components ``members`` of the state, and the link that leads from their last values to the next.
+    """The components ``members`` of the state, and the link from their last values to the next ones.
 
-    link        GraphModule ``(own state, per_step, shared) -> own next state``; None where a member needs no member:
-                then nothing here recurs
+    link        GraphModule ``(own state, per_step, shared) -> own next state``; None if no member needs a member's last
+                value: then nothing recurs here
     per_step    nodes of the step that the link takes, one value per time step
     shared      nodes of the step that are the same at all time steps
     """
@@ -33,7 +33,7 @@ class Stage:
 
 
 def split_stages(step: Step) -> list[Stage]:
-    """In an order in which every stage needs earlier ones only."""
+    """The stages in an order in which each needs only earlier ones."""
     graph = step.module.graph
     reach = [depends_on([s], graph) for s in step.state]
     varying = depends_on([*step.state, *step.inputs], graph)

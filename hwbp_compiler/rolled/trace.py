@@ -1,4 +1,4 @@
-"""Trace one time step, and what it does to gradients, into flat graphs of operators."""
+"""Trace one time step, and its backward, into flat graphs of operators."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Step:
 class Body:
     """One step as Dynamo traced it.
 
-    order     position of each of the module's arguments among ``(*state, *inputs, *shared)``
+    order     position of each of the module's arguments in ``(*state, *inputs, *shared)``
     results   which of its results are ``(*next state, *outputs)``
     """
 
@@ -57,20 +57,20 @@ class Body:
         return [found[i] for i in self.results]
 
 
-# Autograd has no formula for their running statistics, which to a step are arguments like any other.
+# Autograd has no formula for their running statistics, but in a step these are ordinary arguments.
 _NOT_IN_ALL_ARGUMENTS = [
     torch.ops.aten._native_batch_norm_legit_no_training.default,
-    torch.ops.aten._native_batch_norm_legit.default,  # what the other decomposes into
+    torch.ops.aten._native_batch_norm_legit.default,  # what the other one decomposes into
 ]
 
 
 class MutatingCell(HighwayError):
-    """The cell changes in place what it did not make."""
+    """The cell changes in place a tensor that it did not create."""
 
 
 @contextlib.contextmanager
 def without_autocast(device: str) -> Iterator[None]:
-    """For a step that was traced: autocast's casts are operators of it, and no more are to be made."""
+    """For running a traced step: it already contains autocast's casts as operators, so no more must be added."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", device}:
             if is_autocast_available(kind) and torch.is_autocast_enabled(kind):
@@ -79,8 +79,9 @@ def without_autocast(device: str) -> Iterator[None]:
 
 
 def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: Any) -> Step:
-    """``cell`` as ATen operators without mutation, under the autocast that is on. Raises Declined, and MutatingCell
-    where that cannot be."""
+    """``cell`` as ATen operators without mutation, under the current autocast. Raises Declined or MutatingCell if that
+    is impossible.
+    """
     _check_traceable(cell.module)
     names = [*(f"component {i} of its state" for i in range(len(state))), *(f"input {i}" for i in range(len(inputs)))]
     names += [f"the tensor {node.name}" for node in cell.module.graph.find_nodes(op="placeholder")][-len(shared) :]
@@ -90,8 +91,8 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
         for name, value in zip(names, values, strict=False):
             if isinstance(value, FunctionalTensor) and has_data_mutation(value.elem):
                 raise MutatingCell(
-                    f"recurrent: the cell changes {name} in place; every step must find it as it was. Write the change "
-                    "as a new tensor (h * z instead of h.mul_(z)), and what is to be remembered into the state"
+                    f"recurrent: the cell changes {name} in place, but every step needs it unchanged. Write the change "
+                    "as a new tensor (h * z instead of h.mul_(z)), and put what later steps need into the state"
                 )
         return found
 
@@ -99,8 +100,8 @@ def trace_step(cell: Body, state: list, inputs: list, shared: list, fake_mode: A
     with torch.no_grad():
         values = [e.detach() if isinstance(e, Tensor) else e for e in examples]
         module = _traced(run, values, fake_mode, {op: decompositions()[op] for op in _NOT_IN_ALL_ARGUMENTS})
-    # The loop's own views of every argument and copies of every result: a copy of a state has to be that state. What
-    # changes strides stays: what follows may be a view that only those strides allow.
+    # Remove the loop's own views of arguments and copies of results: the copy of a state has to be that same state.
+    # Keep those that change strides, because a later view may depend on the strides.
     for target in (torch.ops.aten.view.default, torch.ops.aten.clone.default):
         for node in module.graph.find_nodes(op="call_function", target=target):
             if _layout(node) == _layout(node.args[0]):
@@ -130,8 +131,9 @@ _SAME_ORDER = {
 
 
 def _read_from_states(graph: Graph, next_state: list[Node]) -> None:
-    """What the step returns, taken from the next state where that is the same under another shape: the states of all
-    steps are at hand, and what leads to them need not be computed a second time."""
+    """Let outputs read from the next state if they hold the same values in another shape. The states of all steps are
+    available, so the values that lead to them need not be computed twice.
+    """
     order = {node: place for place, node in enumerate(graph.nodes)}
     needed_by_states = set(next_state)
     for node in reversed(graph.nodes):
@@ -156,13 +158,15 @@ def _read_from_states(graph: Graph, next_state: list[Node]) -> None:
 
 
 def _layout(node: Node) -> list[Any]:
-    """Sizes and strides. Comparing them adds no guard."""
+    """Sizes and strides, in a form whose comparison adds no guard."""
     value = node.meta["val"]
     return [s if isinstance(s, int) else s.node.expr for s in (*value.shape, *value.stride())]
 
 
 def _check_traceable(cell: GraphModule) -> None:
-    """What changes how autograd sees an operator is gone once the step is a graph of operators."""
+    """Decline constructs that change how autograd treats an operator: they disappear when the step becomes a graph of
+    operators.
+    """
     for module in cell.modules():
         if not isinstance(module, GraphModule):
             raise Declined(Reason.CELL_RUNS_LOOP)
@@ -190,20 +194,20 @@ def subgraph(inputs: Sequence[Node], results: Sequence[Node]) -> GraphModule:
 
 
 def trace_decomposed(module: GraphModule, fake_mode: Any) -> GraphModule:
-    """The same function in the operators that the passes know."""
+    """The same function, written in operators that the passes know."""
     with torch.no_grad():
         return _traced(Interpreter(module).run, _examples(module), fake_mode, _known_operators())
 
 
 def _known_operators() -> dict:
-    """The decompositions, but for that of ``add``: it takes complex numbers apart, which the passes need not see."""
+    """The decompositions, except that of ``add``: it splits complex numbers, which the passes need not see."""
     return {target: found for target, found in decompositions().items() if target is not torch.ops.aten.add.Tensor}
 
 
 def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict | None = None) -> GraphModule:
     functional = dispatch_functionalize(function, FunctionalTensorMode())
     with fake_mode, preserve_node_meta(), enable_python_dispatcher():
-        # An empty table, not none: where none is given newer releases trace ``detach`` as an alias.
+        # An empty table instead of None: without a table, newer releases trace ``detach`` as an alias.
         traced = make_fx(functional, decomposed or {})(*examples)
     traced.graph.eliminate_dead_code()
     for node in traced.graph.nodes:
@@ -214,7 +218,7 @@ def _traced(function: Any, examples: list[Any], fake_mode: Any, decomposed: dict
 
 @dataclass
 class Vjp:
-    """``(arguments, tangents) -> gradients`` of a function; None where an argument gets no gradient."""
+    """``(arguments, tangents) -> gradients`` of a function; None if an argument gets no gradient."""
 
     module: GraphModule
     arguments: list[Node]
@@ -223,7 +227,7 @@ class Vjp:
 
 
 def trace_vjp(module: GraphModule, fake_mode: Any) -> Vjp:
-    """The vector-Jacobian product of ``module`` in all its floating arguments, forward pass included."""
+    """The vector-Jacobian product of ``module`` in all its floating-point arguments, including the forward pass."""
 
     def joint(*values: Any) -> list[Tensor | None]:
         arguments, tangents = values[:count], values[count:]
@@ -268,7 +272,9 @@ def depends_on(nodes: Sequence[Node], graph: Graph) -> set[Node]:
 
 
 def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
-    """What the nodes of ``inside`` that ``results`` are computed from take from elsewhere, in graph order."""
+    """The operands that come from outside ``inside``, for those nodes of ``inside`` that ``results`` need; in graph
+    order.
+    """
     found: set[Node] = set()
     seen: set[Node] = set()
     todo = list(results)
@@ -285,7 +291,8 @@ def operands_outside(results: Sequence[Node], inside: set[Node]) -> list[Node]:
 
 
 def fractions_in(graph: Graph) -> set[Node]:
-    """Numbers made of sizes that are symbols, such as 1 / (n * m). An operator takes sizes alone: these are made where
-    they are used."""
+    """Numbers computed from symbolic sizes, such as 1 / (n * m). An operator can take only sizes as arguments, so these
+    numbers are computed where they are used.
+    """
     made = (node for node in graph.nodes if node.op == "call_function")
     return {node for node in made if isinstance(node.meta.get("val"), (float, torch.SymFloat))}

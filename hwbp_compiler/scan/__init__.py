@@ -1,14 +1,14 @@
-"""The scan along the highway: one operator, with a kernel for each kind of device behind it.
+"""The scan along the highway: one operator, with a kernel for each kind of device.
 
-``linear_scan`` is the public function, ``torch.ops.highway.linear_scan`` the operator it calls and that graphs
-contain. Importing this package defines the operator; GPU code for it comes from :mod:`.inductor`.
+``linear_scan`` is the public function. It calls the operator ``torch.ops.highway.linear_scan``, which graphs contain.
+Importing this package defines the operator; :mod:`.inductor` generates GPU code for it.
 """
 
 from .function import linear_scan
 
 
 def register_lowerings() -> None:
-    """Inductor's side of our operators. Not at import: it loads Inductor."""
+    """Register Inductor's lowerings of our operators. Not done at import, because it loads Inductor."""
     from . import inductor
 
     inductor.register()

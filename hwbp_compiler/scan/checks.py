@@ -1,4 +1,4 @@
-"""What linear_scan accepts: one place that looks at shapes, dtypes and devices and says what is wrong."""
+"""What linear_scan accepts: all checks of shapes, dtypes and devices, with their messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ DTYPES = (
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype a scan of ``dtype`` adds and multiplies in: float32 for the 16-bit types."""
+    """The dtype in which a scan of ``dtype`` adds and multiplies: float32 for the 16-bit types."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def check_values(values: Tensor, name: str = "values") -> None:
-    """Raises TypeError or ValueError naming ``name`` unless it can be scanned along dim 0."""
+    """Raise TypeError or ValueError, naming ``name``, unless it can be scanned along dim 0."""
     if values.dtype not in DTYPES:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise TypeError(f"linear_scan: {name} has dtype {values.dtype}; allowed are {allowed}")
@@ -32,7 +32,7 @@ def check_values(values: Tensor, name: str = "values") -> None:
 
 
 def check_multipliers(values: Tensor, multipliers: Tensor, name: str = "multipliers") -> None:
-    """Raises TypeError or ValueError naming ``name`` unless it can multiply the links of ``values``."""
+    """Raise TypeError or ValueError, naming ``name``, unless it can multiply the links of ``values``."""
     if multipliers.dtype != values.dtype:
         raise TypeError(
             f"linear_scan: {name} has dtype {multipliers.dtype}, values have {values.dtype}; "
@@ -50,7 +50,7 @@ def check_multipliers(values: Tensor, multipliers: Tensor, name: str = "multipli
             f"linear_scan: {name} has shape {_shape(multipliers)}, {multipliers.ndim} dimensions; allowed are "
             f"0 (one for all), 1 (one per link) or {values.ndim}, as many as values of shape {_shape(values)}"
         )
-    # zip stops at the shorter: a 1-d tensor is compared along the length only.
+    # zip stops at the shorter one: a 1-d tensor is compared only along the length.
     for dim, (have, need) in enumerate(zip(multipliers.shape, values.shape, strict=False)):
         if have != 1 and have != need:
             raise ValueError(
@@ -60,7 +60,7 @@ def check_multipliers(values: Tensor, multipliers: Tensor, name: str = "multipli
 
 
 def check_initial(values: Tensor, initial: Tensor) -> None:
-    """Raises TypeError or ValueError unless ``initial`` can be the state before the first link of ``values``."""
+    """Raise TypeError or ValueError unless ``initial`` can be the state before the first link of ``values``."""
     if initial.dtype != values.dtype:
         raise TypeError(f"linear_scan: initial has dtype {initial.dtype}, values have {values.dtype}; they must agree")
     if initial.device != values.device:

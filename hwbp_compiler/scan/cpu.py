@@ -1,4 +1,4 @@
-"""The CPU implementation: ``linear_scan.cpp``. Where it cannot be built, the scan in torch operators takes over."""
+"""The CPU implementation: ``linear_scan.cpp``. If it cannot be built, the scan in torch operators is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .reference import spread
 
 
 def _taken(library: Any) -> Callable[..., bool]:
-    # PyDLL keeps the interpreter lock, which making a Python object needs.
+    # PyDLL keeps the interpreter lock, which is needed to create a Python object.
     maker = ctypes.PyDLL(library._name, handle=library._handle).highway_linear_scan
     maker.restype = ctypes.py_object
     maker.argtypes = []
@@ -43,14 +43,16 @@ native = NativeKernel(
 def linear_scan_cpu(
     values: Tensor, multipliers: Tensor | None, reverse: bool = False, initial: Tensor | None = None
 ) -> Tensor:
-    """``torch.ops.highway.linear_scan`` on CPU tensors; the output is contiguous and new."""
+    """``torch.ops.highway.linear_scan`` on CPU tensors. The output is new and contiguous."""
     out = values.new_empty((values.shape[0] + (initial is not None), *values.shape[1:]))
     _scan(values, multipliers, initial, out, reverse)
     return out
 
 
 def linear_scan_out(values: Tensor, multipliers: Tensor | None, reverse: bool, *, out: Tensor) -> None:
-    """The same into ``out``, contiguous and apart from the inputs. Compiled graphs call this by name."""
+    """The same, written into ``out``, which is contiguous and separate from the inputs. Compiled graphs call this by
+    name.
+    """
     _scan(values, multipliers, None, out, reverse)
 
 
@@ -65,16 +67,16 @@ def _scan(values: Tensor, multipliers: Tensor | None, initial: Tensor | None, ou
     if out.numel() == 0:
         return
     if values.shape[0] == 0:
-        out.copy_(initial)  # the only row there is
+        out.copy_(initial)  # the only row
         return
     kernel = native.load(values.dtype)
     if kernel is None:
         out.copy_(linear_scan_torch(values, multipliers, reverse, initial))
         return
-    # A complex tensor may be a view that only says "conjugate", which a pointer does not.
+    # A complex tensor may be a lazily conjugated view, which its pointer does not show.
     initial = None if initial is None else initial.resolve_conj().contiguous()
     if not _launch(kernel, values, multipliers, initial, out, reverse):
-        # The kernel wants neighbours in the last dimension, and few dimensions that do not merge.
+        # The kernel needs neighbouring elements in the last dimension, and few dimensions that do not merge.
         values = values.contiguous()
         if multipliers is not None:
             multipliers = spread(multipliers, values).expand_as(values).contiguous()

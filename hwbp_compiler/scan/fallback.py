@@ -1,4 +1,4 @@
-"""The scan in plain torch operators, for devices and machines that have no kernel."""
+"""The scan in plain torch operators, for devices and machines without a kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .checks import accumulator
 from .reference import spread
 
-# Rows this wide keep the machine busy one link at a time; narrower ones are cut into blocks of links.
+# Rows this wide keep the machine busy one link at a time. Narrower ones are cut into blocks of links.
 _WIDE = 16384
 
 
@@ -19,7 +19,7 @@ def linear_scan_torch(
 ) -> Tensor:
     """``torch.ops.highway.linear_scan`` as a loop over links, or over blocks of links that advance together."""
     if initial is not None:
-        # One link more, whose multiplier has nothing to multiply.
+        # One more link; its multiplier has nothing to multiply.
         values = torch.cat([values, initial[None]] if reverse else [initial[None], values])
         if multipliers is not None and multipliers.ndim > 0 and multipliers.shape[0] == values.shape[0] - 1:
             unused = multipliers.new_ones((1, *multipliers.shape[1:]))
@@ -43,7 +43,7 @@ def linear_scan_torch(
 
 
 def _scan_links(a: Tensor, m: Tensor, out: Tensor, first: int) -> None:
-    """One link after the other from link ``first``, the states before it being in ``out``."""
+    """One link after the other from link ``first``; the states before it are already in ``out``."""
     for i in range(first, a.shape[0]):
         if i == 0:
             out[0] = a[0]
@@ -52,11 +52,11 @@ def _scan_links(a: Tensor, m: Tensor, out: Tensor, first: int) -> None:
 
 
 def _scan_blocks(a: Tensor, m: Tensor, out: Tensor, block: int) -> bool:
-    """Blocks of ``block`` links side by side, in about ``2 sqrt(L)`` steps instead of L.
+    """Scan blocks of ``block`` links side by side, in about ``2 sqrt(L)`` steps instead of L.
 
-    Every block is scanned from zero, then the carries pass from block to block, and ``carry * product of the
-    block's multipliers`` is added. False where a product or a carry overflows: infinity times zero is no number,
-    while the scan link by link has a finite state, or an infinite one.
+    Every block is scanned from zero. Then the carries pass from block to block, and ``carry * product of the block's
+    multipliers`` is added. Returns False if a product or a carry overflows: infinity times zero is not a number, while
+    the scan link by link has a finite or an infinite state.
     """
     blocks = a.shape[0] // block
     head = blocks * block
@@ -73,8 +73,8 @@ def _scan_blocks(a: Tensor, m: Tensor, out: Tensor, block: int) -> bool:
         torch.mul(m_block[j], product[j - 1], out=product[j])
     for b in range(1, blocks):
         local[:, b].addcmul_(product[:, b], local[-1, b - 1])
-    # Either overflow has reached the end of a block. Asking an accelerator would wait for it; there the scan is
-    # compiled, and this is the spare wheel.
+    # Either overflow shows at the end of a block. On an accelerator this check would wait for the device; there the
+    # scan is normally compiled, and this code is only a fallback.
     if a.device.type == "cpu" and not bool(torch.isfinite(local[-1]).all()):
         return False
     _scan_links(a, m, out, head)

@@ -1,4 +1,4 @@
-"""``hwbp_compiler.linear_scan``: the scan for people, over tensors or over small tuples of tensors."""
+"""``hwbp_compiler.linear_scan``: the public scan, over tensors or over small tuples of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checks import check_multipliers, check_values
 from .operator import operator, previous
 from .reference import spread
 
-# What may multiply a component: None is one for every link.
+# What may multiply a component; None means one for every link.
 Multiplier: TypeAlias = "Tensor | float | complex | None"
 
 
@@ -78,7 +78,7 @@ def linear_scan(values, multipliers=None, *, reverse=False):
 
 
 def _tensor(multiplier: object, values: Tensor, name: str) -> Tensor | None:
-    """A multiplier as the operator takes it: None or a tensor, whose shape and dtype it will check itself."""
+    """A multiplier as the operator takes it: None, or a tensor whose shape and dtype the operator checks."""
     if multiplier is None:
         return None
     if isinstance(multiplier, Number) and not isinstance(multiplier, bool):
@@ -116,7 +116,7 @@ def _scan_components(values: Sequence[Tensor], multipliers: object, reverse: boo
 
 
 def _moved(factor: Tensor, state: Tensor, reverse: bool) -> Tensor:
-    """The multipliers by which each state enters its successor: those of the successor."""
+    """The multipliers by which each state enters its successor, which are those of the successor."""
     if factor.ndim > 0 and factor.shape[0] != 1:
         factor = previous(factor, not reverse)
     return spread(factor, state)

@@ -9,16 +9,15 @@ from .reference import spread
 
 
 def linear_scan_hillis_steele(values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False) -> Tensor:
-    """:func:`hwbp_compiler.linear_scan` in ``log2(L)`` passes over everything (the paper's Algorithm 1).
+    """:func:`hwbp_compiler.linear_scan` in ``log2(L)`` passes over all links (the paper's Algorithm 1).
 
-    After the pass with stride d, ``u[i]`` sums the last 2d links and ``p[i]`` is the product of their
-    multipliers::
+    After the pass with stride d, ``u[i]`` sums the last 2d links and ``p[i]`` is the product of their multipliers::
 
         u[i] = u[i] + p[i] * u[i-d]
         p[i] = p[i] * p[i-d]
 
-    The paper's algorithm 1 solves ``u[i] = a[i] + u[i+1] K[i+1]`` and, read literally, starts with ``P[i] = K[i]``;
-    it must start with ``P[i] = K[i+1]``, which is what ``multipliers`` of a reverse scan are by definition here.
+    The paper's algorithm 1 solves ``u[i] = a[i] + u[i+1] K[i+1]``. Read literally, it starts with ``P[i] = K[i]``, but
+    it must start with ``P[i] = K[i+1]``. Here the ``multipliers`` of a reverse scan are defined that way.
     """
     if reverse:
         flipped = multipliers

@@ -1,21 +1,23 @@
 """How Inductor compiles ``torch.ops.highway.linear_scan``: Triton code on a GPU, the C++ kernel on a CPU.
 
-:func:`register` tells Inductor once per process; a graph without the operator is compiled as ever.
+:func:`register` registers the operator with Inductor once per process. Graphs without the operator compile as before.
 
 Note [The scan on a GPU]
-Inductor has a scan of its own (it compiles ``cumsum`` with it): a loop node with a combine function, from which
-it generates ``tl.associative_scan``. Ours scans pairs ``(product of multipliers, u)``, of which only u is stored:
+~~~~~~~~~~~~~~~~~~~~~~~~
+Inductor has a scan of its own, which it uses to compile ``cumsum``: a loop node with a combine function, from which it
+generates ``tl.associative_scan``. Ours scans pairs ``(product of multipliers, u)`` and stores only u:
 
     (p, u) then (q, v)  is  (p * q, q * u + v)
 
-What computes the inputs is inlined into the loads, so a gate's sigmoid or an added gradient costs no kernel. Every
-element is loaded once, so this holds for two things that Inductor would write to memory first, if nothing but the
-scan reads them: what takes long to compute, and concatenations (of the links' rows with that of the chain's head).
-A reverse scan runs through the same loop with rows counted from the end, in its loads and in its store.
+The computation of the inputs is inlined into the loads, so a gate's sigmoid or an added gradient costs no kernel. Every
+element is loaded once. So two things that Inductor would normally write to memory first are inlined too, if only the
+scan reads them: expensive computations, and concatenations (of the links' rows with that of the chain's head). A
+reverse scan uses the same loop, with rows counted from the end in its loads and in its store.
 
 Note [Few columns on a GPU]
-One program scans all links of its columns, so few columns occupy few multiprocessors. The links are then cut
-into blocks: one kernel reduces each block to its pair, one scans the pairs, one scans the blocks from their true
+~~~~~~~~~~~~~~~~~~~~~~~~~~~
+One program scans all links of its columns, so with few columns most multiprocessors are idle. The links are then cut
+into blocks: one kernel reduces each block to its pair, one scans the pairs, and one scans the blocks from their true
 carries. This reads the inputs twice and writes once.
 """
 
@@ -61,7 +63,7 @@ _COLUMNS_PER_MULTIPROCESSOR = 32  # fewer leave multiprocessors idle
 
 @functools.cache
 def register() -> None:
-    """Teach Inductor the operator. Idempotent, and without effect on graphs that do not contain it."""
+    """Register the operator with Inductor. Safe to call repeatedly; has no effect on graphs that do not contain it."""
     register_lowering(operator, type_promotion_kind=None)(lower)
     lowerings[aten.cat.default] = _concatenations_in_loads(lowerings[aten.cat.default])
     register_lowering(cat, type_promotion_kind=None)(_lower_cat)
@@ -74,8 +76,8 @@ def lower(
     initial: ir.TensorBox | None = None,
 ) -> Any:
     device = values.get_device()
-    # Inductor generates no complex arithmetic, and a complex tensor may be a view that only says "conjugate",
-    # which the dispatcher resolves.
+    # Inductor generates no complex arithmetic. Also, a complex tensor may be a lazily conjugated view, which only the
+    # dispatcher resolves.
     if values.get_dtype().is_complex:
         return _as_operator(values, multipliers, reverse, initial)
     if device.type == "cpu" and not V.graph.cpp_wrapper:
@@ -95,12 +97,14 @@ def _lower_cat(tensors: Sequence[ir.TensorBox], dim: int = 0) -> Any:
 
 
 def _as_operator(values: Any, multipliers: Any, reverse: bool, initial: Any) -> Any:
-    """A call of the operator, as for any operator Inductor does not know."""
+    """A plain call of the operator, as for any operator that Inductor does not know."""
     return fallback_handler(operator, add_to_fallback_set=False)(values, multipliers, reverse, initial)
 
 
 class CpuScan(ir.ExternKernelOut):
-    """A call of the C++ kernel in the generated Python, past the dispatcher and into a buffer of Inductor's."""
+    """A call of the C++ kernel in the generated Python. It bypasses the dispatcher and writes into a buffer of
+    Inductor's.
+    """
 
     @classmethod
     def create(
@@ -112,7 +116,7 @@ class CpuScan(ir.ExternKernelOut):
     ) -> ir.TensorBox:
         from .cpu import native
 
-        native.load(values.get_dtype())  # build it while compiling rather than in the first step
+        native.load(values.get_dtype())  # build it while compiling, not in the first step
         inputs = [cls.realize_input(tensor) for tensor in (values, initial, multipliers) if tensor is not None]
         return ir.TensorBox.create(
             cls(
@@ -135,7 +139,7 @@ def _size(values: ir.TensorBox, initial: ir.TensorBox | None) -> list[sympy.Expr
 
 
 class _Scan:
-    """One lowering of the operator. Loaders take row and column and give the dtype to compute in."""
+    """One lowering of the operator. Loaders take row and column, and return a value in the compute dtype."""
 
     def __init__(
         self,
@@ -161,7 +165,7 @@ class _Scan:
 
     def _loader(self, tensor: ir.TensorBox) -> Loader:
         load = tensor.make_loader()
-        # A multiplier is spread over what it has no dimension for, or a dimension of one.
+        # A multiplier is broadcast over dimensions that it lacks, or in which it has size one.
         spread = [V.graph.sizevars.statically_known_equals(size, 1) for size in tensor.get_size()]
 
         def at(index: Index) -> Any:
@@ -171,7 +175,7 @@ class _Scan:
         return at
 
     def _start_from(self, initial: ir.TensorBox) -> None:
-        """Row 0, or the last in reverse, is ``initial``; its multiplier has nothing to multiply."""
+        """Row 0 (or the last in reverse) is ``initial``; its multiplier has nothing to multiply."""
         load, value, multiplier = initial.make_loader(), self.value, self.multiplier
         start = self.size[0] - 1 if self.reverse else sympy.S.Zero
 
@@ -189,7 +193,7 @@ class _Scan:
             self.multiplier = lambda index: _where(index[0], "!=", start, lambda: multiplier(link(index)))
 
     def whole(self) -> ir.TensorBox:
-        """One kernel, in which a program walks down all links of its columns."""
+        """One kernel, in which each program walks through all links of its columns."""
         return self._scan(self.size, 0, self.value, self.multiplier, self.dtype, self.reverse)
 
     def is_narrow(self) -> bool:
@@ -208,7 +212,7 @@ class _Scan:
         first = block - 1 if self.reverse else sympy.S.Zero
 
         def within(load: Loader, index: Index) -> Any:
-            """An element by block, row in the block and column; zero beyond the last row."""
+            """An element by block, row in the block, and column; zero beyond the last row."""
             row = index[0] * block + index[1]
             at = [row, *index[2:]]
             return load(at) if whole_blocks else _where(row, "<", length, lambda: load(at))
@@ -244,7 +248,7 @@ class _Scan:
     def _block_ends(
         self, size: list[sympy.Expr], value: Loader, multiplier: Loader | None
     ) -> tuple[Loader, Loader | None]:
-        """Loaders of each block's last state, scanned from zero, and of the product of its multipliers."""
+        """Loaders for each block's last state, scanned from zero, and for the product of its multipliers."""
         blocks, block, *columns = size
 
         def sum_rows(term: Loader) -> Loader:
@@ -263,8 +267,8 @@ class _Scan:
         if multiplier is None:
             return sum_rows(value), None
 
-        # Picking the last step by a sum puts it into the kernel that scans, which then need not store its steps;
-        # but only if both count alike, so here the steps are not turned back into rows.
+        # Selecting the last step by a sum fuses it into the scan kernel, which then need not store its steps. This
+        # works only if both count in the same direction, so steps are not converted back into rows here.
         def in_steps(load: Loader) -> Loader:
             if not self.reverse:
                 return load
@@ -289,9 +293,9 @@ class _Scan:
         reverse: bool,
         output: int = 0,
     ) -> ir.TensorBox:
-        """A buffer of ``size``: the scan along ``axis`` (``output=1``: the running product of multipliers).
+        """A buffer of ``size`` with the scan along ``axis`` (``output=1``: the running product of multipliers).
 
-        The kernel's own index counts steps; loads and the store turn it into rows.
+        The kernel's own index counts steps; loads and the store convert it to rows.
         """
 
         def reindex(index: Index, step: Index) -> Index:
@@ -320,7 +324,9 @@ class _Scan:
 
 
 def _computed_in_loads(node: torch.fx.Node, tensor: ir.TensorBox) -> ir.TensorBox:
-    """``tensor``, the value of ``node``, taken out of its buffer if the node being lowered is all that reads it."""
+    """``tensor``, the value of ``node``, computed on load instead of from its buffer, if only the current node reads
+    it.
+    """
     below = node
     while below.target in _VIEWS and len(below.users) == 1:
         below = below.args[0]
@@ -330,16 +336,16 @@ def _computed_in_loads(node: torch.fx.Node, tensor: ir.TensorBox) -> ir.TensorBo
     buffer = storage.data
     if not (isinstance(buffer, ir.ComputedBuffer) and isinstance(buffer.data, ir.Pointwise)):
         return tensor
-    # Its place may be that of another tensor, and what it reads may have changed since it was computed.
+    # The buffer may share memory with another tensor, or its inputs may have changed since it was computed.
     owned = type(buffer.layout) in (ir.FlexibleLayout, ir.FixedLayout)
     if not owned or any(name in V.graph.mutated_buffers for name in buffer.get_read_names()):
         return tensor
-    computed = ir.TensorBox.create(buffer.data)  # the buffer, which nobody reads, is dropped
+    computed = ir.TensorBox.create(buffer.data)  # the unused buffer is dropped
     return computed if below is node else ir.TensorBox(ir.View.create(computed.data, tensor.get_size()))
 
 
 def _concatenations_in_loads(lower_cat: Callable[..., Any]) -> Callable[..., Any]:
-    """The lowering of ``aten.cat``, but for one that only scans on a GPU read: that is computed where it is read."""
+    """The lowering of ``aten.cat``, except that concatenations read only by scans on a GPU are computed on load."""
 
     @functools.wraps(lower_cat)
     def lower(tensors: Sequence[ir.TensorBox], dim: int = 0) -> Any:
@@ -373,13 +379,14 @@ def _combine_sums(before: tuple[Any], after: tuple[Any]) -> tuple[Any]:
 
 
 def _times(product: Any, state: Any) -> Any:
-    """``product * state``, zero where the state is: a product of many multipliers can overflow, and infinity
-    times zero would be no number where the scan link by link stays finite."""
+    """``product * state``, or zero if the state is zero. A product of many multipliers can overflow, and infinity times
+    zero would not be a number, while the scan link by link stays finite.
+    """
     return ops.where(ops.eq(state, ops.constant(0.0, torch.float32)), state, ops.mul(product, state))
 
 
 def _where(left: Any, relation: str, right: Any, then: Callable[[], Any], mask: bool = True) -> Any:
-    """``then()`` where two index expressions compare so, else zero. With ``mask`` nothing is loaded elsewhere."""
+    """``then()`` if the index expressions compare as given, else zero. With ``mask``, nothing is loaded elsewhere."""
     condition = _compared(left, relation, right)
     if mask:
         return ops.masked(condition, then, 0.0)

@@ -1,8 +1,8 @@
 """``torch.ops.highway.linear_scan``: the scan of single tensors as one operator of the dispatcher.
 
 ``linear_scan(values, multipliers, reverse=False, initial=None)``. With ``initial``, a state of the shape of one link,
-the scan starts from it, and the result has one more row: ``initial`` itself, in front, or last with ``reverse``. The
-row is part of the result so that a graph need not concatenate what was scanned with what the scan started from.
+the scan starts from it and the result has one more row: ``initial`` itself, as the first row, or as the last with
+``reverse``. So a graph need not concatenate the result with the initial state.
 """
 
 from __future__ import annotations
@@ -70,16 +70,16 @@ torch.library.register_fake(NAME, _fake, lib=library)
 
 
 def previous(states: Tensor, reverse: bool) -> Tensor:
-    """``states`` moved by one link: row i holds row i-1 (i+1 if ``reverse``), and zero where there is none."""
+    """``states`` shifted by one link: row i holds row i-1 (i+1 if ``reverse``), or zero if there is none."""
     if states.shape[0] == 0:
         return states
     rest = [0, 0] * (states.ndim - 1)
     return F.pad(states[1:], [*rest, 0, 1]) if reverse else F.pad(states[:-1], [*rest, 1, 0])
 
 
-# torch.library.register_autograd knows no forward mode, whose tangents it drops without a word, and what it makes
-# cannot be called within torch.func.grad. The class is what torch.func itself
-# derives from for the level that a transform is at, which is where the dispatcher calls an Autograd kernel.
+# torch.library.register_autograd does not support forward mode: it silently drops the tangents. And its functions
+# cannot be called inside torch.func.grad. torch.func derives this class itself for the level of a transform, and at
+# that level the dispatcher calls an Autograd kernel.
 class _Scan(SingleLevelFunction):
     @staticmethod
     def forward(
@@ -90,7 +90,7 @@ class _Scan(SingleLevelFunction):
         initial: Tensor | None,
         below: DispatchKeySet,
     ) -> Tensor:
-        # apply switches both modes off, but what is below may be the kernel of an outer transform.
+        # apply turns both modes off, but the call below may be the kernel of an outer transform.
         with torch.enable_grad(), set_forward_grad_enabled(True), AutoDispatchBelowAutograd():
             states = operator.redispatch(below, values, multipliers, reverse, initial)
         ctx.reverse, ctx.starts = reverse, initial is not None
@@ -100,9 +100,9 @@ class _Scan(SingleLevelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, Tensor | None, None]:
-        """The adjoint of a scan is the scan of the other direction, with each multiplier moved by one link:
-        ``g[i] = grad[i] + conj(m[i+1]) * g[i+1]``, and ``grad_m[i] = g[i] * conj(u[i-1])`` summed as m was spread.
-        From an initial state nothing has to be moved: it is one row in front of which there are L links.
+        """The adjoint of a scan is the scan in the other direction, with each multiplier shifted by one link: ``g[i] =
+        grad[i] + conj(m[i+1]) * g[i+1]``, and ``grad_m[i] = g[i] * conj(u[i-1])``, summed over the dimensions in which
+        m was broadcast. With an initial state no shift is needed: it is one row, followed by L links.
         """
         multipliers, states = ctx.saved_tensors
         adjoint = None if multipliers is None else multipliers.conj()
@@ -124,10 +124,10 @@ class _Scan(SingleLevelFunction):
     def jvp(
         ctx: Any, values: Tensor | None, multipliers: Tensor | None, _: Any, initial: Tensor | None, *__: Any
     ) -> Tensor:
-        """A scan again: ``du[i] = da[i] + dm[i] * u[i-1] + m[i] * du[i-1]``, for tangents da and dm."""
+        """Also a scan: ``du[i] = da[i] + dm[i] * u[i-1] + m[i] * du[i-1]``, for tangents da and dm."""
         levels = functorch_levels.get_interpreter_stack() or []
         if sum(level.key() == functorch_levels.TransformType.Jvp for level in levels) > 1:
-            # Torch switches forward mode off in here, so the outer tangents would be lost.
+            # Torch turns forward mode off in here, so the outer tangents would be lost.
             raise NotImplementedError(
                 "linear_scan: forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; "
                 "make one of the two reverse mode (torch.func.hessian, jacfwd of jacrev)"
@@ -135,7 +135,7 @@ class _Scan(SingleLevelFunction):
         primal, factor, start = ctx.saved_tensors
         fed = torch.zeros_like(primal) if values is None else values
         if multipliers is not None:
-            # Computed anew: the output of forward is not yet one that depends on the inputs.
+            # Computed again, because the output of forward does not depend on the inputs yet.
             states = operator(primal, factor, ctx.reverse, start)
             fed = fed + spread(multipliers, primal) * _before(states, ctx.reverse, ctx.starts)
         if ctx.starts and initial is None:
@@ -144,12 +144,12 @@ class _Scan(SingleLevelFunction):
 
 
 def _first_and_rest(rows: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
-    """The row a scan in this direction starts with, and the others."""
+    """The row with which a scan in this direction starts, and the others."""
     return (rows[-1], rows[:-1]) if reverse else (rows[0], rows[1:])
 
 
 def _before(states: Tensor, reverse: bool, starts: bool) -> Tensor:
-    """Of a scan's result, the state before each link."""
+    """The state before each link, from a scan's result."""
     if not starts:
         return previous(states, reverse)
     return states[1:] if reverse else states[:-1]
@@ -179,10 +179,10 @@ def _vmap(
     reverse: bool = False,
     initial: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    """The mapped dimension becomes one more column dimension, right behind the length."""
+    """The mapped dimension becomes one more column dimension, directly after the length."""
     values_dim, multipliers_dim, _, initial_dim = (*in_dims, None, None)[:4]
     if values.ndim == (values_dim is not None):
-        check_values(values.new_empty(()))  # it says what is wrong
+        check_values(values.new_empty(()))  # raises with a message
     if values_dim is None:
         values = values.unsqueeze(1).expand(values.shape[0], info.batch_size, *values.shape[1:])
     else:

@@ -1,4 +1,4 @@
-"""The scan as its definition reads: a Python loop over the links. Tests compare everything else with it."""
+"""The scan as defined: a Python loop over the links. Tests compare all other implementations with it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def spread(multipliers: Tensor, values: Tensor) -> Tensor:
-    """``multipliers`` with as many dimensions as ``values``: a 1-d tensor is one multiplier per link."""
+    """``multipliers`` with as many dimensions as ``values``; a 1-d tensor has one multiplier per link."""
     return multipliers.reshape(multipliers.shape + (1,) * (values.ndim - multipliers.ndim))
 
 
 def linear_scan_reference(values: Tensor, multipliers: Tensor | None = None, *, reverse: bool = False) -> Tensor:
     """``u[i] = values[i] + multipliers[i] * u[i-1]`` (``u[i+1]`` if ``reverse``), one link after the other.
 
-    Computes in the dtype it is given, whatever that is, and is differentiable by plain autograd. Shapes as in
+    Computes in the dtype of its input, and plain autograd differentiates it. Shapes as in
     :func:`hwbp_compiler.linear_scan`.
     """
     length = values.shape[0]

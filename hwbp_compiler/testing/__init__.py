@@ -1,8 +1,8 @@
-"""Property tests for the gradients of anyone's model: an oracle, assertions, and generated models.
+"""Property tests for the gradients of any model: an oracle, assertions, and generated models.
 
     from hwbp_compiler import testing
 
-    testing.assert_exact_at_full_length(model, args, loss)      # enough iterations is ordinary backprop
+    testing.assert_exact_at_full_length(model, args, loss)      # with enough iterations it is ordinary backprop
     testing.assert_forward_unchanged(model, args)
     testing.check(model, args, loss)                            # all of them, with a verdict
 

@@ -1,8 +1,8 @@
 """Claims about ``torch.compile(model, backend="highway")``, checked on a user's own model.
 
-Every assertion works on float64 copies of the model and its inputs, compiles the copy with
-``rewrite="always"``, and compares with eager mode or with the oracle, never with Inductor. Random numbers are
-drawn as in eager mode (``fallback_random``), so a model with dropout is compared under the same masks.
+Every assertion works on float64 copies of the model and its inputs. It compiles the copy with ``rewrite="always"`` and
+compares it with eager mode or with the oracle, never with Inductor. Random numbers are drawn as in eager mode
+(``fallback_random``), so a model with dropout is compared under the same masks.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ from .reference import Program, reference_gradients
 
 Loss = Callable[[Any], Tensor]
 
-# Longer chains are left exact where k reaches their length, whatever is asked for: every round is nodes of the graph.
+# Longer chains stay exact if k reaches their length, whatever is requested, because every round adds nodes to the
+# graph.
 _MOST_ROUNDS = 32
 
 
 class AtFullLength(Options):
-    """Options under which chains of up to 32 links are rewritten with as many iterations as they have links too.
+    """Options under which chains of up to 32 links are rewritten even with as many iterations as they have links.
 
-    It is ordinary backprop by a detour, so no user wants it, but it is how the rewritten form can be compared with
-    eager mode.
+    The result is ordinary backprop computed in a roundabout way. No user wants that, but it lets the rewritten form be
+    compared with eager mode.
     """
 
     def truncation(self, length: int) -> Truncation | None:
@@ -49,7 +50,7 @@ class AtFullLength(Options):
 
 @contextlib.contextmanager
 def rewriting_at_full_length() -> Iterator[None]:
-    """While this lasts, ``torch.compile`` takes options as :class:`AtFullLength`."""
+    """While this lasts, ``torch.compile`` interprets options as :class:`AtFullLength`."""
     token = made_by.set(AtFullLength)
     try:
         yield
@@ -263,7 +264,9 @@ def _copies(model: nn.Module, args: Sequence[Any]) -> tuple[nn.Module, nn.Module
 
 
 def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """A forward pass may count its calls, say: the next one starts where it did."""
+    """Restore the buffers, so that the next forward pass starts from the same values. A forward pass may count its
+    calls, for example.
+    """
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])

@@ -1,8 +1,8 @@
-"""The parts random models are made of: blocks, norms, updates, activations and recurrent cells.
+"""The parts of random models: blocks, norms, updates, activations and recurrent cells.
 
-Everything here is written once for both readers. With ``hold is keep`` it is what a user would write; with any
-other ``hold`` the same computation is spelt out, each value that mixes elements passing through ``hold`` where it
-meets the state, which is what the oracle needs (:class:`..reference.Step`).
+Each part is written once for two uses. With ``hold is keep`` it is what a user would write. With any other ``hold`` the
+same computation is written out for the oracle: each value that mixes elements passes through ``hold`` where it meets
+the state (:class:`..reference.Step`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Block(nn.Module):
     squeeze               scaled by a sigmoid of the mean over the length
     parallel              attention plus MLP
     cast                  an MLP computed in float32
-    sized                 halves of the length change places: computes with sizes of its own tensors
+    sized                 swaps the halves of the length: computes with sizes of its own tensors
     in_place              the first column is set to zero, the rest is doubled, in place
     """
 
@@ -169,8 +169,9 @@ class Block(nn.Module):
 
 
 class Normal(nn.Module):
-    """A norm over the last dimension (``group``: over length and width, in two groups if
-    the width can be divided by four)."""
+    """A norm over the last dimension (``group``: over length and width, in two groups if the width can be divided by
+    four).
+    """
 
     def __init__(self, kind: Norm | After, width: int) -> None:
         super().__init__()
@@ -217,12 +218,12 @@ class Normal(nn.Module):
         return x
 
 
-# Updates that use the block's normed input beside the block.
+# Updates that use the block's normed input in addition to the block.
 USED_TWICE = ("normed_gate", "inner")
 
 
 def updated(kind: Update, x: Tensor, u: Tensor, z: Tensor, learnt: Learnt, hold: Hold) -> Tensor:
-    """How block output z and state x join; u is the block's input."""
+    """Combine block output z and state x; u is the block's input."""
     if kind == "gate":
         g = torch.sigmoid(learnt.gate(x))
         return hold(g) * x + hold((1 - g) * torch.tanh(z))
@@ -291,11 +292,11 @@ def activated(kind: After, x: Tensor) -> Tensor:
 
 
 class Cell(nn.Module):
-    """One time step: ``forward(x, state, hold) -> state``; the first entry of a state is what is handed upwards.
+    """One time step: ``forward(x, state, hold) -> state``. The first entry of a state is passed upwards.
 
     gru, lstm           as ``nn.GRUCell`` and ``nn.LSTMCell``; ``late_reset``: the reset gate before the matrix
     peephole            an LSTM whose forget gate also sees c, elementwise
-    min_gru, diagonal   gates of the input alone, no matrix on the state
+    min_gru, diagonal   gates depend only on the input; no matrix on the state
     gates               a h + (1 - a) b, where the input itself is a and b; bounded_gates: tanh(a h + b)
     residual, leaky     h + tanh(..); (1 - a) h + a tanh(..) with a learnt vector a
     lerp                ``torch.lerp(h, n, z)``

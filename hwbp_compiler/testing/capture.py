@@ -1,16 +1,16 @@
-"""Run the rewritten joint graph without generating any code: seconds less per test than Inductor.
+"""Run the rewritten joint graph without generating code, which saves seconds per test compared with Inductor.
 
-Three ways, all with Inductor's decompositions and with the passes applied where Inductor would apply them:
+There are three ways. All use Inductor's decompositions and apply the passes where Inductor would apply them:
 
-``eager_highway(options)`` is a backend for ``torch.compile``: rewrite, partition, run both halves as they stand.
+``eager_highway(options)`` is a backend for ``torch.compile``: it rewrites, partitions, and runs both halves uncompiled.
 
-``capture(model, args, loss)`` compiles once and then gives the gradients for as many options as asked for: each
-rewrites its own copy of the joint graph and runs it as a whole.
+``capture(model, args, loss)`` compiles once and then gives the gradients for any number of options. Each time it
+rewrites a copy of the joint graph and runs it as a whole.
 
-``trace(model, args, loss)`` is the same without Dynamo and AOTAutograd, four times cheaper, for models that are a
-plain function of their parameters (no mutation, no random numbers): the joint graph is traced directly.
+``trace(model, args, loss)`` is the same without Dynamo and AOTAutograd, and four times cheaper. It is for models that
+are a plain function of their parameters (no mutation, no random numbers): the joint graph is traced directly.
 
-The first two draw random numbers as eager mode does, so that a seed gives the same dropout masks as the model itself.
+The first two draw random numbers as eager mode does, so a seed gives the same dropout masks as the model itself.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from hwbp_compiler.torch_private import (
     without_modes,
 )
 
-# What a Record of passes.run says about one chain: .length, .decision, .reason.
+# A record of passes.run about one chain: .length, .decision, .reason.
 Record = Any
 
 
 def options(**kwargs: Any) -> Any:
-    """Options for tests: rewrite whatever is sound, however short, and let no failure pass in silence."""
+    """Options for tests: rewrite every sound chain, however short, and raise on every failure."""
     from hwbp_compiler.options import Options
 
     return Options(**{"iterations": 4, "rewrite": "always", "min_length": 2, "strict": True, **kwargs})
@@ -60,13 +60,13 @@ def options(**kwargs: Any) -> Any:
 
 @functools.cache
 def decompositions() -> dict[Any, Any]:
-    """Inductor's, less those that draw random numbers differently from eager mode."""
+    """Inductor's decompositions, except those that draw random numbers differently from eager mode."""
     with inductor_config.patch(fallback_random=True):
         return select_decomp_table()
 
 
 def copied(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph of its own, the same tensors: torch cannot copy fake ones that stand for constants."""
+    """A separate graph over the same tensors: torch cannot copy fake ones that represent constants."""
     tensors = [v for v in vars(module).values() if isinstance(v, Tensor)] + list(module.buffers())
     return copy.deepcopy(module, {id(t): t for t in tensors})
 
@@ -86,7 +86,7 @@ def eager_highway(
 ) -> Callable[..., Any]:
     """A backend: the passes under ``options`` (None: no passes), then ``partition``, then no compilation.
 
-    Found chains are appended to ``records``, the joint graph before and after to ``graphs``.
+    Chains found are appended to ``records``, the joint graph before and after to ``graphs``.
     """
 
     def partition_fn(joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
@@ -114,14 +114,14 @@ def eager_highway(
         loops, before = prepare(graph, options).records, len(records or ())
         compiled = compile_graph(graph, inputs)
         if records is not None:
-            records[before:before] = loops  # once it is compiled: Dynamo may start over and come again
+            records[before:before] = loops  # only after compiling: Dynamo may start over and come here again
         return compiled
 
     return _for_us(backend)
 
 
 def _for_us(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """``backend``, to which Dynamo hands loops and recurrent modules whole, as to the one that generates code."""
+    """Mark ``backend`` so that Dynamo passes loops and recurrent modules to it whole, as to the real backend."""
     setattr(backend, SERVES, True)
     setattr(backend, RUNS_IN, traced_whole)
     return backend
@@ -133,7 +133,7 @@ def _as_it_stands(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., A
 
 @dataclass
 class JointGraph:
-    """One captured joint graph with what it was run on."""
+    """One captured joint graph, with the inputs it was run on."""
 
     module: fx.GraphModule
     forward_outputs: int
@@ -170,7 +170,7 @@ class Capture:
         """
         self._options, self._records = options, []
         if options is not None and self._prepared_for not in (None, _preparation(options, self._loops)):
-            self.recompile()  # loops and recurrent modules are decided upon before the joint graph is traced
+            self.recompile()  # loops and recurrent modules are decided before the joint graph is traced
         output = self.compiled(*self.args)
         found = torch.autograd.grad(self.loss(output), list(self.leaves.values()), allow_unused=True)
         gradients = {
@@ -184,19 +184,19 @@ class Capture:
         self._records.extend(records)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             if joint.rng_state is not None:
-                torch.set_rng_state(joint.rng_state)  # the forward is run again: the same dropout masks
-            # Without io processing: the flat inputs and outputs of the graph itself.
+                torch.set_rng_state(joint.rng_state)  # the forward runs again with the same dropout masks
+            # Without io processing: use the flat inputs and outputs of the graph itself.
             outputs = fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
         return list(outputs)[joint.forward_outputs :]
 
 
 def _preparation(options: Any, loops: Sequence[Record]) -> Any:
-    """What of ``options`` decides what a joint graph with these loops, or with recurrent modules, is traced from."""
+    """The part of ``options`` that determines how a joint graph with these loops or recurrent modules is traced."""
     return options if loops else (options.rewrite, options.iterations == "exact")
 
 
 def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor]:
-    """Everything that wants a gradient, keyed as the oracle keys it."""
+    """Everything that requires a gradient, keyed as the oracle keys it."""
     leaves: dict[str | int, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     leaves.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad)
     return leaves
@@ -205,8 +205,9 @@ def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor
 def capture(
     model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor], dynamic: bool | None = None
 ) -> Capture:
-    """Trace ``model(*args)`` and keep its joint graph (each of them, if the graph breaks). ``dynamic``: as
-    ``torch.compile`` takes it."""
+    """Trace ``model(*args)`` and keep its joint graph (all of them, if the graph breaks). ``dynamic`` has the same
+    meaning as in ``torch.compile``.
+    """
     result = Capture(lambda *a: None, leaves_of(model, args), args, loss, [])
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
@@ -223,7 +224,7 @@ def capture(
 
         def forward_compiler(module: fx.GraphModule, example_inputs: Any) -> Any:
             def run(*primals: Any) -> Any:
-                if here:  # otherwise nothing wants a gradient
+                if here:  # otherwise nothing requires a gradient
                     here[0].primals = [p.detach().clone() if isinstance(p, Tensor) else p for p in primals]
                     here[0].rng_state = torch.get_rng_state()
                 with torch.no_grad():
@@ -241,7 +242,7 @@ def capture(
             partition_fn=partition_fn,
             decompositions=decompositions(),
         )(graph, inputs)
-        result._loops += loops  # once it is compiled: Dynamo may start over and come again
+        result._loops += loops  # only after compiling: Dynamo may start over and come here again
         return compiled
 
     def recompile() -> None:
@@ -268,8 +269,9 @@ class Trace:
     def gradients(
         self, options: Any, run: Callable[[fx.GraphModule, fx.Graph, list[Any]], Any] | None = None
     ) -> tuple[Any, dict[str | int, Tensor], list[Record]]:
-        """As :meth:`Capture.gradients`. ``run(root, graph, inputs)`` gives the rewritten graph's results; unless it is
-        given, operators are called one by one."""
+        """Like :meth:`Capture.gradients`. ``run(root, graph, inputs)`` gives the rewritten graph's results; by default,
+        operators are called one by one.
+        """
         root, graph = self.joint.module, fx.Graph()
         graph.output(graph.graph_copy(root.graph, {}))
         records = run_passes(graph, options) if options is not None else []
@@ -284,7 +286,7 @@ class Trace:
 
 
 def _interpreted(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> Any:
-    # Neither copied nor printed as code: that would take longer than the passes do.
+    # Neither copied nor printed as code: that would take longer than the passes.
     return fx.Interpreter(root, graph=graph).run(*inputs, enable_io_processing=False)
 
 
@@ -299,7 +301,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]
     )
     tangents = [torch.zeros_like(ends[i]) if g is None else g for i, g in zip(wanted, found, strict=True)]
 
-    # Everything the model reads is an input of the graph, as it is under Dynamo.
+    # Everything the model reads is an input of the graph, as under Dynamo.
     constants: dict[str | int, Tensor] = dict(model.named_buffers())
     constants.update((n, p) for n, p in model.named_parameters() if n not in leaves)
     constants.update((i, a) for i, a in enumerate(args) if isinstance(a, Tensor) and i not in leaves)
@@ -337,13 +339,13 @@ def _recorded(joint: Callable[..., tuple[Any, ...]], primals: list[Tensor], tang
 
 
 class _Recorder(TorchDispatchMode):
-    """Runs on real tensors and notes every operator that no decomposition takes apart."""
+    """Runs on real tensors and records every operator that no decomposition handles."""
 
     def __init__(self, table: dict[Any, Any]) -> None:
         super().__init__()
         self.table, self.graph, self.root = table, fx.Graph(), nn.Module()
         self.nodes: dict[int, fx.Node] = {}
-        self.alive: list[Tensor] = []  # an id means a tensor only as long as that lives
+        self.alive: list[Tensor] = []  # keeps tensors alive, so that ids stay unique
         self.described: dict[Any, Tensor] = {}
 
     def placeholder(self, name: str, value: Tensor) -> None:
@@ -353,7 +355,7 @@ class _Recorder(TorchDispatchMode):
         """``value`` as an argument of a node."""
         if not isinstance(value, Tensor):
             return value
-        if id(value) not in self.nodes:  # made outside of the graph: a constant
+        if id(value) not in self.nodes:  # made outside the graph: a constant
             name = f"_tensor_constant{len(self.alive)}"
             self.root.register_buffer(name, value.detach())
             self._keep(value, self.graph.get_attr(name))
@@ -401,14 +403,14 @@ def _fakes() -> FakeTensorMode:
 
 
 def _functionalise(graph: fx.Graph) -> None:
-    """Some decompositions end in ``x.add_(eps)`` on a fresh tensor; AOTAutograd would have made that ``add``."""
+    """Some decompositions end in ``x.add_(eps)`` on a fresh tensor; AOTAutograd would have turned that into ``add``."""
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
         if node.op == "call_function" and name.split(".")[0].endswith("_"):
             if list(node.args[0].users) != [node]:
                 raise NotImplementedError(
-                    f"trace handles operators that change nothing in place, and {node.target} changes {node.args[0]}, "
-                    "which is used elsewhere; use capture, which functionalises as AOTAutograd does"
+                    f"trace supports no in-place changes, but {node.target} changes {node.args[0]}, which is used "
+                    "elsewhere; use capture, which functionalises as AOTAutograd does"
                 )
             packet, overload = name.split(".")
             node.target = getattr(getattr(torch.ops.aten, packet.removesuffix("_")), overload)

@@ -1,4 +1,4 @@
-"""Comparing two sets of gradients: one number, and an assertion that names the worst of them."""
+"""Compare two sets of gradients: as one number, or by an assertion that names the worst of them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def assert_gradients_close(
         error = float(torch.where(same, 0.0, got - expected).norm())
         allowed = tolerance * float(torch.where(expected.isfinite(), expected, 0.0).norm()) + floor
         excess = error / allowed if allowed else (0.0 if error == 0.0 else float("inf"))
-        if not excess <= worst:  # also where the error is not a number
+        if not excess <= worst:  # also true if the error is nan
             norm = float(expected.norm())
             worst = excess
             message = f"{what}: {key} is off by {error:.3e}, its reference has norm {norm:.3e} (allowed: {allowed:.3e})"
@@ -63,7 +63,9 @@ def assert_gradients_close(
 
 
 def assert_outputs_close(actual: Any, reference: Any, tolerance: float, what: str = "outputs") -> None:
-    """The same structure, and every tensor within ``tolerance`` of its largest entry (at least of 1)."""
+    """Check that the structures are equal and every tensor is within ``tolerance`` times its largest entry (or 1 if
+    that is larger).
+    """
     got, got_spec = pytree.tree_flatten(actual)
     expected, expected_spec = pytree.tree_flatten(reference)
     assert got_spec == expected_spec, f"{what}: structure {got_spec}, not {expected_spec}"

@@ -3,9 +3,9 @@
     python -m hwbp_compiler.testing.fuzz --seconds 60 --seed 0
 
 Draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
-generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd, and a smaller
-one through the whole of torch.compile, half of these after another backend has seen them. ``--generated 1`` runs
-Inductor's code of every program, also in memory that is never used twice. A failure is minimised by hypothesis and
+generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd. A smaller
+share goes through the whole of torch.compile, half of these after another backend has seen them. ``--generated 1`` runs
+Inductor's code of every program, also with buffers that are never reused. Hypothesis minimises a failure, which is
 saved as a script that repeats it. The exit status is 1 if anything failed.
 """
 
@@ -60,7 +60,8 @@ class Setting:
 def cases(draw: st.DrawFn, generated: bool = False) -> tuple[Model, tuple[Setting, ...]]:
     spec, chosen = draw(for_inductor() if generated else programs()), draw(all_settings())
     if any(isinstance(s, Recurrence) or s.skips or s.update in USED_TWICE for s in spec.stacks):
-        # Inside a cell or a block, or where a skip ends, there can be what looks like a chain of one link, and is one.
+        # A cell, a block, or the place where a skip ends can contain something that looks like a chain of one link, and
+        # is one.
         chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
     return spec, chosen
 
@@ -80,8 +81,9 @@ def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
 
 
 def programs() -> st.SearchStrategy[Model]:
-    """Small ones mostly: what they are made of matters, not their size. One in four has sizes of two numbers only: many
-    of its buffers are of the same size, and so used again."""
+    """Mostly small programs: their parts matter, not their size. One in four has sizes of only two different numbers,
+    so that many of its buffers have the same size and are reused.
+    """
     return st.integers(0, 3).flatmap(lambda lot: coinciding() if lot == 3 else of_any_size())
 
 
@@ -114,9 +116,9 @@ def of_any_size() -> st.SearchStrategy[Model]:
 
 
 def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> list[tuple[Verdict, list[Any]]]:
-    """The gradients of ``spec`` under each setting are the oracle's, or AssertionError.
+    """Check that the gradients of ``spec`` under each setting are the oracle's; otherwise raise AssertionError.
 
-    Empty where nothing in the model wants a gradient.
+    The result is empty if nothing in the model requires a gradient.
     """
     model, args, loss = models.build(spec)
     if not any(leaf.requires_grad for leaf in leaves_of(model, args).values()):
@@ -124,13 +126,13 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     if route == "trace" and _in_place(spec):
         route = "dynamo"
     if route == "rolled" and any(isinstance(s, Recurrence) and s.cell == "min_gru" for s in spec.stacks):
-        chosen = tuple(replace(setting, damping=0.0) for setting in chosen)  # rolled up it is a scan, without blocks
-    if route == "generated":  # takes seconds each: one setting, and one under which something is truncated
+        chosen = tuple(replace(setting, damping=0.0) for setting in chosen)  # rolled up, it is a scan without blocks
+    if route == "generated":  # takes seconds each: use one setting, under which something is truncated
         chosen = (_below_length(spec, chosen[0]),)
     low = spec.dtype == "float32" or any(_casts(stage) for stage in spec.stacks)
     reference = copy.deepcopy(model).double()  # the same numbers
     wide_args = tuple(a.detach().double().requires_grad_(a.requires_grad) for a in args)
-    # A loop of few steps has more ends than middle, and one without blocks is exact as it is: they may be passed over.
+    # A loop of few steps has more ends than middle, and one without blocks is exact anyway. The compiler may skip them.
     loops = any(isinstance(stage, Recurrence) for stage in spec.stacks)
     found = []
     routes = {
@@ -143,7 +145,7 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
         if low:
             loose = _rounding(model, args, reference, wide_args, loss, setting)
             if not loose < 1e-3:
-                continue  # float32 says nothing about this one
+                continue  # float32 gives no information about this one
             tolerance = max(5e-3, 50 * loose)
         verdict = judge(
             models.programs(reference), wide_args, loss, _widened(output), gradients, records,
@@ -179,7 +181,7 @@ def _rounding(
 
 
 def _other_rounding(model: Any) -> Any:
-    """The same model with every parameter one float32 rounding away: casts inside then round differently."""
+    """The same model with every parameter moved by one float32 rounding, so that casts inside round differently."""
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -196,7 +198,7 @@ def _widened(output: Any) -> Any:
 
 
 def _below_length(spec: Model, setting: Setting) -> Setting:
-    """The setting with k and S so small that the shortest chain of ``spec`` is not exact under them."""
+    """The setting with k and S small enough that the shortest chain of ``spec`` is not exact."""
     length = min(stage.depth if isinstance(stage, Stack) else spec.length for stage in spec.stacks)
     segment = min(setting.segment, max(1, length // 2))
     runs = -(-length // segment)
@@ -240,8 +242,10 @@ def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
 
 
 def _rolled(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
-    """Through Dynamo, which unrolls the loops over time, with all of them rolled up again. With sizes that are numbers:
-    Dynamo may take one for a symbol until the first step says that it is none, which makes that step another."""
+    """Run through Dynamo, which unrolls the loops over time, with all of them rolled up again. Sizes are static: Dynamo
+    may treat a size as a symbol until the first step shows that it is a number, which makes that step differ from the
+    others.
+    """
     captured = capture(*models.build(spec), dynamic=False)
     captured._options = options(reroll="always")
     for setting in chosen:
@@ -276,8 +280,7 @@ def _through_inductor(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]
 
 
 def _another_backend_first(spec: Model) -> None:
-    """In half of the programs, another backend has seen the same code in this process; in a quarter, Dynamo gave all
-    of it up."""
+    """In half of the programs, another backend sees the same code first; in a quarter, Dynamo gives all of it up."""
     lot = zlib.crc32(repr(spec).encode()[::-1]) % 4
     if lot < 2:
         model, args, _ = models.build(spec)
@@ -293,7 +296,7 @@ def _gives_up(module: Any, inputs: Any) -> Any:
 
 @dataclass
 class Report:
-    """What a run has seen. ``programs``: distinct models; ``checks``: settings compared with the oracle."""
+    """The results of a run. ``programs`` counts distinct models, ``checks`` settings compared with the oracle."""
 
     programs: int = 0
     checks: int = 0
@@ -416,7 +419,7 @@ class Fuzzer:
 
     def _save(self, failure: tuple[Model, tuple[Setting, ...], Route, BaseException]) -> None:
         spec, chosen, route, error = failure
-        if not isinstance(error, AssertionError):  # a crash is told apart by where it happened
+        if not isinstance(error, AssertionError):  # crashes are distinguished by where they happened
             self.known.add(_signature(error))
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"failure_{self.seed}_{len(self.report.failures)}.py"
@@ -444,10 +447,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--programs", type=int, help="stop after so many")
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
-    parser.add_argument("--rolled", type=float, default=0.01, help="share whose loops are rolled up again")
+    parser.add_argument("--rolled", type=float, default=0.01, help="share whose loops are rolled up")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
-    parser.add_argument("--generated", type=float, default=0.0, help="share of which Inductor's code is run, twice")
-    parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on making a failure small")
+    parser.add_argument("--generated", type=float, default=0.0, help="share whose Inductor code is run, twice")
+    parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on minimising a failure")
     given_ = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     logging.getLogger("hwbp_compiler").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Run a flat graph through Inductor's code, quickly and as often as one likes.
+"""Run a flat graph through Inductor's code, quickly and repeatedly.
 
 What Inductor decides (fusion, in which memory a buffer lies, what is written in place of what) shows in its code and
 not in the graph. ``torch.compile`` builds every kernel apart, which takes seconds each; here all kernels of several
@@ -20,17 +20,17 @@ from torch import Tensor, fx
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, compile_step, inductor_config
 
-# Memory that is never used twice: what is computed so does not depend on where it lies.
+# Options under which memory is never reused, so that results do not depend on where buffers lie.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
 
 _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>"
 
 
 def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> Any:
-    """What the code of ``graph`` computes, compiled as our backend has it compiled.
+    """The results of ``graph``'s code, compiled as our backend compiles it.
 
-    Raises AssertionError where the same code computes something else in memory that is never used twice: something
-    was overwritten that was still needed. Rounding alone may differ, as products do with the alignment of memory.
+    Raises AssertionError if the same code gives other results when memory is never reused: something was overwritten
+    that was still needed. Only rounding may differ, because products depend on the alignment of memory.
     """
     with kernels_together():
         options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
@@ -71,7 +71,7 @@ class _Kernels:
     """All kernels added since the last call are built as one library when the next of them is called."""
 
     def __init__(self) -> None:
-        self.names: dict[str, str] = {}  # source, with ``kernel`` for its name -> its name in the library
+        self.names: dict[str, str] = {}  # source without the name -> name
         self.built: dict[str, Any] = {}
 
     def add(self, types: list[str], source: str) -> Callable[..., None]:
@@ -92,7 +92,7 @@ class _Kernels:
         for source, name in new.items():
             body = source.replace(_INCLUDE, "")
             parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
-        # As the part that is to be optimised, which is what Inductor precompiles its headers for.
+            # Passed as the part to optimise, because Inductor precompiles its headers for that.
         library = CppCodeCache.load("", optimized_code="\n".join(parts))
         self.built.update((name, library[name]) for name in new.values())
 
@@ -102,7 +102,7 @@ def _address(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """Relative to the largest number; infinite where only one of two is a number."""
+    """The difference relative to the largest number; infinite if only one of the two is finite somewhere."""
     finite = torch.isfinite(other)
     if not torch.equal(torch.isfinite(one), finite):
         return float("inf")

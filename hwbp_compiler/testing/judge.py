@@ -1,7 +1,7 @@
-"""Whether gradients are w^k's for the chains that were rewritten, and backprop's for all others.
+"""Check that gradients are w^k's for the chains that were rewritten, and backprop's for all others.
 
-Where the chains are is known from the oracle's :class:`Program`, by construction; what was rewritten is told by the
-compiler's records. The two meet here: the gradients must be those of some choice of chains as long as the records say.
+The oracle's :class:`Program` knows the chains by construction; the compiler's records say what was rewritten. The
+gradients must match some choice of chains with the lengths in the records.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .reference import ChainRun, Hold, Link, Program, RunChain, Tensors, keep, r
 
 @dataclass(frozen=True)
 class Verdict:
-    """Each chain of the program that matched: the lengths it can be said to have, and whether it was rewritten.
+    """The program that matched. For each of its chains: the lengths it can have, and whether it was rewritten.
 
-    ``missed``: chains of at least ``least`` links for which there is no record at all.
+    ``missed`` is the number of chains of at least ``least`` links for which there is no record at all.
     """
 
     lengths: tuple[frozenset[int], ...]
@@ -31,11 +31,11 @@ class Verdict:
 
 
 def chain_lengths(program: Program, args: Sequence[Any]) -> list[frozenset[int]]:
-    """The lengths each chain of ``program`` can be said to have, in the order in which they are run.
+    """The lengths that each chain of ``program`` can have, in the order in which they run.
 
-    L links, and only those behind the first state that wants a gradient: where the input and the first parameters
-    want none, the links below take no part. The link that leads to that state is one of the chain's, or its own
-    gradient is computed outside: both are right.
+    A chain has L links, but only those after the first state that requires a gradient count: if the input and the first
+    parameters require none, the links below take no part. The link that leads to that state may count as one of the
+    chain's, or its gradient is computed outside: both are correct.
     """
     found: list[frozenset[int]] = []
 
@@ -51,7 +51,7 @@ def chain_lengths(program: Program, args: Sequence[Any]) -> list[frozenset[int]]
 
 
 def plainly(links: Sequence[Link], state: Tensors) -> ChainRun:
-    """Run a chain as eager mode does: a ``run_chain`` for :class:`Program` under which autograd is backprop."""
+    """Run a chain as eager mode does: a ``run_chain`` for :class:`Program` with which autograd is backprop."""
     states, outputs = [state], []
     for link in links:
         state, sideways = link.step(state, link.side, keep)
@@ -77,11 +77,11 @@ def judge(
     noise: float = 1e-12,
     forward_tolerance: float = 1e-11,
 ) -> Verdict:
-    """Raises AssertionError unless one of ``programs`` explains ``gradients`` and what ``records`` say.
+    """Raise AssertionError unless one of ``programs`` explains ``gradients`` and ``records``.
 
-    programs   the model retold; several where it is open which chains it has
+    programs   the model as programs of the oracle; several if it is open which chains the model has
     tails      a chain may count the link in front of it, which is exact: its outputs are computed with the chain's
-    least      the shortest chain that has to be found (``min_length``, or longer)
+    least      the shortest chain that must be found (``min_length``, or longer)
     records    ``.length``, ``.decision``, ``.reason`` of every chain the compiler has found
     segment    S, links per segment. For S > 1 it matters where a chain begins: see :func:`_beginning`
     """
@@ -101,11 +101,11 @@ def judge(
             assert_outputs_close(output, expected_output, forward_tolerance)
             try:
                 what = f"k={iterations}, gamma={damping}, S={segment}"
-                # Losses here send gradients of the order of one; where normalisation cancels them, rounding stays.
+                # The losses here give gradients of order one. If a normalisation cancels them, only rounding is left.
                 assert_gradients_close(gradients, expected, tolerance, noise, what, least=0.01)
             except AssertionError as error:
                 distance = relative_error(gradients, expected)
-                if not distance >= closest[0]:  # also where it is not a number
+                if not distance >= closest[0]:  # also true if it is nan
                     closest = (distance, f"{error}; rewritten {rewritten}, chains {[sorted(n) for n in lengths]}")
                 continue
             eligible = sum(min(n) >= least for i, n in enumerate(lengths) if i in exact)
@@ -118,7 +118,9 @@ def judge(
 def _choices(
     lengths: Sequence[frozenset[int]], rewritten: list[int], each_length: bool = False
 ) -> Iterator[dict[int, int]]:
-    """Sets of chains whose lengths are, in some order, those of ``rewritten``: each set with one such order, or all."""
+    """Sets of chains whose lengths are those of ``rewritten`` in some order. For each set one such order, or all of
+    them.
+    """
     for chosen in itertools.combinations(range(len(lengths)), len(rewritten)):
         options = itertools.product(*(sorted(lengths[i]) for i in chosen))
         orders = (dict(zip(chosen, option, strict=True)) for option in options if sorted(option) == rewritten)
@@ -126,11 +128,11 @@ def _choices(
 
 
 def _beginning(program: Program, lengths: Mapping[int, int]) -> Program:
-    """``program`` with the chains numbered in ``lengths`` so long, by links next to the input.
+    """``program`` with the chains numbered in ``lengths`` adjusted to these lengths, by links next to the input.
 
-    A chain's first state is inside a segment, one that a link leads to may be the last of its own, and so truncated.
-    Links too many are those whose states want no gradient: they are run outside of the chain. A link too few is the
-    one in front, which is exact: an identity takes its place.
+    A chain's first state lies inside a segment, but a state that a link leads to may be the last of its segment, and so
+    be truncated. If there are too many links, the extra ones (whose states require no gradient) run outside the chain.
+    If a link is missing, it is the one in front, which is exact: an identity replaces it.
     """
 
     def forward(run: RunChain, *args: Any) -> Any:
@@ -141,7 +143,7 @@ def _beginning(program: Program, lengths: Mapping[int, int]) -> Program:
             if more > 0:
                 done = run([*[Link(_identity)] * more, *links], state)
                 return ChainRun(done.states[more:], done.outputs[more:])
-            first = plainly(links[:-more], state)  # none where there are as many as there should be
+            first = plainly(links[:-more], state)  # empty if the number of links is right
             rest = run(links[-more:], first.states[-1])
             return ChainRun([*first.states[:-1], *rest.states], first.outputs + rest.outputs)
 

@@ -1,4 +1,8 @@
-"""Residual and recurrent models made from plain data, each paired with its programs for the oracle."""
+"""Residual and recurrent models made from plain data, each paired with its programs for the oracle.
+
+A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` names
+only what differs from the simplest model, so a failing example can be read and pasted back.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ __all__ = ["Model", "Recurrence", "Stack", "Stage", "build", "loss", "program", 
 
 
 def loss(output: dict[str, Any]) -> Tensor:
-    """Of everything the model returns but ``"ignored"``."""
+    """A loss of everything the model returns except ``"ignored"``."""
     return probe_loss({key: value for key, value in output.items() if key != "ignored"})
 
 
@@ -34,21 +38,21 @@ def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
     return model, (x.requires_grad_(spec.input_grad), *(h.requires_grad_() for h in given)), loss
 
 
-# ------------------------------------------------------------------------------------- the model, retold
+# ----------------------------------------------------------------------------- the model as a program of the oracle
 
 
 def program(model: ResidualModel) -> Program:
-    """The model of a pinned :class:`Model`, retold for the oracle on the same parameters."""
+    """The model of a pinned :class:`Model` as a program of the oracle, on the same parameters."""
     if not model.spec.pinned:
-        raise ValueError(f"which chains {model.spec} has is left open: there is no single program for it")
+        raise ValueError(f"{model.spec} does not determine its chains: there is no single program for it")
     return next(programs(model))
 
 
 def programs(model: ResidualModel) -> Iterator[Program]:
-    """Every way of reading chains into the model: one where it is pinned, many where links are skipped.
+    """Every way of reading chains into the model: one if it is pinned, many if links are skipped.
 
-    Highway-BP of any of them is sound; which one a compiler chooses is its own affair. Where every block reads the
-    first state, that of the first block is its state: a side input, or not.
+    Highway-BP of any of them is sound, and a compiler may choose any. If every block reads the first state, then for
+    the first block this may count as its state or as a side input.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
     if len(skipped) > 1:
@@ -66,12 +70,13 @@ def programs(model: ResidualModel) -> Iterator[Program]:
 
 
 Reading = tuple[tuple[int, ...], ...]
-"""Chains by their states, for example ((0, 1, 2), (2, 4)): what lies between two successive ones is one link. State i
-of a stack is what link i returns, plus what skips add to it; a last state written -i is without that."""
+"""Chains by their states, for example ((0, 1, 2), (2, 4)): everything between two successive states is one link. State
+i of a stack is what link i returns, plus what skips add to it. A last state written as -i excludes what skips add.
+"""
 
 
 def _readings(stack: Stack) -> Iterator[Reading]:
-    """All sound readings of at most two chains of at least two links, the longest first; what is in none is exact."""
+    """All sound readings of at most two chains of at least two links, longest first. Links in no chain are exact."""
     found = [
         states
         for count in range(stack.depth + 1, 2, -1)
@@ -91,7 +96,9 @@ def _readings(stack: Stack) -> Iterator[Reading]:
 
 
 def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool:
-    """No skip by-passes one of ``states``: it comes from before the chain, or from within the link it leads to."""
+    """Whether no skip bypasses one of ``states``: each comes from before the chain, or from inside the link it leads
+    to.
+    """
     for source, link in stack.skips:
         target = link - 1
         if states[0] < target <= states[-1] - bare:
@@ -139,7 +146,7 @@ def _retold(
 
 
 def _link(link: Residual, penalised: bool, side: Tensors, its_own: bool = False) -> Link:
-    """``its_own``: the first state that it reads is its state."""
+    """``its_own``: the first state, which the block reads, is also the link's state."""
 
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:
         found, hidden = link(state[0], *((side[0], state[0]) if its_own else side), hold=hold)
@@ -176,7 +183,7 @@ def _run_skipping(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States 0..depth as the model returns them, and penalties."""
     spec = stage.spec
-    known = {0: x}  # state by number, with what skips add
+    known = {0: x}  # state by number, including what skips add
     penalties: dict[int, Tensor] = {}
     starts = {states[0]: states for states in reading}
     position = 0
@@ -204,12 +211,12 @@ def _run_skipping(
         if bare:
             added = (known[source] for source, link in spec.skips if link == position + 1)
             known[position] = sum(added, known[position])
-    # Nobody looks at a state to which a skip adds something before it does: see ``strategies.stacks``.
+    # No state that a skip adds to is read before the addition: see ``strategies.stacks``.
     return [known[i] for i in range(spec.depth + 1)], [penalties[i] for i in spec.penalties]
 
 
 def _between(stage: Links, start: int, end: int, outside: dict[int, Tensor], context: Tensor, bare: bool) -> Link:
-    """State ``start`` to state ``end`` as one link; the states between them and all penalties leave sideways."""
+    """State ``start`` to state ``end`` as one link. The states between them and all penalties are side outputs."""
     spec = stage.spec
 
     def step(state: Tensors, side: Tensors, hold: Hold) -> tuple[Tensors, Tensors]:

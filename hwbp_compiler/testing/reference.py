@@ -1,14 +1,13 @@
-"""Highway-BP written out with ``torch.autograd``: the oracle the compiler is measured against.
+"""Highway-BP written out with ``torch.autograd``: the oracle that the compiler is compared with.
 
-Follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. Slow and
-plain on purpose; meant for float64.
+It follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. It is slow
+and simple on purpose, and meant for float64.
 
-A model is retold as a :class:`Program`: an ordinary forward function that hands each of its chains to
-``run_chain``. Everything outside the chains is differentiated by autograd as it stands. A chain is one
-autograd node: what autograd delivers to it are the loss contributions ``c_i`` of its states (losses at every
-step, later chains, heads) and the gradients of what left its links sideways; what it returns is the truncated
-gradient of its parameters, side inputs and first state. So several chains need no rule of their own: autograd
-serves the one nearest the loss first.
+A model is written as a :class:`Program`: an ordinary forward function that passes each of its chains to ``run_chain``.
+Autograd differentiates everything outside the chains as usual. A chain is one autograd node. Autograd gives it the loss
+contributions ``c_i`` of its states (losses at every step, later chains, heads) and the gradients of its links' side
+outputs. It returns the truncated gradient of its parameters, side inputs and first state. So several chains need no
+special rule: autograd runs the one nearest the loss first.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ Hold = Callable[[Tensor], Tensor]
 class Step(Protocol):
     """One link: ``(state, side, hold) -> (next_state, outputs)``, all three tuples of tensors.
 
-    Every value that mixes elements (a block's output, a gate, a LayerNorm's mean) passes through ``hold`` where
-    it meets the state. With ``hold`` the identity this is the whole link ``f``; with ``hold`` cutting gradients
-    the Jacobian of the next state in the state is ``K``, the highway. ``outputs`` are what leaves the link
-    sideways (an activity penalty, say), ``side`` what enters it besides the state and the parameters.
+    Every value that mixes elements (a block's output, a gate, a LayerNorm's mean) passes through ``hold`` where it
+    meets the state. With ``hold`` the identity this is the whole link ``f``. If ``hold`` cuts gradients, the Jacobian
+    of the next state with respect to the state is ``K``, the highway. ``outputs`` are the link's side outputs (an
+    activity penalty, for example); ``side`` are its inputs besides the state and the parameters.
     """
 
     def __call__(self, state: Tensors, side: Tensors, hold: Hold, /) -> tuple[Tensors, Tensors]: ...
@@ -47,7 +46,7 @@ class Link:
 
 @dataclass(frozen=True)
 class ChainRun:
-    """What running a chain of L links gives: ``states`` 0..L (0 is where it began), ``outputs`` of links 1..L."""
+    """The result of running a chain of L links: ``states`` 0..L (0 is the start), ``outputs`` of links 1..L."""
 
     states: list[Tensors]
     outputs: list[Tensors]
@@ -142,11 +141,11 @@ class LinkAt:
         return _vjp(self._highway, self._state, w)
 
     def sideways(self, outputs: Tensors) -> Tensors:
-        """What the link's outputs contribute at the state before it, exact through the link's interior."""
+        """What the link's outputs contribute at the state before it, exactly, through the link's interior."""
         return _vjp(self._outputs, self._state, outputs)
 
     def others(self, w: Tensors, outputs: Tensors) -> tuple[Tensors, Tensors]:
-        """Gradients of the side inputs and of the parameters, given w after the link and its outputs' own."""
+        """Gradients of the side inputs and the parameters, given w after the link and its outputs' gradients."""
         found = _vjp((*self._whole, *self._outputs), (*self._side, *self._weights), (*w, *outputs))
         return found[: len(self._side)], found[len(self._side) :]
 
@@ -204,7 +203,7 @@ def _segmented(
     """SEGMENTS.md, section 1, for S > 1: k times a run in every segment and a scan over segments, then the last run.
 
     ``e_s`` estimates the gradient at ``h_{b_s}``, the last state of segment s = 1..C, which ends at ``b_s`` and begins
-    behind ``a_s = b_{s-1}``:
+    after ``a_s = b_{s-1}``:
 
         run_s(e)  w_{b_s} = e,  w_{i-1} = c_{i-1} + w_i (K_i + J_i);  out_s = w_{a_s}     undamped
         e^0       e_{s-1} = (c_{a_s}, c_{a_s+1}, .. c_{b_s-1} along the highway) + P_s e_s
@@ -337,7 +336,7 @@ class _Chain:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step taken in the forward run: where it led, and the random state it started from."""
+    """A step of the forward run: its result, and the random state it started from."""
 
     state: Tensors
     outputs: Tensors
@@ -345,12 +344,12 @@ class _Taken:
 
 
 class _HighwayChain(torch.autograd.Function):
-    """From (first state, side inputs, parameters) to every later state and everything that leaves sideways."""
+    """From (first state, side inputs, parameters) to every later state and all side outputs."""
 
     @staticmethod
     def forward(ctx: Any, chain: _Chain, steps: list[_Taken], *tensors: Tensor) -> Tensors:
         ctx.chain, ctx.steps, ctx.start = chain, steps, tensors[: len(steps[0].state)]
-        # Fresh tensors: what a link hands on unchanged must not share memory with an input.
+        # Fresh tensors: an unchanged state must not share memory with an input.
         return tuple(t.clone() for step in steps for t in (*step.state, *step.outputs))
 
     @staticmethod
@@ -397,7 +396,7 @@ def _leaves(tensors: Tensors) -> Tensors:
 
 
 def _vjp(values: Tensors, inputs: Tensors, cotangents: Tensors) -> Tensors:
-    """``cotangents (d values / d inputs)``; zeros where nothing depends on anything."""
+    """``cotangents (d values / d inputs)``; zeros if there is no dependence."""
     pairs = [(v, c) for v, c in zip(values, cotangents, strict=True) if v.requires_grad]
     wanted = [t for t in inputs if t.requires_grad]
     if not pairs or not wanted:

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for random models; shrinks to three residual MLP blocks of width 2.
+"""Hypothesis strategies for random models; they shrink to three residual MLP blocks of width 2.
 
 @given(testing.strategies.models())
 def test_something(spec):
@@ -22,7 +22,7 @@ Sizes = tuple[int, ...] | None
 
 
 def _size(sizes: Sizes, least: int, most: int) -> st.SearchStrategy[int]:
-    """One of ``sizes``; any from ``least`` to ``most`` where they are left open."""
+    """One of ``sizes``, or any number from ``least`` to ``most`` if ``sizes`` is None."""
     return st.integers(least, most) if sizes is None else st.sampled_from([s for s in sizes if s >= least])
 
 
@@ -31,10 +31,11 @@ def stacks(
     draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False,
     sizes: Sizes = None, in_place: bool = False,
 ) -> Stack:  # fmt: skip
-    """One stack of links. ``skips``: some have long skips over links, or read the first state in every block, and with
-    either no predictable chains;
-    ``dtypes``: some compute in float32 inside; ``sizes``: what depth and width are chosen from; ``in_place``: some
-    blocks change slices in place, which ``testing.capture`` takes and ``testing.trace`` does not."""
+    """One stack of links. ``skips``: some have long skips over links, or read the first state in every block; either
+    way their chains are not predictable. ``dtypes``: some compute in float32 inside. ``sizes``: the numbers from which
+    depth and width are chosen. ``in_place``: some blocks change slices in place, which ``testing.capture`` supports and
+    ``testing.trace`` does not.
+    """
     left_out = {name for name, wanted in {"cast": dtypes, "in_place": in_place}.items() if not wanted}
     kinds, afters = (
         st.sampled_from([kind for kind in get_args(names) if kind not in left_out]) for names in (BlockKind, After)
@@ -48,7 +49,7 @@ def stacks(
         start = draw(st.integers(0, depth - 2))
         skip = (start, draw(st.integers(start + 2, depth)))
     joins = {j - 1 for _, j in Stack(depth=depth, skip=skip, unet=unet).skips}
-    # A state that is looked at before a skip is added to it: is it a state, or does it leave its link sideways?
+    # A state read before a skip is added to it would be ambiguous: a state, or a side output of its link?
     taps = links.map(lambda found: tuple(i for i in found if i not in joins))
     blocks = tuple(draw(st.lists(kinds, min_size=1, max_size=3)))
     return Stack(
@@ -57,7 +58,8 @@ def stacks(
         blocks=blocks,
         update=draw(st.sampled_from(get_args(Update))),
         pre=draw(st.sampled_from(get_args(Norm))),
-        # What follows the last link is part of it if the others end so, and those in front of a skip end otherwise.
+        # An operation after the last link belongs to it only if the other links end the same way, but links before a
+        # skip do not.
         after="none" if joins else draw(st.one_of(st.just("none"), afters)),
         # Links that share weights are of the same kind.
         shared=draw(st.sampled_from((0, 0, len(blocks)))),
@@ -84,7 +86,7 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Rec
         every_step=draw(st.sampled_from((True, False))),
         start=draw(st.sampled_from(("zeros", "learnt", "given"))),
         reverse=draw(_often_false),
-        # Where state and memory cell both by-pass the step, more than three values do: no chain that is pinned.
+        # If both state and memory cell bypass the step, more than three values do, and the chain is not determined.
         masked=cell not in ("lstm", "peephole") and draw(_often_false),
         frozen=draw(_often_false),
     )
@@ -95,16 +97,16 @@ def models(
     draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
     loops: bool = False, dtypes: bool = False, sizes: Sizes = None, in_place: bool = False,
 ) -> Model:  # fmt: skip
-    """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` can retell it.
+    """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` gives its program.
 
-    ``loops``: with recurrences too; ``dtypes``: in float32 too, or with casts inside; ``sizes``: what all sizes are
-    chosen from, so that buffers of the same size abound; ``in_place``: see :func:`stacks`.
+    ``loops``: also recurrences; ``dtypes``: also float32, or casts inside; ``sizes``: the numbers from which all sizes
+    are chosen, so that many buffers have the same size; ``in_place``: see :func:`stacks`.
     """
     stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes, sizes=sizes, in_place=in_place)
     if loops:
         stage = st.one_of(stage, stage, recurrences(max_width, sizes))
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
-    if skips and draw(st.booleans()):  # one stack at most: each has several ways to be read
+    if skips and draw(st.booleans()):  # at most one stack, because each can be read in several ways
         stages[draw(st.integers(0, len(stages) - 1))] = draw(
             stacks(max_depth, max_width, skips=True, dtypes=dtypes, sizes=sizes, in_place=in_place)
         )
@@ -112,7 +114,7 @@ def models(
     batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(
         stacks=tuple(stages),
-        batch=draw(_size(sizes, 2 if batched else 1, 3)),  # the variance of one value is refused
+        batch=draw(_size(sizes, 2 if batched else 1, 3)),  # torch refuses the variance of a single value
         length=draw(_size(sizes, 3, 7) if recurrent else _size(None if sizes is None else (1, *sizes), 1, 4)),
         stem=draw(st.booleans()),
         head=draw(st.booleans()),
@@ -126,15 +128,15 @@ def models(
 
 
 def iterations() -> st.SearchStrategy[int]:
-    """k: mostly short of a chain's length, sometimes beyond it."""
+    """k: mostly below a chain's length, sometimes above it."""
     return st.sampled_from((0, 1, 2, 1, 2, 3, 4, 5, 7))
 
 
 def dampings() -> st.SearchStrategy[float]:
-    """gamma: both ends and what lies between."""
+    """gamma: both ends and values in between."""
     return st.sampled_from((0.0, 1.0, 0.2, 0.5, 0.8))
 
 
 def segments() -> st.SearchStrategy[int]:
-    """S: mostly 1, the paper."""
+    """S: mostly 1, the paper's value."""
     return st.sampled_from((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 5, 8))

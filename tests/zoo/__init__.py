@@ -1,4 +1,4 @@
-"""Models as people write them, each with the same model retold for the oracle and what has to be found in it."""
+"""Models as people write them, each also written for the oracle, with the chains that must be found in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES: list[Case] = [
     *nothing.CASES,
 ]
 
-# One of each kind, for everyday runs; the others go with the slow tests.
+# One of each kind, for everyday runs; the others are among the slow tests.
 EVERYDAY = {
     "mlp_module_list",
     "mlp_raw_input_without_grad",

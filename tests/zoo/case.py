@@ -1,4 +1,4 @@
-"""What every model of the zoo is described by."""
+"""The description of every model in the zoo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Loss = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class ExpectedChain:
-    """A chain the compiler has to find.
+    """A chain that the compiler has to find.
 
     length        links
     multiplier    K in words: "1", "mask", "gate", "scale", "weight/sigma"
@@ -32,13 +32,13 @@ class Case:
     """A model as people write it, and what is known about it.
 
     build       () -> (model, args, loss), always the same numbers, float64
-    program     the model retold for the oracle, on the model's own parameters; None where there is no oracle
-    chains      what has to be found, in any order; empty: nothing, so every gradient stays exact; None: the
+    program     the model written for the oracle, on the model's own parameters; None if there is no oracle
+    chains      the chains that have to be found, in any order. Empty: none, so every gradient stays exact. None: the
                 contract leaves it open, so only exactness at full length is known
-    elementwise links with no block at all (J = 0): exact for every k when damping is 0
-    random      draws random numbers (dropout): the same only from the same seed; the program draws in the same order
+    elementwise links without a block (J = 0): exact for every k if damping is 0
+    random      draws random numbers (dropout): equal only from the same seed. The program draws in the same order
     tolerance   relative error allowed in a gradient, and ``noise`` the error allowed in any gradient relative to the
-                largest of them. Larger only where a model computes in float32 inside.
+                largest of them. Larger only if a model computes in float32 inside.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Case:
 
 
 def setup(make: Callable[[], nn.Module], *inputs: tuple[int, ...], grad: bool = True, seed: int = 0) -> Any:
-    """A ``build``: seeds, makes the float64 model, draws one normal input per shape."""
+    """Make a ``build`` that sets the seed, makes the float64 model, and draws one normal input per shape."""
 
     def build() -> tuple[nn.Module, tuple[Tensor, ...], Loss]:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Hugging Face models as they come, from tiny random configurations, retold on their own parameters."""
+"""Unchanged Hugging Face models with tiny random configurations, written for the oracle on their own parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _build(make, field="logits", pixels=False):
     def build():
         torch.manual_seed(0)
         model = Only(make(), field).double().train()
-        with torch.no_grad():  # biases start at zero and norms at one: make everything count
+        with torch.no_grad():  # biases start at zero and norms at one: make them matter
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
         if pixels:
@@ -116,7 +116,7 @@ def split_heads(x, width=WIDTH // HEADS):
 
 
 def conv1d(layer, x):
-    """GPT-2 stores a linear layer's matrix the other way round."""
+    """GPT-2 stores a linear layer's matrix transposed."""
     return x @ layer.weight + layer.bias
 
 
@@ -143,7 +143,7 @@ def _gpt2_program(model):
 
 
 def llama_norm(norm, x):
-    """In float32 whatever the input is, as the model has it."""
+    """In float32 whatever the input's dtype, as in the model."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     return norm.weight * y.to(x.dtype)
@@ -210,7 +210,7 @@ def _bert_program(first_position=0):
         def forward(run, tokens):
             positions = torch.arange(tokens.shape[1]) + first_position
             x = embeddings.word_embeddings.weight[tokens] + embeddings.token_type_embeddings.weight[0]
-            # The embeddings' own LayerNorm stands before the first link: exact.
+            # The embeddings' own LayerNorm is before the first link: exact.
             x = layer_norm(embeddings.LayerNorm, x + embeddings.position_embeddings.weight[positions])
             return run([link for layer in layers for link in links(layer)], (x,)).states[-1][0]
 
@@ -269,7 +269,7 @@ def _cases():
         yield Case(f"hf_roberta_{attention}", made(roberta, hidden), _bert_program(2), POST_NORM)
         loose = SINGLE if attention == "eager" else {}
         yield Case(f"hf_vit_{attention}", made(vit, hidden, pixels=True), _vit_program, PRE_NORM, **loose)
-    # Its slow path runs a diagonal recurrence inside every block: chains within links are left open.
+    # Its slow path runs a diagonal recurrence inside every block: chains inside links are left open.
     yield Case("hf_mamba", _build(mamba), None, None, **SINGLE)
 
 

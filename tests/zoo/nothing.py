@@ -1,5 +1,6 @@
-"""Models without an elementwise path from state to state, or too short: nothing to find, every gradient exact.
-And models whose chains are a matter of judgement, of which only exactness at full length is known."""
+"""Models without an elementwise path from state to state, or too short: there is nothing to find, and every gradient is
+exact. Also models whose chains are a matter of judgement: for these only exactness at full length is known.
+"""
 
 from __future__ import annotations
 

@@ -325,7 +325,7 @@ def _masked_program(model):
 
 
 def _stacked_program(step: Callable, width: int = 1):
-    """Layer by layer, whichever way the model goes about it."""
+    """Layer by layer, whatever order the model uses."""
 
     def make(model):
         def forward(run, x):
@@ -346,7 +346,7 @@ SEQUENCE, STATE = (STEPS, BATCH, INPUT), (BATCH, HIDDEN)
 
 
 def _loops(name, cell, step, multiplier="gate", width=1, elementwise=False):
-    """A loss at every step and at the last only, h_0 zeros; and h_0 given, with a gradient."""
+    """A loss at every step and only at the last, with h_0 zeros; and h_0 given, with a gradient."""
     loop = CellLoop if width == 1 else TupleCellLoop
     program = _loop_program(step, width)
     for every_step in (True, False):

@@ -1,4 +1,4 @@
-"""Pre-norm residual stacks of small MLPs, in the ways people write the same thing: K = 1."""
+"""Pre-norm residual stacks of small MLPs, with the same thing written in different ways: K = 1."""
 
 from __future__ import annotations
 
@@ -248,7 +248,7 @@ def _experts(model, i):
     def mixed(x):
         x = layer_norm(block.norm, x)
         shares = torch.softmax(linear(block.route, x), -1)
-        threshold = shares.sort(-1).values[:, 1:2]  # of the second best of three
+        threshold = shares.sort(-1).values[:, 1:2]  # the second best of three
         kept = torch.where(shares >= threshold, shares, 0.0)
         return sum(kept[:, e : e + 1] * (x @ block.experts[e]) for e in range(3))
 

@@ -17,7 +17,7 @@ def conv3(a: int, b: int, stride: int = 1) -> nn.Conv2d:
 
 
 def norm2d(channels: int) -> nn.BatchNorm2d:
-    """With statistics and an affine part that are not trivial, so that eval mode is not the identity."""
+    """With nontrivial statistics and affine part, so that eval mode is not the identity."""
     norm = nn.BatchNorm2d(channels)
     with torch.no_grad():
         norm.weight.copy_(1.0 + 0.2 * torch.randn(channels))
@@ -136,7 +136,7 @@ def conv(layer: nn.Conv2d, x):
 
 
 def batch_norm(norm: nn.BatchNorm2d, x, hold=lambda t: t):
-    """Written out, so that the mean and the deviation can be held and no buffer moves."""
+    """BatchNorm written out, so that the mean and the deviation can be held and no buffer changes."""
     if norm.training:
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
     else:

@@ -1,5 +1,6 @@
-"""What leaves a block sideways is a loss contribution at the state before the block; a head on a state is one
-at that state."""
+"""A side output of a block is a loss contribution at the state before the block. A head on a state is one at that
+state.
+"""
 
 from __future__ import annotations
 

@@ -172,7 +172,7 @@ def torch_attention(module: nn.MultiheadAttention, x, memory=None, causal=False)
     (wq, wk, wv), (bq, bk, bv) = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
     q, k, v = F.linear(x, wq, bq), F.linear(memory, wk, bk), F.linear(memory, wv, bv)
     out = linear(module.out_proj, mix(heads(q), heads(k), heads(v), causal, module.dropout))
-    # nn.MultiheadAttention works with time first, and a dropout mask is drawn in the order of memory.
+    # nn.MultiheadAttention has time first, and a dropout mask is drawn in memory order.
     return out.transpose(0, 1).contiguous().transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Images and sequences through convolutions."""
+"""Convolutional models for images and sequences."""
 
 from __future__ import annotations
 

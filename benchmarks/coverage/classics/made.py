@@ -1,4 +1,4 @@
-"""From a class and the shapes of its inputs to a case."""
+"""Build a case from a class and the shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ W = 8
 
 
 def _make(model: Callable[[], nn.Module], shapes: tuple[Any, ...]) -> Made:
-    """Inputs drawn by shape want a gradient: a state that they are is one like any other."""
+    """Random inputs require a gradient, so that a state among the inputs is like any other state."""
     made = model()
     drawn = (torch.randn(shape, requires_grad=True) if isinstance(shape, tuple) else shape() for shape in shapes)
     return made, tuple(drawn)

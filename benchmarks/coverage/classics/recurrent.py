@@ -1,6 +1,6 @@
 """Recurrences: a cell in a Python loop over six steps, torch's own modules, and scans written by hand.
 
-The first state is zeros and wants no gradient, and every step's output is used: as many links as steps.
+The first state is zeros and requires no gradient, and every step's output is used, so there are as many links as steps.
 """
 
 from __future__ import annotations
@@ -435,8 +435,8 @@ CASES = [
     case("leaky echo state", LOOP, Leaky, X),
     case("antisymmetric RNN", LOOP, AntisymmetricRNN, X),
     case("Lipschitz RNN", LOOP, LipschitzRNN, X),
-    case("IndRNN", LOOP, IndRNN, X, why="elementwise altogether"),
-    case("bistable recurrent cell", LOOP, BistableCell, X, why="elementwise altogether"),
+    case("IndRNN", LOOP, IndRNN, X, why="entirely elementwise"),
+    case("bistable recurrent cell", LOOP, BistableCell, X, why="entirely elementwise"),
     case("JANET", LOOP, JANET, X),
     case("peephole LSTM", LOOP, MinimalLSTM, X),
     case("recurrent additive network", LOOP, RAN, X),

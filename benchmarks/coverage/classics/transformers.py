@@ -1,4 +1,4 @@
-"""Attention, and what takes its place, written by hand: two links a layer where nothing else is said."""
+"""Attention and its replacements, written by hand. A layer has two links unless stated otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of the test zoo (``tests/zoo``), whose links are counted there."""
+"""Models of the test zoo (``tests/zoo``), where their links are counted."""
 
 from __future__ import annotations
 
