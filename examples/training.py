@@ -2,8 +2,9 @@
 
     python examples/training.py out/exact out/highway --to both.png     # the logs of several runs in one plot
 
-An example describes a :class:`Task` and calls :func:`main`. Exact backprop, Highway-BP at any k and damping, and
-fixed-point iteration differ only in :func:`compile_options`: the same seed gives the same weights and batches.
+An example describes a :class:`Task` and calls :func:`main`. Exact backprop, Highway-BP at any k and damping,
+fixed-point iteration, and the compiler's default options (``auto``) differ only in :func:`compile_options`: the same
+seed gives the same weights and batches.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ def positive(word: str) -> int:
 def parser(description: str | None, damping: float = 0.0, **defaults: Any) -> argparse.ArgumentParser:
     """The options of all examples. ``defaults`` overrides some of their defaults."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--method", choices=["exact", "highway", "fpi"], default="highway")
+    p.add_argument("--method", choices=["exact", "highway", "fpi", "auto"], default="highway")
+    p.add_argument(
+        "--check-every", type=positive, default=50, metavar="N", help="for auto: steps from one check to the next"
+    )
     p.add_argument("--iterations", type=int, default=3, metavar="K", help="for highway and fpi (default: %(default)s)")
     p.add_argument("--damping", type=float, default=damping, metavar="G", help="gamma, for highway; fpi is gamma = 1")
     p.add_argument(
@@ -80,6 +84,8 @@ def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """
     if args.method == "exact":
         return {"iterations": "exact"}
+    if args.method == "auto":  # the compiler's own defaults, but that a short training is checked more often
+        return {"check_every": args.check_every}
     damping = 1.0 if args.method == "fpi" else args.damping
     return {"iterations": args.iterations, "damping": damping, "rewrite": args.rewrite}
 
@@ -144,7 +150,7 @@ def train(task: Task, args: argparse.Namespace, compiled: Callable[[Tensor], Ten
 
 
 def name(args: argparse.Namespace) -> str:
-    return args.method if args.method == "exact" else f"{args.method}-k{args.iterations}"
+    return args.method if args.method in ("exact", "auto") else f"{args.method}-k{args.iterations}"
 
 
 def folder(args: argparse.Namespace) -> Path:

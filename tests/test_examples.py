@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._inductor.compile_fx import compile_fx
 
 import hwbp_compiler.testing
+from hwbp_compiler import backend
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -27,12 +33,14 @@ SMALL = {
         "--cell", "transformer", "--layers", "2", "--width", "32", "--length", "12", "--batch", "4",
     ],
     "finetune_bert": ["--layers", "2", "--width", "32", "--batch", "8"],
+    "recurrent_ppo": ["--longest", "8", "--hidden", "8", "--batch", "8", "--passes", "3"],
+    "forecast": ["--hidden", "8", "--length", "60", "--batch", "8"],
 }  # fmt: skip
 SLOW = {"resnet_cifar", "resnet_cifar_strided", "char_lm_gru", "finetune_bert"}
 
 
 def script(case: str) -> str:
-    scripts = ("resnet_cifar", "pixel_gru", "custom_cell", "char_lm", "finetune_bert")
+    scripts = ("resnet_cifar", "pixel_gru", "custom_cell", "char_lm", "finetune_bert", "recurrent_ppo", "forecast")
     return next(name for name in scripts if case.startswith(name))
 
 
@@ -56,6 +64,109 @@ def test_the_script_trains_and_leaves_log_plot_and_checkpoint(case, tmp_path):
     log = (tmp_path / "log.csv").read_text().splitlines()
     assert log[0].startswith("step,loss,cosine,") and len(log) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"log.csv", "log.png", "checkpoint.pt"}
+
+
+@pytest.fixture
+def no_code(monkeypatch):
+    """Inductor's graphs run as they are, which saves generating code for them."""
+
+    def compile_(gm, inputs, patches):
+        inner = lambda module, example_inputs, **kwargs: make_boxed_func(module.forward)  # noqa: E731
+        return compile_fx(gm, inputs, inner_compile=inner, config_patches=dict(patches))
+
+    monkeypatch.setattr(backend, "compile_fx", compile_)
+
+
+@pytest.mark.parametrize("case", sorted(SLOW))
+def test_a_script_that_compiles_slowly_trains_without_code(case, load, no_code, tmp_path):
+    training, example = load("training"), load(script(case))
+    words = ["--iterations", "1", "--steps", "2", "--every", "1", "--device", "cpu", "--out", str(tmp_path)]
+    args = example.arguments([*SMALL[case], *words])
+    hwbp_compiler.reset_counters()
+    training.main(example.task(args), args)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+    assert hwbp_compiler.counters()["chains_rewritten"] > 0
+
+
+def test_the_quickstart_runs(load, no_code, monkeypatch, capsys):
+    small = "--blocks 5 --width 8 --batch 256 --epochs 1 --side 8 --pixel-batch 256 --pixel-epochs 1 --every 2"
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", *small.split()])
+    load("quickstart").main()
+    printed = capsys.readouterr().out
+    runs = re.findall(r"(?m)^ *(\S.*?) +[\d.]+% ", printed)
+    assert runs == ["exact", "defaults", "exact, eager", "exact", "defaults"]
+
+
+def test_the_outputs_of_the_inspecting_page_are_written_anew(load, monkeypatch, tmp_path):
+    inspect_models = load("inspect_models")
+    committed = (inspect_models.DOCS / "inspecting.md").read_text()
+    (tmp_path / "inspecting.md").write_text(committed)
+    monkeypatch.setattr(inspect_models, "DOCS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["inspect_models.py", "gru", "--no-pictures"])
+    inspect_models.main()
+
+    def without_figures(text: str) -> str:
+        return " ".join(re.sub(r"[\d.]+", "#", text).split())
+
+    assert without_figures((tmp_path / "inspecting.md").read_text()) == without_figures(committed)
+
+
+# -- the notebook -----------------------------------------------------------------------------------------------------
+
+
+def cells() -> list[str]:
+    found = json.loads((EXAMPLES / "layerwise_gradients.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(no_code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(EXAMPLES, tmp_path / "examples", ignore=shutil.ignore_patterns("out", "__pycache__"))
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    smaller = {
+        "LAYERS, STEPS = 4, 300": "LAYERS, STEPS = 2, 5",
+        "[0, 1, 2, 4], [0.0, 0.2, 0.5, 1.0]": "[0, 2], [0.2, 1.0]",
+    }
+    text = "\n".join(cells())
+    for full, small in smaller.items():
+        assert text.count(full) == 1
+        text = text.replace(full, small)
+    exec(compile(text, "notebook", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "chain 1: 4 links, rewritten" in printed and printed.rstrip().splitlines()[-1].lstrip().startswith("fpi")
+
+
+@pytest.fixture
+def first_cell(monkeypatch, tmp_path):
+    """Runs the notebook's first cell where there is no checkout; the commands it gives are kept, not carried out."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+
+    def run(repository: str) -> list[list[str]]:
+        exec(cells()[0].replace('REPOSITORY = ""', f"REPOSITORY = {repository!r}"), {})
+        return commands
+
+    return run
+
+
+def test_outside_of_a_checkout_the_notebook_asks_where_to_clone_from(first_cell):
+    with pytest.raises(AssertionError, match="set REPOSITORY"):
+        first_cell("")
+
+
+def test_the_notebook_clones_and_installs_what_is_missing(first_cell, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    clone, install = first_cell("somewhere")
+    checkout = str(tmp_path / "checkout")
+    assert clone == ["git", "clone", "--depth", "1", "somewhere", checkout]
+    assert install == [sys.executable, "-m", "pip", "install", "-q", f"{checkout}[examples]"]
+    assert sys.path[0] == f"{checkout}/examples"
+
+
+# -- resuming and methods ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -107,6 +218,7 @@ def test_methods_are_one_option_apart(load):
     assert training.compile_options(parse(["--iterations", "5"])) == {
         "iterations": 5, "damping": 0.2, "rewrite": "always",
     }  # fmt: skip
+    assert training.compile_options(parse(["--method", "auto", "--check-every", "7"])) == {"check_every": 7}
     assert training.compile_options(parse(["--method", "fpi", "--iterations", "5"]))["damping"] == 1.0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
 import io
 import json
 import random
@@ -24,7 +26,9 @@ from torch._dynamo.testing import CompileCounter
 
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, explain, passes
-from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.record import ChainRecord, GroupRecord
+from hwbp_compiler.report import alike, summary
+from hwbp_compiler.report.alike import entries_of
 from hwbp_compiler.report.text import plain
 from hwbp_compiler.testing import Link, Program, reference_gradients
 
@@ -198,6 +202,78 @@ def test_the_text_names_the_users_own_line(mlp_report):
     text = str(mlp_report)
     assert re.search(rf"\bsmall.py:{line}\n\s+return x \+ self\.down\(", text)
     assert "1 chain in 1 joint graph: 1 rewritten, 0 declined" in text
+
+
+def test_the_whole_model_comes_before_its_chains(mlp_report):
+    lines = str(mlp_report).splitlines()
+    assert lines[1].split(maxsplit=1) == ["chains", f"1 rewritten ({DEPTH} links), 0 declined"]
+    assert lines[2].split(maxsplit=1) == ["gradients", "approximate, k = 1"]
+    assert lines[3].startswith("  speed       estimated") and "memory      at most" in str(mlp_report)
+    assert lines.index("") < next(i for i, line in enumerate(lines) if "chain 1:" in line)
+
+
+def test_a_model_of_which_nothing_is_rewritten_is_called_exact(tanh_report):
+    assert summary.rows(tanh_report) == [("gradients", "exact"), ("speed", "unchanged: no chain is rewritten")]
+
+
+def test_auto_says_how_good_a_gradient_has_to_be():
+    report = explain(mlp(), x(), options={"rewrite": "always", "target_cosine": 0.95, "check_every": 7})
+    gradients = dict(summary.rows(report))["gradients"]
+    assert "at least 0.95, checked every 7 steps" in gradients
+
+
+def test_damping_and_segments_stand_with_the_gradients():
+    report = explain(mlp(), x(), options={**ALWAYS, "iterations": 0, "segment": DEPTH - 1, "damping": 0.2})
+    assert dict(summary.rows(report))["gradients"] == f"approximate, k = 0, S = {DEPTH - 1}, damping 0.2"
+
+
+@pytest.fixture(scope="module")
+def four_alike():
+    """Two layers, the second with twice as many inputs, and two directions."""
+    model = nn.GRU(2, WIDTH, num_layers=2, bidirectional=True)
+    return explain(model, torch.randn(6, 3, 2), options=ALWAYS)
+
+
+def test_chains_that_differ_in_layer_and_direction_are_one_entry(four_alike):
+    text = str(four_alike)
+    assert "  4 chains alike (1 to 4): 6 links each, rewritten\n    module      " in text
+    assert text.count("module ") == 1 and "layers 0 and 1, both directions" in text
+    assert len(four_alike.chains) == len(four_alike.to_dict()["chains"]) == 4
+
+
+def test_alike_chains_tell_the_sum_of_their_estimates_and_the_most_memory(four_alike):
+    (entry,) = entries_of(four_alike.chains, 0)
+    chains = four_alike.chains
+    assert entry.record.estimate.substitution == pytest.approx(sum(c.estimate.substitution for c in chains))
+    assert entry.record.added_bytes == max(c.added_bytes for c in chains)
+    assert f"{entry.record.estimate}, all 4 together" in entry.record.reason
+    assert str(chains[0].estimate) in chains[0].reason  # the chains' own records stay
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"length": 4}, {"decision": "declined"}, {"multiplier": "mask"}, {"side_losses": [0]}, {"iterations": 2},
+        {"segment": 2}, {"reason": "another"}, {"sources": ["model.py:2: h = g(h)"]}, {"failed": True},
+        {"groups": [GroupRecord(3, {"mm": 2}, "1")]},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_chains_that_differ_in_anything_else_are_entries_of_their_own(change):
+    first = ChainRecord(
+        3, "rewritten", "why", "1", [GroupRecord(3, {"mm": 1}, "1")], module="a", iterations=1, segment=1
+    )
+    other = dataclasses.replace(first, module="b")
+    assert [entry.numbers for entry in entries_of([first, other], 4)] == ["5 and 6"]
+    assert [entry.numbers for entry in entries_of([first, dataclasses.replace(other, **change)], 4)] == ["5", "6"]
+
+
+def test_names_of_alike_modules_are_put_together():
+    assert doctest.testmod(alike).failed == 0 and doctest.testmod(summary).failed == 0
+    assert alike.together(f"cells.{i}" for i in range(9)) == "cells.0, cells.1, cells.2, cells.3, cells.4 and 4 more"
+    assert alike.together(["r layer 0", "r layer 1", "r layer 2"]) == "r layers 0 to 2"
+    assert alike.together(["r layer 0 reverse", "s layer 0"]) == "r layer 0 reverse and s layer 0"
+    assert alike.together(["cell", "cell"]) == "cell"
 
 
 def test_the_text_fits_a_terminal(mlp_report, tanh_report, broken_report):

@@ -17,6 +17,7 @@ from zoo import CASES
 from zoo.case import Case, setup
 
 from hwbp_compiler import explain, recurrent
+from hwbp_compiler.report.alike import entries_of
 
 GOLDEN = Path(__file__).parent / "golden" / "reports.txt"
 OPTIONS = {"iterations": 1, "rewrite": "always", "min_length": 2}
@@ -72,7 +73,11 @@ def fields(name: str) -> str:
     model, args, loss = BY_NAME[name].build()
     torch.manual_seed(0)
     lines = [f"{name}"]
-    for chain in explain(model, *args, options=OPTIONS, loss=loss).chains:
+    report = explain(model, *args, options=OPTIONS, loss=loss)
+    for graph in report.graphs:
+        alike = [entry for entry in entries_of(graph.chains, 0) if len(entry.positions) > 1]
+        lines += [f"  {entry.title}: {entry.record.module}" for entry in alike]
+    for chain in report.chains:
         lines.append(f"  {chain.length} links, {chain.decision}, times {chain.times}, K = {chain.multiplier or '-'}")
         lines.append(f"    module   {chain.module or '-'}")
         for source in chain.sources:

@@ -141,6 +141,23 @@ def long_page(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def alike_page(tmp_path_factory):
+    """Two layers and two directions of a GRU are four chains alike; a fifth chain is not like them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.blocks = nn.GRU(3, 2, 2, bidirectional=True), nn.Sequential(*(Block() for _ in range(5)))
+
+        def forward(self, x):
+            return self.blocks(self.gru(x)[0])
+
+    path = tmp_path_factory.mktemp("page") / "alike.html"
+    explain(Model(), torch.randn(6, 2, 3), options=ALWAYS).to_html(path)
+    return path
+
+
 def visit(browser, path, width=1000, dark=False):
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -185,7 +202,7 @@ def test_opening_a_block_shows_its_programs(browser, page, key):
 
 
 @pytest.mark.parametrize("width", [360, 1000])
-@pytest.mark.parametrize("name", ["page", "long_page"])
+@pytest.mark.parametrize("name", ["page", "long_page", "alike_page"])
 def test_nothing_sticks_out_at_any_width(browser, request, name, width):
     visit(browser, request.getfixturevalue(name), width)
     browser.execute_script("document.querySelector('.block').dispatchEvent(new MouseEvent('click'))")
@@ -199,6 +216,28 @@ def test_a_chain_of_1024_links_fits_a_screen_or_two(browser, long_page):
     folds = browser.find_elements("css selector", "svg.chain .fold")
     assert [fold.text for fold in folds] and "times more" in folds[0].text
     assert browser.find_elements("css selector", "svg.chain .side-loss")
+
+
+def test_what_the_whole_model_gets_is_a_table_before_the_chains(browser, alike_page):
+    visit(browser, alike_page)
+    cells = browser.find_elements("css selector", "table.summary tr")
+    shown = {
+        cell.find_element("css selector", "th").text: cell.find_element("css selector", "td").text for cell in cells
+    }
+    assert shown["chains"] == "5 rewritten (29 links), 0 declined" and shown["gradients"] == "approximate, k = 1"
+    assert "link after link" in shown["speed"] and "at most" in shown["memory"]
+    assert cells[0].location["y"] < browser.find_element("css selector", ".card").location["y"]
+
+
+def test_chains_alike_are_one_card_whose_blocks_open(browser, alike_page):
+    visit(browser, alike_page)
+    headings = [heading.text for heading in browser.find_elements("css selector", ".card > header h3")]
+    assert sorted(headings) == ["4 chains alike (1 to 4): 6 links each", "Chain 5: 5 links"]
+    card = browser.find_elements("css selector", ".card")[headings.index("4 chains alike (1 to 4): 6 links each")]
+    assert "gru layers 0 and 1, both directions" in card.text and "Drawn is chain 1, gru layer 1 reverse" in card.text
+    card.find_elements("css selector", "svg.chain .block")[0].find_element("css selector", "rect").click()
+    assert "recurrent_backward(" in card.find_element("css selector", ".panel .before").text
+    assert browser.get_log("browser") == []
 
 
 def test_light_and_dark_are_two_pages_that_can_be_read(browser, page):

@@ -12,7 +12,8 @@ from torch import fx
 
 from hwbp_compiler.graph.record import ChainRecord
 
-from . import picture, text
+from . import picture, summary, text
+from .alike import Entry, entries_of
 from .data import ExplainedGraph, ReportData
 
 # A browser handles a few thousand lines easily; print_readable() shows the rest.
@@ -29,6 +30,7 @@ def write(report: ReportData, path: str | os.PathLike[str]) -> None:
     page = template.render(
         name=report.name,
         title=text.title(report),
+        summary=summary.rows(report),
         options=report.options.shown(),
         measured=text.measured_text(report) if report.measured is not None else "",
         notes=report.notes,
@@ -39,23 +41,10 @@ def write(report: ReportData, path: str | os.PathLike[str]) -> None:
 
 
 def _graphs(report: ReportData) -> Iterator[dict[str, Any]]:
-    number = 0
+    counted = 0
     for position, graph in enumerate(report.graphs):
-        chains = []
-        for i, chain in enumerate(graph.chains):
-            number += 1
-            chains.append(
-                {
-                    "number": number,
-                    "record": chain,
-                    "heading": text.heading(chain),
-                    "entries": _joined(text.entries(chain)),
-                    "sources": [text.place_and_code(source) for source in chain.sources],
-                    "picture": picture.chain_svg(chain, number) if chain.members else "",
-                    "groups": list(_groups(graph, i)),
-                    "rest": _cut(graph.rest[i]) if i < len(graph.rest) else "",
-                }
-            )
+        chains = [_entry(graph, entry) for entry in entries_of(graph.chains, counted)]
+        counted += len(graph.chains)
         yield {
             "number": position + 1,
             "sizes": text.sizes(graph),
@@ -67,6 +56,24 @@ def _graphs(report: ReportData) -> Iterator[dict[str, Any]]:
             "plot": picture.errors_svg(graph.errors) if _worth_a_plot(graph) else "",
             "programs": [("before", _readable(graph.before)), ("after", _readable(graph.after))],
         }
+
+
+def _entry(graph: ExplainedGraph, entry: Entry) -> dict[str, Any]:
+    """One chain; of several alike, picture and programs of the first."""
+    first = entry.positions[0]
+    chain = graph.chains[first]
+    return {
+        "number": entry.number,
+        "title": entry.title,
+        "record": entry.record,
+        "heading": text.heading(entry),
+        "entries": _joined(text.entries(entry)),
+        "sources": [text.place_and_code(source) for source in chain.sources],
+        "drawn": f"chain {entry.number}, {chain.name}" if entry.each else "",
+        "picture": picture.chain_svg(chain, entry.number) if chain.members else "",
+        "groups": list(_groups(graph, first)),
+        "rest": _cut(graph.rest[first]) if first < len(graph.rest) else "",
+    }
 
 
 def _worth_a_plot(graph: ExplainedGraph) -> bool:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 from hwbp_compiler.graph.record import ChainRecord, GroupRecord
 
+from . import summary
+from .alike import Entry, entries_of
 from .data import ExplainedGraph, ReportData
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ def title(report: ReportData) -> str:
 
 def _lines(report: ReportData) -> Iterator[_Line]:
     yield title(report)
+    for label, text in summary.rows(report):
+        yield 2, label, text
     yield 2, "options", ", ".join(f"{key}={value!r}" for key, value in report.options.shown().items())
     if report.measured is not None:
         yield 2, "measured", measured_text(report)
@@ -102,9 +106,9 @@ def graph_text(records: list[ChainRecord], before: int, after: int) -> str:
 
 
 def _chains(records: list[ChainRecord], counted: int) -> Iterator[_Line]:
-    for number, chain in enumerate(records, start=counted + 1):
-        yield f"  chain {number}: {heading(chain)}"
-        for label, text in entries(chain):
+    for entry in entries_of(records, counted):
+        yield f"  {entry.title}: {heading(entry)}"
+        for label, text in entries(entry):
             yield 4, label, text
 
 
@@ -128,15 +132,17 @@ def measured_text(report: ReportData) -> str:
     )
 
 
-def heading(chain: ChainRecord) -> str:
+def heading(entry: Entry) -> str:
+    chain = entry.record
     became = "unchanged: a pass failed" if chain.failed else chain.decision
     times = f", {chain.times} times" if chain.times > 1 else ""
-    length = count(chain.length, "link") if chain.length else "a loop of unknown length"
+    length = f"{count(chain.length, 'link')}{entry.each}" if chain.length else "a loop of unknown length"
     return f"{length}{times}, {became}"
 
 
-def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
-    """The text about one chain, as (label, text); the label "" continues the entry before."""
+def entries(entry: Entry) -> Iterator[tuple[str, str]]:
+    """The text about one chain or several alike, as (label, text); the label "" continues the entry before."""
+    chain = entry.record
     if chain.module:
         yield "module", chain.module
     for i, source in enumerate(chain.sources[:4] or ([chain.source] if chain.source else [])):
@@ -158,7 +164,7 @@ def entries(chain: ChainRecord) -> Iterator[tuple[str, str]]:
     if chain.estimate is not None and str(chain.estimate) not in chain.reason:
         yield "estimate", str(chain.estimate)
     if chain.added_bytes:
-        yield "memory", f"at most {megabytes(chain.added_bytes)} more at a time"
+        yield "memory", f"at most {summary.size(chain.added_bytes)} more at a time{entry.each and ', each'}"
     if chain.advice:
         yield "to change", chain.advice
 
@@ -217,10 +223,6 @@ def place_and_code(source: str) -> tuple[str, str]:
     roots = [root for root in map(Path, (os.getcwd(), *sys.path)) if path.is_relative_to(root) and root.is_absolute()]
     shortest = min((str(path.relative_to(root)) for root in roots), key=len, default=match[1])
     return f"{shortest}:{match[2]}", match[3]
-
-
-def megabytes(size: int) -> str:
-    return f"{size / 1e6:.3g} MB" if size >= 1e4 else f"{size / 1e3:.3g} kB"
 
 
 def count(number: int, what: str) -> str:
