@@ -1,7 +1,7 @@
 """``python -m benchmarks run [--suite NAME ...] [--device cpu|cuda]``, ``python -m benchmarks report``
 
 ``run`` writes one JSON line per case to ``benchmarks/results/SUITE-DEVICE.jsonl`` (and prints it); ``report`` turns
-the committed results into ``docs/benchmarks.md`` with its plots. Where a device is lent by the minute,
+the committed results into the pages of ``docs/benchmarks/`` with their plots. Where a device is lent by the minute,
 ``run --ahead 120`` first compiles the cases side by side for at most two minutes, and measures what is compiled.
 """
 
@@ -125,7 +125,7 @@ def main() -> None:
     running.add_argument("--ahead", type=float, metavar="SECONDS", help="compile side by side first, untimed")
     running.add_argument("--caches", help="a folder for compile caches, to keep them (default: a new one, thrown away)")
     running.add_argument("--discard", action="store_true", help="write no results")
-    commands.add_parser("report", help="docs/benchmarks.md from the committed results")
+    commands.add_parser("report", help="docs/benchmarks/ from the committed results")
     arguments = parser.parse_args()
     if arguments.command == "report":
         from .report import write

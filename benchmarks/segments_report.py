@@ -1,4 +1,4 @@
-"""The section of ``docs/benchmarks.md`` on segments, and its figure: quality of the gradient against a step's time."""
+"""The page ``docs/benchmarks/segments.md`` and its figure: quality of the gradient against a step's time."""
 
 from __future__ import annotations
 
@@ -53,13 +53,12 @@ def section(found: list[Row], folder: Path) -> str | None:
     ]
     if figure(results, folder):
         parts.append(f"![Cosine with the exact gradient against the time of a step]({FIGURE})")
-    parts += [part for part in (gradients(results), times(results), courses(results)) if part]
+    parts += [part for part in (in_short(results), gradients(results), times(results), courses(results)) if part]
     return "\n\n".join(parts)
 
 
-def in_short(found: list[Row], folder: Path) -> str:
-    """README's table: cosines of trained models at few (k, S), the figure of their times above it."""
-    results = Results(found)
+def in_short(results: Results) -> str:
+    """Cosines of trained models at few (k, S)."""
     lines = []
     for case in CASES:
         if case.name in results.cosines:
@@ -73,10 +72,7 @@ def in_short(found: list[Row], folder: Path) -> str:
         *(f"k = {k}" + (f", S = {s}" if s > 1 else "") for k, s in SHORT),
         "k = 1, S = L/4",
     )
-    drawn = any(row["kind"] == "time" for row in found) and (folder / FIGURE).exists()
-    picture = f"![Cosine with the exact gradient against the time of a step](docs/{FIGURE})\n\n" if drawn else ""
-    measured = [row for row in found if row["kind"] == "cosine"]
-    return f"{picture}{markdown(head, lines)}\n\n{places(measured)}."
+    return f"In short, at few (k, S):\n\n{markdown(head, lines)}"
 
 
 SHORT = ((2, 1), (8, 1), (1, 16), (2, 16))
