@@ -60,11 +60,10 @@ class Claim:
     """A row of the index."""
 
     what: str
-    against: str
     best: str
     worst: str
     device: str
-    command: str
+    suite: str
     page: str
 
 
@@ -84,13 +83,9 @@ def claim(what: str, duels: Sequence[Duel], suite: str, page: str) -> Claim | No
     if not duels:
         return None
     ranked = best_last(duels)
-    against = ", ".join(dict.fromkeys(d.exact_name for d in duels))
     device = ", ".join(dict.fromkeys(d.ours["device_name"] for d in duels))
-    command = f"`python -m benchmarks run --suite {suite}`"
-    return Claim(
-        f"{what} ({len(duels)} case{'s' * (len(duels) > 1)})", against, ranked[-1].in_words(), ranked[0].in_words(),
-        device, command, page,
-    )  # fmt: skip
+    cases = f"{len(duels)} case{'s' * (len(duels) > 1)}"
+    return Claim(f"{what} ({cases})", ranked[-1].in_words(), ranked[0].in_words(), device, suite, page)
 
 
 def best_last(duels: Sequence[Duel]) -> list[Duel]:

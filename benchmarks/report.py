@@ -65,13 +65,13 @@ HEAD = """# Benchmarks
 
 One row per claim. Each claim is compared with the best exact alternative: the fastest way to get the exact gradient
 that was measured in the same run. The row names the best case and the worst one; a ratio above 1 means that ours is
-faster. Losing cases are listed like winning ones, here and on every page."""
+faster. Losing cases are listed like winning ones, here and on every page. `python -m benchmarks run --suite NAME`
+measures a suite anew; the last column names it."""
 
-HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. The commands in the table
-measure anew. All competitors of a table ran in one process and took turns. Times are medians; the interquartile range
-is in brackets. Where the interquartile range is more than half of the median, the machine was disturbed: a question
-mark says so, and ratios in that row are only a hint. The table above leaves such cases out. Every table names the
-machine, the version of torch and the commit."""
+HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. All competitors of a table ran
+in one process and took turns. Times are medians; the interquartile range is in brackets. Where the interquartile range
+is more than half of the median, the machine was disturbed: a question mark says so, and ratios in that row are only a
+hint. The table above leaves such cases out. Every table names the machine, the version of torch and the commit."""
 
 
 def ratio(row: Row, what: str) -> str:
@@ -533,9 +533,8 @@ def quality_claim() -> Claim | None:
     if not met:
         return None
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in rows("accuracy")))
-    command = "`python -m benchmarks run --suite accuracy`"
-    what = f"Held-out quality after training, k = 3 ({len(met)} models)"
-    return Claim(what, "exact backprop", max(met)[1], min(met)[1], devices, command, "quality")
+    what = f"Held-out quality after training, k = 3 against exact backprop ({len(met)} models)"
+    return Claim(what, max(met)[1], min(met)[1], devices, "accuracy", "quality")
 
 
 def cosine_claim() -> Claim | None:
@@ -547,9 +546,8 @@ def cosine_claim() -> Claim | None:
     ranked = sorted(found, key=lambda r: r["cosine"])
     worst, best = (f"{r['cosine']:.3f}: {r['case']}" for r in (ranked[0], ranked[-1]))
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
-    command = "`python -m benchmarks run --suite segments`"
-    what = f"Trained models, cosine of the gradient at {SEGMENTED} ({len(found)} models)"
-    return Claim(what, "exact gradient: 1", best, worst, devices, command, "segments")
+    what = f"Trained models, cosine with the exact gradient at {SEGMENTED} ({len(found)} models)"
+    return Claim(what, best, worst, devices, "segments", "segments")
 
 
 def pass_claim() -> Claim | None:
@@ -558,9 +556,8 @@ def pass_claim() -> Claim | None:
         return None
     best, worst = (f"{r['pass_s']:.2f} s: {r['case']}, {r['size']} links" for r in (found[0], found[-1]))
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
-    command = "`python -m benchmarks run --suite compile`"
     what = f"Seconds that the pass adds to a compilation ({len(found)} graphs)"
-    return Claim(what, "no pass: 0 s", best, worst, devices, command, "pass")
+    return Claim(what, best, worst, devices, "compile", "pass")
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------
@@ -591,11 +588,11 @@ PAGES = [
 def index(written: list[Page]) -> str:
     titles = {page.name: page for page in written}
     lines = [
-        (c.what, c.against, c.best, c.worst, c.device, c.command, f"[{c.page}]({c.page}.md)")
+        (f"[{c.what}]({c.page}.md)", c.best, c.worst, c.device, f"`--suite {c.suite}`")
         for c in claims()
         if c.page in titles
     ]
-    head = ("claim", "compared with", "best case", "worst case", "device", "command", "page")
+    head = ("claim", "best case", "worst case", "device", "measured by")
     listed = "\n".join(f"- [{page.title}]({page.name}.md)" for page in written)
     more = "- [Several hundred architectures: which chains are found](../coverage.md)"
     return f"{HEAD}\n\n{markdown(head, lines)}\n\n{HOW}\n\n## Pages\n\n{listed}\n{more}"

@@ -233,6 +233,7 @@ def figure(results: Results, folder: Path) -> bool:
     how: dict[str, Any] = {"figsize": (4.4 * len(panels), 3.4), "squeeze": False, "layout": "constrained"}
     drawn, axes = pyplot.subplots(1, len(panels), **how)
     for (case, found), axis in zip(panels.items(), axes[0], strict=True):
+        ms_of = [ms for _, ms, _, _ in found]
         for label, color, mine in (
             ("exact", "black", [p for p in found if p[0].iterations is None]),
             ("the paper (S = 1)", "C0", [p for p in found if p[0].iterations is not None and p[0].segment == 1]),
@@ -244,7 +245,8 @@ def figure(results: Results, folder: Path) -> bool:
             half = [s / 2 for s in spread]
             axis.errorbar(ms, cosines, xerr=half, fmt="o", color=color, markersize=5, capsize=2, label=label)
             for way, x, y in zip(ways, ms, cosines, strict=True):
-                below = 0.97 < y < 1  # `exact` is labelled above
+                near = (0 < other - y < 0.08 and abs(at - x) < 0.3 * max(ms_of) for _, at, _, other in found)
+                below = 0.97 < y < 1 or any(near)  # `exact`, and what lies close above, is labelled above
                 place = {"xytext": (0, -12 if below else 6), "textcoords": "offset points", "ha": "center"}
                 axis.annotate(way.label, (x, y), fontsize="x-small", **place)
         middle = statistics.median(ms for _, ms, _, _ in found)

@@ -47,6 +47,8 @@ def relinked(text: str, source: str, page: str, repository: str | None = None) -
 def on_files(files: Files, config: Any) -> Files:
     for page, source in ELSEWHERE.items():
         text = relinked((ROOT / source).read_text(encoding="utf-8"), source, page, config.repo_url)
+        if page == "index.md":  # the first page has no neighbours to show at its side
+            text = f"---\nhide: [navigation]\n---\n\n{text}"
         files.append(File.generated(config, page, content=text))
     return files
 
