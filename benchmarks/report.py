@@ -68,10 +68,10 @@ that was measured in the same run. The row names the best case and the worst one
 faster. Losing cases are listed like winning ones, here and on every page. `python -m benchmarks run --suite NAME`
 measures a suite anew; the last column names it."""
 
-HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. All competitors of a table ran
-in one process and took turns. Times are medians; the interquartile range is in brackets. Where the interquartile range
-is more than half of the median, the machine was disturbed: a question mark says so, and ratios in that row are only a
-hint. The table above leaves such cases out. Every table names the machine, the version of torch and the commit."""
+HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. All competitors of a table
+ran in one process and took turns. Times are medians; the interquartile range is in brackets. Where the interquartile
+range is more than half of the median, the machine was disturbed: a question mark says so, and ratios in that row are
+only a hint. The table above leaves such cases out. Every table names its machine, version of torch and commit."""
 
 
 def ratio(row: Row, what: str) -> str:

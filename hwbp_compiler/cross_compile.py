@@ -93,9 +93,10 @@ class Target:
 class Kernel:
     """One generated kernel.
 
-    name     what the code that calls it calls it
-    source   the Python module that defines it; on a CPU its C++
-    target   the device it is for; None is the CPU of this machine
+    Attributes:
+        name: the name under which the generated code calls it.
+        source: the Python module that defines it; on a CPU its C++.
+        target: the device it is for; None is the CPU of this machine.
     """
 
     name: str
@@ -104,12 +105,12 @@ class Kernel:
 
     @property
     def ptx(self) -> str:
-        """The assembly Triton compiles it to. See :func:`compile_kernel`."""
+        """The assembly that Triton compiles it to."""
         return compile_kernel(self).ptx
 
     @property
     def cubin(self) -> bytes:
-        """The binary Triton compiles it to: an ELF file. See :func:`compile_kernel`."""
+        """The machine code that Triton compiles it to: an ELF file."""
         return compile_kernel(self).cubin
 
 
@@ -123,7 +124,13 @@ class Binary:
 
 @dataclass(frozen=True)
 class CodeText:
-    """The code generated for one graph: ``source`` is the whole wrapper module, ``kernels`` the kernels within it."""
+    """The code generated for one graph.
+
+    Attributes:
+        target: the device it is for; None is the CPU of this machine.
+        source: the whole wrapper module.
+        kernels: the kernels within it.
+    """
 
     target: Target | None
     source: str
@@ -131,7 +138,8 @@ class CodeText:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """What the code calls, in order: kernels by their names, and functions of libraries (``extern_kernels.mm``)."""
+        """What the code calls, in order: kernels by their names, and functions of libraries such as
+        ``extern_kernels.mm``."""
         return tuple(_launches_of(self.source, {kernel.name for kernel in self.kernels}))
 
     def __str__(self) -> str:

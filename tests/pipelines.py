@@ -1,7 +1,7 @@
 """Pipelines of tiny stages, run by gloo processes, and the oracle they are measured against.
 
-The oracle follows SEGMENTS.md, section 1, link by link with ``torch.func.vjp`` in one process, and shares no code with
-``hwbp_compiler``. A stage is a list of links; a link says what its highway is, or that it has none.
+The oracle follows docs/design.md, section 4.6, link by link with ``torch.func.vjp`` in one process, and shares no code
+with ``hwbp_compiler``. A stage is a list of links; a link says what its highway is, or that it has none.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recurrences whose time is sharded over gloo processes, and the oracle they are measured against.
 
-The oracle follows SEGMENTS.md, section 1, step by step with ``torch.func.vjp`` in one process: a rank's stretch is a
-segment, a layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
+The oracle follows docs/design.md, section 4.6, step by step with ``torch.func.vjp`` in one process: a rank's stretch is
+a segment, a layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
 """
 
 from __future__ import annotations

@@ -35,15 +35,18 @@ _WARM_UP, _REPEATS = 2, 5
 class Row:
     """One form of the model's backward pass.
 
-    iterations, segment, damping   k, S and gamma
-    cosine          of the parameter gradient with the exact one, over all parameters whose gradient is approximated
-    relative_error  norm of the difference, relative to the norm of the exact one, over the same
-    change          norm of what changed since the row before with the same S and gamma, relative to the same; nan in
-                    the first such row
-    saves           seconds a step that the cost model expects to be saved; below zero where exact backprop is faster
-    seconds         median of a measured step, with ``measure=True``; None without
-    chains          cosine and relative error by chain
-    parameters      the same by parameter
+    Attributes:
+        iterations: k.
+        segment: S.
+        damping: gamma.
+        cosine: of the parameter gradient with the exact one, over all parameters whose gradient is approximated.
+        relative_error: norm of the difference, relative to the norm of the exact gradient, over the same.
+        change: norm of what changed since the row before with the same S and gamma, relative to the same; nan in the
+            first such row.
+        saves: seconds that the cost model expects a step to save; below zero where exact backprop is faster.
+        seconds: median of a measured step, with ``measure=True``; None without.
+        chains: cosine and relative error by chain.
+        parameters: cosine and relative error by parameter.
     """
 
     iterations: int
@@ -62,9 +65,10 @@ class Row:
 class Calibration:
     """What :func:`calibrate` found.
 
-    table          one :class:`Row` for each form, by S, gamma and k
-    target_cosine  what ``options`` have to meet
-    exact_seconds  median of a measured step with exact gradients; None without ``measure=True``
+    Attributes:
+        table: one :class:`Row` for each form, by S, gamma and k.
+        target_cosine: what ``options`` have to meet.
+        exact_seconds: median of a measured step with exact gradients; None without ``measure=True``.
     """
 
     table: list[Row]
@@ -127,7 +131,7 @@ class Calibration:
         return " (exact backprop is faster)" if good else " (no form tried is good enough)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: None for what is not finite."""
+        """The calibration as plain data, ready for JSON: None for what is not finite. Times are in seconds."""
         return _finite(
             {
                 "options": self.options,
@@ -138,8 +142,17 @@ class Calibration:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Relative error against k, a line for each S and gamma; returns
-        matplotlib's figure, written to ``path`` where that is given. HighwayError without matplotlib."""
+        """Draw the relative error against k, a line for each S and gamma.
+
+        Args:
+            path: the file to write, with any suffix that matplotlib takes; None writes nothing.
+
+        Returns:
+            matplotlib's figure.
+
+        Raises:
+            HighwayError: matplotlib is not installed.
+        """
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -183,10 +196,15 @@ def calibrate(
         loss: ``loss(output) -> scalar``.
         target_cosine: what the recommended options have to meet.
         kwargs: the model's keyword arguments.
-        iterations, segments, dampings: the grid. Forms that are ordinary backprop of every chain are left out.
+        iterations: values of k. Forms that are ordinary backprop of every chain are left out.
+        segments: values of S.
+        dampings: values of gamma.
         measure: also compile exact backprop and the forms that meet the target and are expected to be faster (the one
             that costs least, where none is), and measure a step on these inputs.
         options: further options of ``torch.compile``, such as ``min_length``.
+
+    Returns:
+        A :class:`Calibration`: ``.options`` for ``torch.compile``, and ``.table`` with a row for each form.
 
     Raises:
         OptionError: a value that is not allowed.

@@ -20,11 +20,15 @@ log = logging.getLogger(__name__)
 class Reading:
     """One comparison with the exact gradient.
 
-    number      of the reading, from 0
-    iterations, segment, damping   of the form that was compared
-    cosine, relative_error         over all parameters whose gradient it approximates
-    chains      the same by chain
-    trains      whether it is the form that the model trained with when it was compared
+    Attributes:
+        number: of the reading, from 0.
+        iterations: k of the form that was compared.
+        segment: S of the form that was compared.
+        damping: gamma of the form that was compared.
+        cosine: with the exact gradient, over all parameters whose gradient the form approximates.
+        relative_error: norm of the difference relative to that of the exact gradient, over the same.
+        chains: cosine and relative error by chain.
+        trains: whether it is the form that the model trained with when it was compared.
     """
 
     number: int
@@ -41,7 +45,7 @@ class GradientMeter:
     """Compares the gradient of ``model`` with the exact one at every ``every``-th step, on the way.
 
     The step itself is not changed: it trains with the gradient it would have had. With "auto" there is one reading for
-    each form that a check compares, whenever it checks. A reading is there at the next step.
+    each form that a check compares, whenever it checks. The reading of a step is there at the next step.
 
     Args:
         model: compiled with ``backend="highway"``.
@@ -49,9 +53,16 @@ class GradientMeter:
         callback: called with each :class:`Reading`.
         writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar(tag, value, step)``.
         csv_path: a file to which readings are appended, one line each.
-        warn_below: a cosine below which a warning is logged, of the form that trains; None for no warning.
+        warn_below: a warning is logged where the form that trains has a lower cosine; None for no warning.
 
-    ``readings`` holds all of them, ``last`` the newest. ``close()`` ends it, as leaving a ``with`` block does.
+    Attributes:
+        readings: all readings, oldest first.
+
+    Raises:
+        ValueError: ``every`` is no integer >= 1.
+        TypeError: ``model`` is not compiled with ``backend="highway"``.
+
+    Leaving a ``with`` block ends the comparisons, and so does :meth:`close`.
 
     >>> meter = GradientMeter(compiled, every=100)
     >>> train(compiled)
@@ -78,9 +89,11 @@ class GradientMeter:
 
     @property
     def last(self) -> Reading | None:
+        """The newest reading; None before the first."""
         return self.readings[-1] if self.readings else None
 
     def close(self) -> None:
+        """Compare no longer."""
         if self._compiled.meter is self:
             self._compiled.meter = None
 

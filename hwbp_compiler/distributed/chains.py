@@ -2,8 +2,8 @@
 
 Stages are numbered 0 .. R - 1 from the input, as torch numbers them. The last one holds the loss: what it hands back,
 its exact input gradient, is the head of the first chain. A chain runs from stage ``last`` down to stage ``first``, the
-nearest one below that has no highway, or stage 0. In the terms of SEGMENTS.md, section 1: stage s of the chain is a
-segment, e_last is the chain's head, and P_s is needed of every segment but the one next to the input. That one takes
+nearest one below that has no highway, or stage 0. In the terms of docs/design.md, section 4.6: stage s of the chain is
+a segment, e_last is the chain's head, and P_s is needed of every segment but the one next to the input. That one takes
 part in the last run only, so it need not have a highway. What its last run hands back is exact for what it was given,
 and is the head of the next chain: a strided shortcut stays exact, and the stages before it wait for it as they would in
 backprop.
@@ -48,7 +48,7 @@ class Chain:
 
     @property
     def segments(self) -> int:
-        """C of SEGMENTS.md."""
+        """C, the number of segments."""
         return self.last - self.first + 1
 
     @property

@@ -1,7 +1,7 @@
 """A layer of a recurrence over a rank's stretch: how it runs, what is exact in it, and its highway.
 
-K is that of PAPER.md, section 2: z for a GRU; for an LSTM, with state (h, c), f from c to c and o (1 - tanh(c')^2) f
-from c to h. What has no highway (nn.RNN) is exact.
+K is that of docs/design.md, section 4.8: z for a GRU; for an LSTM, with state (h, c), f from c to c and
+o (1 - tanh(c')^2) f from c to h. What has no highway (nn.RNN) is exact.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh (SEGMENTS.md, sections 1 and 3).
+"""``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh.
 
 Rank s holds a stretch of the sequence; that is segment s. Forward, it waits for the state of the rank before it, batch
 part by batch part. Backward, with i_s for what the later ranks hand to the last state of segment s, and c for what the
@@ -8,9 +8,9 @@ losses contribute at its own states:
     v_s       out_s(i^t_s) - P_s i^t_s            all ranks at once: one backward pass through the states of a stretch
     i^{t+1}   i_{s-1} = v_s + P_s i^{t+1}_s       one all-gather of v, then a scan on every rank
 
-(e_s of SEGMENTS.md is i_s and the c of that state; out_s takes all c's of the stretch along.) The last rank knows its i
-from the start, so all it sends from the first round on is exact, and k = R - 1 is ordinary backprop. Stacked layers are
-chains of their own, the top one first.
+(The e_s of docs/design.md, section 4.6, "Segments", is i_s and the c of that state; out_s takes all c's of the stretch
+along.) The last rank knows its i from the start, so all it sends from the first round on is exact, and k = R - 1 is
+ordinary backprop. Stacked layers are chains of their own, the top one first.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def recurrent(
 
     Every rank calls it, and every rank calls ``backward`` on something that depends on its result (``0 * y.sum()``
     where a rank has no loss). The loss is the sum of all ranks' losses. A rank's parameters get the gradient of its own
-    stretch: sum them over the mesh, as in context parallelism.
+    stretch: sum them over the mesh, as in context parallelism. A rank's stretch is a segment (docs/design.md, section
+    4.6, "Segments", and section 7).
 
     Args:
         module_or_cell: ``nn.GRU`` or ``nn.LSTM`` (any number of layers, one direction), ``nn.RNN`` (exact: it has no

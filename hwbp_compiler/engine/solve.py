@@ -1,7 +1,7 @@
 """W by Highway-BP, the one place where it is computed: for chains in a joint graph, for loops, and for modules.
 
 Row i of W is w_i, the gradient at state i, i = 0..L; the last row is the chain's head, known exactly. With b for what
-is injected at each link (PAPER.md, sections 1 and 2):
+is injected at each link (Fagnou et al., ICLR 2025, Theorems 1 and 2; docs/design.md, section 4.6):
 
     W^0     = scan([b, w_L], (1 - gamma) K)
     W^{t+1} = scan([b + J W^t + gamma K W^t, w_L], (1 - gamma) K)        all links at once, then one scan

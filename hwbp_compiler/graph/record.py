@@ -13,12 +13,13 @@ from hwbp_compiler.reasons import Reason, Why
 class GroupRecord:
     """Links evaluated together.
 
-    links        how many
-    operators    the heavy operators of one link, by name, and how often
-    multiplier   K of these links as text
-    module       the modules they stand in, ``"blocks.0..blocks.23"``
-    source       ``file:line: code`` of their residual addition or gated update
-    batched      how they are evaluated at once, one phrase per heavy operator; filled by ``explain`` alone
+    Attributes:
+        links: how many they are.
+        operators: the heavy operators of one link, by name, and how often each occurs.
+        multiplier: K of these links as text.
+        module: the modules they stand in, ``"blocks.0..blocks.23"``.
+        source: ``file:line: code`` of their residual addition or gated update.
+        batched: how they are evaluated at once, one phrase per heavy operator; filled by ``explain`` alone.
     """
 
     links: int
@@ -33,26 +34,28 @@ class GroupRecord:
 class ChainRecord:
     """One chain, or one stretch that was refused.
 
-    length        number of links
-    decision      "rewritten" or "declined"
-    reason        why, for a user who has not read our source
-    reason_code   the same as a member of ``Reason``, whose name never changes its meaning
-    multiplier    K as text, one entry per kind of link, most frequent first, joined by " | "
-    groups        links evaluated together
-    source        ``file:line: code`` of the user's line with the residual addition or gated update; of the most
-                  frequent one where links differ
-    estimate      expected seconds link after link and rewritten, and bytes stacked; None where nothing was estimated
-    failed        declined because a pass broke, not because of the model
-    module        the modules the links stand in, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``
-    sources       all such lines, most frequent first
-    advice        what to change to have it rewritten; "" where there is nothing
-    times         how many equal ones this record stands for (declined ones only)
-    members       group of each link, in forward order; empty where it never came to groups
-    modules       module of each link, in forward order
-    side_losses   links, in forward order, at whose state something besides the chain adds a gradient
-    added_bytes   memory the rewritten form holds at once beyond that of the chain itself, at most
-    iterations, segment   k and S it was rewritten with; None where it was not, or has no block
-    candidates    with "auto": what may be chosen while the model trains, as (k, gamma, S) and the estimate
+    Attributes:
+        length: number of links.
+        decision: "rewritten" or "declined".
+        reason: why, for a user who has not read our source.
+        reason_code: the same as a member of ``Reason``, whose name never changes its meaning.
+        multiplier: K as text, one entry per kind of link, most frequent first, joined by " | ".
+        groups: links evaluated together.
+        source: ``file:line: code`` of the user's line with the residual addition or gated update; of the most frequent
+            one where links differ.
+        estimate: expected seconds link after link and rewritten, and bytes stacked; None where nothing was estimated.
+        failed: declined because a pass broke, not because of the model.
+        module: the modules the links stand in, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``.
+        sources: all such lines, most frequent first.
+        advice: what to change to have it rewritten; "" where there is nothing.
+        times: how many equal chains this record stands for (declined ones only).
+        members: the group of each link, in forward order; empty where no groups were made.
+        modules: the module of each link, in forward order.
+        side_losses: links, in forward order, at whose state something besides the chain adds a gradient.
+        added_bytes: memory in bytes that the rewritten form holds at one time beyond that of the chain itself, at most.
+        iterations: k it was rewritten with; None where it was not, or has no block.
+        segment: S it was rewritten with; None where it was not, or has no block.
+        candidates: with "auto", what may be chosen while the model trains, as (k, gamma, S) and the estimate.
     """
 
     length: int

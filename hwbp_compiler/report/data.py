@@ -30,10 +30,11 @@ def copied(graph: fx.Graph) -> fx.Graph:
 class BlockPrograms:
     """One group of a chain for a reader.
 
-    forward   the user's own lines of one block, ``file:line: code``, in the order they run
-    before    the backward of one block, as ordinary backprop runs it
-    example   which link that is, from 1 on, in forward order
-    after     the backward of all blocks of the group at once; "" where the chain is not rewritten
+    Attributes:
+        forward: the user's own lines of one block, ``file:line: code``, in the order they run.
+        before: the backward pass of one block, as ordinary backprop runs it.
+        after: the backward pass of all blocks of the group at once; "" where the chain is not rewritten.
+        example: which link ``before`` shows, counted from 1 in forward order.
     """
 
     forward: list[str] = field(default_factory=list)
@@ -44,8 +45,14 @@ class BlockPrograms:
 
 @dataclass
 class ErrorAt:
-    """The parameter gradient at ``iterations`` and ``segment`` against the exact one: cosine, and norm of the
-    difference relative to the norm of the exact one. Both over all parameters of the chain's graph together."""
+    """The parameter gradient w^k against the exact one, over all parameters of the chain's graph together.
+
+    Attributes:
+        iterations: k.
+        cosine: of the angle between the two gradients.
+        relative_error: norm of the difference, relative to the norm of the exact gradient.
+        segment: S, links per segment.
+    """
 
     iterations: int
     cosine: float
@@ -61,14 +68,16 @@ class ErrorAt:
 class ExplainedGraph:
     """One joint graph (forward and backward of one piece of the model).
 
-    before, after   the graph as it was traced and as the passes leave it
-    chains          what was found in it
-    failure         the exception that ended the passes; the graph is then compiled as it is. None if there was none
-    programs        per chain, one entry per group
-    rest            per chain, what of its rewritten form belongs to no group: multipliers, scans, states
-    errors          error of w^k against k and S; empty where it was not asked for
-    loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``: those are
-                    rewritten before the joint graph is traced, which holds them as they are in ``before`` too
+    Attributes:
+        before: the graph as it was traced.
+        after: the graph as the passes leave it.
+        chains: what was found in it.
+        failure: the exception that ended the passes; the graph is then compiled as it is. None if there was none.
+        programs: for each chain, one entry per group.
+        rest: for each chain, what of its rewritten form belongs to no group: multipliers, scans, states.
+        errors: the error of w^k for each k and S; empty where ``errors`` was not asked for.
+        loops: how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``. Those are rewritten
+            before the joint graph is traced, so ``before`` holds them in their rewritten form too.
     """
 
     before: fx.GraphModule
@@ -83,7 +92,12 @@ class ExplainedGraph:
 
 @dataclass
 class StepTimes:
-    """Median seconds of one training step (forward, loss, backward) on the inputs given to ``explain``."""
+    """Median seconds of one training step (forward, loss, backward) on the inputs given to ``explain``.
+
+    Attributes:
+        inductor: with ``backend="inductor"``.
+        highway: with ``backend="highway"`` and the options given.
+    """
 
     inductor: float
     highway: float
@@ -93,11 +107,12 @@ class StepTimes:
 class ReportData:
     """What :func:`hwbp_compiler.explain` found.
 
-    options    the highway's own options in force
-    graphs     one entry per joint graph, in the order they were traced; several where Dynamo broke the graph
-    notes      what is to be said about the model as a whole, such as why there is no graph
-    measured   step times, where they were asked for
-    name       what the model is called: its class or function
+    Attributes:
+        options: the highway's own options in force.
+        graphs: one entry per joint graph, in the order they were traced; several where Dynamo broke the graph.
+        notes: remarks on the model as a whole, such as why there is no graph.
+        measured: step times, with ``measure=True``; else None.
+        name: the name of the model's class or function.
     """
 
     options: Options
@@ -130,8 +145,12 @@ class ReportData:
         return next(rewritten, None) or next(with_chains, None) or next(iter(self.graphs), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number
-        of their graph. Times are in seconds, sizes in bytes."""
+        """The report as plain data, ready for JSON.
+
+        Returns:
+            ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number of their graph. Times are
+            in seconds, sizes in bytes.
+        """
         return {
             "options": asdict(self.options),
             "notes": list(self.notes),

@@ -48,24 +48,27 @@ class _ReadableRepr:
 class Stack(_ReadableRepr):
     """``depth`` links of width ``width``; link i is ``after(update(x, block(pre(x))) + vector)``.
 
-    blocks      kinds of block, taken in turn, see :class:`.blocks.Block`
-    update      how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
-                "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
-                "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
-                "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
-                "part" the same for one column of the state alone;
-                "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
-    pre         normalisation in front of the block (in J)
-    after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
-    shared      0: every link has its own weights; p: links i and i + p share theirs
-    vectors     a learnt vector is added to every state (not a link)
-    taps        states, 1..depth, that the model returns; ``heads``: through a linear layer each
-    penalties   links, 1..depth, whose hidden activity the model returns
-    skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
-    unet        the skips (0, depth), (1, depth - 1), ...
-    rereads     every block's input has the first state added to it
-    layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
-    frozen      links, 1..depth, whose parameters want no gradient
+    Attributes:
+        depth: links.
+        width: of the state.
+        blocks: kinds of block, taken in turn, see :class:`.blocks.Block`.
+        update: how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z; "scalar" and
+            "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x); "gate" g x + (1 - g) tanh z, g
+            from the state; "input_gate" the same, g a learnt vector; "lerp" torch.lerp(x, tanh z, g); "self_gate"
+            x + x sigmoid(z); "product" x (1.2 + z); "part" the same for one column of the state alone; "curved"
+            x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x).
+        pre: normalisation in front of the block (in J).
+        after: what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back.
+        shared: 0: every link has its own weights; p: links i and i + p share theirs.
+        vectors: a learnt vector is added to every state (not a link).
+        taps: states, 1..depth, that the model returns.
+        heads: each tap goes through a linear layer.
+        penalties: links, 1..depth, whose hidden activity the model returns.
+        skip: (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open.
+        unet: the skips (0, depth), (1, depth - 1), ...
+        rereads: every block's input has the first state added to it.
+        layout: "flat": links work on [batch * length, width]; "swap": the state is transposed in every link.
+        frozen: links, 1..depth, whose parameters want no gradient.
     """
 
     depth: int = 3
@@ -97,11 +100,16 @@ class Stack(_ReadableRepr):
 class Recurrence(_ReadableRepr):
     """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
 
-    cell         see :class:`.blocks.Cell`
-    every_step   hands on the states of all steps, else of the last
-    start        the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
-                 width], that requires a gradient
-    masked       past its end a sequence keeps its state: where(mask, new, old)
+    Attributes:
+        width: of the state.
+        cell: see :class:`.blocks.Cell`.
+        layers: how many.
+        every_step: hands on the states of all steps, else of the last.
+        start: the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
+            width], that requires a gradient.
+        reverse: runs from the last step to the first.
+        masked: past its end a sequence keeps its state: where(mask, new, old).
+        frozen: its parameters want no gradient.
     """
 
     width: int = 3
@@ -126,14 +134,19 @@ Stage = Stack | Recurrence
 class Model(_ReadableRepr):
     """Stages in a row with ``tanh(linear(x))`` between them, on inputs [batch, length, stacks[0].width].
 
-    stem        start with a linear layer too
-    head        end with one
-    input_grad  the input requires a gradient
-    dead_ends   every state is used for something that nobody wants, and one such thing is returned but not in the
-                loss
-    parallel    stages side by side: each reads the input, and all outputs are returned
-    dtype       of parameters and input
-    dynamic     compiled with sizes known only at run time, where it is compiled by way of Dynamo
+    Attributes:
+        stacks: the stages.
+        batch: sequences in a batch.
+        length: of the sequences.
+        stem: start with a linear layer too.
+        head: end with one.
+        input_grad: the input requires a gradient.
+        dead_ends: every state is used for something that nobody wants, and one such thing is returned but not in the
+            loss.
+        parallel: stages side by side: each reads the input, and all outputs are returned.
+        dtype: of parameters and input.
+        dynamic: compiled with sizes known only at run time, where it is compiled by way of Dynamo.
+        seed: of the parameters and the input.
     """
 
     stacks: tuple[Stage, ...] = (Stack(),)
@@ -367,7 +380,14 @@ def loss(output: dict[str, Any]) -> Tensor:
 
 
 def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
-    """``(model, args, loss)``; the same numbers every time."""
+    """Make a model of plain data; the same numbers every time.
+
+    Args:
+        spec: what to make.
+
+    Returns:
+        The module, the tuple it is called with ([batch, length, width], and given first states), and a loss.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         dtype = getattr(torch, spec.dtype)
@@ -382,7 +402,17 @@ def build(spec: Model) -> tuple[ResidualModel, tuple[Tensor, ...], Any]:
 
 
 def program(model: ResidualModel) -> Program:
-    """The model of a pinned :class:`Model`, retold for the oracle on the same parameters."""
+    """Describe a model for the oracle, on the same parameters.
+
+    Args:
+        model: what :func:`build` made.
+
+    Returns:
+        Its :class:`..reference.Program`.
+
+    Raises:
+        ValueError: which chains the model has is left open (``pinned`` is False).
+    """
     if not model.spec.pinned:
         raise ValueError(f"which chains {model.spec} has is left open: there is no single program for it")
     return next(programs(model))

@@ -1,7 +1,7 @@
 """Highway-BP written out with ``torch.autograd``: the oracle the compiler is measured against.
 
-Follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. Slow and
-plain on purpose; meant for float64.
+Follows the paper (Fagnou et al., ICLR 2025, Theorems 1 and 2) and docs/design.md, section 4.6, "Segments", link by
+link, and shares no code with the passes. Slow and plain on purpose; meant for float64.
 
 A model is retold as a :class:`Program`: an ordinary forward function that hands each of its chains to
 ``run_chain``. Everything outside the chains is differentiated by autograd as it stands. A chain is one
@@ -26,12 +26,20 @@ Hold = Callable[[Tensor], Tensor]
 
 
 class Step(Protocol):
-    """One link: ``(state, side, hold) -> (next_state, outputs)``, all three tuples of tensors.
+    """One link: a function ``(state, side, hold) -> (next_state, outputs)`` over tuples of tensors.
 
-    Every value that mixes elements (a block's output, a gate, a LayerNorm's mean) passes through ``hold`` where
-    it meets the state. With ``hold`` the identity this is the whole link ``f``; with ``hold`` cutting gradients
-    the Jacobian of the next state in the state is ``K``, the highway. ``outputs`` are what leaves the link
-    sideways (an activity penalty, say), ``side`` what enters it besides the state and the parameters.
+    Every value that mixes elements (a block's output, a gate, a LayerNorm's mean) passes through ``hold`` where it
+    meets the state. With ``hold`` the identity this is the whole link ``f``. With ``hold`` cutting gradients, the
+    Jacobian of the next state in the state is ``K``, the highway.
+
+    Args:
+        state: the state before the link, one tensor for each component.
+        side: what enters the link besides the state and the parameters.
+        hold: to be called on every value that mixes elements; returns it.
+
+    Returns:
+        The next state, in tensors of the shapes of ``state``, and what leaves the link sideways (an activity penalty,
+        for example; ``()`` for nothing).
     """
 
     def __call__(self, state: Tensors, side: Tensors, hold: Hold, /) -> tuple[Tensors, Tensors]: ...
@@ -39,7 +47,12 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """A step and its side inputs. A non-leaf tensor used in ``step`` must come in through ``side``."""
+    """A step and its side inputs.
+
+    Attributes:
+        step: the function of the link, a :class:`Step`.
+        side: its side inputs. A tensor used in ``step`` that is no leaf of autograd must come in here.
+    """
 
     step: Step
     side: Tensors = ()
@@ -47,7 +60,12 @@ class Link:
 
 @dataclass(frozen=True)
 class ChainRun:
-    """What running a chain of L links gives: ``states`` 0..L (0 is where it began), ``outputs`` of links 1..L."""
+    """What running a chain of L links gives.
+
+    Attributes:
+        states: states 0..L; state 0 is where the chain began.
+        outputs: what left links 1..L sideways.
+    """
 
     states: list[Tensors]
     outputs: list[Tensors]
@@ -58,10 +76,12 @@ RunChain = Callable[[Sequence[Link], Tensors], ChainRun]
 
 @dataclass(frozen=True)
 class Program:
-    """A model retold for the oracle.
+    """A model and its chains, described for the oracle.
 
-    parameters  the model's own parameters, by name; :func:`reference_gradients` differentiates in these tensors
-    forward     ``forward(run_chain, *args)`` returns what the model returns
+    Attributes:
+        parameters: the model's own parameters, by name; :func:`reference_gradients` differentiates in these tensors.
+        forward: ``forward(run_chain, *args)`` returns what the model returns. It calls ``run_chain(links, state)`` with
+            a list of :class:`Link` and a tuple of tensors for each chain, and gets a :class:`ChainRun`.
     """
 
     parameters: Mapping[str, Tensor]
@@ -81,15 +101,23 @@ def reference_gradients(
 ) -> tuple[Any, dict[str | int, Tensor]]:
     """The output of ``program(*args)`` and the Highway-BP gradients of ``loss(output) -> scalar``.
 
-    iterations  k: gradient paths that cross at most k blocks of a chain; ``"exact"`` or k >= L is backprop
-    damping     gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``
-    segment     S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
-                those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop
-    solver      how a chain's w is found: :func:`highway_bp` unless told otherwise
-    exact       chains, numbered in the order in which ``program`` runs them, that are left to backprop
+    Args:
+        program: the model and its chains; in float64, to be an oracle.
+        args: what the model is called with.
+        loss: ``loss(output) -> scalar``.
+        iterations: k: gradient paths that cross at most k blocks of a chain count; ``"exact"`` or k >= L is backprop.
+        damping: gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``.
+        segment: S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
+            those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop.
+        solver: how a chain's w is found; :func:`highway_bp` if None.
+        exact: chains, numbered in the order in which ``program`` runs them, that are left to backprop.
 
-    The gradients are keyed by parameter name, and by position for those of ``args`` that require a gradient;
-    zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``. ValueError for S < 1.
+    Returns:
+        The output, and the gradients: by name for parameters, and by position for those of ``args`` that require a
+        gradient. They are zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``.
+
+    Raises:
+        ValueError: ``segment`` is below 1.
     """
     if segment < 1:
         raise ValueError(f"segment is {segment}; it must be at least 1")
@@ -168,10 +196,19 @@ class Solver(Protocol):
 def highway_bp(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """PAPER.md, section 1: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times.
+    """Highway-BP: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times (Fagnou et al., ICLR 2025).
 
-    With segments of S > 1 links, SEGMENTS.md, section 1. All are tuples of tensors of the state's shapes: ``links``
-    1..L, ``contributions`` and the result 0..L.
+    For segments of S > 1 links: docs/design.md, section 4.6, "Segments".
+
+    Args:
+        links: links 1..L at their saved states.
+        contributions: c_0..c_L, what the losses contribute at each state: tuples of tensors of the state's shapes.
+        iterations: k.
+        damping: gamma.
+        segment: S, links per segment.
+
+    Returns:
+        w_0..w_L, in tuples of tensors of the state's shapes.
     """
     if segment != 1:
         return _segmented(links, contributions, iterations, damping, segment)
@@ -201,7 +238,7 @@ def highway_bp(
 def _segmented(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int
 ) -> list[Tensors]:
-    """SEGMENTS.md, section 1, for S > 1: k times a run in every segment and a scan over segments, then the last run.
+    """For S > 1: k times a run in every segment and a scan over segments, then the last run.
 
     ``e_s`` estimates the gradient at ``h_{b_s}``, the last state of segment s = 1..C, which ends at ``b_s`` and begins
     behind ``a_s = b_{s-1}``:
@@ -251,7 +288,8 @@ def _segmented(
 def sum_over_paths(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """The meaning of w (Theorems 1 and 2; SEGMENTS.md, section 1), by brute force.
+    """The meaning of w, by brute force (Fagnou et al., ICLR 2025, Theorems 1 and 2; for segments docs/design.md,
+    section 4.6). Arguments and result are those of :func:`highway_bp`.
 
     For every pair of states i <= j and every way to cross each link between them by its highway ``(1 - gamma) K`` or
     its block ``J + gamma K``: push c_j along that path, if it crosses blocks in at most k segments. The segment of
@@ -291,7 +329,10 @@ def fixed_point(
 ) -> list[Tensors]:
     """Fixed-point iteration: ``w_i <- c_i + w_{i+1} (J + K)`` k times from ``w = c``. Has no damping.
 
-    It has no segments either: ValueError for S > 1.
+    Arguments and result are those of :func:`highway_bp`.
+
+    Raises:
+        ValueError: ``segment`` is not 1; fixed-point iteration has no segments.
     """
     if segment != 1:
         raise ValueError(f"fixed-point iteration has no segments; segment is {segment}, it must be 1")
