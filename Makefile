@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup test test-slow lint types quickstart gpu bench clean
+.PHONY: setup test test-slow lint types quickstart gpu bench docs clean
 
 setup: $(STAMP)
 
@@ -11,7 +11,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install $(shell grep '^torch==' constraints.txt)
-	$(BIN)/pip install -c constraints.txt -e ".[test,dev,examples]"
+	$(BIN)/pip install -c constraints.txt -e ".[test,dev,docs,examples]"
 	touch $@
 
 test: setup lint types
@@ -33,9 +33,12 @@ quickstart: setup
 gpu: setup
 	PYTHON=$(BIN)/python benchmarks/on_gpu.sh
 
+docs: setup
+	$(BIN)/mkdocs build --strict
+
 bench: setup
 	$(BIN)/python -m benchmarks run
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,8 @@
 """``python -m benchmarks run [--suite NAME ...] [--device cpu|cuda]``, ``python -m benchmarks report``
 
-``run`` writes one JSON line per case to ``benchmarks/results/SUITE-DEVICE.jsonl`` and prints it. ``report`` turns the
-committed results into ``docs/benchmarks.md`` with its plots. On a device that is lent by the minute, ``run --ahead
-120`` first compiles the cases side by side for at most two minutes, and then measures those that are compiled.
+``run`` writes one JSON line per case to ``benchmarks/results/SUITE-DEVICE.jsonl`` (and prints it); ``report`` turns
+the committed results into the pages of ``docs/benchmarks/`` with their plots. Where a device is lent by the minute,
+``run --ahead 120`` first compiles the cases side by side for at most two minutes, and measures what is compiled.
 """
 
 from __future__ import annotations
@@ -40,11 +40,8 @@ SUITES = {
 
 
 def run(suite: str, device: str, quick: bool, only: str = "", ready: set[str] | None = None, keep: bool = True) -> None:
-    """Run one suite, or its cases with ``only`` in their names.
-
-    ``ready``: the cases that were compiled ahead. In suites with named cases only these are measured, without compile
-    times. Without ``keep``, nothing is written.
-    """
+    """One suite, or its cases with ``only`` in their names. ``ready``: the cases that were compiled ahead; of suites
+    with named cases no others are measured, nor seconds of compilation. Without ``keep`` nothing is written."""
     module = importlib.import_module(f".{SUITES[suite]}", __package__)
     where: dict[str, Any] = {"suite": suite, **environment(device)}
     say(", ".join(f"{key} {value}" for key, value in where.items()))
@@ -73,21 +70,20 @@ def run(suite: str, device: str, quick: bool, only: str = "", ready: set[str] | 
 
 
 def resumes(module: ModuleType) -> bool:
-    """Whether the suite measures only what the results file lacks."""
+    """Whether the suite measures what the file of results lacks."""
     return getattr(module, "RESUMES", False)
 
 
 def results(module: ModuleType, suite: str, device: str, quick: bool) -> tuple[Path, list[dict[str, Any]]]:
-    """The results file, and the rows it already has if the suite resumes."""
+    """The file of results, and of a suite that resumes what is there already."""
     path = RESULTS / f"{suite}-{device}{'-quick' if quick else ''}.jsonl"
     there = resumes(module) and path.exists()
     return path, [json.loads(line) for line in path.read_text().splitlines()] if there else []
 
 
 def compile_ahead(suites: list[str], device: str, quick: bool, only: str, caches: str, seconds: float) -> set[str]:
-    """The names of the cases that could be compiled in ``seconds``. Each is compiled in its own process, with as many
-    at once as there are cores. What these processes measure is thrown away.
-    """
+    """The names of the cases that could be compiled in so many seconds, each in a process of its own, as many at once
+    as there are cores. What those measure is thrown away."""
     jobs = []
     for suite in suites:
         module = importlib.import_module(f".{SUITES[suite]}", __package__)
@@ -129,7 +125,7 @@ def main() -> None:
     running.add_argument("--ahead", type=float, metavar="SECONDS", help="compile side by side first, untimed")
     running.add_argument("--caches", help="a folder for compile caches, to keep them (default: a new one, thrown away)")
     running.add_argument("--discard", action="store_true", help="write no results")
-    commands.add_parser("report", help="docs/benchmarks.md from the committed results")
+    commands.add_parser("report", help="docs/benchmarks/ from the committed results")
     arguments = parser.parse_args()
     if arguments.command == "report":
         from .report import write

@@ -1,22 +1,23 @@
-"""The section of ``docs/benchmarks.md`` on quality: its two figures, and the paper's claims beside our numbers."""
+"""The page ``docs/benchmarks/quality.md``, its two figures, and the paper's claims beside the numbers."""
 
 from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .accuracy import CASES, FPI, HIGHWAY, SEEDS
-from .rows import PAGE, Row, by, markdown, places
+from .rows import Row, by, markdown, places
 
 HIGHER_IS_BETTER = {"accuracy": True, "held_out_loss": False}
-SEEN = 0.001  # a smaller drop of the cosine does not count
+SEEN = 0.001  # a cosine that falls by less has not fallen
 WORDS = {"accuracy": "held-out accuracy", "held_out_loss": "held-out loss, nats per character"}
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What the runs of one method in one case reached, seed by seed."""
+    """One method in one case: what its runs reached, seed by seed."""
 
     metric: str
     values: list[float]
@@ -39,7 +40,7 @@ class Quality:
         return self.mean > other.mean if HIGHER_IS_BETTER[self.metric] else self.mean < other.mean
 
     def as_good_as(self, other: Quality) -> bool:
-        """Better, or not further behind than the larger of the two spreads."""
+        """Better, or no further behind than the larger of the two spreads."""
         return self.better_than(other) or abs(self.mean - other.mean) <= max(self.spread, other.spread)
 
 
@@ -56,11 +57,12 @@ class Results:
         self.cases = [case for case in CASES if (case.name, "exact") in self.quality]
 
 
-def section(found: list[Row]) -> str | None:
+def section(found: list[Row], folder: Path) -> str | None:
+    """``folder``: where the page lies, and the figures beside it."""
     if not found:
         return None
     results = Results(found)
-    figures(results)
+    figures(results, folder)
     seeds = len(SEEDS)
     parts = [
         "## Quality\n\n`python -m benchmarks run --suite accuracy`. The models, data and schedules of `examples/`, "
@@ -91,7 +93,7 @@ def section(found: list[Row]) -> str | None:
 
 
 def took(found: list[Row]) -> str:
-    """The total time of all runs, for anyone who wants to repeat them."""
+    """How long all runs together lasted, for who wants to repeat them."""
     runs = [row for row in found if row["kind"] == "quality"]
     training = sum(row["seconds"] for row in runs) / 60
     compiled = {(row["case"], row["run"], row["commit"], row["compile_s"]) for row in runs}
@@ -223,7 +225,7 @@ def damping_helps(results: Results) -> tuple[str, str, str] | None:
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def figures(results: Results) -> None:
+def figures(results: Results, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -250,7 +252,7 @@ def figures(results: Results) -> None:
                 axis.errorbar(ks, means, spreads, marker="o", markersize=4, capsize=3, label=label)
         axis.set(title=case.name, xlabel="k", ylabel=WORDS[case.metric])
     axes[0, 0].legend()
-    figure.savefig(PAGE.parent / "accuracy.svg", metadata={"Date": None})
+    figure.savefig(folder / "accuracy.svg", metadata={"Date": None})
     pyplot.close(figure)
 
     figure, axes = pyplot.subplots(1, count, **how)
@@ -262,5 +264,5 @@ def figures(results: Results) -> None:
                 axis.plot(row["steps"], row["cosines"], style, color=f"C{i}", marker=".", label=method.label)
         axis.set(title=case.name, xlabel="training step", ylabel="cosine with the exact gradient", ylim=(None, 1.02))
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(PAGE.parent / "cosine.svg", metadata={"Date": None})
+    figure.savefig(folder / "cosine.svg", metadata={"Date": None})
     pyplot.close(figure)

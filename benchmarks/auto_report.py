@@ -1,4 +1,4 @@
-"""The section of ``docs/benchmarks.md`` on "auto": quality, cosines during training, and the time of a step."""
+"""The page ``docs/benchmarks/auto.md``: quality, cosines during training, and the time of a step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def section(found: list[Row], folder: Path) -> str | None:
     if not found:
         return None
     parts = [
-        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options beside exact backprop: the same "
-        f'trainings, seeds and batches as in the section on segments, "auto" checking at every {CHECK_EVERY}th step, '
-        "because they are short."
+        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options beside exact backprop. Models, seeds "
+        f'and batches are those of [segments](segments.md). "auto" checks at every {CHECK_EVERY}th step, because these '
+        "trainings are short."
     ]
     courses = [row for row in found if row["kind"] == "course"]
     if figure(courses, folder):

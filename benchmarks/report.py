@@ -1,14 +1,17 @@
-"""Committed results -> ``docs/benchmarks.md`` and the table of README.md: ``python -m benchmarks report``"""
+"""Committed results -> ``docs/benchmarks/`` and the tables of the READMEs: ``python -m benchmarks report``"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import accuracy_report, auto_report, paper, segments_report
+from .against_exact import EXACT_RUNS, Claim, Duel, best_last, claim, duel, plot
 from .harness import ROOT, say
-from .rows import PAGE, Row, by, doubtful, markdown, places, time
+from .rows import FOLDER, Row, by, doubtful, markdown, places, time
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -26,16 +29,27 @@ def rows(suite: str) -> list[Row]:
 
 
 def write() -> None:
-    """Rewrite the page, and the text between the two marks in README.md and examples/README.md."""
-    parts = [HEAD]
-    for section in SECTIONS:
-        text = section()
+    """Rewrite the pages, and what stands between the two marks in README.md and examples/README.md."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    written = []
+    for page in PAGES:
+        text = page.section()
         if text:
-            parts.append(text)
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            written.append(page)
+            (FOLDER / f"{page.name}.md").write_text(as_page(text) + "\n", encoding="utf-8")
+    (FOLDER / "index.md").write_text(index(written) + "\n", encoding="utf-8")
     between_marks(README, in_short())
     between_marks(EXAMPLES, expected())
-    say(f"written: {', '.join(str(path.relative_to(ROOT)) for path in (PAGE, README, EXAMPLES))}")
+    names = (FOLDER / "index.md", *(FOLDER / f"{page.name}.md" for page in written), README, EXAMPLES)
+    say(f"written: {', '.join(str(path.relative_to(ROOT)) for path in names)}")
+
+
+def as_page(section: str) -> str:
+    """A section of its own page: the plots right below its title, and every heading one level up."""
+    title, *blocks = section.split("\n\n")
+    plots = [block for block in blocks if block.startswith("![")]
+    rest = [block for block in blocks if not block.startswith("![")]
+    return "\n\n".join(re.sub(r"^##", "#", block) for block in (title, *plots, *rest))
 
 
 def between_marks(path: Path, text: str) -> None:
@@ -49,11 +63,15 @@ def between_marks(path: Path, text: str) -> None:
 
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks report` from `benchmarks/results/`; `python -m benchmarks run` measures anew. All
-competitors of a table ran in one process and took turns. Given are medians, the interquartile range in brackets, and
-ratios to the baseline's median: above 1 is faster. Cases that lose are listed like those that win. Where an
-interquartile range is more than half its median, the machine was disturbed, and a question mark says so: ratios in that
-row are no more than a hint."""
+One row per claim. Each claim is compared with the best exact alternative: the fastest way to get the exact gradient
+that was measured in the same run. The row names the best case and the worst one; a ratio above 1 means that ours is
+faster. Losing cases are listed like winning ones, here and on every page. `python -m benchmarks run --suite NAME`
+measures a suite anew; the last column names it."""
+
+HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. All competitors of a table
+ran in one process and took turns. Times are medians; the interquartile range is in brackets. Where the interquartile
+range is more than half of the median, the machine was disturbed: a question mark says so, and ratios in that row are
+only a hint. The table above leaves such cases out. Every table names its machine, version of torch and commit."""
 
 
 def ratio(row: Row, what: str) -> str:
@@ -61,16 +79,16 @@ def ratio(row: Row, what: str) -> str:
 
 
 def memory(row: Row, group: list[Row]) -> str:
-    """Megabytes, if all rows of the table have them. Some suites read the resident memory on a CPU, which misses what
-    the allocator kept from before. So a table with a zero in it shows no memory.
-    """
+    """Megabytes, of a table in which all are known. What a process resides in, which some suites read on a CPU, misses
+    what its allocator has kept from before: a table with a zero in it is no measurement."""
     if any(r.get("peak_memory_mb") is None or r["peak_memory_mb"] <= 0 for r in group):
         return ""
     return f"{row['peak_memory_mb']:.1f}"
 
 
 def compiling(row: Row) -> str:
-    """Seconds of the first call, cold and (if measured) from warm caches. Empty if the suite was compiled ahead."""
+    """Seconds of the first call, cold and (where it was measured) from warm caches; nothing where a suite was compiled
+    ahead."""
     if "compile_s" in row:
         cold = row["compile_s"]
     else:
@@ -90,11 +108,14 @@ def deep() -> str | None:
     if not found:
         return None
     parts = [
-        "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. Baseline: `torch.compile` with Inductor. "
-        '`auto` is what `rewrite="profitable"`, the default, makes of k = 2. Cosine: of all parameter gradients with '
-        "the exact ones. `fpi` is fixed-point iteration (gamma = 1). Times in milliseconds, the first call in seconds: "
-        f"cold, and where it was measured from warm caches. {SHARED}"
+        "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. The baseline is `torch.compile` with Inductor. "
+        '`auto` is k = 2 under `rewrite="profitable"`, the default. The cosine compares all parameter gradients with '
+        "the exact ones. `fpi` is fixed-point iteration (gamma = 1). Times are in milliseconds. The first call is in "
+        f"seconds: cold and, where it was measured, from warm caches. {SHARED}",
+        f"### In short\n\n{deep_in_short()}",
     ]
+    if plot(deep_duels(), FOLDER / "unrolled.svg"):
+        parts.append("![Step time against Inductor](unrolled.svg)")
     for (case, why, _), group in by(found, "case", "why", "device").items():
         lines = [
             (
@@ -111,8 +132,8 @@ def deep() -> str | None:
 
 
 SHARED = (
-    "A cold compilation is the first of its program, but not of all that is in it: Inductor's comes first, and C++ "
-    "that two programs share (of the forward pass, mostly) is compiled once, so the seconds of all others are too low."
+    "A cold compilation is the first one of its program. Inductor's program comes first, and C++ that two programs "
+    "share (mostly that of the forward pass) is compiled once, so the seconds of all others are too low."
 )
 
 RECURRENT = ("kind", "batch", "hidden", "steps", "layers", "dtype", "matmul", "device")
@@ -128,7 +149,7 @@ def recurrent_rows() -> list[Row]:
 
 
 def case_of(row: Row, mark: str = "") -> str:
-    """A description of the case."""
+    """In words."""
     layers = f" of {row['layers']} layers" if row["layers"] > 1 else ""
     precision = "" if row["device"] == "cpu" else f", {precision_of(row)}"
     shape = f"batch {row['batch']}, hidden {row['hidden']}, {row['steps']} steps"
@@ -144,15 +165,19 @@ def recurrent() -> str | None:
     if not found:
         return None
     parts = [
-        "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. Baseline: `nn.GRU`, "
-        "`nn.LSTM` or `nn.RNN` in eager mode, to which stock `torch.compile` leaves them; on a GPU that is cuDNN, "
-        "which rounds float32 products to TF32 by default. What we compute does so where it says TF32 "
-        '(`torch.set_float32_matmul_precision("high")`). `auto` is what '
-        '`rewrite="profitable"`, the default, makes of k = 2, `fpi` fixed-point iteration (gamma = 1). Cosine: of the '
-        "weights' gradient with the exact one. Times in milliseconds; the first call, which compiles, in seconds where "
-        "it was measured: cold (but for C++ that runs above it in the table share), and from warm caches. Forward and "
-        "backward are waited for, so on a GPU each includes the time until Python has launched it."
+        "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. The baseline is `nn.GRU`, `nn.LSTM` or "
+        "`nn.RNN` in eager mode: stock `torch.compile` leaves these modules to it. On a GPU eager mode is cuDNN, which "
+        "rounds float32 products to TF32 by default. Ours does so where the table says TF32 "
+        '(`torch.set_float32_matmul_precision("high")`). `auto` is k = 2 under `rewrite="profitable"`, the default; '
+        "`fpi` is fixed-point iteration (gamma = 1). The cosine compares the weights' gradient with the exact one, at "
+        "initialisation. Times are in milliseconds. The first call, which compiles, is in seconds: cold (except for "
+        "C++ that an earlier run of the same table has compiled) and from warm caches. Each of forward and backward is "
+        "waited for, so on a GPU both include the time that Python takes to launch them.",
+        f"### In short\n\nThe fastest run of each row is in bold.\n\n{recurrent_in_short()}",
     ]
+    for device, words in (("cpu", "CPU"), ("cuda", "GPU")):
+        if plot(recurrent_duels(device), FOLDER / f"recurrent-{device}.svg"):
+            parts.append(f"![Step time against the best exact alternative, {words}](recurrent-{device}.svg)")
     for _, group in by(found, *RECURRENT).items():
         lines = [
             (
@@ -174,16 +199,18 @@ def cells() -> str | None:
         return None
     parts = [
         "## Cells of one's own\n\n`python -m benchmarks run --suite cells`. `hwbp_compiler.recurrent` against the same "
-        "loop written in Python: in eager mode, the baseline, and compiled by stock Inductor (`inductor`), which "
-        "unrolls it. `auto` is the default at k = 2. Cosine: of all parameter gradients with eager mode's. Times in "
-        "milliseconds, the first call in seconds: a cold compilation, or none where a cell of the same code and sizes "
-        "has run at another length before.\n\n"
-        "**A LayerNorm in the cell asks for a larger k, or for a smaller gain.** It brings what comes from the state "
-        "to size 1, however small the weights are: much of an untrained cell's gradient goes through the blocks. The "
-        "low cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
-        "(`tests/test_any_cell.py` compares with the definition), and no error of the rewrite. With a gain that "
-        "starts at 0.1 the same cell has the cosines of a GRU without a norm."
+        "loop written in Python: in eager mode, which is the baseline, and compiled by stock Inductor (`inductor`), "
+        "which unrolls it. `auto` is k = 2 under the default options. The cosine compares all parameter gradients with "
+        "those of eager mode, at initialisation. Times are in milliseconds. The first call is in seconds; it compiles "
+        "nothing where a cell of the same code and sizes has run at another length before.\n\n"
+        "**A LayerNorm in the cell needs a larger k, or a smaller gain.** It brings what comes from the state to size "
+        "1, however small the weights are, so much of an untrained cell's gradient goes through the blocks. The low "
+        "cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
+        "(`tests/test_any_cell.py` compares with the definition). With a gain that starts at 0.1 the same cell has the "
+        "cosines of a GRU without a norm."
     ]
+    if plot(cells_duels(), FOLDER / "cells.svg"):
+        parts.append("![Step time against the best exact alternative](cells.svg)")
     for (case, batch, hidden, length, _), group in by(found, "case", "batch", "hidden", "length", "device").items():
         eager = next(r for r in group if r["run"] == "eager")
         lines = [
@@ -235,8 +262,9 @@ def compile_time() -> str | None:
     ]  # fmt: skip
     head = ("model", "links", "nodes before", "after", "of the backward", "after", "pass, seconds")
     return (
-        f"## The pass\n\n`python -m benchmarks run --suite compile`. {places(found)}\n\n{markdown(head, lines)}\n\n"
-        "Nodes of the backward: operators on gradients, taking a row out of a stack (`select`) not counted."
+        f"## The rewriting pass\n\n`python -m benchmarks run --suite compile`. {places(found)}\n\n"
+        f"{markdown(head, lines)}\n\n"
+        "Nodes of the backward pass are operators on gradients; taking a row out of a stack (`select`) is not counted."
     )
 
 
@@ -295,7 +323,7 @@ def scan() -> str | None:
 
 
 def draw_scaling(found: list[Row]) -> None:
-    """Step time (solid) and compile time (dotted) against size, one panel per curve."""
+    """Step time (solid) and compile time (dotted) against size, one panel a curve."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -322,21 +350,20 @@ def draw_scaling(found: list[Row]) -> None:
         panel.set_title(curve, fontsize="medium")
         panel.set(xlabel=axis, ylabel="ms")
     axes[0, 0].legend(fontsize="small")
-    figure.savefig(PAGE.parent / "scaling.svg", metadata={"Date": None})
+    figure.savefig(FOLDER / "scaling.svg", metadata={"Date": None})
     pyplot.close(figure)
 
 
 def accuracy() -> str | None:
-
-    return accuracy_report.section(rows("accuracy"))
+    return accuracy_report.section(rows("accuracy"), FOLDER)
 
 
 def segments() -> str | None:
-    return segments_report.section(rows("segments"), PAGE.parent)
+    return segments_report.section(rows("segments"), FOLDER)
 
 
 def auto() -> str | None:
-    return auto_report.section(rows("auto"), PAGE.parent)
+    return auto_report.section(rows("auto"), FOLDER)
 
 
 def papers_own() -> str:
@@ -350,9 +377,9 @@ def papers_own() -> str:
         "## The paper's own figures\n\n"
         "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
         "batch 128, hidden size 512 (256 steps) or 64 (1024 steps), and in brackets the ratio to their own sequential "
-        "backprop. Beside them ours, from the tables above: the recurrent layers alone, without embedding and head, on "
-        "the GPU named there, and the ratio to cuDNN's own backprop. GPU and baseline differ from the paper's, so "
-        f"neither milliseconds nor ratios compare one to one.\n\n{table}"
+        "backprop. Ours stands below each row, from the tables of [recurrent modules](recurrent.md): the recurrent "
+        "layers alone, without embedding and head, on the GPU named there, and the ratio to cuDNN's own backprop. GPU "
+        f"and baseline differ from the paper's, so neither milliseconds nor ratios can be compared directly.\n\n{table}"
     )
 
 
@@ -371,25 +398,230 @@ def ours_beside(case: str) -> list[tuple[object, ...]]:
 
 
 def expected() -> str:
-
     return accuracy_report.in_short(rows("accuracy"))
 
 
-SECTIONS: list[Callable[[], str | None]] = [
-    recurrent, cells, loops, deep, compile_time, scaling, accuracy, segments, auto, scan, papers_own,
-]  # fmt: skip
+# -- ours against the best exact alternative ------------------------------------------------------------------------
+
+K2, SEGMENTED, DEFAULT, OUR_EXACT = "k = 2", "k = 1, S = 16", "k = 2 where it is expected to pay", "exact"
+OF_RUN = {"k=2": K2, "k=1, S=16": SEGMENTED, "auto": DEFAULT, "exact": OUR_EXACT}
+
+
+def duels(groups: Iterator[tuple[str, dict[str, Row]]], *runs: str) -> dict[str, list[Duel]]:
+    """For each of ``runs``, what it is compared with in every group. Exact backprop compiled with this backend is an
+    alternative to what is approximate, and is itself compared with what is not ours."""
+    found: dict[str, list[Duel]] = {OF_RUN[run]: [] for run in runs}
+    for case, group in groups:
+        names = dict(EXACT_RUNS)
+        if next(iter(group.values()))["device"] == "cuda":
+            names["eager"] = "cuDNN"
+        for run in runs:
+            others = {name: words for name, words in names.items() if run != "exact" or name != "exact"}
+            met = duel(case, group, run, others)
+            if met is not None and (run == "exact" or not exact_whatever_k(group)):
+                found[OF_RUN[run]].append(met)
+    return found
+
+
+def exact_whatever_k(group: dict[str, Row]) -> bool:
+    """A chain whose blocks are empty (a linear recurrence), or no chain at all: k = 2 is the exact gradient."""
+    least = group.get("k=0") or group.get("k=2") or group.get("auto", {})
+    return least.get("cosine", 0.0) > 1 - 1e-7
+
+
+def recurrent_duels(device: str, kinds: tuple[str, ...] = ("GRU", "LSTM", "RNN")) -> dict[str, list[Duel]]:
+    def groups() -> Iterator[tuple[str, dict[str, Row]]]:
+        for _, group in by(recurrent_rows(), *RECURRENT).items():
+            if group[0]["device"] == device and group[0]["kind"] in kinds:
+                yield case_of(group[0], "`").replace("`", "`nn.", 1), {r["run"]: r for r in group}
+
+    return duels(groups(), "k=2", "k=1, S=16", "auto", "exact")
+
+
+def cells_duels() -> dict[str, list[Duel]]:
+    def groups() -> Iterator[tuple[str, dict[str, Row]]]:
+        keys = ("case", "batch", "hidden", "length", "device")
+        for (case, batch, hidden, length, _), group in by(rows("cells"), *keys).items():
+            yield f"`recurrent`, {case}, batch {batch}, hidden {hidden}, {length} steps", {r["run"]: r for r in group}
+
+    return duels(groups(), "k=2", "auto", "exact")
+
+
+def deep_duels() -> dict[str, list[Duel]]:
+    groups = ((case, {r["run"]: r for r in group}) for (case, _), group in by(rows("deep"), "case", "device").items())
+    return duels(groups, "k=2", "auto")
+
+
+def scaling_duels() -> dict[str, list[Duel]]:
+    """Without `nn.GRU`: its exact form was not measured in this suite, and Inductor does not compile it."""
+    found = [r for r in rows("scaling") if not r["case"].startswith("nn.")]
+    groups = ((case, {r["run"]: r for r in group}) for (case, _), group in by(found, "case", "device").items())
+    return duels(groups, "k=2")
+
+
+def segments_duels() -> dict[str, list[Duel]]:
+    found = [r for r in rows("segments") if r["kind"] == "time"]
+    names = {"k=2, S=1": "k=2", "k=1, S=16": "k=1, S=16"}
+    groups = (
+        (f"{case}, batch {batch}, trained", {names.get(r["run"], r["run"]): r for r in group})
+        for (case, batch, _), group in by(found, "case", "batch", "device").items()
+    )
+    return duels(groups, "k=2", "k=1, S=16")
+
+
+def auto_duels() -> dict[str, list[Duel]]:
+    found = [r for r in rows("auto") if r["kind"] == "time"]
+    groups = (
+        (case if "batch" in case else f"{case}, batch {batch}", {r["run"]: r for r in group})
+        for (case, batch, _), group in by(found, "case", "batch", "device").items()
+    )
+    return duels(groups, "auto")
+
+
+def scan_duels() -> dict[str, list[Duel]]:
+    """The scan itself, on each device, beside other implementations of the same scan."""
+    found: dict[str, list[Duel]] = {}
+    general = ("Hillis-Steele compiled", "associative_scan compiled", "Python loop", "assoc-scan", "accelerated-scan")
+    measured = [r | {"shape": tuple(r["shape"])} for r in rows("scan") if "not_run" not in r]
+    for (shape, device), group in by(measured, "shape", "device").items():
+        runs = {r["run"]: r for r in group}
+        ours = {"linear_scan": general, "linear_scan compiled": general, "linear_scan, K = 1": ("torch.cumsum, K = 1",)}
+        for run, others in ours.items():
+            met = duel(f"{run}, {list(shape)}", runs, run, {name: name for name in others}, "run")
+            if met is not None:
+                found.setdefault(device, []).append(met)
+    return found
+
+
+def claims() -> list[Claim]:
+    """Of every suite, in the order of the pages."""
+    found: list[Claim | None] = []
+    for device, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
+        for kind in ("GRU", "LSTM"):
+            met = recurrent_duels(device, (kind,))
+            for form in (K2, SEGMENTED, DEFAULT):
+                found.append(claim(f"`nn.{kind}` on {words}, {form}", met[form], "recurrent", "recurrent"))
+        exact = recurrent_duels(device)[OUR_EXACT]
+        found.append(claim(f"Recurrent modules on {words}, exact backprop", exact, "recurrent", "recurrent"))
+    for form, met in cells_duels().items():
+        found.append(claim(f"Cells of one's own, {form}", met, "cells", "cells"))
+    for form, met in deep_duels().items():
+        found.append(claim(f"Unrolled chains, {form}", met, "deep", "unrolled"))
+    found.append(claim(f"Unrolled chains of many sizes, {K2}", scaling_duels()[K2], "scaling", "scaling"))
+    found.append(quality_claim())
+    for form, met in segments_duels().items():
+        found.append(claim(f"Trained models, a step with {form}", met, "segments", "segments"))
+    found.append(cosine_claim())
+    found.append(claim('The default, `iterations="auto"`, between two checks', auto_duels()[DEFAULT], "auto", "auto"))
+    for device, met in scan_duels().items():
+        found.append(claim(f"`linear_scan` on a {'CPU' if device == 'cpu' else 'GPU'}", met, "scan", "scan"))
+    found.append(pass_claim())
+    return [each for each in found if each is not None]
+
+
+def quality_claim() -> Claim | None:
+    """Held-out quality at k = 3 beside exact backprop's: where ours is most ahead, and where most behind."""
+    results = accuracy_report.Results(rows("accuracy"))
+    met = []
+    for case in results.cases:
+        ours, exact = (results.quality.get((case.name, run)) for run in ("k=3", "exact"))
+        if ours is not None and exact is not None:
+            better = ours.mean - exact.mean if accuracy_report.HIGHER_IS_BETTER[ours.metric] else exact.mean - ours.mean
+            # In standard deviations, since accuracies and losses have no unit in common.
+            words = f"{case.name}: {accuracy_report.WORDS[ours.metric]} {ours} against {exact}"
+            met.append((better / max(ours.spread, exact.spread, 1e-9), words))
+    if not met:
+        return None
+    devices = ", ".join(dict.fromkeys(r["device_name"] for r in rows("accuracy")))
+    what = f"Held-out quality after training, k = 3 against exact backprop ({len(met)} models)"
+    return Claim(what, max(met)[1], min(met)[1], devices, "accuracy", "quality")
+
+
+def cosine_claim() -> Claim | None:
+    """The gradient of trained models at k = 1, S = 16, where that is not ordinary backprop."""
+    found = [r for r in rows("segments") if r["kind"] == "cosine" and not r["exact"]]
+    found = [r for r in found if (r["k"], r["segment"]) == (1, 16)]
+    if not found:
+        return None
+    ranked = sorted(found, key=lambda r: r["cosine"])
+    worst, best = (f"{r['cosine']:.3f}: {r['case']}" for r in (ranked[0], ranked[-1]))
+    devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
+    what = f"Trained models, cosine with the exact gradient at {SEGMENTED} ({len(found)} models)"
+    return Claim(what, best, worst, devices, "segments", "segments")
+
+
+def pass_claim() -> Claim | None:
+    found = sorted(rows("compile"), key=lambda r: r["pass_s"])
+    if not found:
+        return None
+    best, worst = (f"{r['pass_s']:.2f} s: {r['case']}, {r['size']} links" for r in (found[0], found[-1]))
+    devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
+    what = f"Seconds that the pass adds to a compilation ({len(found)} graphs)"
+    return Claim(what, best, worst, devices, "compile", "pass")
+
+
+# -- pages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Page:
+    name: str
+    title: str
+    section: Callable[[], str | None]
+
+
+PAGES = [
+    Page("recurrent", "Recurrent modules: `nn.GRU`, `nn.LSTM`, `nn.RNN`, on a CPU and on a GPU", recurrent),
+    Page("cells", "Cells of one's own through `hwbp_compiler.recurrent`", cells),
+    Page("loops", "Python loops over time, rolled up again", loops),
+    Page("unrolled", "Unrolled chains: residual stacks, a Transformer, a ResNet, loops over cells", deep),
+    Page("scaling", "Step and compile time against size", scaling),
+    Page("quality", "What trained models reach, for every k; the paper's claims, checked", accuracy),
+    Page("segments", "Quality and time against k and S, on trained models", segments),
+    Page("auto", "Trainings with the default options", auto),
+    Page("scan", "The scan against other implementations", scan),
+    Page("pass", "How long the rewriting pass takes", compile_time),
+    Page("paper", "The paper's own figures beside ours", papers_own),
+]
+
+
+def index(written: list[Page]) -> str:
+    titles = {page.name: page for page in written}
+    lines = [
+        (f"[{c.what}]({c.page}.md)", c.best, c.worst, c.device, f"`--suite {c.suite}`")
+        for c in claims()
+        if c.page in titles
+    ]
+    head = ("claim", "best case", "worst case", "device", "measured by")
+    listed = "\n".join(f"- [{page.title}]({page.name}.md)" for page in written)
+    more = "- [Several hundred architectures: which chains are found](../coverage.md)"
+    return f"{HEAD}\n\n{markdown(head, lines)}\n\n{HOW}\n\n## Pages\n\n{listed}\n{more}"
+
+
+SHOWN_IN_README = 12
 
 
 def in_short() -> str:
-    """README's tables: the time of a step with every recurrent module, quality and time of trained models, and k = 2 of
-    every unrolled chain with the cost model's decision.
-    """
-    tables = [recurrent_in_short(), segments_report.in_short(rows("segments"), README.parent / "docs"), deep_in_short()]
-    return "\n\n".join(filter(None, tables)) + "\n\nAll tables: [docs/benchmarks.md](docs/benchmarks.md)."
+    """README's table: for every kind of model the best and the worst case at k = 2, and the best exact alternative."""
+    kinds: list[tuple[str, list[Duel]]] = []
+    for device, words in (("cpu", "CPU"), ("cuda", "GPU")):
+        kinds += [(words, recurrent_duels(device, (kind,))[K2]) for kind in ("GRU", "LSTM")]
+    kinds += [("CPU", cells_duels()[K2]), ("CPU", deep_duels()[K2])]
+    lines = []
+    for words, met in kinds:
+        ranked = best_last(met)
+        for d in ranked[-1:] + ranked[: len(ranked) > 1]:
+            alternative = f"{d.milliseconds(d.exact)} ({d.exact_name})"
+            lines.append(
+                (d.case, words, alternative, d.milliseconds(d.ours), f"{d.ratio:.2f}x", f"{d.ours['cosine']:.3f}")
+            )
+    head = ("milliseconds of a training step", "on", "best exact alternative", "k = 2", "ratio", "cosine, untrained")
+    measured = {f"{d.ours['device_name']}, {d.ours['threads']} threads" for _, met in kinds for d in met}
+    return f"{markdown(head, lines[:SHOWN_IN_README])}\n\nMeasured on: {'; '.join(sorted(measured))}."
 
 
 def recurrent_in_short() -> str:
-    """One table per device."""
+    """A table for each device."""
     return "\n\n".join(map(recurrent_on, by(recurrent_rows(), "device").values()))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .harness import ROOT
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+FOLDER = ROOT / "docs" / "benchmarks"
 
 Row = dict[str, Any]
 

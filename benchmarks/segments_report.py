@@ -1,4 +1,4 @@
-"""The section of ``docs/benchmarks.md`` on segments, and its figure: quality of the gradient against a step's time."""
+"""The page ``docs/benchmarks/segments.md`` and its figure: quality of the gradient against a step's time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIGURE = "segments.svg"
 
 
 class Results:
-    """The rows of the suite. Any may be missing; of rows measured twice the last one counts."""
+    """The rows of the suite, of which any may be missing; of rows measured twice the last counts."""
 
     def __init__(self, found: list[Row]) -> None:
         self.rows = found
@@ -43,7 +43,7 @@ class Results:
 
 
 def section(found: list[Row], folder: Path) -> str | None:
-    """``folder`` is the folder of the page and of the figure."""
+    """``folder``: where the page lies, and the figure beside it."""
     if not found:
         return None
     results = Results(found)
@@ -53,13 +53,12 @@ def section(found: list[Row], folder: Path) -> str | None:
     ]
     if figure(results, folder):
         parts.append(f"![Cosine with the exact gradient against the time of a step]({FIGURE})")
-    parts += [part for part in (gradients(results), times(results), courses(results)) if part]
+    parts += [part for part in (in_short(results), gradients(results), times(results), courses(results)) if part]
     return "\n\n".join(parts)
 
 
-def in_short(found: list[Row], folder: Path) -> str:
-    """README's table: cosines of trained models at a few (k, S), below the figure of their times."""
-    results = Results(found)
+def in_short(results: Results) -> str:
+    """Cosines of trained models at few (k, S)."""
     lines = []
     for case in CASES:
         if case.name in results.cosines:
@@ -73,10 +72,7 @@ def in_short(found: list[Row], folder: Path) -> str:
         *(f"k = {k}" + (f", S = {s}" if s > 1 else "") for k, s in SHORT),
         "k = 1, S = L/4",
     )
-    drawn = any(row["kind"] == "time" for row in found) and (folder / FIGURE).exists()
-    picture = f"![Cosine with the exact gradient against the time of a step](docs/{FIGURE})\n\n" if drawn else ""
-    measured = [row for row in found if row["kind"] == "cosine"]
-    return f"{picture}{markdown(head, lines)}\n\n{places(measured)}."
+    return f"In short, at few (k, S):\n\n{markdown(head, lines)}"
 
 
 SHORT = ((2, 1), (8, 1), (1, 16), (2, 16))
@@ -90,7 +86,7 @@ def short_cell(row: Row | None) -> str:
 
 
 def runs(iterations: int, segment: int) -> int:
-    """How often a backward pass over the states computes everything: once per iteration at S = 1."""
+    """How often the arithmetic of a backward pass over the states is done: once an iteration at S = 1."""
     return iterations if segment == 1 else iterations + 1
 
 
@@ -109,9 +105,7 @@ def gradients(results: Results) -> str:
 
 
 def against_the_paper(results: Results) -> str:
-    """Compare two runs over segments of 16 links with k = 8 of the paper: count the cases, and name those in which
-    segments lose.
-    """
+    """Two runs over segments of 16 links beside k = 8 of the paper, counted; cases in which it loses are named."""
     pairs = []
     for case in CASES:
         ours, paper = results.cosine(case.name, 1, 16), results.cosine(case.name, 8, 1)
@@ -212,7 +206,7 @@ def told(quality: Quality) -> str:
 
 
 def points(results: Results, case: str) -> list[tuple[Way, float, float, float]]:
-    """Way, milliseconds of a step, interquartile range, cosine, for the ways that were both timed and compared."""
+    """Way, milliseconds of a step, their interquartile range, cosine: what was both timed and compared."""
     batches = [batch for name, batch in results.times if name == case]
     found = []
     for row in results.times[case, max(batches)].values() if batches else ():
@@ -226,7 +220,7 @@ def points(results: Results, case: str) -> list[tuple[Way, float, float, float]]
 
 
 def figure(results: Results, folder: Path) -> bool:
-    """Draw the figure. Returns whether there is anything to draw."""
+    """Whether there is anything to draw."""
     panels = {case: found for case in DRAWN if len(found := points(results, case)) > 1}
     if not panels:
         return False
@@ -239,6 +233,7 @@ def figure(results: Results, folder: Path) -> bool:
     how: dict[str, Any] = {"figsize": (4.4 * len(panels), 3.4), "squeeze": False, "layout": "constrained"}
     drawn, axes = pyplot.subplots(1, len(panels), **how)
     for (case, found), axis in zip(panels.items(), axes[0], strict=True):
+        ms_of = [ms for _, ms, _, _ in found]
         for label, color, mine in (
             ("exact", "black", [p for p in found if p[0].iterations is None]),
             ("the paper (S = 1)", "C0", [p for p in found if p[0].iterations is not None and p[0].segment == 1]),
@@ -250,7 +245,8 @@ def figure(results: Results, folder: Path) -> bool:
             half = [s / 2 for s in spread]
             axis.errorbar(ms, cosines, xerr=half, fmt="o", color=color, markersize=5, capsize=2, label=label)
             for way, x, y in zip(ways, ms, cosines, strict=True):
-                below = 0.97 < y < 1  # `exact` is labelled above
+                near = (0 < other - y < 0.08 and abs(at - x) < 0.3 * max(ms_of) for _, at, _, other in found)
+                below = 0.97 < y < 1 or any(near)  # `exact`, and what lies close above, is labelled above
                 place = {"xytext": (0, -12 if below else 6), "textcoords": "offset points", "ha": "center"}
                 axis.annotate(way.label, (x, y), fontsize="x-small", **place)
         middle = statistics.median(ms for _, ms, _, _ in found)

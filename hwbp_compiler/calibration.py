@@ -128,7 +128,7 @@ class Calibration:
         return " (exact backprop is faster)" if good else " (no form tried is good enough)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON. Values that are not finite become None."""
+        """The calibration as plain data, ready for JSON: None for what is not finite. Times are in seconds."""
         return _finite(
             {
                 "options": self.options,
@@ -139,8 +139,16 @@ class Calibration:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Plot the relative error against k, with one line for each S and gamma. Returns matplotlib's figure, and
-        writes it to ``path`` if given. Raises HighwayError without matplotlib.
+        """Draw the relative error against k, a line for each S and gamma.
+
+        Args:
+            path: the file to write, with any suffix that matplotlib takes; None writes nothing.
+
+        Returns:
+            matplotlib's figure.
+
+        Raises:
+            HighwayError: matplotlib is not installed.
         """
         try:
             from matplotlib.figure import Figure
@@ -185,10 +193,15 @@ def calibrate(
         loss: ``loss(output) -> scalar``.
         target_cosine: what the recommended options have to meet.
         kwargs: the model's keyword arguments.
-        iterations, segments, dampings: the grid. Forms that are ordinary backprop of every chain are left out.
+        iterations: values of k. Forms that are ordinary backprop of every chain are left out.
+        segments: values of S.
+        dampings: values of gamma.
         measure: also compile exact backprop and the forms that meet the target and are expected to be faster (the one
             that costs least, where none is), and measure a step on these inputs.
         options: further options of ``torch.compile``, such as ``min_length``.
+
+    Returns:
+        A :class:`Calibration`: ``.options`` for ``torch.compile``, and ``.table`` with a row for each form.
 
     Raises:
         OptionError: a value that is not allowed.

@@ -19,11 +19,13 @@ def count(name: str, by: int = 1) -> None:
 
 
 def counters() -> dict[str, int]:
-    """A snapshot of the process-wide counts.
+    """What the backend has done in this process so far.
 
-    ``graphs_seen`` counts the graphs the rewrite was shown, ``inference_graphs`` those among them without a
-    backward; ``chains_found`` is ``chains_rewritten + chains_declined``; ``failures`` are graphs left as they
-    were because a step raised. Further keys, ``"declined: <reason>"``, tell why chains were declined.
+    Returns:
+        A snapshot of the counts. ``graphs_seen`` counts the graphs the rewrite was shown, ``inference_graphs`` those
+        among them without a backward pass. ``chains_found`` is ``chains_rewritten + chains_declined``. ``failures``
+        counts graphs left as they were because a step raised. Further keys, ``"declined: <reason>"``, count why chains
+        were declined, by the names of :class:`hwbp_compiler.reasons.Reason` in lower case.
 
     A compilation answered from torch.compile's caches runs no pass and counts nothing here.
     """

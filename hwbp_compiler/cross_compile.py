@@ -104,12 +104,12 @@ class Kernel:
 
     @property
     def ptx(self) -> str:
-        """The PTX that Triton compiles it to. See :func:`compile_kernel`."""
+        """The assembly that Triton compiles it to."""
         return compile_kernel(self).ptx
 
     @property
     def cubin(self) -> bytes:
-        """The binary that Triton compiles it to, an ELF file. See :func:`compile_kernel`."""
+        """The machine code that Triton compiles it to: an ELF file."""
         return compile_kernel(self).cubin
 
 
@@ -123,7 +123,13 @@ class Binary:
 
 @dataclass(frozen=True)
 class CodeText:
-    """The code generated for one graph: ``source`` is the whole wrapper module, ``kernels`` the kernels in it."""
+    """The code generated for one graph.
+
+    Attributes:
+        target: the device it is for; None is the CPU of this machine.
+        source: the whole wrapper module.
+        kernels: the kernels within it.
+    """
 
     target: Target | None
     source: str
@@ -131,7 +137,8 @@ class CodeText:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """The calls in the code, in order: kernels by name, and library functions (``extern_kernels.mm``)."""
+        """What the code calls, in order: kernels by their names, and functions of libraries such as
+        ``extern_kernels.mm``."""
         return tuple(_launches_of(self.source, {kernel.name for kernel in self.kernels}))
 
     def __str__(self) -> str:

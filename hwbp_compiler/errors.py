@@ -10,6 +10,11 @@ from .torch_private import ShortenTraceback
 class HighwayError(ShortenTraceback):
     """Base of every error this package raises; a ``RuntimeError``.
 
+    Args:
+        message: what went wrong, and what to do.
+        inner_exception: the error that this one stands for, if any; also an attribute.
+        first_useful_frame: the frame at which the traceback begins for a user.
+
     The base class is Dynamo's mark for errors that reach the user as they are: any other exception that
     leaves a backend arrives as ``BackendCompilerFailed``. Dynamo drops ``__cause__`` on the way, so an error
     that stands for another one keeps it in ``inner_exception``; and it cuts from the traceback what lies

@@ -59,9 +59,11 @@ def generate_code(
 
     Args:
         model: a module or function on a CPU or on the meta device, compiled already or not.
+        *args: the model's positional arguments.
         options: those of ``torch.compile``, checked in the same way. With ``rewrite="profitable"`` the cost model
             decides for the target. With "auto", the first form is generated that it would choose from.
         target: ``"cpu"`` for C++ of this machine; ``"cuda:sm_80"``, ``"cuda:sm_90"`` and so on for Triton.
+        **kwargs: the model's keyword arguments.
 
     Returns:
         A string with all generated modules, which also knows its parts: ``.forward``, ``.backward``, ``.kernels``,
@@ -113,7 +115,11 @@ def _joint_passes(
 
 @dataclass(frozen=True)
 class GraphCode(CodeText):
-    """The code of one graph; ``name`` is ``"forward"`` or ``"backward"``, numbered where Dynamo broke the model."""
+    """The code of one graph.
+
+    Attributes:
+        name: ``"forward"`` or ``"backward"``, numbered where Dynamo broke the model.
+    """
 
     name: str = ""
 
@@ -121,9 +127,10 @@ class GraphCode(CodeText):
 class GeneratedCode(str):
     """Generated code: a string that also gives access to its parts.
 
-    target    what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
-    graphs    the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``
-    chains    what was decided about each chain, as in a report of ``explain``
+    Attributes:
+        target: what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
+        graphs: the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``.
+        chains: what was decided about each chain, as in a report of ``explain``.
     """
 
     target: str
@@ -155,12 +162,20 @@ class GeneratedCode(str):
 
     @property
     def ptx(self) -> dict[str, str]:
-        """Map ``"<graph>.<kernel>"`` to its PTX. Triton compiles it at first use. Raises HighwayError on a CPU."""
+        """``"<graph>.<kernel>"`` -> its PTX, the assembly of a CUDA device. Triton compiles it at first use.
+
+        Raises:
+            HighwayError: the target is a CPU.
+        """
         return {f"{graph.name}.{kernel.name}": kernel.ptx for graph in self.graphs for kernel in graph.kernels}
 
     @property
     def cubin(self) -> dict[str, bytes]:
-        """Map ``"<graph>.<kernel>"`` to its machine code, an ELF file. Otherwise like :attr:`ptx`."""
+        """``"<graph>.<kernel>"`` -> its machine code, an ELF file. Triton compiles it at first use.
+
+        Raises:
+            HighwayError: the target is a CPU.
+        """
         return {f"{graph.name}.{kernel.name}": kernel.cubin for graph in self.graphs for kernel in graph.kernels}
 
 

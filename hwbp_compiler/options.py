@@ -24,24 +24,27 @@ REROLLS = ("auto", "always", "never")
 
 @dataclass(frozen=True)
 class Truncation:
-    """How a chain's gradient is truncated: k, gamma and S of :class:`Options`, with k below ordinary backprop."""
+    """How a chain's gradient is truncated.
+
+    Attributes:
+        iterations: k, fewer than ordinary backprop takes.
+        damping: gamma, from 0 to 1.
+        segment: S, links per segment.
+    """
 
     iterations: int
     damping: float = 0.0
     segment: int = 1
 
     def segments(self, length: Any) -> Any:
-        """C, the number of segments of a chain of ``length`` links, which may be a symbol. The segment next to the
-        input takes the remainder.
-        """
+        """C, the number of segments of a chain of ``length`` links: a number, or a symbol where the length is one. The
+        segment next to the input takes the remainder."""
         return (length + self.segment - 1) // self.segment
 
     def needed(self, length: int) -> int:
-        """The fewest iterations that equal ordinary backprop for a chain of ``length`` links: L, or C - 1 with
-        segments.
+        """The fewest iterations that are ordinary backprop of a chain of ``length`` links: L, or C - 1 with segments.
 
-        With segments it is not C, because the first state of all ends a segment, so its gradient needs no further
-        iteration.
+        The first state of all is what a segment ends at, so with segments its gradient takes no further iteration.
         """
         return length if self.segment == 1 else -(-length // self.segment) - 1
 
@@ -50,7 +53,7 @@ class Truncation:
 
     @property
     def reach(self) -> int:
-        """The number of links over which at least no path is lost."""
+        """The number of links over which no path is lost: k, or (k + 1) S with segments."""
         return self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
 
 
@@ -60,24 +63,35 @@ UNSAID: Any = object()
 
 @dataclass(frozen=True)
 class Options:
-    """The highway's own options; a bad value raises :class:`OptionError`.
+    """The options of ``torch.compile(..., backend="highway")`` that are not Inductor's.
 
-    iterations     k of PAPER.md, section 1: an integer >= 0, or "exact" for ordinary backprop
-    segment        S, links per segment: exact inside a segment, highway across. An integer >= 1; 1 is the paper
-    damping        gamma of PAPER.md, section 2: a number in [0, 1]
-    target_cosine  what "auto" keeps the cosine of the gradient with the exact one above: a number between 0 and 1
-    check_every    training steps between two checks of "auto": an integer >= 1
-    max_extra_memory   what the rewritten form of a chain may hold at a time beyond exact backprop: bytes, or a share of
-                   the device's memory such as "25%"; None for any. A chain that needs more stays exact
-    reroll         Python loops over time, which Dynamo unrolls, rolled up again. "auto": those of 16 steps or more
-                   that are expected to take long to compile; "always": every loop of three steps or more; "never": none
-    rewrite        "profitable": chains expected to gain; "always": every sound chain; "never": plain Inductor
-    min_length     the shortest chain, in links, worth rewriting: an integer >= 1
-    strict         raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is
+    ``iterations``, ``segment`` and ``damping`` may be "auto": they are then chosen while the model trains, by comparing
+    with the exact gradient. All three are "auto" by default. A number for ``iterations`` alone means the paper:
+    ``segment=1`` and ``damping=0.0``. An option that is given is also an attribute of this name.
 
-    ``iterations``, ``segment`` and ``damping`` may be "auto": chosen while the model trains, by comparing with the
-    exact gradient (:mod:`hwbp_compiler.auto`). All three are, unless something is said; a number for ``iterations``
-    alone means the paper, ``segment=1`` and ``damping=0.0``.
+    Args:
+        iterations: k, an integer >= 0, "exact" or "auto". The gradient sums over the paths that cross at most k blocks
+            (Fagnou et al., ICLR 2025, Theorems 1 and 2). "exact" is ordinary backprop, and so is k >= L, the chain's
+            length in links.
+        segment: S, links per segment, an integer >= 1 or "auto". The gradient is exact inside a segment, and k counts
+            segments (docs/design.md, section 4.6, "Segments"). 1 is the paper. For S > 1, k >= C - 1 is ordinary
+            backprop, where C = ceil(L / S) is the number of segments.
+        damping: gamma, a number in [0, 1] or "auto": K -> (1 - gamma) K and J -> J + gamma K. 1 is fixed-point
+            iteration.
+        target_cosine: "auto" takes only what had at least this cosine with the exact parameter gradient at the last
+            check. A number between 0 and 1, both excluded.
+        check_every: training steps from one check of "auto" to the next, an integer >= 1.
+        max_extra_memory: what the rewritten form of a chain may need at one time beyond exact backprop: bytes, a share
+            of the device's memory such as "25%", or None for any amount. A chain that needs more stays exact.
+        reroll: which Python loops over time, unrolled by Dynamo, are rolled up again. "auto": those of 16 steps or more
+            that are expected to take long to compile. "always": those of three steps or more. "never": none.
+        rewrite: "profitable": chains that are expected to become faster. "always": every chain that can be rewritten
+            soundly. "never": none, which is plain Inductor.
+        min_length: the shortest chain that is rewritten, in links, an integer >= 1.
+        strict: raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is.
+
+    Raises:
+        OptionError: a value that is not allowed; the message says what is.
     """
 
     iterations: int | Literal["exact", "auto"] = "auto"

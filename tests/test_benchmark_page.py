@@ -1,33 +1,78 @@
-"""``docs/benchmarks.md`` and the READMEs' tables follow from the committed results, and are empty without any."""
+"""``docs/benchmarks/`` and the READMEs' tables say what the committed results say, and where they say nothing."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 
 from benchmarks import report
 from benchmarks.accuracy_report import took
+from benchmarks.against_exact import best_last, duel
 
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
-    """The committed pages in a temporary folder, where they are written again."""
+    """The committed pages in a folder of their own, written anew there."""
     pytest.importorskip("matplotlib")
-    names = {"PAGE": "docs/benchmarks.md", "README": "README.md", "EXAMPLES": "examples/README.md"}
-    committed = {name: (report.ROOT / path).read_text(encoding="utf-8") for name, path in names.items()}
-    for name, path in names.items():
+    root, folder = report.ROOT, report.FOLDER.relative_to(report.ROOT)
+    readmes = {"README": "README.md", "EXAMPLES": "examples/README.md"}
+    for name, path in readmes.items():
         target = tmp_path / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(committed[name], encoding="utf-8")
+        target.write_text((root / path).read_text(encoding="utf-8"), encoding="utf-8")
         monkeypatch.setattr(report, name, target)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr("benchmarks.accuracy_report.PAGE", tmp_path / "docs" / "benchmarks.md")
+    monkeypatch.setattr(report, "FOLDER", tmp_path / folder)
     report.write()
-    return {name: (committed[name], (tmp_path / path).read_text(encoding="utf-8")) for name, path in names.items()}
+
+    def texts(where: Path) -> dict[str, str]:
+        paths = [*(where / folder).glob("*.md"), *(where / path for path in readmes.values())]
+        return {str(path.relative_to(where)): path.read_text(encoding="utf-8") for path in paths}
+
+    return texts(root), texts(tmp_path)
 
 
 def test_the_committed_pages_are_those_of_the_committed_results(pages):
-    for committed, written in pages.values():
-        assert written == committed, "run: python -m benchmarks report"
+    committed, written = pages
+    assert written == committed, "run: python -m benchmarks report"
+
+
+def test_every_plot_on_a_page_lies_beside_it():
+    found = re.compile(r"^!\[.*?\]\((\S+)\)$", re.MULTILINE)
+    pages = report.FOLDER.glob("*.md")
+    plots = [page.with_name(plot) for page in pages for plot in found.findall(page.read_text(encoding="utf-8"))]
+    assert len(plots) > 8 and [plot for plot in plots if not plot.exists()] == []
+
+
+def test_the_index_shows_cases_that_lose():
+    claims = report.claims()
+    assert len([claim for claim in claims if re.match(r"0\.\d\dx: ", claim.worst)]) > 10
+    assert {claim.page for claim in claims} <= {page.name for page in report.PAGES}
+
+
+def duel_of(ours: float, **exact: float):
+    runs = {"k=2": row(step_ms=ours)} | {run: row(step_ms=ms) for run, ms in exact.items()}
+    return duel("case", runs, "k=2")
+
+
+def test_ours_is_compared_with_the_fastest_exact_run():
+    met = duel_of(2.0, eager=9.0, exact=4.0, jax=5.0)
+    assert (met.exact_name, met.ratio) == ("exact with this backend", 2.0)
+    assert duel_of(2.0) is None
+
+
+def test_a_disturbed_case_is_neither_best_nor_worst():
+    disturbed = duel("d", {"k=2": row(step_iqr_ms=1.5), "exact": row(step_ms=100.0)}, "k=2")
+    assert best_last([disturbed, duel_of(2.0, exact=1.0)])[-1].ratio == 0.5
+    assert best_last([disturbed]) == [disturbed]
+
+
+def test_readme_shows_at_most_twelve_rows_and_a_case_that_loses():
+    lines = [line for line in report.in_short().splitlines() if re.search(r"\d\.\d\dx", line)]
+    ratios = [float(re.search(r"([\d.]+)x", line)[1]) for line in lines]
+    assert 6 < len(lines) <= 12 and min(ratios) < 1 < max(ratios)
 
 
 def row(**figures: float) -> dict:

@@ -148,7 +148,7 @@ def alike_page(tmp_path_factory):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gru, self.blocks = nn.GRU(3, 2, 2, bidirectional=True), nn.Sequential(*(Block() for _ in range(5)))
+            self.gru, self.blocks = nn.GRU(3, 2, 2, bidirectional=True), nn.Sequential(*(PreNorm() for _ in range(5)))
 
         def forward(self, x):
             return self.blocks(self.gru(x)[0])

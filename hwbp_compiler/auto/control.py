@@ -16,10 +16,14 @@ _CHANGEABLE = ("iterations", "segment", "damping", "target_cosine", "check_every
 def set_options(compiled: Any, **options: Any) -> None:
     """Change options of ``compiled``, a model or function compiled with ``backend="highway"``, from its next call on.
 
-    ``options``: any of ``iterations``, ``segment``, ``damping``, ``target_cosine``, ``check_every``, with the values
-    and the meaning they have in ``torch.compile``. What is not named stays as it is. Each distinct choice compiles
-    once, when it is first used, and is kept; Dynamo compiles nothing anew. To be called between steps: a step whose
-    forward pass has run keeps its form in the backward pass.
+    Call it between steps: a step whose forward pass has run keeps its form in the backward pass. Each distinct choice
+    compiles once, when it is first used, and is kept; Dynamo compiles nothing anew.
+
+    Args:
+        compiled: what ``torch.compile(model, backend="highway")`` returned, or a model on which
+            ``model.compile(backend="highway")`` was called.
+        **options: any of ``iterations``, ``segment``, ``damping``, ``target_cosine``, ``check_every``, with the values
+            and the meaning they have in ``torch.compile``. What is not named stays as it is.
 
     Raises:
         OptionError: a value that is not allowed, or an option that cannot be changed; nothing is changed then.
@@ -45,14 +49,31 @@ def _only_changeable(options: Mapping[str, Any]) -> None:
 
 
 def set_iterations(compiled: Any, iterations: Any) -> None:
-    """:func:`set_options` with ``iterations`` alone."""
+    """:func:`set_options` with ``iterations`` alone.
+
+    Args:
+        compiled: a model or function compiled with ``backend="highway"``.
+        iterations: k, an integer >= 0, "exact" or "auto".
+
+    Raises:
+        OptionError: a value that is not allowed.
+        TypeError: ``compiled`` is not compiled with ``backend="highway"``.
+    """
     set_options(compiled, iterations=iterations)
 
 
 class Schedule:
     """Options that change at given steps.
 
-    ``milestones`` names options by the number of the step from which on they hold, counted from 0.
+    Args:
+        compiled: a model or function compiled with ``backend="highway"``.
+        milestones: the number of a step, counted from 0, and the options that hold from that step on, as
+            :func:`set_options` takes them.
+
+    Raises:
+        OptionError: a value that is not allowed, or an option that cannot be changed.
+        ValueError: a step that is no integer >= 0.
+        TypeError: ``compiled`` is not compiled with ``backend="highway"``.
 
     >>> schedule = Schedule(compiled, {0: {"iterations": 1, "segment": 16}, 9000: {"iterations": "exact"}})
     >>> for batch in batches:
@@ -70,17 +91,25 @@ class Schedule:
         self.compiled, self.milestones, self.steps = compiled, dict(milestones), 0
 
     def step(self) -> None:
-        """To be called before each training step."""
+        """Call it before each training step."""
         if self.steps in self.milestones:
             set_options(self.compiled, **self.milestones[self.steps])
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it stands, for a checkpoint of the training."""
+        """The state of the schedule, for a checkpoint of the training.
+
+        Returns:
+            ``{"steps": n}``, n being the number of calls of :meth:`step`.
+        """
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was asked: with the options that hold there."""
+        """Go on from a checkpoint, with the options that hold there.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+        """
         self.steps = int(state["steps"])
         mine = compiled_as(self.compiled)
         mine.given, mine.options = self.given, parse(*self.given)[0]

@@ -10,8 +10,11 @@ from hwbp_compiler.options import Truncation
 
 @dataclass(frozen=True)
 class Compared:
-    """The gradient of one form against the exact one, over some parameters together: their cosine, and the norm of
-    their difference relative to the exact norm. nan if a gradient is zero or not finite.
+    """The gradient of one form against the exact one, over some parameters together.
+
+    Attributes:
+        cosine: of the two gradients; nan where the exact one is zero, or one is not finite.
+        relative_error: norm of their difference relative to that of the exact one; nan in the same cases.
     """
 
     cosine: float
@@ -23,7 +26,9 @@ class Compared:
         if exact == 0 or other == 0:
             return cls(float("nan"), float("nan"))
         error = max(exact - 2 * dot + other, 0.0)
-        return cls(dot / (exact**0.5 * other**0.5), (error / exact) ** 0.5)
+        cosine = dot / (exact**0.5 * other**0.5)
+        # The three sums are rounded apart, so that equal gradients may come out a little above 1.
+        return cls(max(-1.0, min(1.0, cosine)) if cosine == cosine else cosine, (error / exact) ** 0.5)
 
 
 @dataclass

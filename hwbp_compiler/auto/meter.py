@@ -41,7 +41,7 @@ class GradientMeter:
     """Compares the gradient of ``model`` with the exact one at every ``every``-th step, on the way.
 
     The step itself is not changed: it trains with the gradient it would have had. With "auto" there is one reading for
-    each form that a check compares, whenever it checks. A reading is there at the next step.
+    each form that a check compares, whenever it checks. The reading of a step is there at the next step.
 
     Args:
         model: compiled with ``backend="highway"``.
@@ -49,9 +49,16 @@ class GradientMeter:
         callback: called with each :class:`Reading`.
         writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar(tag, value, step)``.
         csv_path: a file to which readings are appended, one line each.
-        warn_below: a cosine below which a warning is logged, of the form that trains; None for no warning.
+        warn_below: a warning is logged where the form that trains has a lower cosine; None for no warning.
 
-    ``readings`` holds all of them, ``last`` the newest. ``close()`` ends it, as leaving a ``with`` block does.
+    Attributes:
+        readings: all readings, oldest first.
+
+    Raises:
+        ValueError: ``every`` is no integer >= 1.
+        TypeError: ``model`` is not compiled with ``backend="highway"``.
+
+    Leaving a ``with`` block ends the comparisons, and so does :meth:`close`.
 
     >>> meter = GradientMeter(compiled, every=100)
     >>> train(compiled)
@@ -78,9 +85,11 @@ class GradientMeter:
 
     @property
     def last(self) -> Reading | None:
+        """The newest reading; None before the first."""
         return self.readings[-1] if self.readings else None
 
     def close(self) -> None:
+        """Compare no longer."""
         if self._compiled.meter is self:
             self._compiled.meter = None
 

@@ -33,7 +33,13 @@ _MARGIN = 0.8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected seconds of the chain's backward, link after link and rewritten, and bytes copied into stacks."""
+    """The expected cost of a chain's backward pass.
+
+    Attributes:
+        substitution: seconds, link after link.
+        rewritten: seconds in the rewritten form.
+        copied_bytes: bytes copied to stack what belongs to each link.
+    """
 
     substitution: float
     rewritten: float
@@ -41,10 +47,12 @@ class Estimate:
 
     @property
     def ratio(self) -> float:
+        """How many times as fast the rewritten form is expected to be."""
         return self.substitution / self.rewritten if self.rewritten else float("inf")
 
     @property
     def pays(self) -> bool:
+        """Whether the rewritten form is expected to be faster by a clear margin."""
         return self.rewritten < _MARGIN * self.substitution
 
     def __str__(self) -> str:

@@ -49,7 +49,7 @@ class Chain:
 
     @property
     def segments(self) -> int:
-        """C of SEGMENTS.md."""
+        """C, the number of segments."""
         return self.last - self.first + 1
 
     @property

@@ -18,11 +18,14 @@ from .highway_of_stage import find_highway
 class StageReport:
     """A stage by itself.
 
-    links        residual links in it
-    multiplier   P_s as text: what crosses the stage along the highway
-    reason       why it has no highway; "" where it has one. Such a stage is exact, and waited for
-    state_bytes  of the gradient at its output for these inputs: what every rank sends in a round
-    once_bytes   of P_s, sent once a step; 0 where it is a number
+    Attributes:
+        module: the name of the stage's class.
+        links: residual links in it.
+        multiplier: P_s as text: what crosses the stage along the highway.
+        reason: why it has no highway; "" where it has one. A stage without a highway is exact, and others wait for it.
+        advice: what to change to give it a highway; "" where there is nothing.
+        state_bytes: size of the gradient at its output for these inputs: what every rank sends in a round.
+        once_bytes: size of P_s, sent once a step; 0 where it is a number.
     """
 
     module: str
@@ -43,14 +46,23 @@ class StageReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, ready for JSON. Sizes are in bytes."""
         return asdict(self)
 
 
 def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
-    """What ``stage`` would be in the middle of a pipeline, on one micro-batch ``args``, ``kwargs``.
+    """What ``stage`` would be in the middle of a pipeline, on one micro-batch.
 
-    No process is needed. ``args`` that want a gradient stand for activations that do; if none does, all floating-point
-    ones. The stage is traced, not run, and left as it was.
+    No process is needed. The stage is traced, not run, and left as it was.
+
+    Args:
+        stage: the module that ``PipelineStage`` would get.
+        *args: its positional arguments. Those that want a gradient stand for activations that do; if none does, all
+            floating-point ones are taken for activations.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        A :class:`StageReport`; ``print`` shows it.
     """
     chosen = any(isinstance(a, Tensor) and a.requires_grad for a in args)
 

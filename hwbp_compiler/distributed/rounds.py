@@ -1,4 +1,4 @@
-"""One chain of segments, each on a rank: e^0 .. e^k of SEGMENTS.md, section 1.
+"""One chain of segments, each on a rank: e^0 .. e^k of docs/design.md, section 4.6, "Segments".
 
     e^0       e_{s-1} = P_s e_s                                   from the head down, no backward pass
     v_s       out_s(e^t_s) - P_s e^t_s                            all ranks at once: one input gradient of each stage

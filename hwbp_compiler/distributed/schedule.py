@@ -1,4 +1,4 @@
-"""``ScheduleHighway``: a pipeline whose backward pass runs in all stages at once (SEGMENTS.md, sections 1 and 3)."""
+"""``ScheduleHighway``: a pipeline whose backward pass runs in all stages at once (docs/design.md, section 7)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,14 @@ class ScheduleHighway(ScheduleGPipe):
         iterations: k, an integer >= 0, or "exact": one stage after the other, as GPipe. The same on all ranks.
         damping: gamma, a number in [0, 1]: each link's K counts (1 - gamma) in what crosses its stage.
 
-    ``step`` and ``eval`` are GPipe's. After a step ``plan`` says what every stage is, and ``rounds`` and ``bytes`` what
-    this rank did and received in its backward pass.
+    Attributes:
+        rounds: of this rank's last backward pass.
+        bytes: that this rank received in its last backward pass.
+        losses: of the last step, one for each micro-batch, on the rank of the last stage.
+
+    The recurrence is that of docs/design.md, section 4.6, "Segments": with P_s for the highway through stage s and
+    out_s for its backward pass, ``v_s = out_s(e^t_s) - P_s e^t_s`` in all stages at once, then
+    ``e^{t+1}_{s-1} = v_s + P_s e^{t+1}_s``.
 
     Raises:
         OptionError: a value that is not allowed.
@@ -112,12 +118,17 @@ class ScheduleHighway(ScheduleGPipe):
         return described(self._plan, self.iterations, self.batches)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """As GPipe's."""
+        """One training step, forward and backward. Arguments and result are those of ``ScheduleGPipe.step``.
+
+        Raises:
+            RankError: on every rank: one of them failed, or has other options, versions or shapes.
+            StageError: a stage that cannot be run so, with the reason.
+        """
         with self._watch.guarded():
             return self._step(*args, **kwargs)
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
-        """As GPipe's: the forward pass alone."""
+        """The forward pass alone. Arguments and result are those of ``ScheduleGPipe.eval``."""
         self._with_loss = False
         try:
             return super().eval(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh (SEGMENTS.md, sections 1 and 3).
+"""``recurrent``: a recurrence whose time dimension is sharded over the ranks of a mesh.
 
 Rank s holds a stretch of the sequence, which is segment s. In the forward pass it waits for the state of the rank
 before it, one part of the batch after another. In the backward pass, i_s is what the later ranks contribute at the last
@@ -52,7 +52,8 @@ def recurrent(
 
     Every rank calls it, and every rank calls ``backward`` on something that depends on its result (``0 * y.sum()``
     where a rank has no loss). The loss is the sum of all ranks' losses. A rank's parameters get the gradient of its own
-    stretch: sum them over the mesh, as in context parallelism.
+    stretch: sum them over the mesh, as in context parallelism. A rank's stretch is a segment (docs/design.md, section
+    4.6, "Segments", and section 7).
 
     Args:
         module_or_cell: ``nn.GRU`` or ``nn.LSTM`` (any number of layers, one direction), ``nn.RNN`` (exact: it has no

@@ -44,9 +44,13 @@ class BlockPrograms:
 
 @dataclass
 class ErrorAt:
-    """The error of the parameter gradient at ``iterations`` and ``segment``: its cosine with the exact gradient, and
-    the norm of the difference relative to the exact norm. Both are taken over all parameters of the chain's graph
-    together.
+    """The parameter gradient w^k against the exact one, over all parameters of the chain's graph together.
+
+    Attributes:
+        iterations: k.
+        cosine: of the angle between the two gradients.
+        relative_error: norm of the difference, relative to the norm of the exact gradient.
+        segment: S, links per segment.
     """
 
     iterations: int
@@ -85,7 +89,12 @@ class ExplainedGraph:
 
 @dataclass
 class StepTimes:
-    """Median seconds of one training step (forward, loss, backward) on the inputs given to ``explain``."""
+    """Median seconds of one training step (forward, loss, backward) on the inputs given to ``explain``.
+
+    Attributes:
+        inductor: with ``backend="inductor"``.
+        highway: with ``backend="highway"`` and the options given.
+    """
 
     inductor: float
     highway: float
@@ -133,8 +142,12 @@ class ReportData:
         return next(rewritten, None) or next(with_chains, None) or next(iter(self.graphs), None)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number
-        of their graph. Times are in seconds, sizes in bytes."""
+        """The report as plain data, ready for JSON.
+
+        Returns:
+            ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number of their graph. Times are
+            in seconds, sizes in bytes.
+        """
         return {
             "options": asdict(self.options),
             "notes": list(self.notes),

@@ -47,7 +47,7 @@ def explain(
     errors: bool | Iterable[int | tuple[int, int]] = False,
     **kwargs: Any,
 ) -> Report:
-    """Say what ``torch.compile(model, backend="highway", options=options)`` would do on these inputs.
+    """Report what ``torch.compile(model, backend="highway", options=options)`` would do on these inputs.
 
     ``model(*args, **kwargs)`` is run once, in eager mode, and traced on the way as ``torch.compile`` traces it; no
     code is generated. The model is left as it was: parameters and their ``.grad``, buffers, inputs, and the states
@@ -55,6 +55,7 @@ def explain(
 
     Args:
         model: a module or function, compiled already or not. Options it was compiled with are not known here.
+        *args: the model's positional arguments.
         options: those of ``torch.compile``, checked in the same way.
         loss: ``loss(output) -> scalar``; the sum of all floating outputs if absent. What ``torch.compile`` sees is
             the model, so no graph depends on the loss: it is evaluated once, and the report says so where no
@@ -64,6 +65,12 @@ def explain(
         errors: also compare the parameter gradient of w^k with the exact one on these inputs, for the given values
             of k or pairs (k, S), or for a few of them if True (``report.graphs[i].errors``). One eager run of the joint
             graph each.
+        **kwargs: the model's keyword arguments.
+
+    Returns:
+        A report. ``print(report)`` shows it, ``report.to_html(path)`` writes it as a page, and ``report.chains`` holds
+        one record for each chain: its length in links, K as text, whether it is rewritten and why. Times are in
+        seconds and sizes in bytes.
 
     Raises:
         OptionError: a key or a value in ``options`` that is not allowed.
@@ -150,7 +157,7 @@ def _retracing(traced: Callable[[_Looking, bool], Any], options: Options) -> Cal
 
 
 class LossError(ValueError):
-    """``loss(output)`` is not one number."""
+    """``loss(output)``, as given to :func:`hwbp_compiler.explain`, is not one number. A ``ValueError``."""
 
 
 class _Looking(CustomGraphPass):

@@ -71,6 +71,7 @@ def errors(
         approximate = _gradient(rewritten, run)
         norm = exact.norm()
         cosine = torch.dot(approximate, exact) / (approximate.norm() * norm)
+        cosine = cosine.clamp(-1, 1)  # rounding may lead out of it
         found.append(ErrorAt(k, float(cosine), float((approximate - exact).norm() / norm), size))
     return found
 

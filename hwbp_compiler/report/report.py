@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
 
 class Report(ReportData):
-    """What :func:`hwbp_compiler.explain` found. Use ``print(report)`` to read it, :meth:`to_dict` for programs,
-    :meth:`to_html` for a browser. Attributes: see :class:`ReportData`.
-    """
+    """What :func:`hwbp_compiler.explain` found: ``print(report)`` for people, :meth:`to_dict` for programs,
+    :meth:`to_html` for a browser. It has the attributes of :class:`ReportData`."""
 
     def __str__(self) -> str:
         return text.plain(self)
@@ -25,11 +24,15 @@ class Report(ReportData):
         yield text.coloured(self, options.max_width)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs no network: every chain as a picture whose blocks open on a click."""
+        """Write one page that needs no network: every chain as a picture whose blocks open on a click.
+
+        Args:
+            path: the file to write. An existing file is replaced.
+        """
         page.write(self, path)
 
     def draw(self, path: str | os.PathLike[str], after: bool = True) -> None:
-        """Draw ``graph_after`` (or ``graph_before``) with torch's ``FxGraphDrawer``, as ``.dot``, ``.svg`` or ``.png``.
+        """Draw a joint graph with torch's ``FxGraphDrawer``.
 
         Raises ImportError if pydot is missing; FileNotFoundError if graphviz is missing and a picture is wanted;
         ValueError for another suffix or if there is no graph.
@@ -37,9 +40,14 @@ class Report(ReportData):
         draw.draw(self.graph_after if after else self.graph_before, path)
 
     def save_repro(self, path: str | os.PathLike[str], graph: int | None = None) -> None:
-        """Write a script that needs only this package. It rebuilds a joint graph, draws inputs of the same shapes, runs
-        the passes, and compares the gradients. ``graph`` counts from 0; by default it is the graph shown.
+        """Write a script for a bug report that needs this package alone: it rebuilds a joint graph, draws inputs of the
+        same shapes, runs the passes, and compares the gradients.
 
-        Raises ValueError if there is no graph, or if the graph holds sub-graphs that a script cannot contain.
+        Args:
+            path: the file to write.
+            graph: which joint graph, counted from 0; the one that ``graph_before`` shows if None.
+
+        Raises:
+            ValueError: there is no graph, or it holds sub-graphs that no script can spell out.
         """
         repro.write(self.shown() if graph is None else self.graphs[graph], self.options, path)

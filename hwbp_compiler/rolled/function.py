@@ -35,21 +35,30 @@ def recurrent(
             outputs.append(output)
         return torch.stack(outputs), state
 
-    compiled, never unrolled, with Highway-BP for its backward pass (PAPER.md, sections 1 and 2; arXiv 2501.17086).
+    compiled, never unrolled, with Highway-BP for its backward pass: ``W^0 = scan(c, K)`` and
+    ``W^{i+1} = scan(c + J W^i, K)``, where row t of W stands for the gradient at the state after t steps (Fagnou et
+    al., ICLR 2025, Theorems 1 and 2; docs/design.md, section 5).
 
     Args:
         cell: any function or module ``(x_t, state) -> (output, next_state)`` that ``torch.compile`` can trace in one
-            piece. Parameters and tensors it captures get their gradients. It must not change anything in place that
-            it did not make.
-        inputs: a tensor ``[T, ...]``, or a tuple, list or dict of such tensors, T >= 1; ``x_t`` is row t of each.
+            piece. Parameters and tensors it captures get their gradients. It must change nothing in place that it did
+            not make. The output is a tensor, a tuple, list or dict of tensors, or None.
+        inputs: a tensor ``[T, ...]`` of any dtype, or a tuple, list or dict of such tensors, T >= 1; ``x_t`` is row t
+            of each.
         state: a tensor, or a (nested) tuple, list or dict of tensors: the state before the first step. ``next_state``
-            has its structure and shapes, and is kept in its dtypes and devices.
+            must have its structure and shapes, and is kept in its dtypes and on its devices.
         options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function that is compiled with
             ``backend="highway"`` that function's options hold unless there are some here; ``iterations``, ``segment``
             and ``damping`` are the function's where ``iterations`` is not given.
 
     Returns:
         ``(outputs, state)``: every output stacked, ``[T, ...]``, and the state after the last step.
+
+    Raises:
+        OptionError: options that are not allowed.
+        TypeError: inputs or a state that are no tensors.
+        ValueError: inputs without a common length, or a length of 0.
+        HighwayError: the cell cannot be traced; the message says what it does.
 
     The gates are computed again in the backward pass, all steps at once; only inputs and states are kept. K is found by
     the compiler's own passes on the cell's graph. State components that do not depend on one another's past are
@@ -63,11 +72,6 @@ def recurrent(
     ``backend="highway"``, in one graph. Under another backend it is a graph break. So a model that calls it is
     approximate when it is not compiled, too, as ``options`` say. ``hwbp_compiler.testing.exactly``
     gives a model in eager mode its exact gradients, to compare with.
-
-    Raises:
-        OptionError: options that are not allowed.
-        TypeError, ValueError: inputs or a state that are no tensors, or have no common length.
-        HighwayError: the cell cannot be traced; the message says what it does.
 
     >>> cell = lambda x, h: (h, 0.5 * h + x)
     >>> recurrent(cell, torch.ones(3, 1), torch.zeros(1))[0].flatten()
@@ -165,8 +169,15 @@ _exactly = ContextVar("exactly", default=False)
 
 @contextlib.contextmanager
 def exactly() -> Iterator[None]:
-    """While this lasts, loops of ``hwbp_compiler.recurrent`` in eager mode have ordinary backprop, whatever their
-    options: a model to compare with."""
+    """A context in which loops of ``hwbp_compiler.recurrent`` in eager mode have ordinary backprop, whatever their
+    options. Use it for the exact gradients to compare with.
+
+    Yields:
+        Nothing. What was compiled before with ``torch.compile`` is not changed by it.
+
+    >>> with exactly():
+    ...     loss(model(x)).backward()
+    """
     token = _exactly.set(True)
     try:
         yield

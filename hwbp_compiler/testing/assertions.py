@@ -69,7 +69,20 @@ def assert_forward_unchanged(
     tolerance: float = 1e-12,
     seed: int = SEED,
 ) -> None:
-    """The compiled model in training returns what eager mode returns, and leaves the same buffers behind."""
+    """The compiled model in training returns what eager mode returns, and leaves the same buffers behind.
+
+    Args:
+        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
+        args: a tuple of what the model is called with; floating-point tensors become float64.
+        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            given.
+        tolerance: the largest error allowed, relative to a tensor's largest entry (at least to 1).
+        seed: of the random numbers that the model draws (dropout).
+
+    Raises:
+        AssertionError: an output or a buffer differs; the message names it.
+        TypeError: ``args`` is no tuple.
+    """
     eager, compiled, inputs = _copies(model, args)
     torch.manual_seed(seed)
     expected = eager(*inputs)
@@ -88,11 +101,27 @@ def assert_exact_at_full_length(
     tolerance: float = 1e-9,
     seed: int = SEED,
 ) -> None:
-    """With ``iterations`` as many as a chain has links, and ``"exact"``, the gradients are backprop's.
+    """With as many ``iterations`` as a chain has links, or with "exact", the gradients are those of backprop.
 
-    With segments of S > 1 links they are with one iteration fewer than it has segments. Chains of up to 32 links are
+    That is w^L of Fagnou et al., ICLR 2025, Theorems 1 and 2: every gradient path crosses at most L blocks.
+
+    With segments of S > 1 links one iteration fewer than the chain has segments is enough. Chains of up to 32 links are
     rewritten for it with that many iterations, which no compilation outside of this assertion does: it leaves them
-    alone. Holds for every ``damping`` and ``segment``; those in ``options`` are used.
+    alone. The claim holds for every ``damping`` and ``segment``; those in ``options`` are used.
+
+    Args:
+        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
+        args: a tuple of what the model is called with; floating-point tensors become float64.
+        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
+        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            given.
+        tolerance: the largest error allowed of a gradient, relative to its norm.
+        seed: of the random numbers that the model draws (dropout).
+
+    Raises:
+        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
+        TypeError: ``args`` is no tuple.
+        ValueError: nothing requires a gradient, or the loss is not one number.
     """
     eager, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
@@ -115,9 +144,25 @@ def assert_linear(
     tolerance: float = 1e-9,
     seed: int = SEED,
 ) -> None:
-    """Truncated or not, the gradients are linear in the gradient that comes in: a loss twice as large has gradients
-    twice as large, and one turned round has them turned round. (Factors that no precision inside the model rounds.)
-    With k = 4 where ``options`` name no other: "auto" takes another form from one step to the next."""
+    """Truncated or not, the gradients are linear in the gradient that comes in: twice the loss has twice the gradients,
+    and the negative loss the negative gradients. (No precision inside the model rounds these factors.)
+
+    It is checked with k = 4 where ``options`` name no other k: "auto" takes another form from one step to the next.
+
+    Args:
+        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
+        args: a tuple of what the model is called with; floating-point tensors become float64.
+        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
+        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            given.
+        tolerance: the largest error allowed of a gradient, relative to its norm.
+        seed: of the random numbers that the model draws (dropout).
+
+    Raises:
+        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
+        TypeError: ``args`` is no tuple.
+        ValueError: nothing requires a gradient, or the loss is not one number.
+    """
     _, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
     step = _compile(compiled, {"iterations": 4, **(options or {})})
@@ -142,9 +187,25 @@ def assert_matches_truncation(
     tolerance: float = 1e-6,
     seed: int = SEED,
 ) -> None:
-    """The gradients are those of w^k: of ``program(model)``, the model retold for :func:`reference_gradients`.
+    """The gradients of the compiled model are those of w^k, which :func:`reference_gradients` computes.
 
-    ``iterations``, ``damping`` and ``segment`` are compiled with, whatever ``options`` says.
+    Args:
+        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
+        args: a tuple of what the model is called with; floating-point tensors become float64.
+        loss: ``loss(output) -> scalar``.
+        program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`.
+        iterations: k, an integer >= 0 or "exact".
+        damping: gamma, a number in [0, 1].
+        segment: S, links per segment.
+        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            given. ``iterations``, ``damping`` and ``segment`` in it are not used.
+        tolerance: the largest error allowed of a gradient, relative to its norm.
+        seed: of the random numbers that the model draws (dropout).
+
+    Raises:
+        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
+        TypeError: ``args`` is no tuple.
+        ValueError: nothing requires a gradient, or the loss is not one number.
     """
     _, compiled, inputs = _copies(model, args)
     before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
@@ -164,11 +225,18 @@ def assert_closer(
     *,
     slack: float = 1.5,
 ) -> None:
-    """``actual`` is no further from ``reference`` than ``slack`` times what ``competitor`` is.
+    """``actual`` is no further from ``reference`` than ``slack`` times as far as ``competitor`` is. For low precision.
 
-    For low precision: ``reference`` in float64, ``competitor`` the same computation by a route that is trusted, in
-    the precision of ``actual``. Tensors or mappings of tensors. One unit in the last place of ``actual``'s type,
-    relative to the reference's largest entry, is always allowed.
+    One unit in the last place of ``actual``'s type, relative to the reference's largest entry, is always allowed.
+
+    Args:
+        reference: a tensor or a mapping of tensors, computed in float64.
+        actual: the same computation in low precision; tensors of the same shapes, under the same keys.
+        competitor: the same computation in the precision of ``actual``, by a way that is trusted.
+        slack: how much further from the reference than the competitor ``actual`` may be, as a factor.
+
+    Raises:
+        AssertionError: it is further; the message gives both distances.
     """
     if isinstance(reference, Mapping):
         assert isinstance(actual, Mapping) and isinstance(competitor, Mapping)
@@ -201,12 +269,29 @@ def check(
     damping: Sequence[float] = (0.0, 0.2),
     segment: Sequence[int] = (1, 2),
 ) -> bool:
-    """Run every assertion on ``model``, print one line each and a verdict; True if all hold.
+    """Run every assertion on ``model``, and print one line for each and a verdict.
 
-    The oracle is asked for all pairs of ``iterations`` and ``damping`` with segments of one link, and for each other
-    ``segment`` once: with one iteration and no damping. Without ``program`` there is no oracle for truncated
-    gradients, and only the exact ones are checked. Says so too where no chain of the model was rewritten, and the
-    claims tell nothing about Highway-BP.
+    It also prints whether no chain of the model was rewritten: then the claims say nothing about Highway-BP.
+
+    Args:
+        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
+        args: a tuple of what the model is called with; floating-point tensors become float64.
+        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
+        program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`. Without
+            it truncated gradients are not checked.
+        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            given.
+        iterations: values of k for the oracle.
+        damping: values of gamma, for the oracle and for exactness at full length.
+        segment: values of S for the oracle. With S = 1 it is asked for all pairs of ``iterations`` and ``damping``,
+            with every other S once: with one iteration and no damping.
+
+    Returns:
+        True if all claims hold, False if any fails. A claim that fails does not raise.
+
+    Raises:
+        TypeError: ``args`` is no tuple.
+        ValueError: nothing requires a gradient, or the loss is not one number.
     """
     claims: list[tuple[str, Callable[[], None]]] = [
         ("forward unchanged", partial(assert_forward_unchanged, model, args, options=options))

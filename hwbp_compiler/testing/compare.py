@@ -18,16 +18,33 @@ def total_norm(gradients: Gradients) -> float:
 
 
 def relative_error(actual: Gradients, reference: Gradients) -> float:
-    """``|actual - reference| / |reference|`` of all gradients taken as one vector; 0 where both vanish."""
+    """``|actual - reference| / |reference|``, all gradients taken as one vector.
+
+    Args:
+        actual: gradients by name or position.
+        reference: gradients of the same shapes, under the same keys.
+
+    Returns:
+        A number >= 0; 0 where both vanish.
+    """
     difference = total_norm({k: actual[k].double() - g.double() for k, g in reference.items()})
     return difference / total_norm(reference) if difference else 0.0
 
 
 def cosine(actual: Gradients, reference: Gradients) -> float:
-    """The cosine of the angle between the two, each taken as one vector."""
+    """The cosine of the angle between the two, each taken as one vector.
+
+    Args:
+        actual: gradients by name or position.
+        reference: gradients of the same shapes, under the same keys.
+
+    Returns:
+        A number from -1 to 1; 1 where one of the two vanishes.
+    """
     dot = sum(float((actual[k].double() * g.double()).sum()) for k, g in reference.items())
     norms = total_norm(actual) * total_norm(reference)
-    return float(dot / norms) if norms else 1.0
+    cosine = float(dot / norms) if norms else 1.0
+    return max(-1.0, min(1.0, cosine)) if cosine == cosine else cosine  # rounding may lead out of [-1, 1]
 
 
 def assert_gradients_close(
@@ -38,11 +55,22 @@ def assert_gradients_close(
     what: str = "gradients",
     least: float = 0.0,
 ) -> None:
-    """Every gradient g: ``|actual - g| <= tolerance |g| + noise max(|all of reference|, least)``.
+    """For every gradient g of ``reference``: ``|actual - g| <= tolerance |g| + noise max(|all of reference|, least)``.
 
-    ``noise`` is for gradients that vanish for a reason (the key bias of an attention) and are rounding errors on
-    both sides; ``least`` for models in which all of them do, though what is summed up to them does not. Not a number,
-    or infinite, in the same places counts as equal.
+    Values that are not a number, or infinite, in the same places count as equal.
+
+    Args:
+        actual: gradients by name or position.
+        reference: gradients of the same shapes, under the same keys.
+        tolerance: the largest error allowed, relative to the norm of each gradient.
+        noise: the largest error allowed, relative to the norm of all gradients together. It is for gradients that
+            vanish for a reason (the key bias of an attention) and are rounding errors on both sides.
+        least: what that norm counts at least. It is for models in which all gradients vanish, though the terms that
+            are summed up to them do not.
+        what: how the message begins.
+
+    Raises:
+        AssertionError: a gradient is further off; the message names the worst one. Or the keys or shapes differ.
     """
     unmatched = sorted(map(str, set(actual) ^ set(reference)))
     assert not unmatched, f"{what}: only one side has {', '.join(unmatched)}"

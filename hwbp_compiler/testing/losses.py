@@ -10,10 +10,16 @@ from torch.utils import _pytree as pytree
 
 
 def probe_loss(output: Any) -> Tensor:
-    """A fixed random linear and quadratic form in every floating tensor of ``output``; a scalar.
+    """A fixed random linear and quadratic form in every floating-point tensor of ``output``.
 
-    Unlike a plain sum it has no symmetry a normalisation could cancel (the sum of a LayerNorm's output is
+    Unlike a plain sum it has no symmetry that a normalisation could cancel (the sum of a LayerNorm's output is
     constant), and its gradient differs from element to element.
+
+    Args:
+        output: what a model returns: a tensor, or any nesting of tuples, lists and dicts of tensors.
+
+    Returns:
+        A float64 tensor without dimensions.
     """
     total = torch.zeros((), dtype=torch.float64)
     for number, leaf in enumerate(pytree.tree_leaves(output)):

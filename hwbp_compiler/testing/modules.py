@@ -87,7 +87,7 @@ class Links(nn.Module):
 
 
 class Loop(nn.Module):
-    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``; ``given`` is the first state if that is."""
+    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``. ``given`` is the first state, or None."""
 
     def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Loop(nn.Module):
 
 
 class ResidualModel(nn.Module):
-    """The model of a :class:`Model`; returns ``{"final", "taps", "penalties"}`` and, with dead ends, ``"ignored"``."""
+    """Built from a :class:`Model`; returns ``{"final", "taps", "penalties"}`` and, with dead ends, ``"ignored"``."""
 
     def __init__(self, spec: Model) -> None:
         super().__init__()
@@ -152,11 +152,11 @@ class ResidualModel(nn.Module):
                 self.stacks.append(Loop(stage, stage.width, spec.batch, length))
 
     def context(self, x: Tensor) -> Tensor:
-        """What the first stage's cross-attention looks at: the input, of which that chain's first state is no part."""
+        """What the first stage's cross-attention reads: the input, with no gradient to that chain's first state."""
         return x if self.spec.stem else x.detach()
 
     def given(self, states: tuple[Tensor, ...]) -> Iterator[Tensor | None]:
-        """For every stage the first state that the model was given, None where it is not."""
+        """For every stage, the first state passed to the model; None if there is none."""
         rest = iter(states)
         for stage in self.spec.stacks:
             yield next(rest) if isinstance(stage, Recurrence) and stage.start == "given" else None

@@ -25,7 +25,7 @@ Hold = Callable[[Tensor], Tensor]
 
 
 class Step(Protocol):
-    """One link: ``(state, side, hold) -> (next_state, outputs)``, all three tuples of tensors.
+    """One link: a function ``(state, side, hold) -> (next_state, outputs)`` over tuples of tensors.
 
     Every value that mixes elements (a block's output, a gate, a LayerNorm's mean) passes through ``hold`` where it
     meets the state. With ``hold`` the identity this is the whole link ``f``. If ``hold`` cuts gradients, the Jacobian
@@ -38,7 +38,12 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Link:
-    """A step and its side inputs. A non-leaf tensor used in ``step`` must come in through ``side``."""
+    """A step and its side inputs.
+
+    Attributes:
+        step: the function of the link, a :class:`Step`.
+        side: its side inputs. A tensor used in ``step`` that is no leaf of autograd must come in here.
+    """
 
     step: Step
     side: Tensors = ()
@@ -46,7 +51,12 @@ class Link:
 
 @dataclass(frozen=True)
 class ChainRun:
-    """The result of running a chain of L links: ``states`` 0..L (0 is the start), ``outputs`` of links 1..L."""
+    """What running a chain of L links gives.
+
+    Attributes:
+        states: states 0..L; state 0 is where the chain began.
+        outputs: what left links 1..L sideways.
+    """
 
     states: list[Tensors]
     outputs: list[Tensors]
@@ -57,10 +67,12 @@ RunChain = Callable[[Sequence[Link], Tensors], ChainRun]
 
 @dataclass(frozen=True)
 class Program:
-    """A model retold for the oracle.
+    """A model and its chains, described for the oracle.
 
-    parameters  the model's own parameters, by name; :func:`reference_gradients` differentiates in these tensors
-    forward     ``forward(run_chain, *args)`` returns what the model returns
+    Attributes:
+        parameters: the model's own parameters, by name; :func:`reference_gradients` differentiates in these tensors.
+        forward: ``forward(run_chain, *args)`` returns what the model returns. It calls ``run_chain(links, state)`` with
+            a list of :class:`Link` and a tuple of tensors for each chain, and gets a :class:`ChainRun`.
     """
 
     parameters: Mapping[str, Tensor]
@@ -80,15 +92,23 @@ def reference_gradients(
 ) -> tuple[Any, dict[str | int, Tensor]]:
     """The output of ``program(*args)`` and the Highway-BP gradients of ``loss(output) -> scalar``.
 
-    iterations  k: gradient paths that cross at most k blocks of a chain; ``"exact"`` or k >= L is backprop
-    damping     gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``
-    segment     S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
-                those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop
-    solver      how a chain's w is found: :func:`highway_bp` unless told otherwise
-    exact       chains, numbered in the order in which ``program`` runs them, that are left to backprop
+    Args:
+        program: the model and its chains; in float64, to be an oracle.
+        args: what the model is called with.
+        loss: ``loss(output) -> scalar``.
+        iterations: k: gradient paths that cross at most k blocks of a chain count; ``"exact"`` or k >= L is backprop.
+        damping: gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``.
+        segment: S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
+            those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop.
+        solver: how a chain's w is found; :func:`highway_bp` if None.
+        exact: chains, numbered in the order in which ``program`` runs them, that are left to backprop.
 
-    The gradients are keyed by parameter name, and by position for those of ``args`` that require a gradient;
-    zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``. ValueError for S < 1.
+    Returns:
+        The output, and the gradients: by name for parameters, and by position for those of ``args`` that require a
+        gradient. They are zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``.
+
+    Raises:
+        ValueError: ``segment`` is below 1.
     """
     if segment < 1:
         raise ValueError(f"segment is {segment}; it must be at least 1")
@@ -167,10 +187,19 @@ class Solver(Protocol):
 def highway_bp(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """PAPER.md, section 1: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times.
+    """Highway-BP: ``w^0 = CumSumProd(c, K)``, then ``w = w^0 + CumSumProd(w J, K)`` k times (Fagnou et al., ICLR 2025).
 
-    With segments of S > 1 links, SEGMENTS.md, section 1. All are tuples of tensors of the state's shapes: ``links``
-    1..L, ``contributions`` and the result 0..L.
+    For segments of S > 1 links: docs/design.md, section 4.6, "Segments".
+
+    Args:
+        links: links 1..L at their saved states.
+        contributions: c_0..c_L, what the losses contribute at each state: tuples of tensors of the state's shapes.
+        iterations: k.
+        damping: gamma.
+        segment: S, links per segment.
+
+    Returns:
+        w_0..w_L, in tuples of tensors of the state's shapes.
     """
     if segment != 1:
         return _segmented(links, contributions, iterations, damping, segment)
@@ -200,7 +229,7 @@ def highway_bp(
 def _segmented(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int
 ) -> list[Tensors]:
-    """SEGMENTS.md, section 1, for S > 1: k times a run in every segment and a scan over segments, then the last run.
+    """For S > 1: k times a run in every segment and a scan over segments, then the last run.
 
     ``e_s`` estimates the gradient at ``h_{b_s}``, the last state of segment s = 1..C, which ends at ``b_s`` and begins
     after ``a_s = b_{s-1}``:
@@ -250,7 +279,8 @@ def _segmented(
 def sum_over_paths(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """The meaning of w (Theorems 1 and 2; SEGMENTS.md, section 1), by brute force.
+    """The meaning of w, by brute force (Fagnou et al., ICLR 2025, Theorems 1 and 2; for segments docs/design.md,
+    section 4.6). Arguments and result are those of :func:`highway_bp`.
 
     For every pair of states i <= j and every way to cross each link between them by its highway ``(1 - gamma) K`` or
     its block ``J + gamma K``: push c_j along that path, if it crosses blocks in at most k segments. The segment of
@@ -290,7 +320,10 @@ def fixed_point(
 ) -> list[Tensors]:
     """Fixed-point iteration: ``w_i <- c_i + w_{i+1} (J + K)`` k times from ``w = c``. Has no damping.
 
-    It has no segments either: ValueError for S > 1.
+    Arguments and result are those of :func:`highway_bp`.
+
+    Raises:
+        ValueError: ``segment`` is not 1; fixed-point iteration has no segments.
     """
     if segment != 1:
         raise ValueError(f"fixed-point iteration has no segments; segment is {segment}, it must be 1")

@@ -29,24 +29,27 @@ class _ReadableRepr:
 class Stack(_ReadableRepr):
     """``depth`` links of width ``width``; link i is ``after(update(x, block(pre(x))) + vector)``.
 
-    blocks      kinds of block, taken in turn, see :class:`.blocks.Block`
-    update      how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z;
-                "scalar", "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x);
-                "gate" g x + (1 - g) tanh z, g from the state; "input_gate" the same, g a learnt vector;
-                "lerp" torch.lerp(x, tanh z, g); "self_gate" x + x sigmoid(z); "product" x (1.2 + z);
-                "part" the same for one column of the state alone;
-                "curved" x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x)
-    pre         normalisation in front of the block (in J)
-    after       what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back
-    shared      0: every link has its own weights; p: links i and i + p share theirs
-    vectors     a learnt vector is added to every state (not a link)
-    taps        states, 1..depth, that the model returns; ``heads``: through a linear layer each
-    penalties   links, 1..depth, whose hidden activity the model returns
-    skip        (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open
-    unet        the skips (0, depth), (1, depth - 1), ...
-    rereads     every block's input has the first state added to it
-    layout      "flat": links work on [batch * length, width]; "swap": the state is transposed in every link
-    frozen      links, 1..depth, whose parameters want no gradient
+    Attributes:
+        depth: links.
+        width: of the state.
+        blocks: kinds of block, taken in turn, see :class:`.blocks.Block`.
+        update: how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z; "scalar" and
+            "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x); "gate" g x + (1 - g) tanh z, g
+            from the state; "input_gate" the same, g a learnt vector; "lerp" torch.lerp(x, tanh z, g); "self_gate"
+            x + x sigmoid(z); "product" x (1.2 + z); "part" the same for one column of the state alone; "curved"
+            x + z + 0.3 tanh x; "normed_gate" x + 0.3 u sigmoid(z) and "inner" x + 0.3 (u + z), u = pre(x).
+        pre: normalisation in front of the block (in J).
+        after: what follows the update, within the link: an activation, a norm, a fixed 0/1 mask, a cast and back.
+        shared: 0: every link has its own weights; p: links i and i + p share theirs.
+        vectors: a learnt vector is added to every state (not a link).
+        taps: states, 1..depth, that the model returns.
+        heads: each tap goes through a linear layer.
+        penalties: links, 1..depth, whose hidden activity the model returns.
+        skip: (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open.
+        unet: the skips (0, depth), (1, depth - 1), ...
+        rereads: every block's input has the first state added to it.
+        layout: "flat": links work on [batch * length, width]; "swap": the state is transposed in every link.
+        frozen: links, 1..depth, whose parameters want no gradient.
     """
 
     depth: int = 3
@@ -78,11 +81,16 @@ class Stack(_ReadableRepr):
 class Recurrence(_ReadableRepr):
     """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
 
-    cell         see :class:`.blocks.Cell`
-    every_step   hands on the states of all steps, else of the last
-    start        the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
-                 width], that requires a gradient
-    masked       past its end a sequence keeps its state: where(mask, new, old)
+    Attributes:
+        width: of the state.
+        cell: see :class:`.blocks.Cell`.
+        layers: how many.
+        every_step: hands on the states of all steps, else of the last.
+        start: the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
+            width], that requires a gradient.
+        reverse: runs from the last step to the first.
+        masked: past its end a sequence keeps its state: where(mask, new, old).
+        frozen: its parameters want no gradient.
     """
 
     width: int = 3
@@ -96,7 +104,7 @@ class Recurrence(_ReadableRepr):
 
     @property
     def has_highway(self) -> bool:
-        """An elementwise path from state to state; past its end, a masked sequence has one in any case."""
+        """Whether there is an elementwise path from state to state. A masked sequence always has one past its end."""
         return self.cell != "tanh" or self.masked
 
 
@@ -107,14 +115,19 @@ Stage = Stack | Recurrence
 class Model(_ReadableRepr):
     """Stages in a row with ``tanh(linear(x))`` between them, on inputs [batch, length, stacks[0].width].
 
-    stem        start with a linear layer too
-    head        end with one
-    input_grad  the input requires a gradient
-    dead_ends   every state is used for something that nobody wants, and one such thing is returned but not in the
-                loss
-    parallel    stages side by side: each reads the input, and all outputs are returned
-    dtype       of parameters and input
-    dynamic     compiled with sizes known only at run time, where it is compiled by way of Dynamo
+    Attributes:
+        stacks: the stages.
+        batch: sequences in a batch.
+        length: of the sequences.
+        stem: start with a linear layer too.
+        head: end with one.
+        input_grad: the input requires a gradient.
+        dead_ends: every state is used for something that nobody wants, and one such thing is returned but not in the
+            loss.
+        parallel: stages side by side: each reads the input, and all outputs are returned.
+        dtype: of parameters and input.
+        dynamic: compiled with sizes known only at run time, where it is compiled by way of Dynamo.
+        seed: of the parameters and the input.
     """
 
     stacks: tuple[Stage, ...] = (Stack(),)
@@ -131,7 +144,7 @@ class Model(_ReadableRepr):
 
     @property
     def pinned(self) -> bool:
-        """Whether the contract says what the chains are, so that truncated gradients can be predicted."""
+        """Whether the contract determines the chains, so that truncated gradients can be predicted."""
         return not any(isinstance(stage, Stack) and (stage.skips or stage.rereads) for stage in self.stacks)
 
     @property
@@ -141,7 +154,7 @@ class Model(_ReadableRepr):
 
     @property
     def lengths(self) -> list[int]:
-        """The length of every stage's input: a recurrence can hand on its last state alone."""
+        """The length of every stage's input: a recurrence may return only its last state."""
         found, length = [], self.length
         for stage in self.stacks:
             found.append(length)

@@ -31,10 +31,18 @@ def stacks(
     draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False,
     sizes: Sizes = None, in_place: bool = False,
 ) -> Stack:  # fmt: skip
-    """One stack of links. ``skips``: some have long skips over links, or read the first state in every block; either
-    way their chains are not predictable. ``dtypes``: some compute in float32 inside. ``sizes``: the numbers from which
-    depth and width are chosen. ``in_place``: some blocks change slices in place, which ``testing.capture`` supports and
-    ``testing.trace`` does not.
+    """A strategy for one stack of links.
+
+    Args:
+        max_depth: the most links.
+        max_width: the largest width of the state.
+        skips: some have long skips over links, or read the first state in every block; both have no predictable chains.
+        dtypes: some compute in float32 inside.
+        sizes: what depth and width are chosen from; any up to the limits if None.
+        in_place: some blocks change slices in place, which ``testing.capture`` takes and ``testing.trace`` does not.
+
+    Returns:
+        A strategy that draws a :class:`..models.Stack`.
     """
     left_out = {name for name, wanted in {"cast": dtypes, "in_place": in_place}.items() if not wanted}
     kinds, afters = (
@@ -77,7 +85,15 @@ def stacks(
 
 @st.composite
 def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Recurrence:
-    """A loop over time."""
+    """A strategy for a loop over time.
+
+    Args:
+        max_width: the largest width of the state.
+        sizes: what the width is chosen from; any up to the limit if None.
+
+    Returns:
+        A strategy that draws a :class:`..models.Recurrence`.
+    """
     cell = draw(st.sampled_from(get_args(CellKind)))
     return Recurrence(
         width=draw(_size(sizes, min(2, max_width), max_width)),
@@ -97,10 +113,20 @@ def models(
     draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
     loops: bool = False, dtypes: bool = False, sizes: Sizes = None, in_place: bool = False,
 ) -> Model:  # fmt: skip
-    """A whole model. Without ``skips`` every model is pinned: :func:`..models.program` gives its program.
+    """A strategy for a whole model.
 
-    ``loops``: also recurrences; ``dtypes``: also float32, or casts inside; ``sizes``: the numbers from which all sizes
-    are chosen, so that many buffers have the same size; ``in_place``: see :func:`stacks`.
+    Args:
+        max_stacks: the most stages.
+        max_depth: the most links of a stack.
+        max_width: the largest width of a state.
+        skips: see :func:`stacks`. Without them :func:`..models.program` can describe every model for the oracle.
+        loops: with recurrences too.
+        dtypes: in float32 too, or with casts inside.
+        sizes: what all sizes are chosen from, so that many buffers have the same size; any up to the limits if None.
+        in_place: see :func:`stacks`.
+
+    Returns:
+        A strategy that draws a :class:`..models.Model`, which :func:`..models.build` makes a module of.
     """
     stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes, sizes=sizes, in_place=in_place)
     if loops:
@@ -128,15 +154,15 @@ def models(
 
 
 def iterations() -> st.SearchStrategy[int]:
-    """k: mostly below a chain's length, sometimes above it."""
+    """A strategy for k: mostly below a chain's length, sometimes beyond it."""
     return st.sampled_from((0, 1, 2, 1, 2, 3, 4, 5, 7))
 
 
 def dampings() -> st.SearchStrategy[float]:
-    """gamma: both ends and values in between."""
+    """A strategy for gamma: both ends, and values between."""
     return st.sampled_from((0.0, 1.0, 0.2, 0.5, 0.8))
 
 
 def segments() -> st.SearchStrategy[int]:
-    """S: mostly 1, the paper's value."""
+    """A strategy for S: mostly 1, the paper."""
     return st.sampled_from((1, 1, 1, 1, 1, 1, 1, 2, 2, 3, 5, 8))

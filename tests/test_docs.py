@@ -1,0 +1,198 @@
+"""The docs site builds without a network, has no dead link, loads nothing from elsewhere, and its guide works.
+
+Python blocks of the guide run in the order of ``RUN``, in one namespace that begins with the start page's, with
+Inductor's graphs run as they are. Blocks of ``ONLY_PARSED`` are compiled by Python and not run: those of the page on
+several devices need several processes (``tests/test_distributed*.py`` run the same calls), those of the page on
+inspecting need graphviz (``tests/test_explain.py`` runs the same calls).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+import snippets
+import torch
+
+from hwbp_compiler import options
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+RUN = ("choosing.md", "recurrent.md", "testing.md", "gpus.md")
+ONLY_PARSED = ("inspecting.md", "distributed.md", "api/compile.md")
+
+# The build, in a Python that refuses to connect to anything.
+BUILD = """
+import socket, sys
+
+def refuse(self, address):
+    raise OSError(f"the docs must build without a network; connected to {address}")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+from mkdocs.__main__ import cli
+cli(sys.argv[1:])
+"""
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """What a page of the site links to, loads, and can be linked to."""
+
+    LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
+    RELATIONS = {"stylesheet", "icon", "preload", "preconnect", "modulepreload", "manifest", "dns-prefetch"}
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: set[str] = set()
+        self.loaded: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {key: value or "" for key, value in attrs}
+        self.ids |= {given[key] for key in ("id", "name") if key in given}
+        if tag == "a" and "href" in given:
+            self.links.add(given["href"])
+        if tag == "link" and self.RELATIONS & set(given.get("rel", "").split()):
+            self.loaded.add(given.get("href", ""))
+        if tag in self.LOADS and self.LOADS[tag] in given:
+            self.loaded.add(given[self.LOADS[tag]])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> dict[Path, Page]:
+    for package in ("mkdocs", "material", "mkdocstrings_handlers"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f'{package} is not installed: pip install ".[docs]"')
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-c", BUILD, "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {path: Page(path) for path in folder.rglob("*.html")}
+
+
+def test_every_page_is_built(site):
+    folder = next(path for path in site if path.name == "404.html").parent
+    built = {path.relative_to(folder).with_suffix(".md").as_posix() for path in site}
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert built == written | {"index.md", "examples.md", "changelog.md", "contributing.md", "404.md"}
+
+
+def test_no_internal_link_is_dead(site):
+    dead = []
+    for path, page in site.items():
+        if path.name == "404.html":  # its links are absolute: it may be shown for any address
+            continue
+        for link in page.links:
+            target, anchor = urldefrag(unquote(link))
+            if re.match(r"\w+:", target):
+                continue
+            file = (path.parent / target).resolve() if target else path
+            file = file / "index.html" if file.is_dir() else file
+            if not file.exists() or anchor and file.suffix == ".html" and anchor not in site[file].ids:
+                dead.append(f"{path.name}: {link}")
+    assert dead == []
+
+
+def test_no_page_loads_anything_from_elsewhere(site):
+    outside = {link for page in site.values() for link in page.loaded if re.match(r"(\w+:)?//", link)}
+    assert outside == set()
+    folder = next(path for path in site if path.name == "404.html").parent
+    for sheet in folder.rglob("*.css"):
+        assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_every_public_name_is_in_the_reference(site):
+    import hwbp_compiler
+
+    modules = [hwbp_compiler, hwbp_compiler.testing, hwbp_compiler.distributed]
+    names = {f"{module.__name__}.{name}" for module in modules for name in module.__all__}
+    ids = {found for page in site.values() for found in page.ids}
+    subpackages = {"hwbp_compiler.testing", "hwbp_compiler.distributed"}
+    assert names - subpackages - ids == set()
+
+
+def test_every_python_block_is_in_a_page_that_is_run_or_parsed():
+    written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    with_code = {name for name in written if snippets.blocks(page(name), "python")}
+    assert with_code == {"start.md", *RUN, *ONLY_PARSED}
+
+
+@pytest.mark.parametrize("name", ONLY_PARSED)
+def test_blocks_that_are_not_run_are_python(name):
+    for block in snippets.blocks(page(name), "python"):
+        ast.parse(block)
+
+
+def without_estimates(text: str) -> str:
+    """Times depend on the machine, node counts on every detail of the passes, line ends on both."""
+    return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
+
+
+def test_the_guide_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    snippets.without_generated_code(monkeypatch)
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))
+    known = runpy.run_path(str(script))
+    (shown,) = snippets.blocks(page("start.md"), "text")
+    assert without_estimates(shown.strip()) in without_estimates(capsys.readouterr().out)
+    assert all(parameter.grad is not None for parameter in known["model"].parameters())
+    assert "<details" in Path("report.html").read_text()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        for name in RUN:
+            code = "\n".join(snippets.blocks(page(name), "python"))
+            if "cuda:" in code and importlib.util.find_spec("triton") is None:
+                continue
+            script = tmp_path / f"{Path(name).stem}_page.py"
+            script.write_text(code)
+            given = {key: value for key, value in known.items() if not key.startswith("__")}
+            runpy.run_path(str(script), given, run_name=script.stem)  # Dynamo remembers modules by their names
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.slow
+def test_the_start_page_runs_in_a_process_of_its_own(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=590, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (shown,) = snippets.blocks(page("start.md"), "text")
+    assert without_estimates(shown.strip()) in without_estimates(done.stdout)
+
+
+def test_every_option_is_in_the_table_with_its_default():
+    table = page("choosing.md").splitlines()
+    for name, default in options._DEFAULTS.items():
+        shown = f'"{default}"' if isinstance(default, str) else str(default)
+        row = next(line for line in table if line.startswith(f"| `{name}` |"))
+        assert row.split("|")[3].strip(" `") == shown
+
+
+def test_every_heading_linked_to_within_docs_is_there():
+    dead = []
+    for path in DOCS.rglob("*.md"):
+        for target, anchor in snippets.links(path.read_text(encoding="utf-8")):
+            file = (path.parent / target).resolve() if target else path
+            elsewhere = file.relative_to(DOCS).as_posix() if file.is_relative_to(DOCS) else ""
+            if elsewhere in ("examples.md", "changelog.md", "contributing.md", "index.md"):
+                continue  # pages made while the site is built
+            of_the_reference = anchor.startswith("hwbp_compiler.")
+            if not file.exists():
+                dead.append(f"{path.name}: {target}")
+            elif anchor and not of_the_reference and anchor not in snippets.anchors(file.read_text(encoding="utf-8")):
+                dead.append(f"{path.name}: {target}#{anchor}")
+    assert dead == []
