@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from . import distributed as distributed
     from . import testing as testing
     from .auto.calibrate import calibrate as calibrate
+    from .auto.climb import Climb as Climb
     from .auto.control import Schedule as Schedule
     from .auto.control import set_iterations as set_iterations
     from .auto.control import set_options as set_options
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 # A public function must not be called like the module it stands in: importing a submodule binds its name
 # on the package, and the module would hide the function.
 _HOME = {
+    "Climb": "auto.climb",
     "GradientMeter": "auto.meter",
     "HighwayError": "errors",
     "OptionError": "errors",

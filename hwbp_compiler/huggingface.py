@@ -4,11 +4,18 @@
 
 Accelerate keeps a closed list of backends, read before ``torch.compile`` is reached, so that the entry point cannot
 help: importing this module adds the name to that list. Nothing else changes. Needs the ``accelerate`` package.
+
+``HighwayCallback(trainer)`` logs the gradient's cosine with the exact one while a ``Trainer`` trains.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from accelerate.utils import DynamoBackend
+
+if TYPE_CHECKING:
+    from .huggingface_callback import HighwayCallback as HighwayCallback
 
 NAME = "HIGHWAY"
 
@@ -26,3 +33,12 @@ def register() -> None:
 
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """``HighwayCallback``, which needs ``transformers``; Accelerate alone does not."""
+    if name != "HighwayCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .huggingface_callback import HighwayCallback
+
+    return HighwayCallback

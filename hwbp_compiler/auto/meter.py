@@ -80,6 +80,10 @@ class GradientMeter:
     def last(self) -> Reading | None:
         return self.readings[-1] if self.readings else None
 
+    def reads(self, model: Any) -> bool:
+        """Whether it reads ``model``: the same compiled callable, and not closed."""
+        return self._compiled is compiled_as(model) and self._compiled.meter is self
+
     def close(self) -> None:
         if self._compiled.meter is self:
             self._compiled.meter = None
