@@ -14,6 +14,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from . import distributed as distributed
     from . import testing as testing
+    from .auto.climb import Climb as Climb
     from .auto.control import Schedule as Schedule
     from .auto.control import set_iterations as set_iterations
     from .auto.control import set_options as set_options
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 # A public function must not have the name of the module that defines it. Importing a submodule binds its name on the
 # package, and the module would then hide the function.
 _HOME = {
+    "Climb": "auto.climb",
     "GradientMeter": "auto.meter",
     "HighwayError": "errors",
     "OptionError": "errors",

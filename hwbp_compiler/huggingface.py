@@ -4,11 +4,18 @@
 
 Accelerate checks the name against a fixed list before it calls ``torch.compile``, so the entry point alone is not
 enough. Importing this module adds the name to that list and changes nothing else. Needs the ``accelerate`` package.
+
+``HighwayCallback(trainer)`` logs the gradient's cosine with the exact one while a ``Trainer`` trains.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from accelerate.utils import DynamoBackend
+
+if TYPE_CHECKING:
+    from .huggingface_callback import HighwayCallback as HighwayCallback
 
 NAME = "HIGHWAY"
 
@@ -26,3 +33,12 @@ def register() -> None:
 
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """``HighwayCallback``, which needs ``transformers``; Accelerate alone does not."""
+    if name != "HighwayCallback":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .huggingface_callback import HighwayCallback
+
+    return HighwayCallback

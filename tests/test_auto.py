@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hwbp_compiler
-from hwbp_compiler import GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
+from hwbp_compiler import Climb, GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
 from hwbp_compiler.auto import forms as forms_module
 from hwbp_compiler.auto.check import CheckedPass, copied
 from hwbp_compiler.auto.merge import Merging
@@ -300,6 +300,42 @@ def test_a_meter_reads_along_and_changes_no_step(trained, tmp_path, caplog):
     assert [float(row["cosine"]) for row in csv.DictReader(path.open())] == [r.cosine for r in seen]
     assert scalars[0] == ("highway/cosine/k0_S1", 0) and len(scalars) == 4
     assert sum("has a cosine of" in message for message in caplog.messages) == 2
+
+
+def test_a_climb_takes_the_next_rung_when_the_cosine_falls_and_continues_after_a_restart(trained):
+    model, x, auto, found = trained
+    (_, exact, _), _ = found[0]
+    rungs = [{"iterations": 0, "segment": 1, "damping": 0.0}, {"iterations": "exact"}]
+    with GradientMeter(auto, every=1, warn_below=None) as meter:
+        content = Climb(auto, rungs, meter, below=0.01)
+        climb = Climb(auto, rungs, meter, below=0.9999)
+        gradients = []
+        for _ in range(3):
+            content.step()
+            climb.step()
+            gradients.append(step(auto, model, x)[1])
+        assert torch.cosine_similarity(flat(gradients[0]), flat(exact), dim=0) < 0.99
+        torch.testing.assert_close(gradients[2], exact)
+        assert (content.position, climb.position) == (0, 1)
+        resumed = Climb(auto, rungs, meter)
+        resumed.load_state_dict(climb.state_dict())
+        torch.testing.assert_close(step(auto, model, x)[1], exact)
+        with pytest.raises(ValueError, match="position = 2"):
+            resumed.load_state_dict({"position": 2})
+
+
+def test_a_climb_says_what_it_cannot_do(trained):
+    _, _, auto, _ = trained
+    meter = GradientMeter(auto)
+    with pytest.raises(ValueError, match="rungs is empty"):
+        Climb(auto, [], meter)
+    with pytest.raises(ValueError, match="below = 1.5"):
+        Climb(auto, [{"iterations": 1}], meter, below=1.5)
+    with pytest.raises(OptionError, match="'rewrite'.*cannot be changed"):
+        Climb(auto, [{"rewrite": "never"}], meter)
+    meter.close()
+    with pytest.raises(ValueError, match="does not read this model"):
+        Climb(auto, [{"iterations": 1}], meter)
 
 
 def test_what_cannot_be_changed_is_refused_and_nothing_changes(trained):

@@ -685,6 +685,59 @@ def test_lightning(tmp_path):
     assert_gradients_close(seen, wanted, 1e-4, 1e-6)
 
 
+@pytest.mark.slow
+def test_lightning_logs_the_cosine_and_climbs(tmp_path):
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.loggers import CSVLogger
+
+    from hwbp_compiler.lightning import HighwayCallback
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step = compiled(make(), options={"iterations": 0})
+
+        def training_step(self, batch, index):
+            return loss_of(self.step(batch))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    callback = HighwayCallback(
+        every=1, rungs=[{"iterations": 0}, {"iterations": "exact"}], below=0.99999, milestones={0: {"damping": 0.0}}
+    )
+    logger = CSVLogger(tmp_path)
+    trainer = lightning.Trainer(
+        max_steps=4, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[callback],
+    )  # fmt: skip
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.cat([inputs()] * 4), batch_size=3))
+    assert callback.state_dict() == {}  # the training is over
+    logged = logger.experiment.metrics
+    assert any("highway/cosine/k0_S1" in row for row in logged)
+    assert not any(key.startswith("highway/cosine") and "k0_S1" not in key for row in logged for key in row)
+
+
+@pytest.mark.slow
+def test_hugging_face_trainer_logs_the_cosine(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    huggingface = importlib.import_module("hwbp_compiler.huggingface")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), torch_compile=True, torch_compile_backend="highway", max_steps=4, report_to=[], use_cpu=True,
+        per_device_train_batch_size=3, optim="sgd", disable_tqdm=True, save_strategy="no", dataloader_drop_last=True,
+    )  # fmt: skip
+    data = [{"x": row, "labels": torch.zeros(())} for row in torch.cat([inputs()] * 4)]
+    trainer = transformers.Trainer(_Loss(copy.deepcopy(make())), arguments, train_dataset=data)
+    trainer.add_callback(huggingface.HighwayCallback(trainer, every=1, milestones={0: {"iterations": 1, "segment": 1}}))
+    trainer.train()
+    cosines = [row["highway/cosine/k1_S1"] for row in trainer.state.log_history if "highway/cosine/k1_S1" in row]
+    assert cosines and all(0 < cosine <= 1 + 1e-6 for cosine in cosines)
+
+
 def test_the_warning_of_cut_graphs_is_given_once(monkeypatch, caplog):
     monkeypatch.setattr(backend, "ddp_cuts_graphs", lambda: True)
     backend._warn_of_cuts.cache_clear()

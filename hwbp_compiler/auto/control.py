@@ -32,14 +32,14 @@ def set_options(compiled: Any, **options: Any) -> None:
     >>> set_options(compiled, iterations=1, segment=16)
     """
     mine = compiled_as(compiled)
-    _only_changeable(options)
+    only_changeable(options)
     given, mode = mine.given
     changed = {**(given or {}), **options}
     mine.options = parse(changed, mode)[0]
     mine.given = changed, mode
 
 
-def _only_changeable(options: Mapping[str, Any]) -> None:
+def only_changeable(options: Mapping[str, Any]) -> None:
     for key in options:
         if key not in _CHANGEABLE:
             raise OptionError(
@@ -85,7 +85,7 @@ class Schedule:
         for step, options in milestones.items():
             if isinstance(step, bool) or not isinstance(step, int) or step < 0:
                 raise ValueError(f"Schedule: milestone {step!r} is not allowed; it takes the number of a step, >= 0")
-            _only_changeable(options)
+            only_changeable(options)
             parse(options)
         self.given = compiled_as(compiled).given
         self.compiled, self.milestones, self.steps = compiled, dict(milestones), 0

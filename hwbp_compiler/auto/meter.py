@@ -88,6 +88,10 @@ class GradientMeter:
         """The newest reading; None before the first."""
         return self.readings[-1] if self.readings else None
 
+    def reads(self, model: Any) -> bool:
+        """Whether it reads ``model``: the same compiled callable, and not closed."""
+        return self._compiled is compiled_as(model) and self._compiled.meter is self
+
     def close(self) -> None:
         """Compare no longer."""
         if self._compiled.meter is self:
