@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import hwbp_compiler
 from hwbp_compiler import HighwayError, OptionError, recurrent
 from hwbp_compiler.options import Truncation, parse
-from hwbp_compiler.rolled import capture, function, lanes, loop
+from hwbp_compiler.rolled import function, lanes, loop
 from hwbp_compiler.rolled.chain import How
+from hwbp_compiler.rolled.replace_loops import replace_loops
 from hwbp_compiler.testing.compare import assert_gradients_close, assert_outputs_close
 from hwbp_compiler.testing.losses import probe_loss
 from hwbp_compiler.testing.reference import reference_gradients
@@ -65,7 +66,7 @@ class Captured:
         setattr(self, SERVES, True)
 
     def __call__(self, gm, inputs):
-        self.recurrences += capture.replace_loops(gm, self.options, lambda own: parse(own)[0])
+        self.recurrences += replace_loops(gm, self.options, lambda own: parse(own)[0])
         return gm
 
     def compiled(self, fullgraph=True):

@@ -8,8 +8,9 @@ import torch
 import hwbp_compiler
 from hwbp_compiler import HighwayError, backend, joint_pass, recurrent
 from hwbp_compiler.options import parse
-from hwbp_compiler.rolled import capture, chain, loop, recurrence
+from hwbp_compiler.rolled import chain, loop, recurrence
 from hwbp_compiler.rolled.recurrence import Recurrence
+from hwbp_compiler.rolled.replace_loops import replace_loops
 from hwbp_compiler.testing.compare import assert_gradients_close
 from hwbp_compiler.torch_private import SERVES
 
@@ -135,7 +136,7 @@ class Rolled:
         setattr(self, SERVES, True)
 
     def __call__(self, gm, inputs):
-        for found in capture.replace_loops(gm, self.options, lambda own: parse(own)[0]):
+        for found in replace_loops(gm, self.options, lambda own: parse(own)[0]):
             self.records += found.records
         return gm
 

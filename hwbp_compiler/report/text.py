@@ -44,8 +44,9 @@ def coloured(report: ReportData, width: int | None = None) -> Text:
     from rich.text import Text
 
     text = Text(plain(report, width), no_wrap=True)
-    text.highlight_regex(r"\brewritten\b(?=$|\n)", "bold green")
-    text.highlight_regex(r"\bdeclined\b(?=$|\n)", "bold yellow")
+    heading = r"(?m)^ +(?:chain \d|\d+ chains alike).*"
+    text.highlight_regex(heading + r"\b(?P<bold>(?P<green>rewritten))$")
+    text.highlight_regex(heading + r"\b(?P<bold>(?P<yellow>declined))$")
     text.highlight_regex(r"(?m)^ +(?:[a-z]+ ?[a-z]*)(?= {2,}\S)", "dim")
     text.highlight_regex(r"(?m)^(graph .*|\d+ chains? in .*)$", "bold")
     return text
