@@ -19,9 +19,9 @@ def section(found: list[Row], folder: Path) -> str | None:
     if not found:
         return None
     parts = [
-        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options beside exact backprop: the same "
-        f'trainings, seeds and batches as in the section on segments, "auto" checking at every {CHECK_EVERY}th step, '
-        "because they are short."
+        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options compared with exact backprop. "
+        "The trainings, seeds and batches are those of the section on segments. They are short, so "
+        f'"auto" checks at every {CHECK_EVERY}th step.'
     ]
     courses = [row for row in found if row["kind"] == "course"]
     if figure(courses, folder):
@@ -43,7 +43,7 @@ def quality(courses: list[Row]) -> str:
         return ""
     head = ("", *RUNS, "form in use at the checks", "least cosine of it", f"checks in a row below {LEAST:g}, at most")
     return (
-        "### Trained with the defaults\n\nHeld-out quality, mean ± standard deviation over seeds; where nothing is "
+        "### Trained with the defaults\n\nHeld-out quality, mean ± standard deviation over seeds. If nothing is "
         f"expected to be faster, auto is exact backprop. {places(courses)}\n\n{markdown(head, lines)}"
     )
 

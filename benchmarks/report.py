@@ -49,11 +49,11 @@ def between_marks(path: Path, text: str) -> None:
 
 HEAD = """# Benchmarks
 
-Written by `python -m benchmarks report` from `benchmarks/results/`; `python -m benchmarks run` measures anew. All
-competitors of a table ran in one process and took turns. Given are medians, the interquartile range in brackets, and
-ratios to the baseline's median: above 1 is faster. Cases that lose are listed like those that win. Where an
-interquartile range is more than half its median, the machine was disturbed, and a question mark says so: ratios in that
-row are no more than a hint."""
+Written by `python -m benchmarks report` from `benchmarks/results/`; `python -m benchmarks run` measures again. All
+competitors of a table ran in one process and took turns. Tables give medians, the interquartile range in brackets, and
+ratios to the baseline's median: above 1 is faster. Cases that lose are listed too. A question mark means that an
+interquartile range is more than half its median because the machine was disturbed: ratios in that row
+are only a hint."""
 
 
 def ratio(row: Row, what: str) -> str:
@@ -91,9 +91,9 @@ def deep() -> str | None:
         return None
     parts = [
         "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. Baseline: `torch.compile` with Inductor. "
-        '`auto` is what `rewrite="profitable"`, the default, makes of k = 2. Cosine: of all parameter gradients with '
-        "the exact ones. `fpi` is fixed-point iteration (gamma = 1). Times in milliseconds, the first call in seconds: "
-        f"cold, and where it was measured from warm caches. {SHARED}"
+        '`auto` is what `rewrite="profitable"`, the default, decides at k = 2. `fpi` is fixed-point iteration '
+        "(gamma = 1). The cosine compares all parameter gradients with the exact ones. Times are in milliseconds, the "
+        f"first call in seconds: cold, and (if it was measured) from warm caches. {SHARED}"
     ]
     for (case, why, _), group in by(found, "case", "why", "device").items():
         lines = [
@@ -111,8 +111,9 @@ def deep() -> str | None:
 
 
 SHARED = (
-    "A cold compilation is the first of its program, but not of all that is in it: Inductor's comes first, and C++ "
-    "that two programs share (of the forward pass, mostly) is compiled once, so the seconds of all others are too low."
+    "A cold compilation is the first of its program, but some of its code may be compiled already: Inductor is "
+    "measured first, and C++ that two programs share (mostly of the forward pass) is compiled once, so the seconds of "
+    "all others are too low."
 )
 
 RECURRENT = ("kind", "batch", "hidden", "steps", "layers", "dtype", "matmul", "device")
@@ -145,13 +146,13 @@ def recurrent() -> str | None:
         return None
     parts = [
         "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. Baseline: `nn.GRU`, "
-        "`nn.LSTM` or `nn.RNN` in eager mode, to which stock `torch.compile` leaves them; on a GPU that is cuDNN, "
-        "which rounds float32 products to TF32 by default. What we compute does so where it says TF32 "
-        '(`torch.set_float32_matmul_precision("high")`). `auto` is what '
-        '`rewrite="profitable"`, the default, makes of k = 2, `fpi` fixed-point iteration (gamma = 1). Cosine: of the '
-        "weights' gradient with the exact one. Times in milliseconds; the first call, which compiles, in seconds where "
-        "it was measured: cold (but for C++ that runs above it in the table share), and from warm caches. Forward and "
-        "backward are waited for, so on a GPU each includes the time until Python has launched it."
+        "`nn.LSTM` or `nn.RNN` in eager mode, where stock `torch.compile` leaves them. On a GPU that is cuDNN, which "
+        "rounds float32 products to TF32 by default. Our products are rounded to TF32 where the table says so "
+        '(`torch.set_float32_matmul_precision("high")`). `auto` is what `rewrite="profitable"`, the default, decides '
+        "at k = 2; `fpi` is fixed-point iteration (gamma = 1). The cosine compares the weights' gradient with the "
+        "exact one. Times are in milliseconds. The first call, which compiles, is in seconds (if it was measured): "
+        "cold (except for C++ shared with runs above it in the table), and from warm caches. Forward and backward are "
+        "each timed to completion, so on a GPU each includes the time that Python takes to launch it."
     ]
     for _, group in by(found, *RECURRENT).items():
         lines = [
@@ -175,14 +176,14 @@ def cells() -> str | None:
     parts = [
         "## Cells of one's own\n\n`python -m benchmarks run --suite cells`. `hwbp_compiler.recurrent` against the same "
         "loop written in Python: in eager mode, the baseline, and compiled by stock Inductor (`inductor`), which "
-        "unrolls it. `auto` is the default at k = 2. Cosine: of all parameter gradients with eager mode's. Times in "
-        "milliseconds, the first call in seconds: a cold compilation, or none where a cell of the same code and sizes "
-        "has run at another length before.\n\n"
-        "**A LayerNorm in the cell asks for a larger k, or for a smaller gain.** It brings what comes from the state "
-        "to size 1, however small the weights are: much of an untrained cell's gradient goes through the blocks. The "
-        "low cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
-        "(`tests/test_any_cell.py` compares with the definition), and no error of the rewrite. With a gain that "
-        "starts at 0.1 the same cell has the cosines of a GRU without a norm."
+        "unrolls it. `auto` is the default at k = 2. The cosine compares all parameter gradients with eager mode's. "
+        "Times are in milliseconds, the first call in seconds: a cold compilation, or none if a cell with the same "
+        "code and sizes has run at another length before.\n\n"
+        "**A LayerNorm in the cell needs a larger k, or a smaller gain.** It scales what comes from the state to size "
+        "1, however small the weights are, so much of an untrained cell's gradient goes through the blocks. The low "
+        "cosines of the LayerNorm-GRU are not an error of the rewrite: they are those of w^k as the paper defines it, "
+        "with the update gate as K (`tests/test_any_cell.py` compares with the definition). With a gain that starts "
+        "at 0.1, the same cell has the cosines of a GRU without a norm."
     ]
     for (case, batch, hidden, length, _), group in by(found, "case", "batch", "hidden", "length", "device").items():
         eager = next(r for r in group if r["run"] == "eager")
@@ -206,9 +207,9 @@ def loops() -> str | None:
         return None
     parts = [
         "## Python loops over time\n\n`python -m benchmarks run --suite loops`. A loop over a cell, hidden 64, in "
-        "eager mode, compiled by stock Inductor (to 256 steps), and rolled up again; `module` is `nn.GRU` or "
-        "`nn.LSTM` in eager mode. Compile: seconds of the first step, cold, less those in which Dynamo traces the "
-        "loop, which are the same for every backend. Whole training steps, in milliseconds."
+        "eager mode, compiled by stock Inductor (to 256 steps), and rerolled; `module` is `nn.GRU` or `nn.LSTM` in "
+        "eager mode. Compile: seconds of the first step, cold, without the time in which Dynamo traces the loop, "
+        "which is the same for every backend. Times are of whole training steps, in milliseconds."
     ]
     for (case, batch, _), cases in by(found, "case", "batch", "device").items():
         lines = []
@@ -260,8 +261,8 @@ def scaling() -> str | None:
     return (
         f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {places(found)}\n\n"
         "`nn.GRU` is not compiled by Inductor, which leaves it to PyTorch's own kernels. "
-        f"{SHARED} A program that stands in several curves (32 blocks, width 64, batch 8) is compiled in the first "
-        "alone.\n\n"
+        f"{SHARED} A program that is in several curves (32 blocks, width 64, batch 8) is compiled only in the "
+        "first.\n\n"
         f"![Step and compile time against size](scaling.svg)\n\n{markdown(head, lines)}"
     )
 
@@ -289,7 +290,7 @@ def scan() -> str | None:
             )
             for r in group
         ]
-        head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the least times)")
+        head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the shortest times)")
         parts.append(f"### {list(shape)}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
@@ -350,9 +351,9 @@ def papers_own() -> str:
         "## The paper's own figures\n\n"
         "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
         "batch 128, hidden size 512 (256 steps) or 64 (1024 steps), and in brackets the ratio to their own sequential "
-        "backprop. Beside them ours, from the tables above: the recurrent layers alone, without embedding and head, on "
+        "backprop. Our figures from the tables above follow: only the recurrent layers, without embedding and head, on "
         "the GPU named there, and the ratio to cuDNN's own backprop. GPU and baseline differ from the paper's, so "
-        f"neither milliseconds nor ratios compare one to one.\n\n{table}"
+        f"neither milliseconds nor ratios can be compared directly.\n\n{table}"
     )
 
 
