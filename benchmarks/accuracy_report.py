@@ -67,8 +67,8 @@ def section(found: list[Row], folder: Path) -> str | None:
     parts = [
         "## Quality\n\n`python -m benchmarks run --suite accuracy`. The models, data and schedules of `examples/`, "
         f"mean ± standard deviation over {seeds} seeds; the same seed gives the same weights and batches to all "
-        "methods. FPI is fixed-point iteration (damping 1). Cosine: of each method's gradient with the exact one, "
-        f"along the exact run of the first seed, before training, and at its end. {took(found)}\n\n"
+        "methods. FPI is fixed-point iteration (damping 1). The cosine compares each method's gradient with the "
+        f"exact one, along the exact run of the first seed: before training, and at its end. {took(found)}\n\n"
         "![Held-out accuracy or loss against k](accuracy.svg)\n\n![Cosine with the exact gradient](cosine.svg)",
         claims(results),
     ]
@@ -101,7 +101,7 @@ def took(found: list[Row]) -> str:
     threads = max(row["threads"] for row in runs)
     return (
         f"The {len(runs)} runs took {training:.0f} minutes of training and {compiling:.0f} of compiling, "
-        f"one after another, on {threads} thread{'s' * (threads > 1)} of a machine that did other things too."
+        f"one after another, on {threads} thread{'s' * (threads > 1)} of a machine that did other work too."
     )
 
 
@@ -126,8 +126,8 @@ def claims(results: Results) -> str:
     if not text:
         return ""
     return (
-        '### What the paper claims\n\n"As good as": better, or behind by no more than the larger standard deviation '
-        "of the two.\n\n" + "\n".join(text)
+        '### What the paper claims\n\n"As good as": better, or behind by at most the larger of the two standard '
+        "deviations.\n\n" + "\n".join(text)
     )
 
 

@@ -49,7 +49,8 @@ def section(found: list[Row], folder: Path) -> str | None:
     results = Results(found)
     parts = [
         "## Segments\n\n`python -m benchmarks run --suite segments`. Every model was trained with exact gradients "
-        f"(Adam, the examples' schedule, gradients clipped to a norm of {CLIP:g}): an untrained model is no evidence."
+        f"(Adam, the examples' schedule, gradients clipped to a norm of {CLIP:g}), because an untrained model would "
+        "prove nothing."
     ]
     if figure(results, folder):
         parts.append(f"![Cosine with the exact gradient against the time of a step]({FIGURE})")
@@ -95,10 +96,10 @@ def gradients(results: Results) -> str:
     if not tables:
         return ""
     return "\n\n".join([
-        "### The gradient of a trained model\n\nCosine of the gradient of all parameters with the exact one, at the "
-        "trained weights: the mean of four held-out batches of 32 and, in brackets, the lowest of the four where it is "
-        "lower by more than 0.01. S = 1 is the paper. A run over segments does the arithmetic of one "
-        "iteration of the paper: in bold is what takes at most two of either. "
+        "### The gradient of a trained model\n\nThe cosine between the gradient of all parameters and the exact one, "
+        "at the trained weights: the mean over four held-out batches of 32 and, in brackets, the lowest of the four if "
+        "it is lower by more than 0.01. S = 1 is the paper. A run over segments costs as much arithmetic as one "
+        "iteration of the paper. Bold figures take at most two runs or iterations. "
         f"{against_the_paper(results)}",
         *tables,
     ])  # fmt: skip
@@ -170,8 +171,9 @@ def times(results: Results) -> str:
     head = ("", "run", "backward", "", "whole step", "", "cosine", "compile, s")
     found = [row for row in results.rows if row["kind"] == "time"]
     return (
-        "### The time of a step\n\nThe trained models, a step on a held-out batch, compiled; `eager` is PyTorch alone. "
-        f"Milliseconds, and ratios to `exact`, ordinary backprop compiled with the same backend. {places(found)}\n\n"
+        "### The time of a step\n\nA compiled step of the trained models on a held-out batch; `eager` is plain "
+        "PyTorch. Milliseconds, and ratios to `exact`, which is ordinary backprop compiled with the same backend. "
+        f"{places(found)}\n\n"
         f"{markdown(head, lines)}"
     )
 

@@ -16,27 +16,27 @@ PAGE = ROOT / "docs" / "coverage.md"
 
 HEAD = """# Coverage
 
-Written by `python -m benchmarks.coverage report` from `benchmarks/results/coverage.jsonl`. What is missing there is
-measured by `python -m benchmarks.coverage run`. The models are real architectures with tiny sizes and random weights.
-Nothing is downloaded. Models of packages need `pip install --no-deps -r benchmarks/coverage/packages.txt`; a model
-whose package is not installed is left out.
+Written by `python -m benchmarks.coverage report` from `benchmarks/results/coverage.jsonl`. What is missing there can
+be measured by `python -m benchmarks.coverage run`. The models are real architectures with tiny sizes and random
+weights. Nothing is downloaded. Models of packages need `pip install --no-deps -r benchmarks/coverage/packages.txt`; a
+model whose package is not installed is skipped.
 
-A person has counted the residual links of every model in its source (`benchmarks/coverage/`). The compiler is asked
-for `rewrite="always"`, `min_length=2`, `damping=0`. No code is generated: the rewritten joint graph runs as it stands.
-Models run in eval mode, so that nothing is random, and in float64 where their code allows it."""
+A person has counted the residual links of every model in its source (`benchmarks/coverage/`). The compiler runs
+with `rewrite="always"`, `min_length=2`, `damping=0`. No code is generated: the rewritten joint graph is run directly.
+Models run in eval mode, so that nothing is random, and in float64 if their code allows it."""
 
 COLUMNS = """- *Expected*: the lengths of the chains that the person counted.
 - *Found*: the lengths of the chains that the compiler found, rewritten or declined.
-- *Rewritten*: the lengths of those that it rewrote. Equal to *found* where that is empty.
-- *Reasons*: why links are missed, as codes of `hwbp_compiler.reasons.Reason`. `note` stands for a note on the whole
-  model, a graph break for example.
-- *At full length*: chains are rewritten with as many iterations as they have links. The column has the largest
+- *Rewritten*: the lengths of the chains that it rewrote. Empty if these are the *found* ones.
+- *Reasons*: why links are missed, as codes of `hwbp_compiler.reasons.Reason`. `note` is a note about the
+  whole model, for example a graph break.
+- *At full length*: chains are rewritten with as many iterations as they have links. The column shows the largest
   difference of any parameter's gradient from eager mode, relative to that gradient's norm (plus a thousandth of all
-  gradients' norm). At most 1e-9 is allowed. `f32` marks a model in which gradients pass through float32: there it is
-  1e-4. `torch` marks a model whose gradients differ under torch.compile without the compiler, too: there the
-  difference from those counts.
-- *Cosine*: of all parameter gradients at k = 1 with those of eager mode. The weights are random: it says nothing about
-  a trained model."""
+  gradients' norm). At most 1e-9 is allowed. `f32` marks a model in which gradients pass through float32: there the
+  limit is 1e-4. `torch` marks a model whose gradients also differ under torch.compile without this compiler: there
+  the difference from torch.compile's gradients counts.
+- *Cosine*: between all parameter gradients at k = 1 and those of eager mode. The weights are random, so it says nothing
+  about a trained model."""
 
 
 def write() -> None:
