@@ -67,7 +67,7 @@ class Options:
 
     ``iterations``, ``segment`` and ``damping`` may be "auto": they are then chosen while the model trains, by comparing
     with the exact gradient. All three are "auto" by default. A number for ``iterations`` alone means the paper:
-    ``segment=1`` and ``damping=0.0``. An option that is given is also an attribute of this name.
+    ``segment=1`` and ``damping=0.0``. Each option is also an attribute of the same name.
 
     Args:
         iterations: k, an integer >= 0, "exact" or "auto". The gradient sums over the paths that cross at most k blocks

@@ -21,6 +21,7 @@ import hwbp_compiler
 from hwbp_compiler import Climb, GradientMeter, HighwayError, OptionError, Schedule, set_iterations, set_options
 from hwbp_compiler.auto import forms as forms_module
 from hwbp_compiler.auto.check import CheckedPass, copied
+from hwbp_compiler.auto.measured import Compared
 from hwbp_compiler.auto.merge import Merging
 from hwbp_compiler.auto.policy import Policy
 from hwbp_compiler.cost.estimate import Estimate
@@ -652,3 +653,9 @@ def test_rungs_are_few_and_spread():
     assert len(rungs) == RUNGS and isinstance(rungs[0], Rung)
     assert rungs[0].how.reach == 2 and rungs[-1].how.reach == 128
     assert Options().tried(200)[0] == Truncation(0, 0.0, 1)
+
+
+def test_a_cosine_is_never_above_one_though_its_sums_are_rounded_apart():
+    assert Compared.of(1.0002, 1.0, 1.0).cosine == 1.0
+    assert Compared.of(-1.0002, 1.0, 1.0).cosine == -1.0
+    assert math.isnan(Compared.of(math.nan, 1.0, 1.0).cosine)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import re
 import runpy
 import subprocess
@@ -121,6 +122,41 @@ def test_every_public_name_is_in_the_reference(site):
     ids = {found for page in site.values() for found in page.ids}
     subpackages = {"hwbp_compiler.testing", "hwbp_compiler.distributed"}
     assert names - subpackages - ids == set()
+
+
+def documented() -> list[tuple[str, object]]:
+    """Public functions, and the classes that users make or subclass."""
+    import hwbp_compiler
+    from hwbp_compiler.report import Report
+
+    modules = [hwbp_compiler, hwbp_compiler.testing, hwbp_compiler.distributed]
+    found = {f"{m.__name__}.{name}": getattr(m, name) for m in modules for name in m.__all__}
+    methods = {f"Report.{name}": getattr(Report, name) for name in ("to_html", "draw", "save_repro", "to_dict")}
+    return sorted((found | methods).items())
+
+
+# Arguments and result are those of another function, which the docstring names.
+_AS_ANOTHER = ("hwbp_compiler.testing.sum_over_paths", "hwbp_compiler.testing.fixed_point")
+
+
+@pytest.mark.parametrize(("name", "thing"), [pytest.param(*each, id=each[0]) for each in documented()])
+def test_every_argument_and_result_of_a_public_name_is_described(name, thing):
+    text = inspect.getdoc(thing) or ""
+    assert text, name
+    if inspect.ismodule(thing) or name in _AS_ANOTHER:
+        return
+    if isinstance(thing, type) and issubclass(thing, Exception):
+        return
+    signature = inspect.signature(thing)
+    skipped = {"self", "cls"} | ({"args", "kwargs"} if name.endswith("ScheduleHighway") else set())
+    described = {
+        n for names in re.findall(r"^ *((?:\*{0,2}\w+, )*\*{0,2}\w+): ", text, re.M) for n in re.findall(r"\w+", names)
+    }
+    missing = set(signature.parameters) - skipped - described
+    assert missing == set()
+    returns = signature.return_annotation
+    if inspect.isfunction(thing) and returns not in ("None", None, inspect.Signature.empty):
+        assert re.search(r"^(Returns|Yields):$", text, re.MULTILINE), "no Returns"
 
 
 def test_every_python_block_is_in_a_page_that_is_run_or_parsed():
