@@ -81,7 +81,8 @@ def _as_one(chains: Sequence[ChainRecord]) -> ChainRecord:
     total = total_of(chains)
     reason = first.reason
     if total is not None:
-        reason = reason.replace(str(first.estimate), f"{total}, all {len(chains)} together")
+        every = "both" if len(chains) == 2 else f"all {len(chains)}"
+        reason = reason.replace(str(first.estimate), f"{total}, {every} together")
     groups = [
         dataclasses.replace(group, module=together(chain.groups[i].module for chain in chains))
         for i, group in enumerate(first.groups)
