@@ -1,4 +1,4 @@
-"""Code blocks of Markdown files, and Inductor without generated code, so that running them takes little time."""
+"""Code blocks of Markdown files, and a compiler without generated code, so that running them takes little time."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functorch.compile import make_boxed_func
 from torch._inductor.compile_fx import compile_fx
 
 from hwbp_compiler import backend
+from hwbp_compiler.engine.native import NativeKernel
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -16,7 +17,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor's graphs run as they are."""
+    """Inductor's graphs run as they are, and operators of ours run without their C++."""
 
     def no_code(module, example_inputs, **kwargs):
         return make_boxed_func(module.forward)
@@ -25,6 +26,7 @@ def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
         return compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=dict(patches))
 
     monkeypatch.setattr(backend, "compile_fx", compile_)
+    monkeypatch.setattr(NativeKernel, "load", lambda self, dtype: None)
 
 
 def anchor(heading: str) -> str:

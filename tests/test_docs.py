@@ -1,16 +1,18 @@
 """The docs site builds without a network, has no dead link, loads nothing from elsewhere, and its guide works.
 
-Python blocks of the guide run in the order of ``RUN``, in one namespace that begins with the start page's, with
-Inductor's graphs run as they are. Blocks of ``ONLY_PARSED`` are compiled by Python and not run: those of the page on
-several devices need several processes (``tests/test_distributed*.py`` run the same calls), those of the page on
-inspecting need graphviz (``tests/test_explain.py`` runs the same calls).
+Python blocks of the start page and of the pages of ``RUN`` run, with Inductor's graphs run as they are. A page that
+says so gets what the start page defines. Blocks of ``ONLY_PARSED`` are compiled by Python and not run: those on several
+devices need several processes (``tests/test_distributed*.py`` run the same calls), those on inspecting need graphviz
+(``tests/test_explain.py`` runs the same calls).
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import inspect
+import io
 import re
 import runpy
 import subprocess
@@ -176,26 +178,40 @@ def without_estimates(text: str) -> str:
     return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
 
 
-def test_the_guide_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> dict[str, object]:
+    """What the start page defines, after it has run; ``"printed"`` and ``"folder"`` besides."""
+    folder = tmp_path_factory.mktemp("start")
+    script = folder / "train.py"
+    script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(printed):
+        monkeypatch.chdir(folder)
+        snippets.without_generated_code(monkeypatch)
+        return runpy.run_path(str(script)) | {"printed": printed.getvalue(), "folder": folder}
+
+
+def test_the_start_page_runs_and_prints_what_it_says(start):
+    (shown,) = snippets.blocks(page("start.md"), "text")
+    assert without_estimates(shown.strip()) in without_estimates(start["printed"])
+    assert all(parameter.grad is not None for parameter in start["model"].parameters())
+    assert "<details" in (start["folder"] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_page_runs(name, tmp_path, monkeypatch, request):
+    code = "\n".join(snippets.blocks(page(name), "python"))
+    if "cuda:" in code:
+        pytest.importorskip("triton")
+    known = request.getfixturevalue("start") if "from [the start](start.md)" in page(name) else {}
+    given = {key: value for key, value in known.items() if not key.startswith("__")}
     monkeypatch.chdir(tmp_path)
     snippets.without_generated_code(monkeypatch)
-    script = tmp_path / "train.py"
-    script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))
-    known = runpy.run_path(str(script))
-    (shown,) = snippets.blocks(page("start.md"), "text")
-    assert without_estimates(shown.strip()) in without_estimates(capsys.readouterr().out)
-    assert all(parameter.grad is not None for parameter in known["model"].parameters())
-    assert "<details" in Path("report.html").read_text()
+    script = tmp_path / f"{Path(name).stem}_page.py"
+    script.write_text(code)
     precision = torch.get_float32_matmul_precision()
     try:
-        for name in RUN:
-            code = "\n".join(snippets.blocks(page(name), "python"))
-            if "cuda:" in code and importlib.util.find_spec("triton") is None:
-                continue
-            script = tmp_path / f"{Path(name).stem}_page.py"
-            script.write_text(code)
-            given = {key: value for key, value in known.items() if not key.startswith("__")}
-            runpy.run_path(str(script), given, run_name=script.stem)  # Dynamo remembers modules by their names
+        runpy.run_path(str(script), given, run_name=script.stem)  # Dynamo remembers modules by their names
     finally:
         torch.set_float32_matmul_precision(precision)
 
