@@ -27,6 +27,9 @@ SKIPPED = "tests/test_faults_skipped.py"
 BREADTH = "tests/test_breadth.py::test_every_step_is_a_link_and_its_gradient_is_the_oracles"
 
 
+# -- what a planted bug is --------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Mutation:
     """``old`` becomes ``new`` in ``file``. At least one of ``tests`` (pytest node ids) has to fail."""
@@ -37,6 +40,8 @@ class Mutation:
     new: str
     tests: tuple[str, ...]
 
+
+# -- the bugs ----------------------------------------------------------------------------------------------------------
 
 MUTATIONS = [
     Mutation(
@@ -532,6 +537,9 @@ MUTATIONS = [
         (f"{ROLLED}[two_steps_back]",),
     ),
 ]  # fmt: skip
+
+
+# -- planting them -----------------------------------------------------------------------------------------------------
 
 
 def caught(mutation: Mutation) -> bool:

@@ -236,7 +236,7 @@ def test_chains_alike_are_one_card_whose_blocks_open(browser, alike_page):
     card = browser.find_elements("css selector", ".card")[headings.index("4 chains alike (1 to 4): 6 links each")]
     assert "gru layers 0 and 1, both directions" in card.text and "Drawn is chain 1, gru layer 1 reverse" in card.text
     card.find_elements("css selector", "svg.chain .block")[0].find_element("css selector", "rect").click()
-    assert "recurrent_backward(" in card.find_element("css selector", ".panel .before").text
+    assert "recurrent_module_backward(" in card.find_element("css selector", ".panel .before").text
     assert browser.get_log("browser") == []
 
 

@@ -34,8 +34,14 @@ class Report(ReportData):
     def draw(self, path: str | os.PathLike[str], after: bool = True) -> None:
         """Draw a joint graph with torch's ``FxGraphDrawer``.
 
-        Raises ImportError if pydot is missing; FileNotFoundError if graphviz is missing and a picture is wanted;
-        ValueError for another suffix or if there is no graph.
+        Args:
+            path: the file to write; its suffix says how: ``.dot``, ``.svg`` or ``.png``.
+            after: draw ``graph_after``; else ``graph_before``.
+
+        Raises:
+            ImportError: pydot is not installed.
+            FileNotFoundError: graphviz is not installed, which ``.svg`` and ``.png`` need.
+            ValueError: another suffix, or there is no graph.
         """
         draw.draw(self.graph_after if after else self.graph_before, path)
 
