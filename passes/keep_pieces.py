@@ -28,19 +28,22 @@ def keep_pieces(graph: Graph, created: Set[Node]) -> None:
 def shared_pieces(concatenation: Node) -> list[Node]:
     """Pieces that Inductor would compute inside the concatenation's memory although something else uses them too."""
     pieces: list[Node] = concatenation.args[0]
-    return [p for p in pieces if (len(p.users) > 1 or pieces.count(p) > 1) and not _is_copied(p)]
+    return [p for p in pieces if _is_shared(p, pieces.count(p) > 1)]
 
 
-def _is_copied(piece: Node) -> bool:
-    """Whether Inductor copies ``piece`` anyway. It copies inputs of the graph, and views of a part or with another
-    shape; it computes constants again at every use.
+def _is_shared(piece: Node, used: bool) -> bool:
+    """Whether something else uses the memory of ``piece``. ``used``: the concatenation holds it twice.
+
+    Inductor copies inputs of the graph, and views of a part or with another shape, and it computes constants again at
+    every use: these have memory of their own. A view of the same shape has the memory of its source.
     """
     while piece.all_input_nodes:
+        used |= len(piece.users) > 1
         rule = rule_of(piece)
         if piece.target not in _PARTS and (rule is None or rule.kind is not Kind.LAYOUT):
-            return False
+            return used
         source = piece.all_input_nodes[0]
         if shape_of(piece) != shape_of(source):
-            return True
+            return False
         piece = source
-    return True
+    return False
