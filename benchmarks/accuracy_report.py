@@ -68,7 +68,8 @@ def section(found: list[Row], folder: Path) -> str | None:
         "## Quality\n\n`python -m benchmarks run --suite accuracy`. The models, data and schedules of `examples/`, "
         f"mean ± standard deviation over {seeds} seeds; the same seed gives the same weights and batches to all "
         "methods. FPI is fixed-point iteration (damping 1). The cosine compares each method's gradient with the "
-        f"exact one, along the exact run of the first seed: before training, and at its end. {took(found)}\n\n"
+        "exact one, at weights that the exact run of the first seed passes through: before training, where the cosine "
+        f"is lowest, and at the end. {took(found)}\n\n"
         "![Held-out accuracy or loss against k](accuracy.svg)\n\n![Cosine with the exact gradient](cosine.svg)",
         claims(results),
     ]
@@ -126,8 +127,8 @@ def claims(results: Results) -> str:
     if not text:
         return ""
     return (
-        '### What the paper claims\n\n"As good as": better, or behind by at most the larger of the two standard '
-        "deviations.\n\n" + "\n".join(text)
+        '### What the paper claims\n\nA method is "as good as" another if it is better, or worse by at most the '
+        "larger of the two standard deviations.\n\n" + "\n".join(text)
     )
 
 

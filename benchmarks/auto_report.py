@@ -19,9 +19,9 @@ def section(found: list[Row], folder: Path) -> str | None:
     if not found:
         return None
     parts = [
-        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options beside exact backprop. Models, seeds "
-        f'and batches are those of [segments](segments.md). "auto" checks at every {CHECK_EVERY}th step, because these '
-        "trainings are short."
+        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options, where k and S are "
+        '"auto", are compared with exact backprop. Models, seeds and batches are those of [segments](segments.md). '
+        f'"auto" checks at every {CHECK_EVERY}th step, because these trainings are short.'
     ]
     courses = [row for row in found if row["kind"] == "course"]
     if figure(courses, folder):
@@ -43,7 +43,7 @@ def quality(courses: list[Row]) -> str:
         return ""
     head = ("", *RUNS, "form in use at the checks", "least cosine of it", f"checks in a row below {LEAST:g}, at most")
     return (
-        "### Trained with the defaults\n\nHeld-out quality, mean ± standard deviation over seeds; where nothing is "
+        "### Trained with the defaults\n\nHeld-out quality, mean ± standard deviation over seeds. If nothing is "
         f"expected to be faster, auto is exact backprop. {places(courses)}\n\n{markdown(head, lines)}"
     )
 
@@ -92,8 +92,8 @@ def times(found: list[Row]) -> str:
         return ""
     head = ("", "batch", "links", *runs, "auto against the best other", "a check")
     return (
-        "### A step\n\nMilliseconds of forward and backward pass at initialisation, median (interquartile range); auto "
-        f"between two checks. {places(found)}\n\n{markdown(head, lines)}"
+        "### A step\n\nMilliseconds of forward and backward pass at initialisation, median (interquartile range). "
+        f"Steps of auto are timed between two checks. {places(found)}\n\n{markdown(head, lines)}"
     )
 
 

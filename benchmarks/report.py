@@ -63,15 +63,15 @@ def between_marks(path: Path, text: str) -> None:
 
 HEAD = """# Benchmarks
 
-One row per claim. Each claim is compared with the best exact alternative: the fastest way to get the exact gradient
-that was measured in the same run. The row names the best case and the worst one; a ratio above 1 means that ours is
-faster. Losing cases are listed like winning ones, here and on every page. `python -m benchmarks run --suite NAME`
-measures a suite anew; the last column names it."""
+Each row is a claim: what this backend reaches, compared with the best exact alternative. That is the fastest way to
+get the exact gradient that was measured in the same run. The row has the best case and the worst case. A ratio above 1
+means that this backend is faster. Losing cases are listed like winning ones, here and on every page. The last column
+names the suite; `python -m benchmarks run --suite NAME` measures it again."""
 
-HOW = """All pages are written by `python -m benchmarks report` from `benchmarks/results/`. All competitors of a table
-ran in one process and took turns. Times are medians; the interquartile range is in brackets. Where the interquartile
-range is more than half of the median, the machine was disturbed: a question mark says so, and ratios in that row are
-only a hint. The table above leaves such cases out. Every table names its machine, version of torch and commit."""
+HOW = """`python -m benchmarks report` writes all these pages from `benchmarks/results/`. All competitors of a table
+ran in one process and took turns. Times are medians, with the interquartile range in brackets. If that range is more
+than half of the median, the machine was disturbed. A question mark says so, and ratios in that row are only a hint. The
+table above leaves such cases out. Every table names its machine, version of torch and commit."""
 
 
 def ratio(row: Row, what: str) -> str:
@@ -109,9 +109,8 @@ def deep() -> str | None:
         return None
     parts = [
         "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. The baseline is `torch.compile` with Inductor. "
-        '`auto` is k = 2 under `rewrite="profitable"`, the default. The cosine compares all parameter gradients with '
-        "the exact ones. `fpi` is fixed-point iteration (gamma = 1). Times are in milliseconds. The first call is in "
-        f"seconds: cold and, where it was measured, from warm caches. {SHARED}",
+        f"{NAMES} The cosine compares all parameter gradients with the exact ones. Times are in milliseconds. The "
+        f"first call is in seconds: cold and, where it was measured, from warm caches. {SHARED}",
         f"### In short\n\n{deep_in_short()}",
     ]
     if plot(deep_duels(), FOLDER / "unrolled.svg"):
@@ -131,9 +130,14 @@ def deep() -> str | None:
     return "\n\n".join(parts)
 
 
+NAMES = (
+    '`auto` is k = 2 with `rewrite="profitable"`: rewritten only if that is expected to be faster. It is not '
+    '`iterations="auto"`. `fpi` is fixed-point iteration (gamma = 1).'
+)
+
 SHARED = (
-    "A cold compilation is the first one of its program. Inductor's program comes first, and C++ that two programs "
-    "share (mostly that of the forward pass) is compiled once, so the seconds of all others are too low."
+    "A cold compilation is the first one of its program. C++ that two programs share (mostly that of the forward pass) "
+    "is compiled only once, for Inductor's program, which comes first. So the seconds of all others are too low."
 )
 
 RECURRENT = ("kind", "batch", "hidden", "steps", "layers", "dtype", "matmul", "device")
@@ -168,11 +172,10 @@ def recurrent() -> str | None:
         "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. The baseline is `nn.GRU`, `nn.LSTM` or "
         "`nn.RNN` in eager mode: stock `torch.compile` leaves these modules to it. On a GPU eager mode is cuDNN, which "
         "rounds float32 products to TF32 by default. Ours does so where the table says TF32 "
-        '(`torch.set_float32_matmul_precision("high")`). `auto` is k = 2 under `rewrite="profitable"`, the default; '
-        "`fpi` is fixed-point iteration (gamma = 1). The cosine compares the weights' gradient with the exact one, at "
-        "initialisation. Times are in milliseconds. The first call, which compiles, is in seconds: cold (except for "
-        "C++ that an earlier run of the same table has compiled) and from warm caches. Each of forward and backward is "
-        "waited for, so on a GPU both include the time that Python takes to launch them.",
+        f'(`torch.set_float32_matmul_precision("high")`). {NAMES} The cosine compares the weights\' gradient with the '
+        "exact one, at initialisation. Times are in milliseconds. The first call, which compiles, is in seconds: cold "
+        "(except for C++ that an earlier run of the same table has compiled) and from warm caches. The forward and the "
+        "backward pass are timed to their ends, so on a GPU both include the time that Python takes to launch them.",
         f"### In short\n\nThe fastest run of each row is in bold.\n\n{recurrent_in_short()}",
     ]
     for device, words in (("cpu", "CPU"), ("cuda", "GPU")):
@@ -200,13 +203,13 @@ def cells() -> str | None:
     parts = [
         "## Cells of one's own\n\n`python -m benchmarks run --suite cells`. `hwbp_compiler.recurrent` against the same "
         "loop written in Python: in eager mode, which is the baseline, and compiled by stock Inductor (`inductor`), "
-        "which unrolls it. `auto` is k = 2 under the default options. The cosine compares all parameter gradients with "
-        "those of eager mode, at initialisation. Times are in milliseconds. The first call is in seconds; it compiles "
-        "nothing where a cell of the same code and sizes has run at another length before.\n\n"
-        "**A LayerNorm in the cell needs a larger k, or a smaller gain.** It brings what comes from the state to size "
-        "1, however small the weights are, so much of an untrained cell's gradient goes through the blocks. The low "
+        f"which unrolls it. {NAMES} The cosine compares all parameter gradients with those of eager mode, at "
+        "initialisation. Times are in milliseconds. The first call is in seconds. It compiles nothing if a cell of the "
+        "same code and sizes has run at another length before.\n\n"
+        "**A LayerNorm in the cell needs a larger k, or a smaller gain.** It scales what comes from the state to size "
+        "1, however small the weights are. So much of an untrained cell's gradient goes through the blocks. The low "
         "cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
-        "(`tests/test_any_cell.py` compares with the definition). With a gain that starts at 0.1 the same cell has the "
+        "(`tests/test_any_cell.py` compares with the definition). If the gain starts at 0.1, the same cell has the "
         "cosines of a GRU without a norm."
     ]
     if plot(cells_duels(), FOLDER / "cells.svg"):
@@ -264,7 +267,8 @@ def compile_time() -> str | None:
     return (
         f"## The rewriting pass\n\n`python -m benchmarks run --suite compile`. {places(found)}\n\n"
         f"{markdown(head, lines)}\n\n"
-        "Nodes of the backward pass are operators on gradients; taking a row out of a stack (`select`) is not counted."
+        "Nodes of the backward pass are operators on gradients. Operators that only take a row out of a stack "
+        "(`select`) are not counted."
     )
 
 
@@ -287,9 +291,9 @@ def scaling() -> str | None:
     head = ("model", "size", "Inductor, step", "k = 2, step", "", "by default", "compile, s: Inductor / k = 2")
     return (
         f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {places(found)}\n\n"
-        "`nn.GRU` is not compiled by Inductor, which leaves it to PyTorch's own kernels. "
-        f"{SHARED} A program that stands in several curves (32 blocks, width 64, batch 8) is compiled in the first "
-        "alone.\n\n"
+        "Inductor does not compile `nn.GRU`, but leaves it to PyTorch's own kernels. "
+        f"{SHARED} One program is part of several curves (32 blocks, width 64, batch 8). It is compiled only in the "
+        "first.\n\n"
         f"![Step and compile time against size](scaling.svg)\n\n{markdown(head, lines)}"
     )
 
@@ -300,9 +304,9 @@ def scan() -> str | None:
         return None
     parts = [
         "## The scan\n\n`python -m benchmarks run --suite scan`. float32, along the first dimension, multipliers of "
-        "the values' shape. Baseline: a copy that moves the same bytes (the inputs read, the output written); it "
-        "allocates its output, as all others do. The copy writes as much as it reads, a scan half as much: where new "
-        "memory is slow to get, a scan can be faster."
+        "the values' shape. The baseline is a copy that moves the same number of bytes as a scan. It allocates its "
+        "output, as all others do. The copy writes as much as it reads, and a scan writes half as much as it reads. So "
+        "a scan can be faster if new memory is slow to get."
     ]
     for (shape, _), group in by([r | {"shape": tuple(r["shape"])} for r in found], "shape", "device").items():
         lines = [
@@ -376,10 +380,11 @@ def papers_own() -> str:
     return (
         "## The paper's own figures\n\n"
         "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
-        "batch 128, hidden size 512 (256 steps) or 64 (1024 steps), and in brackets the ratio to their own sequential "
-        "backprop. Ours stands below each row, from the tables of [recurrent modules](recurrent.md): the recurrent "
-        "layers alone, without embedding and head, on the GPU named there, and the ratio to cuDNN's own backprop. GPU "
-        f"and baseline differ from the paper's, so neither milliseconds nor ratios can be compared directly.\n\n{table}"
+        "batch 128, hidden size 512 (256 steps) or 64 (1024 steps). The ratio to the paper's own sequential backprop "
+        "is in brackets. Our figures are below the paper's. They are from the tables of [recurrent "
+        "modules](recurrent.md): the recurrent layers alone, without embedding and head, on the GPU named there, with "
+        "the ratio to cuDNN's backprop. GPU and baseline differ from the paper's, so neither milliseconds nor ratios "
+        f"can be compared directly.\n\n{table}"
     )
 
 

@@ -73,7 +73,7 @@ def in_short(results: Results) -> str:
         *(f"k = {k}" + (f", S = {s}" if s > 1 else "") for k, s in SHORT),
         "k = 1, S = L/4",
     )
-    return f"In short, at few (k, S):\n\n{markdown(head, lines)}"
+    return f"In short, for a few pairs (k, S):\n\n{markdown(head, lines)}"
 
 
 SHORT = ((2, 1), (8, 1), (1, 16), (2, 16))
@@ -97,9 +97,9 @@ def gradients(results: Results) -> str:
         return ""
     return "\n\n".join([
         "### The gradient of a trained model\n\nThe cosine between the gradient of all parameters and the exact one, "
-        "at the trained weights: the mean over four held-out batches of 32 and, in brackets, the lowest of the four if "
-        "it is lower by more than 0.01. S = 1 is the paper. A run over segments costs as much arithmetic as one "
-        "iteration of the paper. Bold figures take at most two runs or iterations. "
+        "at the trained weights. It is the mean over four held-out batches of 32. The lowest of the four is in "
+        "brackets if it is lower by more than 0.01. S = 1 is the paper's algorithm. A run over segments costs as much "
+        "arithmetic as one iteration of the paper. Bold figures take at most two runs or iterations. "
         f"{against_the_paper(results)}",
         *tables,
     ])  # fmt: skip
@@ -172,7 +172,7 @@ def times(results: Results) -> str:
     found = [row for row in results.rows if row["kind"] == "time"]
     return (
         "### The time of a step\n\nA compiled step of the trained models on a held-out batch; `eager` is plain "
-        "PyTorch. Milliseconds, and ratios to `exact`, which is ordinary backprop compiled with the same backend. "
+        "PyTorch. Times are in milliseconds. Ratios are to `exact`, ordinary backprop compiled with the same backend. "
         f"{places(found)}\n\n"
         f"{markdown(head, lines)}"
     )
@@ -189,8 +189,8 @@ def courses(results: Results) -> str:
         lines.append((f"{case.name}, {unit(case)}", *("" if q is None else told(q) for q in qualities.values())))
     found = [row for row in results.rows if row["kind"] == "course"]
     return (
-        "### Trained with it\n\nHeld-out quality at the end of the same short schedule, mean ± standard deviation over "
-        "seeds; the same seed gives the same weights and batches to all. "
+        "### Trained with these gradients\n\nHeld-out quality at the end of the same short schedule, mean ± standard "
+        "deviation over seeds. The same seed gives the same weights and batches to all. "
         f"{places(found)}\n\n{markdown(('', *labels), lines)}"
     )
 

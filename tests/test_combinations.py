@@ -174,7 +174,7 @@ def test_hooks():
 @combination(
     "hooks on intermediate states (`tensor.register_hook`)",
     "supported",
-    "one made of elementwise operators is part of its link; at one with side effects the chain ends",
+    "a hook made of elementwise operators is part of its link; a hook with side effects ends the chain",
 )
 @pytest.mark.parametrize("changes", [True, False])
 def test_hooks_on_intermediate_states(changes):
@@ -212,7 +212,7 @@ def test_hooks_on_intermediate_states(changes):
 @combination(
     "full backward hooks (`register_full_backward_hook`)",
     "declined",
-    "the chain ends at the module; as under any backend, Dynamo calls none of those on modules of torch's own "
+    "the chain ends at the module. As under any backend, Dynamo does not call such hooks on torch's own modules "
     "(`nn.Linear`) or on the compiled module",
 )
 @pytest.mark.parametrize("changes", [True, False])
@@ -268,8 +268,8 @@ def test_buffers_mutated_in_forward():
 @combination(
     "buffers that are changed and used in one forward pass",
     "supported",
-    "gradients are eager mode's or w^k's (those of plain Inductor are wrong where torch 2.11 to 2.14 computes the new "
-    "value again from the buffer, which has it already)",
+    "gradients are eager mode's or w^k. (Those of plain Inductor can be wrong in torch 2.11 to 2.14: it may compute "
+    "the new value a second time, from the buffer that already holds it)",
 )
 @pytest.mark.parametrize("iterations", [1, "exact"])
 @pytest.mark.parametrize("many", [False, True], ids=["one for each block", "one for all"])
@@ -384,7 +384,7 @@ def test_deepcopy_and_state_dict():
 @combination(
     "`torch.save` of the weights of a compiled model",
     "supported",
-    "of `state_dict()`; a compiled module itself is no more picklable than under Inductor",
+    "save `state_dict()`; a compiled module itself can be pickled only where Inductor's can",
 )
 def test_save_and_load():
     model, x = make(), inputs()
@@ -414,8 +414,7 @@ def test_several_models():
 @combination(
     "threads",
     "supported",
-    'each with its own compiled model. The first `torch.compile(backend="highway")` of a process is for one thread '
-    "alone: torch looks a plug-in's name up without a lock, and says `duplicate name` where two do it at once",
+    "each with its own compiled model; several threads may be the first to look the backend up",
 )
 def test_threads():
     x = inputs()
@@ -456,7 +455,7 @@ def test_double_backward_is_refused():
 
 
 @combination(
-    "inputs that are not a number, or infinite",
+    "inputs that are NaN or infinite",
     "supported",
     "gradients are NaN or infinite wherever eager mode's are not finite",
 )
@@ -569,8 +568,8 @@ def two_processes(code: str, tmp_path, cut: bool) -> str:
 @combination(
     "`DistributedDataParallel`",
     "supported",
-    "a model of more than one bucket is cut by Dynamo's DDP optimizer: one warning says so, and that "
-    "`torch._dynamo.config.optimize_ddp = False` keeps it whole",
+    "Dynamo's DDP optimizer cuts a model of more than one bucket. One warning says so, and that "
+    "`torch._dynamo.config.optimize_ddp = False` keeps the model whole",
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [False, True], ids=["one_bucket", "cut_at_buckets"])
@@ -588,7 +587,7 @@ def test_fully_sharded_whole_model(tmp_path):
 @combination(
     "FSDP2 (`fully_shard`) of every block",
     "declined",
-    "each block is gathered and compiled apart: no chain, exact gradients",
+    "each block is gathered and compiled on its own, so there is no chain, and gradients are exact",
 )
 @pytest.mark.slow
 def test_fully_sharded_blocks_are_left_exact(tmp_path):
@@ -613,7 +612,7 @@ class _Loss(nn.Module):
 @combination(
     "Hugging Face `Trainer` with `torch_compile_backend`",
     "supported",
-    "after `import hwbp_compiler.huggingface` (Accelerate has a closed list); default options",
+    "after `import hwbp_compiler.huggingface`, since Accelerate has a fixed list of backends; with the default options",
 )
 @pytest.mark.slow
 def test_hugging_face_trainer(tmp_path, monkeypatch):

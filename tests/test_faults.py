@@ -87,7 +87,7 @@ def test_an_exception_when_the_graph_is_half_changed(monkeypatch, warned):
     assert len(warned()) == 1
 
 
-@fault("out of memory in a pass", "as any exception in a pass")
+@fault("out of memory in a pass", "the same as for any exception in a pass")
 def test_out_of_memory_in_a_pass(monkeypatch, warned):
     monkeypatch.setattr(pipeline, "rewrite_chain", raising(MemoryError("planted")))
     assert_trains_exactly()
@@ -209,7 +209,7 @@ def test_the_kernels_of_recurrent_modules_cannot_be_built(options, monkeypatch):
 
 
 @fault(
-    "an exception before the joint graph: in what finds loops and recurrent modules",
+    "an exception before the joint graph, while loops and recurrent modules are searched for",
     "the graph runs in eager mode; exact gradients",
 )
 @pytest.mark.parametrize(
@@ -262,8 +262,10 @@ def test_the_step_of_a_loop_cannot_be_compiled(place, name, how, monkeypatch, wa
     assert hwbp_compiler.counters()["failures"] >= 1
 
 
-@fault("an exception while what was decided is counted and logged", "that graph is compiled as by Inductor, or runs in "
-       "eager mode; exact gradients")  # fmt: skip
+@fault(
+    "an exception while decisions are counted and logged",
+    "that graph is compiled as by Inductor, or runs in eager mode; exact gradients",
+)
 @pytest.mark.parametrize("empty", [True, False], ids=["before the passes", "after them"])
 def test_an_exception_while_reporting(empty, monkeypatch, warned):
     real = backend.report_all
@@ -343,7 +345,7 @@ def test_no_working_compiler(tmp_path):
 
 @fault(
     "a cache folder that cannot be written",
-    "the graph runs in eager mode; exact gradients. (One that cannot even be made torch refuses itself, on import)",
+    "the graph runs in eager mode; exact gradients. (If the folder cannot even be made, torch itself raises on import)",
 )
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that root cannot write to either")
 def test_unwritable_cache_folder(tmp_path):

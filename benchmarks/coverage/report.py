@@ -16,10 +16,10 @@ PAGE = ROOT / "docs" / "coverage.md"
 
 HEAD = """# Coverage
 
-Written by `python -m benchmarks.coverage report` from `benchmarks/results/coverage.jsonl`. What is missing there can
-be measured by `python -m benchmarks.coverage run`. The models are real architectures with tiny sizes and random
-weights. Nothing is downloaded. Models of packages need `pip install --no-deps -r benchmarks/coverage/packages.txt`; a
-model whose package is not installed is skipped.
+Written by `python -m benchmarks.coverage report` from `benchmarks/results/coverage.jsonl`.
+`python -m benchmarks.coverage run` measures models that are missing there. The models are real architectures with tiny
+sizes and random weights. Nothing is downloaded. Models of packages need
+`pip install --no-deps -r benchmarks/coverage/packages.txt`. If a package is not installed, its models are skipped.
 
 A person has counted the residual links of every model in its source (`benchmarks/coverage/`). The compiler runs
 with `rewrite="always"`, `min_length=2`, `damping=0`. No code is generated: the rewritten joint graph is run directly.
@@ -27,8 +27,8 @@ Models run in eval mode, so that nothing is random, and in float64 if their code
 
 COLUMNS = """- *Expected*: the lengths of the chains that the person counted.
 - *Found*: the lengths of the chains that the compiler found, rewritten or declined.
-- *Rewritten*: the lengths of the chains that it rewrote. Empty if these are the *found* ones.
-- *Reasons*: why links are missed, as codes of `hwbp_compiler.reasons.Reason`. `note` is a note about the
+- *Rewritten*: the lengths of the chains that it rewrote. Empty if they are the same as *found*.
+- *Reasons*: why links are missed, as names of `hwbp_compiler.reasons.Reason`. `note` is a note about the
   whole model, for example a graph break.
 - *At full length*: chains are rewritten with as many iterations as they have links. The column shows the largest
   difference of any parameter's gradient from eager mode, relative to that gradient's norm (plus a thousandth of all
@@ -58,18 +58,19 @@ def summary(found: list[Row]) -> str:
     double = [row for row in ran if row.get("dtype") == "float64" and right(row)]
     lines = [
         f"- {len(found)} models, {len(with_links)} of them with residual links.",
-        f"- All expected links are rewritten, or a reason is given that has not been found untrue, in {len(good)} of "
-        f"these ({share(good, with_links)}). All are rewritten in "
-        f"{share([row for row in with_links if row['outcome'] == 'all'], with_links)}.",
-        f"- Gradients at full length are those of eager mode in {len([r for r in ran if right(r)])} of {len(ran)}; "
-        f"{len(double)} of these were compared in float64 throughout.",
-        f"- More is rewritten than a person counted in {len([row for row in ran if surplus(row)])}.",
+        f"- In {len(good)} of the models with residual links ({share(good, with_links)}), all expected links are "
+        "rewritten, or the compiler gives a reason that has not been found untrue. In "
+        f"{share([row for row in with_links if row['outcome'] == 'all'], with_links)} all are rewritten.",
+        f"- In {len([r for r in ran if right(r)])} of {len(ran)} models, gradients at full length are those of eager "
+        f"mode. {len(double)} of these were compared in float64 throughout.",
+        f"- In {len([row for row in ran if surplus(row)])} models more links are rewritten than the person counted.",
     ]
     table = markdown(("outcome", "models"), [(OUTCOMES[key], counts[key]) for key in OUTCOMES if counts[key]])
     versions = sorted({f"{row['package']} {row['version']}" for row in found if row.get("package")})
     torch = ", ".join(sorted({row["torch"] for row in found}))
     where = f"Measured with torch {torch} and {', '.join(versions)}." if versions else f"Measured with torch {torch}."
-    return "\n\n".join(["## In short", "\n".join(lines), table, where])
+    which = "The table counts all models, with and without residual links."
+    return "\n\n".join(["## In short", "\n".join(lines), which, table, where])
 
 
 def share(part: list[Row], whole: list[Row]) -> str:
@@ -104,7 +105,7 @@ def told(row: Row) -> str:
         return f": {row['exact']:.1e} off in {row['worst']}"
     if row["outcome"] == "untrue":
         false = sorted(UNTRUE[row["name"]].items())
-        return ": " + "; ".join(f"`{code}` is said, but {truth}" for code, truth in false if code in codes(row))
+        return ": " + "; ".join(f"`{code}` is reported, but {truth}" for code, truth in false if code in codes(row))
     error = row.get("error") or row.get("failure")
     return f": {' '.join(error.split())[:200]}" if error else ""
 
