@@ -1,12 +1,12 @@
-"""Random programs, each rewritten with random options and compared with the float64 oracle.
+"""Rewrite random programs with random options and compare their gradients with the float64 oracle.
 
     python -m hwbp_compiler.testing.fuzz --seconds 60 --seed 0
 
-Draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
-generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd. A smaller
-share goes through the whole of torch.compile, half of these after another backend has seen them. ``--generated 1`` runs
-Inductor's code of every program, also with buffers that are never reused. Hypothesis minimises a failure, which is
-saved as a script that repeats it. The exit status is 1 if anything failed.
+This draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
+generating code, and checks the gradients with :func:`.judge.judge`. A small share of the programs goes through Dynamo
+and AOTAutograd. A smaller share goes through all of torch.compile; half of these are first compiled by another backend.
+``--generated 1`` runs Inductor's code for every program, also with buffers that are never reused. Hypothesis reduces a
+failing program to a small one, which is saved as a script. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
 def _rounding(
     model: Any, args: tuple[Any, ...], reference: Any, wide_args: tuple[Any, ...], loss: Any, setting: Setting
 ) -> float:
-    """How far the oracle itself is off in float32, relative to the worst of the gradients that are not noise."""
+    """The error of the oracle itself in float32: the worst relative error of any gradient that is not noise."""
     k, gamma, segment = setting.iterations, setting.damping, setting.segment
     pair = [
         reference_gradients(next(models.programs(m)), a, loss, k, gamma, segment=segment)[1]
