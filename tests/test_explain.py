@@ -176,7 +176,7 @@ def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
 
 
 def test_a_cell_that_is_one_kernel_is_written_out_as_the_backend_does(monkeypatch):
-    """As it is on a GPU."""
+    """As on a GPU, where a cell is one kernel."""
     from hwbp_compiler.passes import write_out_cells
 
     asked = []

@@ -1,4 +1,4 @@
-"""Reasons that were untrue or did not help: now each reason is true, and its advice works."""
+"""Cases in which a reason was once wrong or its advice useless. Now each reason is true, and its advice works."""
 
 from __future__ import annotations
 
@@ -422,7 +422,7 @@ class ComplexBlock(ComplexResidual):
     ],
 )
 def test_complex_numbers_keep_nothing_from_being_a_chain(model, shape, multiplier):
-    """Before these were chains, the reason named complex numbers."""
+    """These are chains. In the past they were declined with a reason about complex numbers."""
     chain = only(explained(model(), torch.randn(shape)).chains)
     assert (chain.decision, chain.length, chain.multiplier) == ("rewritten", STEPS, multiplier)
 

@@ -58,8 +58,8 @@ def explain(
         *args: the model's positional arguments.
         options: those of ``torch.compile``, checked in the same way.
         loss: ``loss(output) -> scalar``. The default is the sum of all floating outputs. The graphs do not depend on
-            the loss, because ``torch.compile`` sees only the model. The loss is computed once, and the report tells
-            if it gives no gradient.
+            the loss, because ``torch.compile`` sees only the model. The loss is computed once. If it gives no
+            gradient, the report says so.
         measure: also compile the model with ``backend="inductor"`` and with ``backend="highway"``, and time a training
             step of both (``report.measured``). This takes as long as two compilations.
         errors: also compare the parameter gradient of w^k with the exact one on these inputs
