@@ -429,7 +429,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "cell"])
 def test_recurrent_models_of_any_length_choose_too(kind):
-    """A check trains with eager mode's gradients, other steps with good ones. A new length compiles nothing."""
+    """A check has eager mode's gradients, the steps between checks have good ones. A new length compiles nothing."""
     torch.manual_seed(1)
     model = Recurrent(kind).double()
     options = {"rewrite": "always", "check_every": 3, "iterations": 1, "segment": "auto"}

@@ -24,7 +24,7 @@ _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 
 
 def overwritten_pieces(code: str) -> list[str]:
-    """Lines in generated Python that give the memory of a piece to another buffer."""
+    """Lines of the generated Python code that give the memory of a piece to another buffer."""
     pieces: set[str] = set()
     found = []
     for line in code.splitlines():

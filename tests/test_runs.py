@@ -1,4 +1,4 @@
-"""A run over the segments of a recurrent layer equals its links one after the other, however it is computed."""
+"""A run over the segments of a recurrent layer gives the same as its links one by one, however it is computed."""
 
 import pytest
 import torch

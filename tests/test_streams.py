@@ -1,4 +1,4 @@
-"""Streams that feed each other are one chain with all of them as its state, compared with the oracle.
+"""Streams that feed each other form one chain, whose state is all of them. They are compared with the oracle.
 
 A step is written once. The model runs it as it is; the oracle puts ``hold`` around what mixes elements.
 """

@@ -48,9 +48,9 @@ def recurrent(
         state: the state before the first step: a tensor, or a (nested) tuple, list or dict of tensors. ``next_state``
             must have the same structure and shapes. It is kept in the dtypes and on the devices of ``state``.
         options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function compiled with
-            ``backend="highway"``, None means the function's options, and options given here replace them all. One
-            exception: without ``iterations``, the loop takes ``iterations``, ``segment`` and ``damping`` from the
-            function, except those given here.
+            ``backend="highway"``, None means the function's options, and options given here replace them all. But if
+            ``iterations`` is not given here, those of ``iterations``, ``segment`` and ``damping`` that are not given
+            are still the function's.
 
     Returns:
         ``(outputs, state)``: every output stacked, ``[T, ...]``, and the state after the last step.

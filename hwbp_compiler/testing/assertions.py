@@ -72,16 +72,16 @@ def assert_forward_unchanged(
     """Assert that the compiled model returns the same outputs as eager mode in training, and changes buffers alike.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed, relative to a tensor's largest entry (at least to 1).
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a tensor, relative to its largest entry, or to 1 if that is larger.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
         AssertionError: an output or a buffer differs; the message names it.
-        TypeError: ``args`` is no tuple.
+        TypeError: ``args`` is not a tuple.
     """
     eager, compiled, inputs = _copies(model, args)
     torch.manual_seed(seed)
@@ -110,17 +110,17 @@ def assert_exact_at_full_length(
     The claim holds for every ``damping`` and ``segment``; the assertion uses those in ``options``.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     eager, compiled, inputs = _copies(model, args)
@@ -145,22 +145,22 @@ def assert_linear(
     seed: int = SEED,
 ) -> None:
     """Assert that the gradients are linear in the loss, truncated or not: twice the loss gives twice the gradients, and
-    the negative loss the negative gradients. (No dtype inside the model rounds these two factors.)
+    the negative loss the negative gradients. (These factors are exact in every dtype.)
 
     Without a k in ``options`` this is checked with k = 4, because "auto" may change k from one step to the next.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     _, compiled, inputs = _copies(model, args)
@@ -190,21 +190,21 @@ def assert_matches_truncation(
     """Assert that the compiled model has the gradients of w^k, which :func:`reference_gradients` computes.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
         loss: ``loss(output) -> scalar``.
         program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`.
         iterations: k, an integer >= 0 or "exact".
         damping: gamma, a number in [0, 1].
         segment: S, links per segment.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given. If they contain ``iterations``, ``damping`` or ``segment``, these are ignored.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     _, compiled, inputs = _copies(model, args)
@@ -275,12 +275,12 @@ def check(
     If no chain of the model was rewritten, it prints that too: the assertions then say nothing about Highway-BP.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
         program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`. Without
             it, truncated gradients are not checked.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
         iterations: values of k for the oracle.
         damping: values of gamma, for the oracle and for exactness at full length.
@@ -291,7 +291,7 @@ def check(
         True if all assertions hold, False if any fails. It does not raise AssertionError.
 
     Raises:
-        TypeError: ``args`` is no tuple.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     claims: list[tuple[str, Callable[[], None]]] = [
