@@ -112,7 +112,7 @@ def assert_exact_at_full_length(
     Args:
         model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
         args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
-        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
         options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
         tolerance: the largest allowed error of a gradient, relative to its norm.
@@ -152,7 +152,7 @@ def assert_linear(
     Args:
         model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
         args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
-        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
         options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
         tolerance: the largest allowed error of a gradient, relative to its norm.
@@ -277,7 +277,7 @@ def check(
     Args:
         model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
         args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
-        loss: ``loss(output) -> scalar``; :func:`probe_loss` if None.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
         program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`. Without
             it, truncated gradients are not checked.
         options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
