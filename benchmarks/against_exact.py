@@ -1,7 +1,7 @@
-"""What an approximate gradient costs beside the best exact alternative: rows of claims, and a plot of the ratios.
+"""Compare the time of an approximate gradient with the best exact alternative: table rows, and a plot of the ratios.
 
-A case measures several ways to get the exact gradient: eager mode, Inductor, JAX, exact backprop compiled
-with this backend. A user would take the fastest of them otherwise, so ours is compared with that one.
+Each case measures several ways to compute the exact gradient: eager mode, Inductor, JAX, and exact backprop compiled
+with this backend. Without Highway-BP a user would choose the fastest of them, so the comparison is with that one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .rows import Row, doubtful
 
-# Runs that give the exact gradient, and what a reader knows them by.
+# Runs that give the exact gradient, with the names that the pages use.
 EXACT_RUNS = {
     "eager": "eager mode",
     "inductor": "Inductor",
@@ -26,7 +26,7 @@ EXACT_RUNS = {
 
 @dataclass(frozen=True)
 class Duel:
-    """One case: a step of ours and the fastest exact step. ``step`` names the figure in the rows."""
+    """One case: our step and the fastest exact step. ``step`` is the name of the measured time in the rows."""
 
     case: str
     ours: Row
@@ -36,28 +36,28 @@ class Duel:
 
     @property
     def disturbed(self) -> bool:
-        """A spread of more than half the median: the ratio is no evidence."""
+        """Whether a measurement varies by more than half its median, so that the ratio proves nothing."""
         return bool(doubtful(self.ours, self.step) or doubtful(self.exact, self.step))
 
     @property
     def ratio(self) -> float:
-        """Above 1: ours is faster."""
+        """The exact time divided by ours: above 1, ours is faster."""
         return self.exact[f"{self.step}_ms"] / self.ours[f"{self.step}_ms"]
 
     def milliseconds(self, row: Row) -> str:
-        """The median with three digits, and a question mark where the spread is more than half of it."""
+        """The median with three digits, and a question mark if the spread is more than half of the median."""
         ms = row[f"{self.step}_ms"]
         return f"{ms:.{max(0, 2 - len(str(int(ms))) + 1)}f}{doubtful(row, self.step)}"
 
     def in_words(self) -> str:
-        """For a cell of the index."""
+        """The comparison as text, for a table cell of the index page."""
         times = f"{self.milliseconds(self.ours)} ms against {self.milliseconds(self.exact)} ms ({self.exact_name})"
         return f"{self.ratio:.2f}x: {self.case}; {times}"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A row of the index."""
+    """One row of the index page."""
 
     what: str
     best: str
@@ -70,7 +70,7 @@ class Claim:
 def duel(
     case: str, runs: dict[str, Row], ours: str, names: dict[str, str] = EXACT_RUNS, step: str = "step"
 ) -> Duel | None:
-    """``ours`` against the fastest exact run; None where one of the two was not measured."""
+    """Compare ``ours`` with the fastest exact run. None if either was not measured."""
     exact = [run for run in names if run in runs and run != ours and f"{step}_ms" in runs[run]]
     if ours not in runs or not exact:
         return None
@@ -79,7 +79,7 @@ def duel(
 
 
 def claim(what: str, duels: Sequence[Duel], suite: str, page: str) -> Claim | None:
-    """The best and the worst of ``duels``; None where there are none."""
+    """The best and the worst of ``duels``, or None if there are none."""
     if not duels:
         return None
     ranked = best_last(duels)
@@ -89,13 +89,13 @@ def claim(what: str, duels: Sequence[Duel], suite: str, page: str) -> Claim | No
 
 
 def best_last(duels: Sequence[Duel]) -> list[Duel]:
-    """By ratio. Disturbed cases are left out, unless there are no others."""
+    """``duels`` sorted by ratio. Disturbed cases are left out, unless there are no others."""
     quiet = [d for d in duels if not d.disturbed]
     return sorted(quiet or duels, key=lambda d: d.ratio)
 
 
 def plot(series: dict[str, Iterable[Duel]], path: Path) -> bool:
-    """Ratios of all cases, one row a case; whether there was anything to draw. Right of 1 ours is faster."""
+    """Draw the ratios of all cases, one row per case; right of 1, ours is faster. Returns whether there were any."""
     drawn = {name: found for name, duels in series.items() if (found := list(duels))}
     cases = list(dict.fromkeys(d.case for duels in drawn.values() for d in duels))
     if not cases:

@@ -4,9 +4,9 @@
     python examples/forecast.py --method exact            # the same with exact backprop
     python examples/forecast.py --method highway --iterations 4
 
-The series is that of Mauna Loa, 1958 to 2001, in parts per million; it ships with statsmodels. The last fifth is held
-out. Beside the error of the model the log has that of the usual simple forecast: the same week of last year, plus what
-was gained since then.
+The series was measured on Mauna Loa from 1958 to 2001, in parts per million. It is part of the statsmodels package.
+The last fifth is used for testing only. The log also gives the error of a common simple forecast: the value of the
+same week one year earlier, plus the change over that year.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ YEAR = 52
 
 
 class Forecaster(nn.Module):
-    """[B, weeks] -> [B, horizon], both relative to the last week that was read"""
+    """Maps [B, weeks] to [B, horizon], both relative to the last week read."""
 
     def __init__(self, hidden: int, layers: int, horizon: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Forecaster(nn.Module):
 
 
 def series() -> Tensor:
-    """[weeks], gaps filled on straight lines"""
+    """The series, [weeks]. Gaps are filled by linear interpolation."""
     from statsmodels.datasets import co2
 
     return torch.tensor(co2.load_pandas().data["co2"].interpolate().to_numpy(), dtype=torch.float32)
@@ -50,7 +50,7 @@ def samples(values: Tensor, length: int, horizon: int) -> tuple[Tensor, Tensor]:
 
 
 def last_year(x: Tensor, horizon: int) -> Tensor:
-    """The simple forecast: week by week what came a year before, lifted by the gain of that year."""
+    """The simple forecast: for each week the value one year earlier, plus the change over the last year."""
     return x[:, -YEAR : x.shape[1] - YEAR + horizon] - x[:, -YEAR - 1 : -YEAR]
 
 
@@ -58,8 +58,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p = parser(__doc__, method="auto", epochs=4, batch=16, lr=3e-3)
     p.add_argument("--hidden", type=int, default=64)
     p.add_argument("--layers", type=int, default=1)
-    p.add_argument("--length", type=positive, default=3 * YEAR, help="weeks that are read (%(default)s)")
-    p.add_argument("--horizon", type=positive, default=YEAR // 2, help="weeks that are forecast (%(default)s)")
+    p.add_argument("--length", type=positive, default=3 * YEAR, help="weeks to read (%(default)s)")
+    p.add_argument("--horizon", type=positive, default=YEAR // 2, help="weeks to forecast (%(default)s)")
     return p.parse_args(words)
 
 
@@ -72,7 +72,7 @@ def task(args: argparse.Namespace) -> Task:
         raise SystemExit(f"--length and --horizon together can be {len(values) - split} weeks at most")
     x, target = samples(values[:split], args.length, args.horizon)
     test_x, test_target = samples(values[split:], args.length, args.horizon)
-    scale = x.std()  # of the training part alone
+    scale = x.std()  # only of the training part
 
     def error(forecast: Tensor) -> float:
         return ((forecast - test_target) ** 2).mean().sqrt().item()

@@ -1,13 +1,14 @@
-"""Reinforcement learning: PPO with a GRU as policy, in a game that takes memory.
+"""Reinforcement learning: PPO with a GRU as policy, in a game that needs memory.
 
     python examples/recurrent_ppo.py                      # the default options of the compiler
     python examples/recurrent_ppo.py --method exact       # the same with exact backprop
     python examples/recurrent_ppo.py --longest 128        # longer games: a longer chain
 
-A cue is shown at the first step. Noise follows for a random number of steps, then a sign, and the answer must be the
-cue: +1 if it is, -1 if not. All games of a rollout are played at once. They end at different steps, and what a policy
-does after the end of its game is masked out of the loss, so every rollout has the same shape and one compilation serves
-all. ``--batch`` is games in a rollout, ``--epochs`` is rollouts, and every rollout trains ``--passes`` steps.
+The first step of a game shows a cue. Then comes noise for a random number of steps, and then a sign. The policy must
+answer with the cue: the reward is +1 for the right answer and -1 for a wrong one. All games of a rollout are played at
+once. They end at different steps, and the loss ignores the steps after the end of a game. So every rollout has the same
+shape, and the model is compiled once. ``--batch`` is the number of games in a rollout, ``--epochs`` the number of
+rollouts, and ``--passes`` the number of training steps on each rollout.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DISCOUNT, TRACE, CLIP = 0.99, 0.95, 0.2
 
 
 class Recall:
-    """``games`` games at once, of ``longest`` steps at most."""
+    """``games`` games played at once, each of at most ``longest`` steps."""
 
     def __init__(self, games: int, longest: int, rng: torch.Generator) -> None:
         self.rng, self.time = rng, 0
@@ -33,13 +34,13 @@ class Recall:
         self.end = torch.randint(longest // 2, longest, (games,), generator=rng)
 
     def observe(self) -> Tensor:
-        """[games, OBSERVED]"""
+        """What the policy sees in this step: [games, OBSERVED]."""
         cue = F.one_hot(self.cue, ACTIONS) * (self.time == 0)
         noise = torch.randn(len(self.cue), 1, generator=self.rng)
         return torch.cat([cue, (self.end == self.time).unsqueeze(1), noise], 1)
 
     def step(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Reward and whether the game is over, both [games]."""
+        """The reward, and whether the game is over; both [games]."""
         done = self.end == self.time
         reward = torch.where(action == self.cue, 1.0, -1.0) * done
         self.time += 1
@@ -47,14 +48,14 @@ class Recall:
 
 
 class Policy(nn.Module):
-    """Observations [steps, games, OBSERVED] -> logits and value [steps, games, ACTIONS + 1]
+    """Maps observations [steps, games, OBSERVED] to logits and value, [steps, games, ACTIONS + 1].
 
-    The rollout it learns from is a buffer, so that it is in the checkpoint: an interrupted run goes on with it."""
+    The current rollout is a buffer and so part of the checkpoint: an interrupted run continues with it."""
 
     def __init__(self, hidden: int, longest: int, games: int) -> None:
         super().__init__()
         self.gru, self.head = nn.GRU(OBSERVED, hidden), nn.Linear(hidden, ACTIONS + 1)
-        # At first, units keep what they hold for one step up to a whole game ("chrono" initialisation).
+        # "Chrono" initialisation: at first the units remember for between one step and a whole game.
         with torch.no_grad():
             self.gru.bias_ih_l0[hidden : 2 * hidden] = 0.0
             self.gru.bias_hh_l0[hidden : 2 * hidden] = torch.empty(hidden).uniform_(1, longest).log()
@@ -72,8 +73,8 @@ class Policy(nn.Module):
 
 @torch.no_grad()
 def play(policy: Policy, games: int, longest: int, rng: torch.Generator) -> Tensor:
-    """A rollout [longest, games, OBSERVED + 5]: observation, action, its log-probability, advantage, return, and 1
-    until the game is over."""
+    """Play a rollout: [longest, games, OBSERVED + 5]. The columns are the observation, the action, its log-probability,
+    the advantage, the return, and 1 until the game is over, then 0."""
     device = policy.head.weight.device
     env, state, running, steps = Recall(games, longest, rng), None, torch.ones(games, dtype=torch.bool), []
     for _ in range(longest):
@@ -113,7 +114,7 @@ def ppo_loss(output: Tensor, target: Tensor) -> Tensor:
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p = parser(__doc__, method="auto", epochs=100, batch=32, lr=3e-3)
     p.add_argument("--hidden", type=int, default=64)
-    p.add_argument("--longest", type=positive, default=64, help="steps of a game, at most")
+    p.add_argument("--longest", type=positive, default=64, help="most steps of a game")
     p.add_argument("--passes", type=positive, default=4, help="training steps on one rollout")
     args = p.parse_args(words)
     if args.longest < 2:
@@ -132,9 +133,9 @@ def task(args: argparse.Namespace) -> Task:
         return seen.contiguous(), target.contiguous()
 
     def success(model: nn.Module) -> dict[str, float]:
-        """The share of right answers, in games that are the same each time."""
+        """The share of right answers. The games are the same in every call."""
         played = play(policy, 256, args.longest, generator(args.seed, -1))
-        # The return at a game's last step is its reward: nothing comes after it.
+        # The return at the last step of a game is the reward of that step.
         last = played[..., -1].sum(0).long() - 1
         return {"success": (played[last, torch.arange(256), -2] > 0).float().mean().item()}
 

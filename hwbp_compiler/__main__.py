@@ -1,4 +1,6 @@
-"""``python -m hwbp_compiler explain my_module:make_model_and_inputs --html out.html``, and ``... doctor``."""
+"""Show what the compiler would do with a model (explain my_module:make_model_and_inputs --html out.html), or check this
+machine (doctor).
+"""
 
 from __future__ import annotations
 
@@ -29,19 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hwbp_compiler", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="explain | doctor")
-    explain = commands.add_parser("explain", help="what would become of a model", epilog=_MAKER)
+    explain = commands.add_parser("explain", help="show what the compiler would do with a model", epilog=_MAKER)
     explain.add_argument("maker", help="module:function or file.py:function")
-    explain.add_argument("--html", metavar="FILE", help="write the page")
-    explain.add_argument("--json", metavar="FILE", help="write the data")
+    explain.add_argument("--html", metavar="FILE", help="write the report as a page")
+    explain.add_argument("--json", metavar="FILE", help="write the report as data")
     explain.add_argument("--repro", metavar="FILE", help="write a script that rebuilds the joint graph")
     explain.add_argument("--draw", metavar="FILE", help="draw the rewritten graph: .dot, .svg or .png")
     explain.add_argument(
-        "--option", "-o", action="append", default=[], metavar="KEY=VALUE", help='as in torch.compile, "iterations=2"'
+        "--option", "-o", action="append", default=[], metavar="KEY=VALUE", help='one option, "iterations=2"'
     )
-    explain.add_argument("--measure", action="store_true", help="compile and time a training step, both ways")
-    explain.add_argument("--errors", action="store_true", help="the error of w^k against k on these inputs")
+    explain.add_argument("--measure", action="store_true", help="time a training step with inductor and highway")
+    explain.add_argument("--errors", action="store_true", help="compare w^k with the exact gradient")
     explain.set_defaults(run=_explain)
-    doctor = commands.add_parser("doctor", help="versions, devices, compilers, caches, what will be used")
+    doctor = commands.add_parser("doctor", help="show versions, devices, compilers and caches")
     doctor.set_defaults(run=_doctor)
     return parser
 

@@ -1,4 +1,4 @@
-"""``calibrate``: which k, S and gamma a model's gradient needs, measured on one batch."""
+"""``calibrate``: find the k, S and gamma that a model needs, by measuring its gradients on one batch."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Row:
     iterations, segment, damping   k, S and gamma
     cosine          with the exact gradient, over all parameters whose gradient is approximated
     relative_error  norm of the difference relative to the exact norm, over the same parameters
-    change          norm of the change since the previous row with the same S and gamma, relative to the exact norm; nan
-                    in the first such row
-    saves           seconds per step that the cost model expects to save; negative if exact backprop is faster
-    seconds         median time of a measured step with ``measure=True``; else None
-    chains          cosine and relative error by chain
-    parameters      the same by parameter
+    change          norm of the difference to the previous row with the same S and gamma, relative to the exact norm;
+                    nan in the first such row
+    saves           seconds per step that this form is expected to save; negative if exact backprop is faster
+    seconds         median time of a step, if ``measure=True``; else None
+    chains          cosine and relative error of each chain
+    parameters      cosine and relative error of each parameter
     """
 
     iterations: int
@@ -62,9 +62,9 @@ class Row:
 class Calibration:
     """What :func:`calibrate` found.
 
-    table          one :class:`Row` for each form, by S, gamma and k
+    table          one :class:`Row` for each form, sorted by S, gamma and k
     target_cosine  the cosine that ``options`` must reach
-    exact_seconds  median time of a measured step with exact gradients; None without ``measure=True``
+    exact_seconds  median time of a step with exact gradients, if ``measure=True``; else None
     """
 
     table: list[Row]
@@ -73,8 +73,8 @@ class Calibration:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options for ``torch.compile``: the cheapest form that reaches the target. ``{"iterations": "exact"}`` if no
-        form reaches it, or none is faster.
+        """Options for ``torch.compile``: the cheapest form that reaches the target, or ``{"iterations": "exact"}`` if
+        no form that reaches it is faster.
         """
         best = self.best
         if best is None:
@@ -83,7 +83,7 @@ class Calibration:
 
     @property
     def best(self) -> Row | None:
-        """The row of :attr:`options`; None for exact backprop."""
+        """The row that :attr:`options` come from, or None if they are exact backprop."""
         good = [row for row in self.table if row.cosine >= self.target_cosine and self._gain(row) > 0]
         return max(good, key=self._gain, default=None)
 
@@ -94,7 +94,7 @@ class Calibration:
 
     @property
     def growing(self) -> list[Row]:
-        """Rows whose last iteration changed more than the previous one: terms grow there before they shrink."""
+        """Rows whose last iteration changed the gradient more than the iteration before it did."""
         found = {(row.segment, row.damping, row.iterations): row for row in self.table}
         grown = []
         for (segment, damping, k), row in found.items():
@@ -128,7 +128,7 @@ class Calibration:
         return " (exact backprop is faster)" if good else " (no form tried is good enough)"
 
     def to_dict(self) -> dict[str, Any]:
-        """The calibration as plain data, ready for JSON: None for what is not finite. Times are in seconds."""
+        """The calibration as plain data, ready for JSON. Infinite and nan become None. Times are in seconds."""
         return _finite(
             {
                 "options": self.options,
@@ -139,10 +139,10 @@ class Calibration:
         )
 
     def plot(self, path: Any = None) -> Any:
-        """Draw the relative error against k, a line for each S and gamma.
+        """Draw the relative error against k, one line for each pair of S and gamma.
 
         Args:
-            path: the file to write, with any suffix that matplotlib takes; None writes nothing.
+            path: the file to write, with any suffix that matplotlib knows. None: write no file.
 
         Returns:
             matplotlib's figure.
@@ -180,31 +180,32 @@ def calibrate(
     measure: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """Compare the gradient of every form of ``model`` with the exact one, on one batch.
+    """Compare the gradients for several k, S and gamma with the exact gradient, on one batch.
 
-    One forward pass, one exact backward pass and that of every form are computed in one go, what they have in common
-    once. All sound chains are rewritten, whether it pays or not. The model is left as it was: parameters and their
-    ``.grad``, buffers, inputs, and the states of the random number generators. A trained model is to be calibrated on
-    what it was trained for: at initialisation every form looks good.
+    Each combination of k, S and gamma is one *form* of the backward pass. One forward pass, the exact backward pass
+    and those of all forms run together, and what they share is computed once. Every chain that can be rewritten
+    soundly is rewritten, also where it would not be faster. The model is left as it was: parameters and their
+    ``.grad``, buffers, inputs, and the states of the random number generators. Calibrate a trained model, on the data
+    it was trained on: before training every form looks good.
 
     Args:
         model: a module or function, compiled already or not.
-        args: its positional arguments, a tuple (anything else is the only one).
+        args: its positional arguments, as a tuple. Anything else is passed as the only argument.
         loss: ``loss(output) -> scalar``.
-        target_cosine: what the recommended options have to meet.
+        target_cosine: the cosine with the exact gradient that the recommended options must reach.
         kwargs: the model's keyword arguments.
-        iterations: values of k. Forms that are ordinary backprop of every chain are left out.
+        iterations: values of k. A form is left out if it is ordinary backprop for every chain.
         segments: values of S.
         dampings: values of gamma.
-        measure: also compile exact backprop and the forms that meet the target and are expected to be faster (the one
-            that costs least, where none is), and measure a step on these inputs.
+        measure: also compile and time a training step on these inputs: exact backprop, and the forms that reach the
+            target and are expected to be faster. If none is expected to be faster, the cheapest that reaches it.
         options: further options of ``torch.compile``, such as ``min_length``.
 
     Returns:
-        A :class:`Calibration`: ``.options`` for ``torch.compile``, and ``.table`` with a row for each form.
+        A :class:`Calibration`. Its ``.options`` are for ``torch.compile``; its ``.table`` has a row for each form.
 
     Raises:
-        OptionError: a value that is not allowed.
+        OptionError: a value is not allowed.
         HighwayError: the model has no chain, or no gradient.
 
     >>> calibration = calibrate(model, (x,), lambda output: F.cross_entropy(output, y))

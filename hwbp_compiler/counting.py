@@ -22,16 +22,17 @@ def counters() -> dict[str, int]:
     """What the backend has done in this process so far.
 
     Returns:
-        A snapshot of the counts. ``graphs_seen`` counts the graphs the rewrite was shown, ``inference_graphs`` those
-        among them without a backward pass. ``chains_found`` is ``chains_rewritten + chains_declined``. ``failures``
-        counts graphs left as they were because a step raised. Further keys, ``"declined: <reason>"``, count why chains
-        were declined, by the names of :class:`hwbp_compiler.reasons.Reason` in lower case.
+        A copy of the counts. ``graphs_seen`` is the number of graphs that reached the rewrite, and
+        ``inference_graphs`` the number of these that have no backward pass. ``chains_found`` is ``chains_rewritten +
+        chains_declined``. ``failures`` is the number of graphs that were left unchanged because a step raised an error.
+        Each key ``"declined: <reason>"`` counts the chains declined for this reason; it has the name of a member of
+        :class:`hwbp_compiler.reasons.Reason` in lower case.
 
-    A compilation answered from torch.compile's caches runs no pass and counts nothing here.
+    A graph that torch.compile takes from its caches is not counted, because no pass runs.
     """
     return {**dict.fromkeys(NAMES, 0), **counter()}
 
 
 def reset_counters() -> None:
-    """Start counting from zero again."""
+    """Set all counts to zero."""
     counter().clear()

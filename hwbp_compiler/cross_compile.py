@@ -1,8 +1,8 @@
-"""GPU code without a GPU: Inductor's Triton kernels for a described device, as text, as PTX and as cubin.
+"""Generate Inductor's Triton kernels without a GPU: as text, as PTX and as cubin.
 
 Inductor asks the machine about its GPU before it generates code, and Triton asks which target to compile for. Here a
-small table answers both. So a laptop with CPU-only torch and the ``triton`` package shows the kernels an H100 would
-run, and a test can assert that a fusion still happens.
+small table answers both. So a laptop with CPU-only torch and the ``triton`` package can show the kernels that an H100
+would run, and a test can assert that a fusion still happens.
 
 Nothing runs and nothing is allocated: inputs are fake tensors. This module starts from a graph; :mod:`.generate` gets
 the graph from a model.
@@ -46,14 +46,14 @@ _MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A device to generate code for; ``str(target)`` is what :meth:`parse` takes."""
+    """A CUDA device to generate code for. :meth:`parse` accepts ``str(target)``."""
 
     major: int
     minor: int
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """``"cuda:sm_90"`` -> ``Target(9, 0)``. Raises OptionError, a ValueError, saying what is allowed."""
+        """Turn ``"cuda:sm_90"`` into ``Target(9, 0)``. Raises OptionError (a ValueError) for anything else."""
         match = re.fullmatch(r"cuda:sm_(\d+)(\d)", text) if isinstance(text, str) else None
         target = cls(int(match[1]), int(match[2])) if match else None
         if target is None or (target.major, target.minor) not in _MULTIPROCESSORS:
@@ -70,7 +70,7 @@ class Target:
 
     @property
     def properties(self) -> SimpleNamespace:
-        """What ``torch.cuda.get_device_properties`` would return: the fields that Inductor reads."""
+        """The fields of ``torch.cuda.get_device_properties`` that Inductor reads."""
         threads = {(7, 5): 1024, (8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
         return SimpleNamespace(
             name=str(self),
@@ -94,7 +94,7 @@ class Kernel:
     """One generated kernel.
 
     name     its name in the code that calls it
-    source   the Python module that defines it; on a CPU its C++
+    source   the Python module that defines it; for a CPU, its C++ code
     target   the device it is for; None means the CPU of this machine
     """
 
@@ -104,12 +104,12 @@ class Kernel:
 
     @property
     def ptx(self) -> str:
-        """The assembly that Triton compiles it to."""
+        """The kernel's assembly, compiled by Triton."""
         return compile_kernel(self).ptx
 
     @property
     def cubin(self) -> bytes:
-        """The machine code that Triton compiles it to: an ELF file."""
+        """The kernel's machine code, an ELF file compiled by Triton."""
         return compile_kernel(self).cubin
 
 
@@ -126,7 +126,7 @@ class CodeText:
     """The code generated for one graph.
 
     Attributes:
-        target: the device it is for; None is the CPU of this machine.
+        target: the device it is for; None means the CPU of this machine.
         source: the whole wrapper module.
         kernels: the kernels within it.
     """
@@ -137,7 +137,7 @@ class CodeText:
 
     @property
     def launches(self) -> tuple[str, ...]:
-        """What the code calls, in order: kernels by their names, and functions of libraries such as
+        """The names of everything that the code calls, in order: kernels, and library functions such as
         ``extern_kernels.mm``."""
         return tuple(_launches_of(self.source, {kernel.name for kernel in self.kernels}))
 
@@ -147,9 +147,9 @@ class CodeText:
 
 @contextlib.contextmanager
 def described_device(target: Target) -> Iterator[None]:
-    """While this lasts, Inductor and Triton believe that device 0 is a ``target``.
+    """A context in which Inductor and Triton take device 0 for a ``target``.
 
-    It acts on the whole process, so no other thread may compile meanwhile.
+    It changes the whole process, so no other thread may compile at the same time.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -240,20 +240,20 @@ def generate_kernels(
     is_backward: bool = False,
     is_inference: bool = False,
 ) -> CodeText:
-    """The code Inductor generates for an ATen graph on ``target``.
+    """The code that Inductor generates for an ATen graph on ``target``.
 
     Args:
         gm: a graph as Inductor's inner compiler gets it: functional, decomposed ATen operators, forward or
             backward. It is not changed.
         fake_inputs: its inputs, in order: fake tensors of one fake mode on device ``"cuda"``, and SymInts where
             the graph takes them.
-        target: ``"cuda:sm_80"``, ``"cuda:sm_90"``, ... Needs the ``triton`` package but no GPU. None is the CPU of
+        target: ``"cuda:sm_80"``, ``"cuda:sm_90"``, ... Needs the ``triton`` package but no GPU. None means the CPU of
             this machine.
-        is_backward, is_inference: which of a model's graphs it is.
+        is_backward, is_inference: whether this is a model's backward graph, or a graph without a backward pass.
 
     Raises:
-        OptionError: a target that is not known.
-        HighwayError: there is no ``triton`` package.
+        OptionError: the target is not known.
+        HighwayError: the ``triton`` package is missing.
     """
     from .scan import inductor as scan_lowering
     from .torch_private import (  # the steps of Inductor's inner compiler, up to the generated text
@@ -320,12 +320,12 @@ def _launches_of(source: str, kernels: set[str]) -> Iterator[str]:
 
 @functools.cache
 def compile_kernel(kernel: Kernel) -> Binary:
-    """A generated kernel compiled by Triton, for the first of the configurations Inductor would try.
+    """Compile a generated kernel with Triton, in the first of the configurations that Inductor would try.
 
     Needs the ``triton`` package, which brings its own assembler, but no GPU.
 
     Raises:
-        HighwayError: a kernel of the CPU, which is C++.
+        HighwayError: the kernel is C++ code for a CPU.
     """
     from .torch_private import inductor_config
 

@@ -1,4 +1,4 @@
-"""``python -m hwbp_compiler doctor``: what this machine has, and what the compiler will use."""
+"""``python -m hwbp_compiler doctor``: show what is installed on this machine and what the compiler will use."""
 
 from __future__ import annotations
 

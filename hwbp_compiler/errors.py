@@ -1,4 +1,4 @@
-"""The exceptions a user can meet."""
+"""The exceptions that users may see."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from .torch_private import ShortenTraceback
 
 
 class HighwayError(ShortenTraceback):
-    """Base of every error this package raises; a ``RuntimeError``.
+    """The base class of this package's errors. It is a ``RuntimeError``.
 
     Args:
         message: what went wrong, and what to do.
-        inner_exception: the error that this one stands for, if any; also an attribute.
-        first_useful_frame: the frame at which the traceback begins for a user.
+        inner_exception: the error that caused this one, if any. It is also an attribute.
+        first_useful_frame: the frame at which the traceback starts.
 
-    The base class is Dynamo's mark for errors that reach the user as they are: any other exception that
-    leaves a backend arrives as ``BackendCompilerFailed``. Dynamo drops ``__cause__`` on the way, so an error
-    that stands for another one keeps it in ``inner_exception``; and it cuts from the traceback what lies
-    outside ``first_useful_frame``.
+    Dynamo passes errors of our base class to the user unchanged. It turns any other exception of a backend into
+    ``BackendCompilerFailed``. Dynamo drops ``__cause__``, so the original error is kept in ``inner_exception``. It also
+    removes the frames outside ``first_useful_frame`` from the traceback.
     """
 
     def __init__(
@@ -32,9 +31,9 @@ class HighwayError(ShortenTraceback):
 
 
 class OptionError(HighwayError, ValueError):
-    """A key, a value or a mode given to ``torch.compile(..., backend="highway")`` that is not allowed."""
+    """``torch.compile(..., backend="highway")`` was given a key, a value or a mode that is not allowed."""
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of ``error`` and the first line of what it says."""
+    """The class of ``error`` and the first line of its message."""
     return f"{type(error).__name__}: {error}".strip().removesuffix(":").partition("\n")[0]

@@ -1,4 +1,4 @@
-"""``generate_code``: the kernels a model compiles to, forward and rewritten backward, on any machine."""
+"""``generate_code``: show the kernels of a model's forward and rewritten backward pass, on any machine."""
 
 from __future__ import annotations
 
@@ -47,32 +47,33 @@ def generate_code(
     target: str = CPU,
     **kwargs: Any,
 ) -> GeneratedCode:
-    """The code of ``torch.compile(model, backend="highway", options=options)`` on these inputs, as text.
+    """Return the code that ``torch.compile(model, backend="highway", options=options)`` generates, as text.
 
-    ``model(*args, **kwargs)`` is run once, in eager mode where it is, and traced on the way as ``torch.compile``
-    traces it. For a CUDA target nothing is moved to a GPU and none is needed: the traced graph is compiled as if its
-    tensors lay on one, which takes the ``triton`` package. The model is left as it was: parameters and their
-    ``.grad``, buffers, inputs, and the states of the random number generators.
+    ``model(*args, **kwargs)`` is run once, in eager mode on its own device, and is traced as ``torch.compile`` traces
+    it. A CUDA target needs the ``triton`` package, but no GPU: the traced graph is compiled as if its tensors lay on
+    one. The model is left as it was: parameters and their ``.grad``, buffers, inputs, and the states of the random
+    number generators.
 
-    What a GPU would run differs where Inductor measures before it decides (``max_autotune`` and its kind are switched
-    off, and products are not padded), and in attention with dropout, which a GPU fuses.
+    The code for a CUDA target can differ from what runs on a GPU in two cases. Where Inductor would measure on the GPU
+    before it decides, it cannot here (``max_autotune`` and similar options are switched off, and products are not
+    padded). And a GPU fuses attention with dropout.
 
     Args:
         model: a module or function on a CPU or on the meta device, compiled already or not.
         *args: the model's positional arguments.
         options: those of ``torch.compile``, checked in the same way. With ``rewrite="profitable"`` the cost model
-            decides for the target. With "auto", the first form is generated that it would choose from.
-        target: ``"cpu"`` for C++ of this machine; ``"cuda:sm_80"``, ``"cuda:sm_90"`` and so on for Triton.
+            decides for the target. With "auto", the code is that of the first form "auto" would choose from.
+        target: ``"cpu"`` for C++ code for this machine; ``"cuda:sm_80"``, ``"cuda:sm_90"`` and so on for Triton code.
         **kwargs: the model's keyword arguments.
 
     Returns:
-        A string with all generated modules, which also knows its parts: ``.forward``, ``.backward``, ``.kernels``,
-        and of a CUDA target ``.ptx`` and ``.cubin``.
+        A string with all generated modules. Its attributes are its parts: ``.forward``, ``.backward``, ``.kernels``,
+        and for a CUDA target ``.ptx`` and ``.cubin``.
 
     Raises:
-        OptionError: a key or value in ``options``, or a target, that is not allowed. A ``ValueError``.
-        HighwayError: there is no ``triton`` package for a CUDA target; there is no backward pass; a pass failed and
-            ``strict`` is set; or the graph has an operator that only a CPU has.
+        OptionError: a key or value in ``options``, or the target, is not allowed. A ``ValueError``.
+        HighwayError: the target is a CUDA device and the ``triton`` package is missing; there is no backward pass; a
+            pass failed and ``strict`` is set; or the graph has an operator that only a CPU has.
 
     >>> code = generate_code(model, x, options={"iterations": 2}, target="cuda:sm_90")
     >>> print(code.backward)
@@ -118,7 +119,7 @@ class GraphCode(CodeText):
     """The code of one graph.
 
     Attributes:
-        name: ``"forward"`` or ``"backward"``, numbered where Dynamo broke the model.
+        name: ``"forward"`` or ``"backward"``, followed by a number if Dynamo split the model into several graphs.
     """
 
     name: str = ""
@@ -128,9 +129,9 @@ class GeneratedCode(str):
     """Generated code: a string that also gives access to its parts.
 
     Attributes:
-        target: what it is for: ``"cpu"``, ``"cuda:sm_90"``, ...
+        target: the device the code is for: ``"cpu"``, ``"cuda:sm_90"``, ...
         graphs: the graphs in the order they were compiled, each with ``.name``, ``.source`` and ``.kernels``.
-        chains: what was decided about each chain, as in a report of ``explain``.
+        chains: the decision about each chain, as in a report of ``explain``.
     """
 
     target: str
@@ -157,12 +158,12 @@ class GeneratedCode(str):
 
     @property
     def kernels(self) -> tuple[Kernel, ...]:
-        """All generated kernels, those of the forward pass first. Calls into libraries are not included."""
+        """All generated kernels, those of the forward pass first. Calls to libraries are not included."""
         return tuple(kernel for graph in self.graphs for kernel in graph.kernels)
 
     @property
     def ptx(self) -> dict[str, str]:
-        """``"<graph>.<kernel>"`` -> its PTX, the assembly of a CUDA device. Triton compiles it at first use.
+        """Maps ``"<graph>.<kernel>"`` to the kernel's PTX (CUDA assembly). Triton compiles it when first used.
 
         Raises:
             HighwayError: the target is a CPU.
@@ -171,7 +172,7 @@ class GeneratedCode(str):
 
     @property
     def cubin(self) -> dict[str, bytes]:
-        """``"<graph>.<kernel>"`` -> its machine code, an ELF file. Triton compiles it at first use.
+        """Maps ``"<graph>.<kernel>"`` to the kernel's machine code, an ELF file. Triton compiles it when first used.
 
         Raises:
             HighwayError: the target is a CPU.

@@ -1,9 +1,9 @@
-"""``TrainingArguments(torch_compile=True, torch_compile_backend="highway")``, and the same through Accelerate:
+"""Use the backend with ``TrainingArguments(torch_compile=True, torch_compile_backend="highway")`` or Accelerate:
 
     import hwbp_compiler.huggingface
 
-Accelerate checks the name against a fixed list before it calls ``torch.compile``, so the entry point alone is not
-enough. Importing this module adds the name to that list and changes nothing else. Needs the ``accelerate`` package.
+Accelerate accepts only the backends in a fixed list, so installing this package is not enough. Importing this module
+adds ``"highway"`` to that list and changes nothing else. It needs the ``accelerate`` package.
 
 ``HighwayCallback(trainer)`` logs the gradient's cosine with the exact one while a ``Trainer`` trains.
 """
@@ -21,7 +21,7 @@ NAME = "HIGHWAY"
 
 
 def register() -> None:
-    """Make Accelerate accept ``"highway"`` as a Dynamo backend. Calling it twice does nothing more."""
+    """Make Accelerate accept ``"highway"`` as a Dynamo backend. A second call changes nothing."""
     if NAME in DynamoBackend._value2member_map_:
         return
     # An enum with members cannot be extended by inheritance. Checked on accelerate 1.15.0.

@@ -1,4 +1,4 @@
-"""``hwbp_compiler.huggingface.HighwayCallback``: a ``Trainer``'s model is compared with exact backprop as it trains."""
+"""``hwbp_compiler.huggingface.HighwayCallback``: compare a model with exact backprop while a ``Trainer`` trains it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from .auto.watching import Watching
 
 
 class HighwayCallback(TrainerCallback):
-    """Logs the gradient's cosine with the exact one, and changes options as the training proceeds.
+    """Logs the gradient's cosine with the exact one, and can change options during training.
 
         trainer.add_callback(HighwayCallback(trainer, every=100))
 
-    Figures go where the trainer's logs go, as ``highway/cosine/k{k}_S{S}`` and ``highway/relative_error/k{k}_S{S}``.
+    The numbers go into the trainer's logs as ``highway/cosine/k{k}_S{S}`` and ``highway/relative_error/k{k}_S{S}``.
 
     Args:
-        trainer: the ``transformers.Trainer``. Its model is compiled when the training starts, and found there.
-        every: steps from one reading to the next (:class:`hwbp_compiler.GradientMeter`). With gradient accumulation a
-            step here is a forward and backward pass.
-        milestones: options by the step of the optimizer from which they hold (:class:`hwbp_compiler.Schedule`).
-        rungs: options to climb when the cosine falls (:class:`hwbp_compiler.Climb`).
-        below: the cosine below which there is a warning, and the next rung.
+        trainer: the ``transformers.Trainer``. The callback finds its compiled model when the training starts.
+        every: steps from one reading to the next (:class:`hwbp_compiler.GradientMeter`). With gradient accumulation
+            each forward and backward pass counts as a step here.
+        milestones: maps a step of the optimizer to the options that hold from that step on
+            (:class:`hwbp_compiler.Schedule`).
+        rungs: options to try one after another when the cosine is too low (:class:`hwbp_compiler.Climb`).
+        below: below this cosine, log a warning and take the next of ``rungs``.
 
     Raises:
-        TypeError: when the training starts, and the model is not compiled with ``backend="highway"``.
+        TypeError: the model was not compiled with ``backend="highway"`` when the training started.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class HighwayCallback(TrainerCallback):
 
     @property
     def meter(self) -> Any:
-        """The :class:`hwbp_compiler.GradientMeter`, while a training runs."""
+        """The :class:`hwbp_compiler.GradientMeter` while the model trains; None before and after."""
         return self.watching.meter
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A callback for Lightning: the gradient is compared with the exact one while ``Trainer.fit`` runs.
+"""A callback for Lightning that compares the gradient with the exact one while ``Trainer.fit`` runs.
 
     from hwbp_compiler.lightning import HighwayCallback
 
@@ -18,21 +18,20 @@ from .auto.watching import Watching
 
 
 class HighwayCallback(Callback):
-    """Logs the gradient's cosine with the exact one, and changes options as the training proceeds.
+    """Logs the gradient's cosine with the exact one, and can change options during training.
 
-    The model is ``model``, or else the first module in the ``LightningModule`` that is compiled with
-    ``backend="highway"``. Figures go to the trainer's loggers as ``highway/cosine/k{k}_S{S}`` and
-    ``highway/relative_error/k{k}_S{S}``.
+    The numbers go to the trainer's loggers as ``highway/cosine/k{k}_S{S}`` and ``highway/relative_error/k{k}_S{S}``.
 
     Args:
-        model: what ``torch.compile`` returned; None to look for it.
+        model: what ``torch.compile`` returned. None: the first module in the ``LightningModule`` that is compiled with
+            ``backend="highway"``.
         every: steps from one reading to the next (:class:`hwbp_compiler.GradientMeter`).
-        milestones: options by the step from which they hold (:class:`hwbp_compiler.Schedule`).
-        rungs: options to climb when the cosine falls (:class:`hwbp_compiler.Climb`).
-        below: the cosine below which there is a warning, and the next rung.
+        milestones: maps a step to the options that hold from that step on (:class:`hwbp_compiler.Schedule`).
+        rungs: options to try one after another when the cosine is too low (:class:`hwbp_compiler.Climb`).
+        below: below this cosine, log a warning and take the next of ``rungs``.
 
     Raises:
-        TypeError: when the training starts, and no compiled model is found.
+        TypeError: no compiled model was found when the training started.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class HighwayCallback(Callback):
 
     @property
     def meter(self) -> Any:
-        """The :class:`hwbp_compiler.GradientMeter`, while a training runs."""
+        """The :class:`hwbp_compiler.GradientMeter` while the model trains; None before and after."""
         return self.watching.meter
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -27,7 +27,7 @@ class Truncation:
     """How a chain's gradient is truncated.
 
     Attributes:
-        iterations: k, fewer than ordinary backprop takes.
+        iterations: k, fewer than ordinary backprop needs.
         damping: gamma, from 0 to 1.
         segment: S, links per segment.
     """
@@ -37,14 +37,15 @@ class Truncation:
     segment: int = 1
 
     def segments(self, length: Any) -> Any:
-        """C, the number of segments of a chain of ``length`` links: a number, or a symbol where the length is one. The
-        segment next to the input takes the remainder."""
+        """C, the number of segments in a chain of ``length`` links. It is a symbol if ``length`` is one. The segment
+        next to the input may be shorter than the others."""
         return (length + self.segment - 1) // self.segment
 
     def needed(self, length: int) -> int:
-        """The fewest iterations that are ordinary backprop of a chain of ``length`` links: L, or C - 1 with segments.
+        """The fewest iterations that give ordinary backprop for a chain of ``length`` links: L, or C - 1 with segments.
 
-        The first state of all is what a segment ends at, so with segments its gradient takes no further iteration.
+        With segments, the gradient of the chain's first state comes out of the last run through a segment. It needs no
+        iteration of its own.
         """
         return length if self.segment == 1 else -(-length // self.segment) - 1
 
@@ -53,7 +54,7 @@ class Truncation:
 
     @property
     def reach(self) -> int:
-        """The number of links over which no path is lost: k, or (k + 1) S with segments."""
+        """How many links a gradient can cross without losing a path: k, or (k + 1) S with segments."""
         return self.iterations if self.segment == 1 else (self.iterations + 1) * self.segment
 
 
@@ -65,33 +66,34 @@ UNSAID: Any = object()
 class Options:
     """The options of ``torch.compile(..., backend="highway")`` that are not Inductor's.
 
-    ``iterations``, ``segment`` and ``damping`` may be "auto": they are then chosen while the model trains, by comparing
-    with the exact gradient. All three are "auto" by default. A number for ``iterations`` alone means the paper:
-    ``segment=1`` and ``damping=0.0``. Each option is also an attribute of the same name.
+    ``iterations``, ``segment`` and ``damping`` may be "auto", which is their default. They are then chosen while the
+    model trains, by comparing gradients with the exact one. If ``iterations`` is a number and the other two are not
+    given, they have the paper's values: ``segment=1`` and ``damping=0.0``. Each option is also an attribute of the same
+    name.
 
     Args:
-        iterations: k, an integer >= 0, "exact" or "auto". The gradient sums over the paths that cross at most k blocks
-            (Fagnou et al., ICLR 2025, Theorems 1 and 2). "exact" is ordinary backprop, and so is k >= L, the chain's
-            length in links.
+        iterations: k, an integer >= 0, "exact" or "auto". The gradient is the sum over all paths that cross at most k
+            blocks (Fagnou et al., ICLR 2025, Theorems 1 and 2). "exact" is ordinary backprop. So is any k >= L, where L
+            is the number of links in the chain.
         segment: S, links per segment, an integer >= 1 or "auto". The gradient is exact inside a segment, and k counts
-            segments (docs/design.md, section 4.6, "Segments"). 1 is the paper. For S > 1, k >= C - 1 is ordinary
-            backprop, where C = ceil(L / S) is the number of segments.
-        damping: gamma, a number in [0, 1] or "auto": K -> (1 - gamma) K and J -> J + gamma K. 1 is fixed-point
+            segments (docs/design.md, section 4.6, "Segments"). S = 1 is the paper's algorithm. For S > 1, any
+            k >= C - 1 is ordinary backprop, where C = ceil(L / S) is the number of segments.
+        damping: gamma, a number in [0, 1] or "auto": K -> (1 - gamma) K and J -> J + gamma K. gamma = 1 is fixed-point
             iteration.
-        target_cosine: "auto" takes only what had at least this cosine with the exact parameter gradient at the last
-            check. A number between 0 and 1, both excluded.
+        target_cosine: a number between 0 and 1, both excluded. "auto" uses an approximate gradient only if its cosine
+            with the exact parameter gradient was at least this at the last check.
         check_every: training steps from one check of "auto" to the next, an integer >= 1.
-        max_extra_memory: what the rewritten form of a chain may need at one time beyond exact backprop: bytes, a share
-            of the device's memory such as "25%", or None for any amount. A chain that needs more stays exact.
-        reroll: which Python loops over time, unrolled by Dynamo, are rolled up again. "auto": those of 16 steps or more
-            that are expected to take long to compile. "always": those of three steps or more. "never": none.
-        rewrite: "profitable": chains that are expected to become faster. "always": every chain that can be rewritten
-            soundly. "never": none, which is plain Inductor.
-        min_length: the shortest chain that is rewritten, in links, an integer >= 1.
-        strict: raise :class:`HighwayError` when a step fails, instead of compiling the graph as it is.
+        max_extra_memory: the most memory that a rewritten chain may need at one time beyond exact backprop. Bytes, a
+            share of the device's memory such as "25%", or None for no limit. A chain that needs more stays exact.
+        reroll: which Python loops over time to roll up again after Dynamo has unrolled them. "auto": loops of 16 or
+            more steps that are expected to take long to compile. "always": loops of three or more steps. "never": none.
+        rewrite: which chains to rewrite. "profitable": those that are expected to become faster. "always": all that can
+            be rewritten soundly. "never": none; this is plain Inductor.
+        min_length: the shortest chain to rewrite, in links, an integer >= 1.
+        strict: if a step fails, raise :class:`HighwayError` instead of compiling the graph unchanged.
 
     Raises:
-        OptionError: a value that is not allowed; the message says what is.
+        OptionError: a value is not allowed. The message says which values are.
     """
 
     iterations: int | Literal["exact", "auto"] = "auto"
@@ -129,8 +131,8 @@ class Options:
             _refuse("strict", self.strict, "True or False", False)
 
     def shown(self) -> dict[str, Any]:
-        """The options by name, for display. Leaves out what only "auto" reads if nothing is "auto", an absent memory
-        limit, and ``reroll`` at its default.
+        """The options by name, for display. Options that have no effect are left out: those that only "auto" reads
+        if nothing is "auto", the memory limit if there is none, and ``reroll`` if it has its default.
         """
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         unread = set() if self.auto else {"target_cosine", "check_every"}
@@ -144,8 +146,8 @@ class Options:
         return self.iterations != "exact" and "auto" in (self.iterations, self.segment, self.damping)
 
     def tried(self, length: int) -> list[Truncation]:
-        """The truncations that may be written out for a chain of ``length`` links; more than one only with "auto". None
-        of them is ordinary backprop.
+        """The truncations that a chain of ``length`` links may get. Only "auto" gives more than one. Ordinary backprop
+        is never among them.
         """
         if not self.auto:
             found = self.truncation(length)
@@ -186,7 +188,7 @@ class Options:
         return replace(self, iterations="exact", segment=1, damping=0.0, **_HOW_TO_CHOOSE)
 
     def truncation(self, length: int) -> Truncation | None:
-        """What to write out for a chain of ``length`` links. None if that is ordinary backprop, or not chosen yet."""
+        """The truncation for a chain of ``length`` links. None for ordinary backprop, or if "auto" is to choose."""
         if self.iterations == "exact" or self.auto:
             return None
         how = self.numbers

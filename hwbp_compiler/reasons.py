@@ -1,7 +1,7 @@
 """Why a chain is rewritten or left exact: each reason is a member of :class:`Reason`, with a text and advice.
 
-Code compares members. The texts are for users who know PyTorch and not this compiler. They may be reworded at any time,
-and they name no node of a graph.
+Code compares members, never texts. The texts are for users who know PyTorch but not this compiler. They may be reworded
+at any time. They never contain the name of a graph node.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _DEFECT = "This is a bug in hwbp_compiler. Please report it: report.save_repro(p
 
 
 class Reason(enum.Enum):
-    """A member's name never changes its meaning. ``text`` and ``advice`` are templates; :meth:`of` fills them in."""
+    """Why a chain is rewritten or left exact. The name of a member never changes its meaning.
+
+    ``text`` and ``advice`` are templates; :meth:`of` fills them in.
+    """
 
     # -- decided by the options ------------------------------------------------------------------------------------
     REWRITTEN_ALWAYS = 'rewrite="always"; estimated {estimate}'
@@ -72,8 +75,7 @@ class Reason(enum.Enum):
         "at most {widest} tensors from step to step.",
     )
     GRADIENT_IN_TOO_MANY_TERMS = (
-        "the gradient of a step's state is a sum of {parts} terms, which at most {widest} tensors of the graph cannot "
-        "represent",
+        "the gradient of a step's state is a sum of {parts} terms; the compiler needs it in at most {widest} tensors",
         f"{_TO_RECURRENT}, which is given the state explicitly.",
     )
     STATE_CHANGES_WIDTH = (
@@ -150,7 +152,7 @@ class Reason(enum.Enum):
 
     # -- operators -------------------------------------------------------------------------------------------------
     NOT_LINEAR_IN_GRADIENT = (
-        "the gradient is an argument of {operator} in which the result is not linear",
+        "the result of {operator} is not linear in the gradient",
         "Backward formulas that are not linear in the incoming gradient cannot be iterated. The usual cause is a "
         "custom autograd.Function or a hook on a tensor.",
     )
@@ -337,7 +339,7 @@ class Reason(enum.Enum):
 
 @dataclass(frozen=True)
 class Why:
-    """A reason in one case: its ``code``, and the ``text`` and ``advice`` that a user reads."""
+    """The reason for one chain: its ``code``, and the ``text`` and ``advice`` for the user."""
 
     code: Reason
     text: str

@@ -15,8 +15,8 @@ B, I, H, T = 3, 4, 5, 6  # noqa: E741
 
 @dataclass(frozen=True)
 class PythonLoop:
-    """``model(*args())``. ``lengths``: of the loops in it. ``recurrences``: how many Recurrences each loop becomes,
-    none of which depends on a later one.
+    """``model(*args())``. ``lengths``: the lengths of its loops. ``recurrences``: how many Recurrences each loop
+    becomes; none of them depends on a later one.
     """
 
     name: str
@@ -63,7 +63,7 @@ def loop(
     recurrences: int = 1,
     **modules: Any,
 ):
-    """Decorate a function that is a loop over the modules which ``args`` make."""
+    """A decorator for a function that is a loop over the modules made by ``args``."""
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         def model() -> nn.Module:

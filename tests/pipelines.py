@@ -158,7 +158,7 @@ class Head(nn.Module):
 
 
 class Counting(ReLU):
-    """Not a function of its inputs: every call adds more."""
+    """Not a function of its inputs: each call multiplies by a larger number."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class Counting(ReLU):
 
 
 class Masked(ReLU):
-    """Uses a mask from the stage before; without one, it uses the same mask."""
+    """Multiplies by a mask from the stage before, or by its own copy of that mask if it gets none."""
 
     def forward(self, x, mask=None):
         return torch.relu(x + (the_mask() if mask is None else mask) * self.block(x))

@@ -1,4 +1,4 @@
-"""Code blocks of Markdown files, and a compiler without generated code, so that running them takes little time."""
+"""Code blocks of Markdown files, and a way to run them quickly: compiled without generated code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor's graphs run as they are, and operators of ours run without their C++."""
+    """Run Inductor's graphs directly, and our operators without their C++ code."""
 
     def no_code(module, example_inputs, **kwargs):
         return make_boxed_func(module.forward)
@@ -30,7 +30,7 @@ def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def anchor(heading: str) -> str:
-    """What GitHub and MkDocs make of a heading."""
+    """The anchor that GitHub and MkDocs give to a heading."""
     words = re.sub(r"[`*]", "", heading.strip().lower())
     return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", words)).strip("-")
 
@@ -41,6 +41,6 @@ def anchors(text: str) -> set[str]:
 
 
 def links(text: str) -> list[tuple[str, str]]:
-    """File and anchor of every link that stays in the tree."""
+    """File and anchor of every link to a file of the repository."""
     without_code = re.sub(r"^```.*?^```$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", without_code)

@@ -1,4 +1,4 @@
-"""Recurrences whose time is sharded over gloo processes, and the oracle they are compared with.
+"""Recurrences whose time steps are spread over gloo processes, and the oracle they are compared with.
 
 The oracle follows SEGMENTS.md, section 1, step by step with ``torch.func.vjp`` in one process. A rank's stretch is a
 segment, and each layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
@@ -48,9 +48,7 @@ def rnn_step(w: dict[str, Tensor], x: Tensor, state: Tensors, hold: Callable[[Te
 
 
 class Cell(nn.Module):
-    """A cell with a state of two parts, where the second part uses the first one's next value, and an output made from
-    both.
-    """
+    """A cell whose state has two parts. The second part uses the next value of the first. The output uses both."""
 
     def __init__(self) -> None:
         super().__init__()

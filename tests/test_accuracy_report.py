@@ -1,4 +1,4 @@
-"""What the benchmark page says about the paper's claims follows from the rows, even where they contradict the paper."""
+"""The benchmark page states what the measured rows show about the paper's claims, even if they contradict the paper."""
 
 from __future__ import annotations
 

@@ -210,7 +210,7 @@ def test_a_new_length_compiles_nothing_new_with_segments():
 
 
 def test_a_step_over_lanes_serves_the_numbers_it_was_compiled_for():
-    """Tracing uses four lanes too. Where that size is compared with another, it must not stand for every number."""
+    """Tracing uses four lanes. If the step compares this size with another, the code must not serve other sizes."""
     given = AnyNumber(((((3,), (3, 1), torch.float64, torch.device("cpu")),), ()), None)
     assert all(given.allows(number) for number in (2, 4, 5))
     with given.mode:
@@ -332,7 +332,7 @@ def test_its_own_options_win_inside_a_compiled_function():
 
 @pytest.mark.parametrize("within", [False, True], ids=["", "in_a_checkpoint"])
 def test_autocast_inside_a_compiled_function_holds_for_the_step(within):
-    """The step is traced before the function's graph runs, and so before its autocast is entered."""
+    """The step is traced before the function's graph runs, so before autocast is switched on there."""
     torch.manual_seed(0)
     linear, plain = nn.Linear(4, 4), nn.Linear(4, 4)
 
@@ -465,7 +465,7 @@ def test_a_state_that_only_waits_needs_no_loop():
 
 
 def test_a_state_may_be_copied_to_other_strides():
-    """As for attention heads: transposed, made contiguous, viewed."""
+    """As with attention heads: the state is transposed, made contiguous, and viewed."""
     linear = nn.Linear(6, 6).double()
 
     def cell(x, h):
@@ -520,7 +520,7 @@ def test_a_linear_recurrence_may_broadcast_what_it_adds(cell):
 
 
 def test_attributes_of_what_a_cell_is_given():
-    """For an argument of a region, Dynamo takes ``h.T`` before the region, where it would be the same at all times."""
+    """Dynamo moves ``h.T`` of a region's argument to before the region, where it would be the same in every step."""
     w = leaf(4, 4)
     cell = lambda x, h: (h.T + x.mT, torch.sigmoid(x) * h + (w.T @ h.T).T)  # noqa: E731
     exactly(cell, leaf(LENGTH, 3, 4), leaf(3, 4))
@@ -552,7 +552,7 @@ def test_a_linear_recurrence_may_add_numbers(cell):
 
 
 def test_a_state_that_counts_is_no_scan():
-    """Scans are for numbers with gradients. A recurrence of integers runs step by step."""
+    """Only a recurrence with gradients becomes a scan. One of integers runs step by step."""
 
     def cell(x, state):
         h, steps, positive = state
@@ -571,7 +571,7 @@ def test_a_state_that_counts_is_no_scan():
 
 
 def test_a_step_that_indexes_does_not_read_what_memory_holds(monkeypatch):
-    """A step is traced on made-up tensors. Here, memory that is not written to is full of the largest integers."""
+    """A step is traced on tensors with arbitrary contents. Here, unwritten memory is full of the largest integers."""
     loop._compiled.cache_clear()
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -701,8 +701,8 @@ def test_a_recurrent_module_in_a_cell_is_right_and_the_reason_names_it():
 
 @pytest.mark.parametrize("where", ["inside", "around"])
 def test_a_checkpoint_and_a_loop(where):
-    """A checkpoint inside what is compiled is a region of the graph. Around it, a checkpoint counts what autograd
-    saves.
+    """A checkpoint inside the compiled function is a region of the graph. A checkpoint around it counts the tensors
+    that autograd saves.
     """
     cell, x, h = CellCase(GRU, "").build(LENGTH)
     options = {"iterations": "exact", "strict": True}

@@ -1,5 +1,5 @@
-"""An attention mask is passed by name, made in every layer or once for all. The layers are still one group, and each
-gets its own mask.
+"""Attention masks passed by keyword, one made in every layer or one for all layers. The layers still form one group,
+and each gets its own mask.
 """
 
 from __future__ import annotations

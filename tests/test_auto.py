@@ -429,7 +429,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "cell"])
 def test_recurrent_models_of_any_length_choose_too(kind):
-    """Checks have eager gradients, the steps between them good ones. A new length compiles nothing."""
+    """A check has eager mode's gradients, the steps between checks have good ones. A new length compiles nothing."""
     torch.manual_seed(1)
     model = Recurrent(kind).double()
     options = {"rewrite": "always", "check_every": 3, "iterations": 1, "segment": "auto"}
@@ -522,7 +522,7 @@ def test_a_gradient_that_is_not_finite_or_zero_decides_nothing():
 
 
 def test_under_a_checkpoint_in_eager_mode_the_steps_are_exact():
-    """A checkpoint runs the forward pass again in the backward pass, and compares what both save."""
+    """A checkpoint runs the forward pass again in the backward pass, and compares what the two runs save."""
     model, x = stack()
     compiled = torch.compile(model, backend="highway", options=AUTO)
     _, exact = step(model, model, x)
@@ -575,7 +575,7 @@ def test_a_check_runs_the_forward_pass_once():
 
 
 def test_modules_that_share_a_graph_are_all_checked():
-    """Blocks of one class share a graph. No form is used that is good for only one of them."""
+    """Blocks of one class share a graph. A form is used only if it is good for all of them."""
     torch.manual_seed(4)
     # The first has an input without a gradient, and its own graph.
     first, good, bad = (Residuals(8) for _ in range(3))
@@ -585,8 +585,7 @@ def test_modules_that_share_a_graph_are_all_checked():
     options = {**AUTO, "check_every": 2}
     for block in (first, good, bad):
         block.compile(backend="highway", options=options)
-    # Every second call of the graph is one of the last block. Checks that did not change places would see only that
-    # block.
+    # Every second call of the graph is for the last block. Checks at every second call would see only that block.
     whole, x = nn.Sequential(first, bad, good), torch.randn(5, 4)
     hwbp_compiler.reset_counters()
     eager = copy.deepcopy(whole)

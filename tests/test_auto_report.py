@@ -1,4 +1,4 @@
-"""What the benchmark page says about "auto" follows from the rows, whichever of them exist."""
+"""The benchmark page states what the measured rows show about "auto", also if some rows are missing."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ X = torch.linspace(-1, 1, 6).reshape(2, 3)
 
 
 class Model(nn.Module):
-    """Elementwise only: it compiles fast, and autotuning finds nothing to tune."""
+    """Only elementwise operators: it compiles fast, and there is nothing to autotune."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def assert_right_gradient(model: Model) -> None:
 
 @pytest.fixture
 def called(monkeypatch) -> list[str]:
-    """The passes, replaced by one that only notes it was called."""
+    """Replaces the passes by one that only records that it was called."""
     called: list[str] = []
 
     def run(graph, options):
@@ -85,7 +85,7 @@ def called(monkeypatch) -> list[str]:
 
 @pytest.fixture
 def broken(monkeypatch) -> None:
-    """The passes, replaced by one that always fails."""
+    """Replaces the passes by one that always fails."""
 
     def run(graph, options):
         raise KeyError("a broken step")
@@ -350,7 +350,7 @@ ALL_LINKS = {"iterations": 6, "rewrite": "always", "strict": True}
 
 
 class ColumnReader(Reader):
-    """The same for a table's columns: the gradient is an ``index_put`` behind a whole dimension."""
+    """The same with a table's columns: the gradient is an ``index_put`` in the second dimension."""
 
     def __init__(self, words: int) -> None:
         super().__init__(words)

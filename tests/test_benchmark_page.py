@@ -1,4 +1,4 @@
-"""``docs/benchmarks/`` and the READMEs' tables say what the committed results say, and where they say nothing."""
+"""``docs/benchmarks/`` and the tables in the READMEs match the committed results, and show what was not measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.against_exact import best_last, duel
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
-    """The committed pages in a folder of their own, written anew there."""
+    """The committed pages, written again into a separate folder."""
     pytest.importorskip("matplotlib")
     root, folder = report.ROOT, report.FOLDER.relative_to(report.ROOT)
     readmes = {"README": "README.md", "EXAMPLES": "examples/README.md"}

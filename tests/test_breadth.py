@@ -1,4 +1,4 @@
-"""Residual paths as people write them: each kind against the oracle, with the number of links that a reader counts.
+"""Residual paths as people write them: each kind is compared with the oracle, and has the expected number of links.
 
 A case is one step of the trunk, written once. The model runs it as it is; the oracle puts ``hold`` around what mixes
 elements.
@@ -346,7 +346,7 @@ def test_recurrent_layers_inside_residual_blocks():
     model, x = Recurrent(), torch.randn(6, 2, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     _, exact, _ = captured.gradients(None)
-    # Five iterations are exact inside the layers, four in the chain of five. So first both are exact, and then neither.
+    # Five iterations are exact inside the layers, four in the chain of five. So both are exact first, and then neither.
     for k, limit in ((5, 1e-10), (1, 0.2)):
         _, found, records = captured.gradients(options(iterations=k, min_length=2))
         outer = [r for r in records if r.length == LINKS]
@@ -357,7 +357,7 @@ def test_recurrent_layers_inside_residual_blocks():
 
 @pytest.mark.parametrize("name", ["half_is_doubled_in_place", "chunks_are_put_together_again"])
 def test_where_nothing_is_rewritten_the_graph_is_as_it_was(name):
-    """The graph was rephrased to look for a chain, but ``iterations="exact"`` leaves the chain alone."""
+    """The graph is changed to look for a chain, and restored, because ``iterations="exact"`` rewrites none."""
     model, x = Trunk(STEPS[name][0]), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     captured.gradients(None)
@@ -373,7 +373,7 @@ def operators(module):
 
 
 def test_what_was_cut_away_may_be_infinite():
-    """The mask selects, so a gradient that is thrown away has no effect, also around a chain."""
+    """The mask selects, so a gradient that is not selected has no effect, even if it is infinite."""
 
     class Cut(Trunk):
         def forward(self, x):

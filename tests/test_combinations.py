@@ -67,7 +67,7 @@ def compiled(model, **kwargs):
 
 
 def check(model, x, step=None, tolerance=1e-4, **kwargs) -> None:
-    """After one call of ``step`` (the compiled model), ``.grad`` is w^1, and something was rewritten."""
+    """Call ``step`` (the compiled model) once. Check that ``.grad`` is that of w^1 and that a chain was rewritten."""
     loss_of((step or compiled(model, **kwargs))(x)).backward()
     assert hwbp_compiler.counters()["chains_rewritten"] >= 1
     assert_gradients_close(gradients(model), expected(model, x), tolerance, noise=1e-6)
@@ -274,7 +274,7 @@ def test_buffers_mutated_in_forward():
 @pytest.mark.parametrize("iterations", [1, "exact"])
 @pytest.mark.parametrize("many", [False, True], ids=["one for each block", "one for all"])
 def test_buffers_changed_and_used_in_forward(iterations, many):
-    """The multiplier of a block in step n of the training is n."""
+    """In training step n the multiplier of a block is n."""
     model, x = make(), inputs()
 
     class Counting(nn.Module):
@@ -469,9 +469,6 @@ def test_what_is_not_finite_stays_so(bad):
     for (name, got), wanted in zip(gradients(model).items(), gradients(eager).values(), strict=True):
         assert not (wanted.isfinite().logical_not() & got.isfinite()).any(), name
         assert torch.equal(got.isnan(), wanted.isnan()), name
-
-
-# ------------------------------------------------------------------------------ several processes, and trainers
 
 
 # -- several processes --------------------------------------------------------------------------------------------

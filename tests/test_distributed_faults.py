@@ -19,7 +19,7 @@ FAULTY = 1
 
 
 class Faulty(PreLN):
-    """Fails in its third call, which is in the second step: torch calls it once to learn shapes."""
+    """Fails in its third call. That is in the second step, because torch calls it once to find out the shapes."""
 
     def __init__(self, fault):
         super().__init__()
@@ -74,7 +74,7 @@ def worker(rank, folder, fault, last_batch):
 
 
 def end_of_all(folder, fault, last_batch=4):
-    """For each rank, the seconds since the step began, and its message; None for a rank without one."""
+    """For each rank, the seconds since the step began and its error message, or None if it has no message."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=worker, args=(r, str(folder), fault, last_batch)) for r in range(RANKS)]
     for process in processes:

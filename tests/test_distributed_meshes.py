@@ -1,5 +1,5 @@
-"""Claims about pipelines combined with data parallelism, many ranks, and models of others. All are slow: they start
-many processes.
+"""Claims about pipelines with data parallelism, with many ranks, and with other people's models. All tests are slow,
+because they start many processes.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def test_other_options_in_a_later_call_are_refused_on_every_rank(found):
 
 @pytest.fixture
 def alone(tmp_path):
-    """A mesh of only this process."""
+    """A mesh that contains only this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()

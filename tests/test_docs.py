@@ -1,9 +1,9 @@
 """The docs site builds without a network, has no dead link, loads nothing from elsewhere, and its guide works.
 
-Python blocks of the start page and of the pages of ``RUN`` run, with Inductor's graphs run as they are. A page that
-says so gets what the start page defines. Blocks of ``ONLY_PARSED`` are compiled by Python and not run: those on several
-devices need several processes (``tests/test_distributed*.py`` run the same calls), those on inspecting need graphviz
-(``tests/test_explain.py`` runs the same calls).
+The tests run the Python blocks of the start page and of the pages in ``RUN``, without generating code. A page can ask
+for the names that the start page defines. The blocks of the pages in ``ONLY_PARSED`` are parsed but not run: those
+about several devices need several processes (``tests/test_distributed*.py`` make the same calls), and those about
+inspecting need graphviz (``tests/test_explain.py`` makes the same calls).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def page(name: str) -> str:
 
 
 class Page(HTMLParser):
-    """What a page of the site links to, loads, and can be linked to."""
+    """The links of a page, the files it loads, and the anchors it has."""
 
     LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
     RELATIONS = {"stylesheet", "icon", "preload", "preconnect", "modulepreload", "manifest", "dns-prefetch"}
@@ -174,13 +174,13 @@ def test_blocks_that_are_not_run_are_python(name):
 
 
 def without_estimates(text: str) -> str:
-    """Times depend on the machine, node counts on every detail of the passes, line ends on both."""
+    """Leave out times, which depend on the machine, and node counts, which depend on every detail of the passes."""
     return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> dict[str, object]:
-    """What the start page defines, after it has run; ``"printed"`` and ``"folder"`` besides."""
+    """The names that the start page defines when it runs, and ``"printed"`` and ``"folder"``."""
     folder = tmp_path_factory.mktemp("start")
     script = folder / "train.py"
     script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))

@@ -1,4 +1,4 @@
-"""The examples run, all methods start alike, and an interrupted and resumed run ends like an uninterrupted one."""
+"""The examples run, all methods start with the same weights, and a resumed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_script_trains_and_leaves_log_plot_and_checkpoint(case, tmp_path):
 
 @pytest.fixture
 def no_code(monkeypatch):
-    """Inductor's graphs run as they are, which saves generating code for them."""
+    """Run Inductor's graphs directly, which saves generating code for them."""
 
     def compile_(gm, inputs, patches):
         inner = lambda module, example_inputs, **kwargs: make_boxed_func(module.forward)  # noqa: E731
@@ -150,7 +150,7 @@ def test_the_notebook_runs_from_top_to_bottom(no_code, monkeypatch, tmp_path, ca
 
 @pytest.fixture
 def first_cell(monkeypatch, tmp_path):
-    """Runs the notebook's first cell where there is no checkout; the commands it gives are kept, not carried out."""
+    """Runs the notebook's first cell outside a checkout. Its shell commands are recorded, not executed."""
     commands: list[list[str]] = []
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
@@ -290,7 +290,7 @@ def test_cifar_is_read_from_a_folder(load, tmp_path):
 
 
 def test_the_results_claim_nothing_that_the_gradients_did_not_earn(monkeypatch):
-    """A run whose chains were not rewritten is exact backprop, so it must not enter the table as Highway-BP."""
+    """A run without rewritten chains is exact backprop, so the table must not list it as Highway-BP."""
     from benchmarks import accuracy
 
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)

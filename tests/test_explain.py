@@ -176,7 +176,7 @@ def test_the_graph_is_the_one_the_backend_is_given(mlp_report, monkeypatch):
 
 
 def test_a_cell_that_is_one_kernel_is_written_out_as_the_backend_does(monkeypatch):
-    """As it is on a GPU."""
+    """As on a GPU, where a cell is one kernel."""
     from hwbp_compiler.passes import write_out_cells
 
     asked = []
@@ -229,7 +229,7 @@ def test_damping_and_segments_stand_with_the_gradients():
 
 @pytest.fixture(scope="module")
 def four_alike():
-    """Two layers, the second with twice as many inputs, and two directions."""
+    """Two layers (the second has twice as many inputs) and two directions."""
     model = nn.GRU(2, WIDTH, num_layers=2, bidirectional=True)
     return explain(model, torch.randn(6, 3, 2), options=ALWAYS)
 
@@ -563,7 +563,7 @@ def test_a_repro_script_stands_alone_and_compares_gradients(mlp_report, tmp_path
 
 
 def test_a_repro_script_of_a_model_that_draws_random_numbers(tmp_path):
-    """Forward and backward are one graph, so the masks are those of the exact run, and only k makes a difference."""
+    """Forward and backward are one graph, so the dropout masks are the same in every run; only k makes a difference."""
     blocks = nn.Sequential(*(nn.Sequential(PreNorm(), nn.Dropout(0.5)) for _ in range(4)))
     explain(blocks, x(), options=ALWAYS).save_repro(tmp_path / "repro.py")
     found = runpy.run_path(str(tmp_path / "repro.py"))

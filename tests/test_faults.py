@@ -1,4 +1,4 @@
-"""The promise if something fails: the model trains with correct gradients, there is one warning, and strict raises.
+"""If something fails, the model still trains with correct gradients and logs one warning. With strict it raises.
 
 ``tests/reliability.py`` builds the second table of docs/reliability.md from the marker ``fault(name, outcome)``.
 """

@@ -1,4 +1,4 @@
-"""Ways into the package: many threads at once, one part alone, one compiled model inside another."""
+"""Ways to use the package: many threads at once, one part alone, one compiled model inside another."""
 
 from __future__ import annotations
 

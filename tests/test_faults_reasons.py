@@ -1,4 +1,4 @@
-"""Reasons that were untrue or did not help: now each reason is true, and its advice works."""
+"""Cases in which a reason was once wrong or its advice useless. Now each reason is true, and its advice works."""
 
 from __future__ import annotations
 
@@ -422,7 +422,7 @@ class ComplexBlock(ComplexResidual):
     ],
 )
 def test_complex_numbers_keep_nothing_from_being_a_chain(model, shape, multiplier):
-    """Before these were chains, the reason named complex numbers."""
+    """These are chains. In the past they were declined with a reason about complex numbers."""
     chain = only(explained(model(), torch.randn(shape)).chains)
     assert (chain.decision, chain.length, chain.multiplier) == ("rewritten", STEPS, multiplier)
 
@@ -476,7 +476,7 @@ class Changing(nn.Module):
 def test_a_backward_that_is_not_linear_in_the_gradient_is_called_so(name, on_trunk):
     chains = declined(Changing(changed_by(FORMULAS[name]), on_trunk), torch.randn(2, WIDTH))
     chain = chains[-1]
-    assert chain.reason == f"the gradient is an argument of aten::{name} in which the result is not linear"
+    assert chain.reason == f"the result of aten::{name} is not linear in the gradient"
     assert chain.length >= STEPS - 1 and "hook" in chain.advice
 
 
@@ -490,4 +490,4 @@ def test_a_hook_that_is_not_linear_in_the_gradient_is_called_so():
             return x
 
     reasons = [chain.reason for chain in declined(Hooked(None, False), torch.randn(2, WIDTH))]
-    assert any(reason.endswith("in which the result is not linear") for reason in reasons), reasons
+    assert any(reason.endswith("is not linear in the gradient") for reason in reasons), reasons

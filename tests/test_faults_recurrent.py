@@ -74,7 +74,7 @@ def functional(cell):
 
 
 def joined():
-    """The function joins inputs and state: their size is twice a size that no argument of the step has."""
+    """Inputs and state are concatenated before the loop. Their size is twice a size that the step does not see."""
 
     def program(run, x, z, w, u):
         state = torch.cat([z, z], -1)

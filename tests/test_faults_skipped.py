@@ -31,7 +31,7 @@ def float64():
 
 
 def as_it_stands(module, inputs, **about):
-    """Run what Inductor would generate code for. These tests are about what is compiled, not about the code."""
+    """Run Inductor's graphs without generating code. These tests are about which graphs are compiled."""
 
     def half(values):
         given = list(values)
@@ -378,7 +378,7 @@ def test_a_first_call_that_finds_all_in_the_cache_is_no_reason_to_warn(caplog):
 
 
 def test_a_first_call_where_nothing_can_be_compiled_does_not_count():
-    """A mode that counts operations, for example, keeps Dynamo from compiling. Before torch 2.14 this is permanent."""
+    """A mode that counts operations, for example, stops Dynamo from compiling. Before torch 2.14 this is permanent."""
     model, x = Wrapper(nn.GRU(3, 4)), torch.randn(5, 2, 3)
     compiled = ours(model)
     with FlopCounterMode(display=False):

@@ -30,7 +30,7 @@ ALL = tuple((k, gamma) for k in (0, 1, 2, 3, "L-1", "L") for gamma in DAMPINGS)
 
 @pytest.fixture(autouse=True)
 def fresh_state():
-    """Replaces the fixture of all tests: here a captured model lives through all tests of its case."""
+    """Replaces the fixture of all other tests, because here a captured model serves all tests of its case."""
     with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
         yield
 
@@ -219,7 +219,7 @@ PARTITIONED = (
 
 @pytest.mark.parametrize("name", [name for name in PARTITIONED if name in BY_NAME])
 def test_gradients_match_the_oracle_after_partitioning(name):
-    """The min-cut partitioner cuts the rewritten graph anywhere and recomputes what it chooses."""
+    """The min-cut partitioner may cut the rewritten graph anywhere, and may recompute any value."""
     case = BY_NAME[name]
     iterations, damping = 1, 0.2
     model, args, loss = case.build()

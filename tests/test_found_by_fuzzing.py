@@ -1,4 +1,4 @@
-"""Programs for which the fuzzer once found wrong gradients. Each fails without the change that was made then."""
+"""Programs for which the fuzzer once found wrong gradients. Each fails if the fix made for it is undone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims about ``generate_code``: the kernels of a model, forward and rewritten backward, without a GPU.
+"""Claims about ``generate_code``: it gives the kernels of a model, forward and rewritten backward, without a GPU.
 
 The tests fix the number of kernels per iteration for nn.GRU and nn.LSTM, a loop over a recurrent cell, a pre-LN
 Transformer and a post-ReLU ResNet, so that a lost fusion is noticed. Every one of their kernels is compiled for sm_90.

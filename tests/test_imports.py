@@ -1,4 +1,4 @@
-"""Files import one another in one direction, and a long file says why it is long."""
+"""Files do not import one another in circles, and a long file says why it is long."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Import(NamedTuple):
 
 
 def _files() -> dict[str, Path]:
-    """Module by module; passes/ is imported as hwbp_compiler.passes and lies beside the package in a checkout."""
+    """The file of each module. In a checkout, hwbp_compiler.passes is the folder passes/ beside the package."""
     found = {}
     for place, prefix in ((PACKAGE, PACKAGE), ("passes", f"{PACKAGE}.passes"), ("benchmarks", "benchmarks")):
         for path in (ROOT / place).rglob("*.py"):
@@ -69,9 +69,9 @@ def _absolute(module: str, node: ast.ImportFrom) -> str:
 
 
 def _graph(types_too: bool) -> networkx.DiGraph:
-    """Which module needs which, inside functions too. Importing ``a.b`` from elsewhere runs ``a`` first.
+    """The modules that each module imports, also inside functions. Importing ``a.b`` from elsewhere runs ``a`` first.
 
-    The package itself is left out: it loads what is asked of it, when it is asked.
+    The package itself is left out, because it loads a module only when one of its names is used.
     """
     graph = networkx.DiGraph()
     graph.add_nodes_from(FILES)
@@ -141,13 +141,13 @@ def test_a_long_file_of_tests_has_sections():
 
 
 def _arrows() -> list[tuple[str, str, str]]:
-    """(from, arrow, to) of every line that draws one."""
+    """(from, arrow, to) for every line with an arrow."""
     drawing = (ROOT / "docs/design.md").read_text().partition("```mermaid\n")[2].partition("```")[0]
     return re.findall(r"^ *(\S+) (-->|-\.->)(?:\|[^|]*\|)? (\S+)$", drawing, re.MULTILINE)
 
 
 def _place(name: str) -> tuple[str, str]:
-    """The module that a name of the drawing stands in, and what it is called there; "" for the module itself."""
+    """The module that contains a name of the diagram, and the name inside it; "" for the module itself."""
     whole = f"{PACKAGE}.{name}"
     module, _, inside = (whole, "", "") if whole in FILES else whole.rpartition(".")
     return module, inside

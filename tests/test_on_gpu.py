@@ -1,4 +1,4 @@
-"""What only a GPU can show: the generated kernels run there, and give the oracle's gradients.
+"""Tests that need a GPU: the generated kernels run there, and give the oracle's gradients.
 
 The oracle and eager mode's reference run on the CPU in float64; only the compiled model is on the GPU. ``make gpu``
 runs these tests if there is a GPU; otherwise they are skipped.
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def moved(value, device=DEVICE, dtype=None):
-    """A copy of models and tensors, in which leaves stay leaves."""
+    """Copies of models and tensors on another device or in another dtype. Leaves stay leaves."""
 
     def move(leaf):
         if isinstance(leaf, nn.Module):
@@ -244,7 +244,7 @@ def test_gradients_of_unrolled_chains_are_those_of_w_k(case):
 
 
 def other_numbers(x):
-    """Other existing token numbers for inputs of token numbers, otherwise other random numbers."""
+    """Other inputs of the same kind: other valid tokens for tokens, otherwise other random numbers."""
     if not x.is_floating_point():
         return x.flatten()[torch.randperm(x.numel())].view(x.shape)
     return torch.randn_like(x).requires_grad_(x.requires_grad)
@@ -285,7 +285,7 @@ def test_cells_within_a_checkpoint_are_chains():
 @pytest.mark.parametrize("mode", [REDUCE_OVERHEAD, MAX_AUTOTUNE], ids=lambda mode: next(iter(mode)))
 @pytest.mark.parametrize("name", ["mlp_module_list", "gru_cell_every_step", "decoder_causal"])
 def test_graphs_that_are_replayed_and_tuned_kernels(name, mode):
-    """CUDA graphs record the second call and replay from the third on. Every call has its own inputs."""
+    """CUDA graphs record the second call and replay it from the third call on. Every call has new inputs."""
     case = next(c for c in CASES if c.name == name)
     model, args, loss = case.build()
     on_gpu = moved(model)
@@ -360,6 +360,6 @@ def test_generated_code_is_what_runs_here():
 
 
 def kernels(source: str) -> list[str]:
-    """The bodies of all Triton kernels, whatever they are called."""
+    """The bodies of all Triton kernels, without their names."""
     found = re.findall(r"@triton\.jit\s*\ndef \w+(\(.*?)(?:\n'''|\Z)", source, flags=re.DOTALL)
     return sorted(re.sub(r"triton_\w+", "", body).strip() for body in found)

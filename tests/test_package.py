@@ -1,6 +1,6 @@
-"""What is released works where the checkout is not: from the wheel and from the sdist, in an environment of its own.
+"""The wheel and the sdist work without the checkout, each in its own environment.
 
-The environment holds links to everything that is installed here but this package, so that nothing is downloaded.
+The environment links to all packages that are installed here except this one, so that nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(*command: object, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory) -> dict[str, Path]:
-    """Built from a copy of what git has: a build leaves folders behind."""
+    """The wheel and the sdist, built from a copy of the files in git, because a build leaves folders behind."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     ignored = shutil.ignore_patterns("__pycache__")
     for name in BUILT_FROM:
@@ -47,7 +47,7 @@ def releases(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def install(releases, tmp_path_factory):
-    """Kind of release -> a Python in which it is installed, and whose other packages are those of this one."""
+    """Maps "wheel" or "sdist" to a Python that has it installed, and otherwise the same packages as this Python."""
     made: dict[str, Path] = {}
 
     def installed(kind: str) -> Path:

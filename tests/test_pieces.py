@@ -24,7 +24,7 @@ _REUSED = re.compile(r"^\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*# reuse")
 
 
 def overwritten_pieces(code: str) -> list[str]:
-    """Lines in generated Python that give the memory of a piece to another buffer."""
+    """Lines of the generated Python code that give the memory of a piece to another buffer."""
     pieces: set[str] = set()
     found = []
     for line in code.splitlines():
@@ -114,7 +114,7 @@ def test_the_fuzzer_sees_what_is_overwritten(monkeypatch):
     found = generated.run_generated(graph, graph.graph, inputs())
     torch.testing.assert_close(found[2], piece_of_a_cat(*inputs())[2], rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(generated, "keeping_pieces", dict)
-    with pytest.raises(AssertionError, match="where memory is used again"):
+    with pytest.raises(AssertionError, match="when memory is reused"):
         generated.run_generated(graph, graph.graph, inputs())
 
 

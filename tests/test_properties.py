@@ -61,7 +61,7 @@ def rewritten(traced, iterations, damping):
 
 @pytest.mark.parametrize("damping", [0.0, 0.3, 1.0])
 def test_as_many_iterations_as_links_are_backprop(spec, traced, damping):
-    """Forced into the rewritten form: normally the passes leave such a chain alone."""
+    """The rewritten form is forced here; ordinarily the passes leave such a chain alone."""
     usual = options(iterations=max(spec.chain_lengths), damping=damping)
     _, found, records = traced.gradients(AtFullLength(**asdict(usual)))
     assert records and all(record.decision == "rewritten" for record in records if record.length > 1), records

@@ -1,4 +1,4 @@
-"""Random residual models: whatever is drawn, the compiler's gradients equal the oracle's."""
+"""Random residual models: the compiler's gradients always equal the oracle's."""
 
 from __future__ import annotations
 

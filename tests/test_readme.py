@@ -1,4 +1,4 @@
-"""README is short, what it shows works, and what it links to is there."""
+"""README is short, its code works, and its links lead somewhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.fixture
 def script(tmp_path, monkeypatch) -> Path:
-    """All snippets as one file, in a directory of their own."""
+    """All code blocks as one file, in a separate directory."""
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "train.py"
     path.write_text("\n".join(snippets.blocks(README, "python")))

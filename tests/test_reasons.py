@@ -1,4 +1,4 @@
-"""Claims about reasons: scripts may refer to them by name, and no decision depends on their words."""
+"""Claims about reasons: scripts can rely on their names, and no decision depends on their texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_declined_reason_carries_its_words():
 
 
 def compared_with_words(tree: ast.AST) -> list[str]:
-    """Comparisons of something called reason or advice, except with nothing or with another one."""
+    """Code that compares a reason or advice with anything but another one, or takes its text apart."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):

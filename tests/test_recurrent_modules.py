@@ -179,7 +179,7 @@ def test_gradients_are_exact_inside_a_segment_and_truncated_across(kind, case):
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM"])
 def test_a_new_length_compiles_nothing_new_with_segments(kind):
-    """For any remainder."""
+    """Whatever the length of the last segment."""
     model, _ = Case("plain").build(kind)
     run = compiled(model, iterations=1, segment=3, dynamic=True)
     for length in (11, 12, 13, 16):
@@ -211,9 +211,6 @@ def test_iterations_up_to_the_length_are_backprop(kind, case):
         assert {r.decision for r in records} == {"declined"}
         assert_outputs_close(output, expected_output, 1e-12)
         assert_gradients_close(found, expected, 1e-9)
-
-
-# ------------------------------------------------------------------------------------- through the whole of Inductor
 
 
 # -- compiled -----------------------------------------------------------------------------------------------------
@@ -687,7 +684,7 @@ def test_an_exact_gru_on_a_cpu_records_nothing_and_goes_through_time_in_one_call
 
 
 def measured_on_a_gpu():
-    """By case (kind, hidden, steps, layers, dtype, matmul): the measured row of each run."""
+    """Maps each case (kind, hidden, steps, layers, dtype, matmul) to the measured rows of its runs."""
     path = Path(__file__).parent.parent / "benchmarks/results/recurrent-cuda.jsonl"
     cases: dict[tuple, dict[str, Any]] = {}
     for row in map(json.loads, path.read_text().splitlines()):
@@ -741,9 +738,6 @@ def test_on_a_gpu_layers_are_taken_apart_only_where_that_pays(rewrite, iteration
     with tracing.traced_whole():
         torch.compile(lambda x: model(x)[0], backend=backend)(x)
     assert found == [calls]
-
-
-# ------------------------------------------------------------------------------------------- in processes of their own
 
 
 # -- processes of their own ---------------------------------------------------------------------------------------

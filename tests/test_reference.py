@@ -1,4 +1,4 @@
-"""The oracle itself, compared with what is known without it: plain autograd, path enumeration, fixed points."""
+"""The oracle itself, compared with plain autograd, path enumeration, and fixed points."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_without_a_chain_every_iteration_count_is_backprop(case):
 
 
 def is_kind(kind, diagonal):
-    """Whether the highways of a chain look like the case's K."""
+    """Whether the highways of a chain are of the kind that the case expects."""
     if kind == "1":
         return bool((diagonal == 1).all())
     if kind == "mask":

@@ -1,5 +1,5 @@
-"""What is not rewritten gives a reason in PyTorch's terms, and says what to change. It names no node and nothing
-internal.
+"""If something is not rewritten, the report gives a reason in PyTorch's terms and says what to change. It names no node
+of the graph and nothing internal.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ class U(nn.Module):
 
 
 def test_connections_that_skip_over_blocks_leave_two_chains():
-    """The state in the middle is the last one of the way up: the skips over blocks are added there."""
+    """The state in the middle is the last one on the way up: the skips over blocks are added there."""
     up, down = explained(U(), torch.randn(2, WIDTH), min_length=2).chains
     assert [(chain.decision, chain.length) for chain in (up, down)] == [("rewritten", 5), ("rewritten", 3)]
 

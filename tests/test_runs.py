@@ -1,4 +1,4 @@
-"""A run over the segments of a recurrent layer equals its links one after the other, however it is computed."""
+"""A run over the segments of a recurrent layer gives the same as its links one by one, however it is computed."""
 
 import pytest
 import torch
@@ -90,8 +90,8 @@ def test_a_run_is_its_links_one_after_the_other(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numbers_of_few_bits_are_rounded_once(dtype):
-    """Not after every step. The single rounding of a result is half an eps of it. The float32 sums over 200 steps take
-    the rest of 4 eps of the largest.
+    """Not after every step. Rounding a result once costs half an eps of it. The bound is 4 eps of the largest result;
+    the rest is for the float32 sums over 200 steps.
     """
     torch.manual_seed(0)
     steps, batch, hidden = 200, 3, 20

@@ -28,9 +28,6 @@ KINDS = ["none", "one for all", "per link", "per link, spread", "per column", "b
 LAYOUTS = ["contiguous", "transposed", "strided", "expanded", "reversed rank"]
 
 
-# ---- the oracle ---------------------------------------------------------------------------------------------
-
-
 # -- a loop in exact arithmetic, and what it may differ by --------------------------------------------------------
 
 
@@ -52,11 +49,11 @@ def precision(dtype: torch.dtype) -> float:
 
 
 def error_bound(values: Tensor, multipliers: Tensor | None, reverse: bool) -> Tensor:
-    """How far a scan link by link may be from the exact one, to first order, element by element.
+    """A bound for the error of a scan link by link, to first order, for each element.
 
-    A link makes two roundings in the accumulator's precision, one of ``m * u`` and one of the sum, and passes the
-    error so far on through m: ``e[i] = |m| e[i-1] + eps (|m| s[i-1] + s[i])`` with s the scan of absolute values.
-    Storing rounds the state once more, in the precision of the dtype.
+    A link rounds twice in the accumulator's precision, once for ``m * u`` and once for the sum. It also multiplies the
+    error so far by m: ``e[i] = |m| e[i-1] + eps (|m| s[i-1] + s[i])``, where s is the scan of absolute values. Storing
+    the state rounds once more, in the precision of the dtype.
     """
     accumulator = {torch.float16: torch.float32, torch.bfloat16: torch.float32}.get(values.dtype, values.dtype)
     eps = precision(accumulator)
@@ -84,9 +81,6 @@ def assert_as_good_as_a_loop(found: Tensor, values: Tensor, multipliers: Tensor 
     assert not worst.numel() or worst.max() <= 1, f"{worst.max()} times the error of a loop"
 
 
-# ---- random scans -------------------------------------------------------------------------------------------
-
-
 # -- scans of all kinds -------------------------------------------------------------------------------------------
 
 
@@ -97,7 +91,7 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, low: float, high: float, 
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers (or, if expanded, as many) with other strides."""
+    """A tensor of the same shape with other strides, and the same numbers unless it is expanded."""
     if layout == "transposed" and x.ndim > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "reversed rank":
@@ -201,9 +195,6 @@ def test_errors_are_on_average_those_of_a_float32_loop():
     assert squares["kernel"] <= 1.05 * squares["loop"]  # a twentieth for chance: 250,000 roundings
 
 
-# ---- sizes that take other ways through the kernel ----------------------------------------------------------
-
-
 # -- all ways of going through memory -----------------------------------------------------------------------------
 
 
@@ -258,8 +249,8 @@ def test_a_million_links(four_threads):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_numbers_are_read_and_rounded_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    # There are second links, so that numbers pass through the loop over vectors. A sum with a number of about the same
-    # size often ends half-way between two others; a sum with a number of another size leaves a long tail.
+    # There are second links, so that numbers pass through the loop over vectors. A sum of two numbers of about the same
+    # size often lies half-way between two floats; a sum of numbers of different sizes has many digits to round off.
     for distance, multiplier in itertools.product([77, 1000], [0.0, 1.0]):
         values = torch.stack([every.roll(distance), every])
         found = linear_scan(values, torch.full((2,), multiplier, dtype=dtype))[1]
@@ -318,9 +309,6 @@ def test_inputs_are_left_alone():
     assert torch.equal(values, before[0]) and torch.equal(multipliers, before[1])
 
 
-# ---- tuples -------------------------------------------------------------------------------------------------
-
-
 # -- tuples of components -----------------------------------------------------------------------------------------
 
 
@@ -347,9 +335,6 @@ def test_a_component_fed_by_nothing_is_returned_as_a_copy():
     a = torch.rand(4)
     (found,) = linear_scan((a,), ((0,),))
     assert torch.equal(found, a) and found.data_ptr() != a.data_ptr()
-
-
-# ---- gradients and the rest of torch ------------------------------------------------------------------------
 
 
 # -- derivatives and transforms -----------------------------------------------------------------------------------
@@ -481,9 +466,6 @@ def test_complex_conjugates_that_are_only_views_are_resolved():
     torch.testing.assert_close(linear_scan(values.conj(), multipliers.conj()), linear_scan(values, multipliers).conj())
 
 
-# ---- compiled -----------------------------------------------------------------------------------------------
-
-
 # -- compiled -----------------------------------------------------------------------------------------------------
 
 
@@ -539,7 +521,7 @@ print(counters["aot_autograd"]["autograd_cache_miss"], counters["aot_autograd"][
 
 
 def test_a_second_process_finds_the_compiled_graph_in_both_caches(tmp_path):
-    """Both start afresh, because the key of a graph depends on settings of the process, which other tests may have
+    """Both are new processes, because the key of a graph depends on settings of the process, which other tests may have
     changed.
     """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
@@ -553,9 +535,6 @@ def test_a_second_process_finds_the_compiled_graph_in_both_caches(tmp_path):
     gradient = str([[float(i)] * 3 for i in range(1, 5)])
     assert said() == [gradient, "2 0", "1 0"]
     assert said() == [gradient, "0 2", "0 1"]
-
-
-# ---- no compiler --------------------------------------------------------------------------------------------
 
 
 # -- without a compiler -------------------------------------------------------------------------------------------
@@ -594,9 +573,6 @@ def test_a_compiler_that_fails_is_as_good_as_none(monkeypatch, caplog, tmp_path)
         assert len(caplog.records) == 1
     finally:
         cpu.native.forget()
-
-
-# ---- errors -------------------------------------------------------------------------------------------------
 
 
 # -- errors and documentation -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Claims about ``torch.ops.highway.linear_scan`` from an initial state, which the result includes as one more row."""
+"""Claims about ``torch.ops.highway.linear_scan`` with an initial state, which is one more row of the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmark page says about segments follows from the rows, whichever of them exist."""
+"""The benchmark page states what the measured rows show about segments, also if some rows are missing."""
 
 from __future__ import annotations
 

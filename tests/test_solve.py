@@ -60,7 +60,7 @@ def at(k: Tensor | float, i: int) -> Tensor | float:
 
 
 def oracle(links: Links, iterations: int, damping: float) -> list[Tensor]:
-    """Rows 0..L per component, every element of the recurrence written out."""
+    """Rows 0..L for each component, computed element by element from the recurrence."""
     before: list[list[Tensor]] | None = None
     for _ in range(iterations + 1):
         rows = [[head] for head in links.heads]  # from the last to the first

@@ -1,4 +1,4 @@
-"""Streams that feed each other are one chain with all of them as its state, compared with the oracle.
+"""Streams that feed each other form one chain, whose state is all of them. They are compared with the oracle.
 
 A step is written once. The model runs it as it is; the oracle puts ``hold`` around what mixes elements.
 """
@@ -126,7 +126,7 @@ def test_momentum_without_damping_has_the_gradient_of_the_oracle(k):
 
 @pytest.mark.parametrize("step", [gated, momentum])
 def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
-    """The error falls, and reaches rounding only once every block was crossed."""
+    """The error falls with k. Only when paths may cross every block is it down to rounding."""
     model, x = Streams(step, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     captured = capture(model, (x,), probe_loss)
     _, exact, _ = captured.gradients(None)

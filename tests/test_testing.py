@@ -1,4 +1,4 @@
-"""What ``hwbp_compiler.testing`` offers to users: its assertions pass for a correct compiler, not for a wrong one."""
+"""The assertions of ``hwbp_compiler.testing`` pass for a correct compiler and fail for a wrong one."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_wrong_gradient_is_noticed(small, compile_with):
 @pytest.mark.parametrize("segment", [1, 2])
 @pytest.mark.parametrize("kind", ["blocks", "module", "loop"])
 def test_full_length_is_checked_in_the_rewritten_form(kind, segment, monkeypatch):
-    """Normally a chain is left alone if k reaches its length, so the assertion would prove nothing."""
+    """Ordinarily a chain is not rewritten if k reaches its length. The assertion would then prove nothing."""
     torch.manual_seed(0)
     if kind == "blocks":
         model, x = nn.Sequential(*(Residual() for _ in range(6))), torch.randn(3, 4)

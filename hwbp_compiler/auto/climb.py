@@ -1,4 +1,4 @@
-"""Options that follow the measured cosine up a ladder of the user's own: ``Climb``."""
+"""``Climb``: switch to the next options in a user's list when the measured cosine is too low."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .meter import GradientMeter
 
 
 class Climb:
-    """Takes the next of several options whenever the gradient is worse than it should be.
+    """Switches to the next of several options whenever the gradient is too far from the exact one.
 
-    ``iterations="auto"`` chooses by itself among what it expects to be faster than exact backprop. ``Climb`` is for
-    those who want to say which options are tried, and in which order. It never goes down again.
+    ``iterations="auto"`` makes its own choice among the forms that it expects to be faster than exact backprop. Use
+    ``Climb`` to decide yourself which options are tried, and in which order. It never goes back to an earlier rung.
 
     Args:
         compiled: a model compiled with ``backend="highway"``.
         rungs: options for :func:`set_options`, the cheapest first. The last may be ``{"iterations": "exact"}``.
-        meter: a :class:`GradientMeter` of the same model. Its readings decide.
-        below: the cosine with the exact gradient below which the next rung is taken, in (0, 1).
+        meter: a :class:`GradientMeter` of the same model. Its readings decide when to switch.
+        below: switch when the cosine with the exact gradient is below this number, in (0, 1).
 
     Raises:
         OptionError: a rung names an option that cannot be changed, or a value that is not allowed.
@@ -52,7 +52,7 @@ class Climb:
         set_options(compiled, **self.rungs[0])
 
     def step(self) -> None:
-        """Call this before each training step. A reading is there one step after it was measured."""
+        """Call this before each training step. It sees each reading one step after the measurement."""
         new, self._read = self.meter.readings[self._read :], len(self.meter.readings)
         poor = any(reading.trains and not reading.cosine >= self.below for reading in new)
         if poor and self.position + 1 < len(self.rungs):
@@ -60,11 +60,11 @@ class Climb:
             set_options(self.compiled, **self.rungs[self.position])
 
     def state_dict(self) -> dict[str, Any]:
-        """The rung it is on, for a checkpoint of the training."""
+        """The current rung, to save in a checkpoint."""
         return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue on the rung that :meth:`state_dict` gave.
+        """Return to the rung that :meth:`state_dict` saved.
 
         Raises:
             ValueError: there is no such rung.

@@ -1,4 +1,4 @@
-"""Change options from the next step on: ``set_options``, ``set_iterations``, and a schedule of them."""
+"""Change options between training steps: ``set_options``, ``set_iterations`` and ``Schedule``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _CHANGEABLE = ("iterations", "segment", "damping", "target_cosine", "check_every
 
 
 def set_options(compiled: Any, **options: Any) -> None:
-    """Change options of ``compiled``, a model or function compiled with ``backend="highway"``, from its next call on.
+    """Change options of a compiled model or function. They hold from its next call on.
 
-    Call it between steps: a step whose forward pass has run keeps its form in the backward pass. Each distinct choice
-    compiles once, when it is first used, and is kept; Dynamo compiles nothing anew.
+    Call this between steps. If a forward pass has already run, its backward pass still uses the old options. New
+    options are compiled when they are first used, and the code is kept. Dynamo does not trace the model again.
 
     Args:
         compiled: what ``torch.compile(model, backend="highway")`` returned, or a model on which
             ``model.compile(backend="highway")`` was called.
         **options: any of ``iterations``, ``segment``, ``damping``, ``target_cosine``, ``check_every``, with the values
-            and the meaning they have in ``torch.compile``. What is not named stays as it is.
+            and the meaning they have in ``torch.compile``. Options that are not given stay as they are.
 
     Raises:
-        OptionError: a value that is not allowed, or an option that cannot be changed; nothing is changed then.
+        OptionError: a value is not allowed, or an option cannot be changed. Then no option is changed.
         TypeError: ``compiled`` is not compiled with ``backend="highway"``.
 
     >>> set_options(compiled, iterations=1, segment=16)
@@ -49,14 +49,14 @@ def only_changeable(options: Mapping[str, Any]) -> None:
 
 
 def set_iterations(compiled: Any, iterations: Any) -> None:
-    """:func:`set_options` with ``iterations`` alone.
+    """Change ``iterations`` alone. See :func:`set_options`.
 
     Args:
         compiled: a model or function compiled with ``backend="highway"``.
         iterations: k, an integer >= 0, "exact" or "auto".
 
     Raises:
-        OptionError: a value that is not allowed.
+        OptionError: the value is not allowed.
         TypeError: ``compiled`` is not compiled with ``backend="highway"``.
     """
     set_options(compiled, iterations=iterations)
@@ -67,12 +67,12 @@ class Schedule:
 
     Args:
         compiled: a model or function compiled with ``backend="highway"``.
-        milestones: the number of a step, counted from 0, and the options that hold from that step on, as
-            :func:`set_options` takes them.
+        milestones: maps a step, counted from 0, to the options that hold from that step on. The options are those of
+            :func:`set_options`.
 
     Raises:
-        OptionError: a value that is not allowed, or an option that cannot be changed.
-        ValueError: a step that is no integer >= 0.
+        OptionError: a value is not allowed, or an option cannot be changed.
+        ValueError: a step is not an integer >= 0.
         TypeError: ``compiled`` is not compiled with ``backend="highway"``.
 
     >>> schedule = Schedule(compiled, {0: {"iterations": 1, "segment": 16}, 9000: {"iterations": "exact"}})
@@ -91,21 +91,21 @@ class Schedule:
         self.compiled, self.milestones, self.steps = compiled, dict(milestones), 0
 
     def step(self) -> None:
-        """Call it before each training step."""
+        """Call this before each training step."""
         if self.steps in self.milestones:
             set_options(self.compiled, **self.milestones[self.steps])
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the schedule, for a checkpoint of the training.
+        """The state of the schedule, to save in a checkpoint.
 
         Returns:
-            ``{"steps": n}``, n being the number of calls of :meth:`step`.
+            ``{"steps": n}``, where n is the number of calls to :meth:`step` so far.
         """
         return {"steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, with the options that hold there.
+        """Continue from a checkpoint, with the options that held at that step.
 
         Args:
             state: what :meth:`state_dict` returned.

@@ -10,11 +10,11 @@ from hwbp_compiler.options import Truncation
 
 @dataclass(frozen=True)
 class Compared:
-    """The gradient of one form against the exact one, over some parameters together.
+    """How near the gradient of one form is to the exact gradient, both taken as vectors over some parameters.
 
     Attributes:
-        cosine: of the two gradients; nan where the exact one is zero, or one is not finite.
-        relative_error: norm of their difference relative to that of the exact one; nan in the same cases.
+        cosine: of the angle between the two gradients; nan if the exact one is zero, or if either is not finite.
+        relative_error: norm of their difference, divided by the norm of the exact one; nan in the same cases.
     """
 
     cosine: float

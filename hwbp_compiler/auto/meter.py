@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 class Reading:
     """One comparison with the exact gradient.
 
-    number      of the reading, from 0
-    iterations, segment, damping   of the form that was compared
-    cosine, relative_error         over all parameters whose gradient it approximates
-    chains      the same by chain
-    trains      whether the model trained with this form when it was compared
+    number      counts the readings, from 0
+    iterations, segment, damping   k, S and gamma of the form that was compared
+    cosine, relative_error         over all parameters whose gradient this form approximates
+    chains      cosine and relative error of each chain
+    trains      whether the model was training with this form at that step
     """
 
     number: int
@@ -38,27 +38,27 @@ class Reading:
 
 
 class GradientMeter:
-    """Compares the gradient of ``model`` with the exact one at every ``every``-th step, on the way.
+    """Compares the gradient of ``model`` with the exact one during training, once every ``every`` steps.
 
-    The step itself is not changed: it trains with the gradient it would have had. With "auto" there is one reading for
-    each form that a check compares, whenever it checks. The reading of a step is there at the next step.
+    The training itself does not change: such a step uses the same gradient as without the meter. With "auto", every
+    check gives one reading for each form that it compares. A reading becomes available one step after it was measured.
 
     Args:
-        model: compiled with ``backend="highway"``.
-        every: steps from one reading to the next. A step with a reading runs without generated code.
+        model: a model or function compiled with ``backend="highway"``.
+        every: steps from one reading to the next. A step with a reading is slower: it runs without generated code.
         callback: called with each :class:`Reading`.
-        writer: a TensorBoard ``SummaryWriter``, or whatever has its ``add_scalar(tag, value, step)``.
-        csv_path: a file to which readings are appended, one line each.
-        warn_below: a warning is logged where the form that trains has a lower cosine; None for no warning.
+        writer: a TensorBoard ``SummaryWriter``, or any object with the same ``add_scalar(tag, value, step)``.
+        csv_path: a file. Each reading is appended to it as one line.
+        warn_below: log a warning if the gradient that the model trains with has a lower cosine. None: never warn.
 
     Attributes:
         readings: all readings, oldest first.
 
     Raises:
-        ValueError: ``every`` is no integer >= 1.
+        ValueError: ``every`` is not an integer >= 1.
         TypeError: ``model`` is not compiled with ``backend="highway"``.
 
-    Leaving a ``with`` block ends the comparisons, and so does :meth:`close`.
+    Call :meth:`close` to stop the comparisons, or use the meter in a ``with`` block.
 
     >>> meter = GradientMeter(compiled, every=100)
     >>> train(compiled)
@@ -85,15 +85,15 @@ class GradientMeter:
 
     @property
     def last(self) -> Reading | None:
-        """The newest reading; None before the first."""
+        """The newest reading, or None if there is none yet."""
         return self.readings[-1] if self.readings else None
 
     def reads(self, model: Any) -> bool:
-        """Whether it reads ``model``: the same compiled callable, and not closed."""
+        """Whether this meter reads ``model``: it was made for this compiled callable and is not closed."""
         return self._compiled is compiled_as(model) and self._compiled.meter is self
 
     def close(self) -> None:
-        """Compare no longer."""
+        """Stop the comparisons."""
         if self._compiled.meter is self:
             self._compiled.meter = None
 

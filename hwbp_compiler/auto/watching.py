@@ -1,4 +1,4 @@
-"""What a trainer's callback does, whichever trainer it is: it finds the compiled model and reads its gradient."""
+"""The part that the callbacks of all trainers share: find the compiled model, and measure its gradient."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .meter import GradientMeter, Reading
 class Watching:
     """Args:
     every: steps from one reading of the gradient to the next.
-    milestones: as for :class:`Schedule`; None for none.
-    rungs: as for :class:`Climb`; None for none.
-    below: as for :class:`Climb`, and the cosine below which the meter warns.
+    milestones: as for :class:`Schedule`; None: no schedule.
+    rungs: as for :class:`Climb`; None: no climbing.
+    below: as for :class:`Climb`. The meter also warns below this cosine.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Watching:
         """Attach to the first of ``candidates``, or of the modules in them, that is compiled with our backend.
 
         Raises:
-            TypeError: none of them is.
+            TypeError: no candidate is compiled with our backend.
         """
         if self.meter is not None:
             return
@@ -52,7 +52,7 @@ class Watching:
                 follower.load_state_dict(self._state[name])
 
     def step(self) -> dict[str, float]:
-        """Before each training step. Returns what the meter has read since the last one, as figures to log."""
+        """Call this before each training step. Returns the readings since the last call, as figures to log."""
         assert self.meter is not None
         for follower in self.followers.values():
             follower.step()
@@ -68,7 +68,7 @@ class Watching:
         return {name: follower.state_dict() for name, follower in self.followers.items()} or dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Options continue where :meth:`state_dict` was called, once the training has started."""
+        """Continue with the options that held when :meth:`state_dict` was called: now, or when the training starts."""
         self._state = dict(state)
         for name, follower in self.followers.items():
             if name in state:
@@ -76,7 +76,7 @@ class Watching:
 
 
 def figures(reading: Reading) -> dict[str, float]:
-    """A reading under the names that the meter's TensorBoard writer uses."""
+    """The numbers of a reading, with the same names as in TensorBoard."""
     form = f"k{reading.iterations}_S{reading.segment}"
     return {
         f"highway/cosine/{form}": reading.cosine,

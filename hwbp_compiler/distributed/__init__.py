@@ -1,4 +1,4 @@
-"""Highway-BP over several devices: segments on ranks, with one all-gather per round (docs/distributed.md)."""
+"""Highway-BP on several devices: each rank holds one segment; a round takes one all-gather (docs/distributed.md)."""
 
 from .errors import RankError as RankError
 from .errors import StageError as StageError

@@ -49,7 +49,7 @@ def compared(where: str, mine: dict[str, Any], group: dist.ProcessGroup, device:
 
 
 def nothing_new(stage: Any, here: bool) -> bool:
-    """Whether no rank has news. Costs one number per rank and step."""
+    """Whether nothing has changed on any rank. Each rank sends one number per step."""
     flag = torch.tensor([0 if here else 1], device=stage.device)
     dist.all_reduce(flag, dist.ReduceOp.MAX, group=stage.group)
     return not int(flag)

@@ -21,9 +21,9 @@ from typing import Any
 class StagePlan:
     """What all ranks know about a stage.
 
-    rank     in the pipeline's group
-    number   P_s, damping included, if it is a number; ``diagonal`` is true if it is a tensor of the state's shape
-    takes    forms (shape, dtype) of what comes from the stage before in one micro-batch and requires a gradient
+    rank     its rank in the pipeline's group
+    number   P_s with damping, if it is a number; ``diagonal`` is true if P_s is a tensor of the state's shape
+    takes    shape and dtype of each input from the stage before that requires a gradient, for one micro-batch
     """
 
     rank: int
@@ -84,9 +84,9 @@ class Plan:
 
 
 def chains_of(has_highway: Sequence[bool], iterations: int | None) -> list[Chain]:
-    """The chains of stages. If ``iterations`` make a chain ordinary backprop, each of its stages becomes a separate
-    chain. In the rounds they would wait for each other anyway, and a product of K that overflows would spoil a result
-    that does not need it.
+    """The chains that the stages form. If ``iterations`` is enough for ordinary backprop, each stage of a chain becomes
+    a separate chain. The rounds would make the stages wait for one another anyway, and a product of K that overflows
+    would spoil a result that does not need it.
 
     >>> chains_of([False, True, True, False], 1)
     [Chain(first=0, last=2)]

@@ -1,4 +1,4 @@
-"""Errors of several processes. Each names the rank, the reason, and what to do."""
+"""Errors of training on several processes. Each message gives the rank, the reason, and what to do."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from hwbp_compiler.options import Options
 
 
 class RankError(HighwayError):
-    """A rank failed, or differs from the others. Raised on every rank that is still there."""
+    """A rank failed, or differs from the others. Every rank that is still running raises it."""
 
 
 class StageError(HighwayError, ValueError):
-    """A stage that this schedule cannot run."""
+    """The stage or module cannot be run in this way."""
 
 
 def checked(where: str, **values: Any) -> Options:

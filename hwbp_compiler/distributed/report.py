@@ -1,4 +1,4 @@
-"""How ``ScheduleHighway`` treats a stage, before any process is started, and what ranks exchange."""
+"""Report how ``ScheduleHighway`` would run a stage and what the ranks would exchange, without starting a process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from .highway_of_stage import find_highway
 
 @dataclass(frozen=True)
 class StageReport:
-    """A stage by itself.
+    """What :func:`explain` found about one stage.
 
     Attributes:
         module: the name of the stage's class.
-        links: residual links in it.
-        multiplier: P_s as text: what crosses the stage along the highway.
-        reason: why it has no highway; "" where it has one. A stage without a highway is exact, and others wait for it.
-        advice: what to change to give it a highway; "" where there is nothing.
-        state_bytes: size of the gradient at its output for these inputs: what every rank sends in a round.
-        once_bytes: size of P_s, sent once a step; 0 where it is a number.
+        links: number of residual links in the stage.
+        multiplier: P_s as text, the highway through the stage.
+        reason: why the stage has no highway; "" if it has one. A stage without a highway is exact, and others wait for
+            it.
+        advice: what to change to give it a highway; "" if there is no advice.
+        state_bytes: size in bytes of the gradient at its output, for these inputs. Every rank sends this in a round.
+        once_bytes: size in bytes of P_s, which is sent once a step; 0 if P_s is a number.
     """
 
     module: str
@@ -51,14 +52,14 @@ class StageReport:
 
 
 def explain(stage: nn.Module, *args: Any, **kwargs: Any) -> StageReport:
-    """What ``stage`` would be in the middle of a pipeline, on one micro-batch.
+    """Report how ``ScheduleHighway`` would treat ``stage`` in the middle of a pipeline, on one micro-batch.
 
-    No process is needed. The stage is traced, not run, and left as it was.
+    It needs only this process. The stage is traced, not run, and left as it was.
 
     Args:
         stage: the module that ``PipelineStage`` would get.
-        *args: its positional arguments. Those that want a gradient stand for activations that do; if none does, all
-            floating-point ones are taken for activations.
+        *args: its positional arguments. Those that require a gradient are taken for activations. If none does, all
+            floating-point ones are.
         **kwargs: its keyword arguments.
 
     Returns:

@@ -30,38 +30,41 @@ _WHERE = "ScheduleHighway"
 
 
 class ScheduleHighway(ScheduleGPipe):
-    """GPipe's forward pass, and a backward pass in which no stage waits for all that follow it.
+    """A pipeline schedule with GPipe's forward pass and a backward pass that runs in all stages at once.
 
-    Every stage is a segment: its own backward pass is exact, and what crosses stages is cut short. The last stage holds
-    the loss; its exact input gradient is the head of the chain and goes to all ranks. ``iterations`` rounds follow,
-    each one input gradient of all stages at once, one all-gather and a scan; then every stage computes its parameter
-    gradients, once. A gradient path counts if it leaves the highway in at most k of the stages between the last one and
-    its own. With R stages, k >= R - 2 is ordinary backprop: the last stage is no segment, so C = R - 1.
+    Every stage is a segment. Its own backward pass is exact; only what passes from stage to stage is approximate. The
+    last stage holds the loss. Its exact input gradient is the head of the chain, and all ranks receive it. Then
+    ``iterations`` rounds follow. In each round all stages compute an input gradient at once, and one all-gather and a
+    scan follow. After the last round every stage computes its parameter gradients, once. A gradient path counts if it
+    leaves the highway in at most k of the stages between the last stage and its own. With R stages, k >= R - 2 is
+    ordinary backprop: the last stage is not a segment, so C = R - 1.
 
     A stage without a highway (a strided shortcut, an embedding, a change of width) stays exact: the stages before it
-    wait for what it hands back. See docs/distributed.md.
+    wait for its input gradient. See docs/distributed.md.
 
     Args:
-        stage: a stage of ``torch.distributed.pipelining``: a ``PipelineStage``, or one that ``pipeline()`` made. It
-            must not hand tensors that want a gradient past the next stage.
-        n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads: as
+        stage: a stage of ``torch.distributed.pipelining``: a ``PipelineStage``, or a stage made by ``pipeline()``. Its
+            outputs that require a gradient must all go to the next stage.
+        n_microbatches, loss_fn, args_chunk_spec, kwargs_chunk_spec, output_merge_spec, scale_grads: as in
             ``torch.distributed.pipelining.ScheduleGPipe``.
-        iterations: k, an integer >= 0, or "exact": one stage after the other, as GPipe. The same on all ranks.
-        damping: gamma, a number in [0, 1]: each link's K counts (1 - gamma) in what crosses its stage.
+        iterations: k, an integer >= 0, or "exact", which runs one stage after the other, like GPipe. It must be the
+            same on all ranks.
+        damping: gamma, a number in [0, 1]. It scales the K of every link by (1 - gamma) in the highway through a stage.
 
     Attributes:
-        rounds: of this rank's last backward pass.
-        bytes: that this rank received in its last backward pass.
-        losses: of the last step, one for each micro-batch, on the rank of the last stage.
+        rounds: number of rounds in this rank's last backward pass.
+        bytes: number of bytes that this rank received in its last backward pass.
+        losses: losses of the last step, one for each micro-batch; only on the rank of the last stage.
 
-    The recurrence is that of docs/design.md, section 4.6, "Segments": with P_s for the highway through stage s and
-    out_s for its backward pass, ``v_s = out_s(e^t_s) - P_s e^t_s`` in all stages at once, then
+    The recurrence is that of docs/design.md, section 4.6, "Segments". P_s is the highway through stage s, and out_s is
+    its backward pass. All stages compute ``v_s = out_s(e^t_s) - P_s e^t_s`` at once, and then
     ``e^{t+1}_{s-1} = v_s + P_s e^{t+1}_s``.
 
     Raises:
-        OptionError: a value that is not allowed.
-        StageError: a stage that cannot be run so, with the reason.
-        RankError: in ``step``, on every rank: one of them failed, or has other options, versions or shapes.
+        OptionError: a value is not allowed.
+        StageError: this schedule cannot run the stage. The message says why.
+        RankError: raised by ``step`` on every rank if one of them failed, or if ranks differ in options, versions or
+            shapes.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class ScheduleHighway(ScheduleGPipe):
 
     @property
     def plan(self) -> Plan | None:
-        """What all stages are, since the first step."""
+        """The stages and the chains that they form; None before the first step."""
         return self._plan
 
     def explain(self) -> str:
@@ -121,8 +124,8 @@ class ScheduleHighway(ScheduleGPipe):
         """One training step, forward and backward. Arguments and result are those of ``ScheduleGPipe.step``.
 
         Raises:
-            RankError: on every rank: one of them failed, or has other options, versions or shapes.
-            StageError: a stage that cannot be run so, with the reason.
+            RankError: on every rank, if one of them failed, or if ranks differ in options, versions or shapes.
+            StageError: this schedule cannot run the stage. The message says why.
         """
         with self._watch.guarded():
             return self._step(*args, **kwargs)

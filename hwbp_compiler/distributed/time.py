@@ -48,33 +48,34 @@ def recurrent(
     damping: float = 0.0,
     batches: int | None = None,
 ) -> tuple[Tensor, Any]:
-    """Run a recurrence over a sequence whose time dimension is sharded over ``mesh``, one stretch a rank.
+    """Run a recurrence over a sequence whose time dimension is sharded over ``mesh``: each rank holds one stretch.
 
-    Every rank calls it, and every rank calls ``backward`` on something that depends on its result (``0 * y.sum()``
-    where a rank has no loss). The loss is the sum of all ranks' losses. A rank's parameters get the gradient of its own
-    stretch: sum them over the mesh, as in context parallelism. A rank's stretch is a segment (docs/design.md, section
-    4.6, "Segments", and section 7).
+    Every rank must call this function, and must then call ``backward`` on something that depends on the result. A rank
+    that has no loss uses ``0 * y.sum()``. The loss is the sum of the losses of all ranks. On each rank the parameters
+    get the gradient of its own stretch; sum these over the mesh, as in context parallelism. A rank's stretch is a
+    segment (docs/design.md, section 4.6, "Segments", and section 7).
 
     Args:
         module_or_cell: ``nn.GRU`` or ``nn.LSTM`` (any number of layers, one direction), ``nn.RNN`` (exact: it has no
-            highway), or a module ``cell(x_t, state) -> (output, next_state)`` as ``hwbp_compiler.recurrent`` takes it.
-        x_shard: this rank's steps: ``[T_r, B, *]``, or ``[B, T_r, *]`` of a module with ``batch_first``; T_r may
-            differ from rank to rank. A ``DTensor`` sharded over ``mesh`` in that dimension gives a ``DTensor``.
-        state: the state before the first step of all, as the module takes it, the same on all ranks; zeros if None (not
-            for a cell). Its gradient arrives on rank 0.
-        mesh: one dimension; of a larger mesh ``mesh["name"]``. Rank s of it holds the s-th stretch.
-        iterations: k, an integer >= 0, or "exact". k >= R - 1 is ordinary backprop.
-        segment: only None: a rank's stretch, which is exact inside.
+            highway), or a module ``cell(x_t, state) -> (output, next_state)`` as for ``hwbp_compiler.recurrent``.
+        x_shard: this rank's steps, ``[T_r, B, *]``, or ``[B, T_r, *]`` for a module with ``batch_first``. T_r may
+            differ from rank to rank. If it is a ``DTensor`` sharded over ``mesh`` in that dimension, so is the output.
+        state: the state before the first step of the whole sequence, in the form that the module takes. It must be the
+            same on all ranks. None means zeros, which a cell does not allow. Its gradient arrives on rank 0.
+        mesh: a mesh of one dimension; for a larger mesh pass ``mesh["name"]``. Its rank s holds the s-th stretch.
+        iterations: k, an integer >= 0, or "exact". With R ranks, k >= R - 1 is ordinary backprop.
+        segment: must be None. A segment is always a rank's stretch, and the gradient is exact inside it.
         damping: gamma, a number in [0, 1].
-        batches: parts of the batch that follow one another through the ranks forward; as many as ranks if None.
+        batches: number of parts into which the batch is split. The parts pass through the ranks one after another in
+            the forward pass. None: as many as there are ranks.
 
     Returns:
         The outputs of this shard, and the state after the last step of the whole sequence, on every rank.
 
     Raises:
-        OptionError: a value that is not allowed.
-        StageError: a module that cannot be run so.
-        RankError: ranks differ in options, versions or the form of what they hand over.
+        OptionError: a value is not allowed.
+        StageError: the module cannot be run in this way.
+        RankError: ranks differ in options, versions, or the shapes and dtypes of what they exchange.
     """
     # A rank that refuses leaves a note for the others, which wait for it.
     known = isinstance(mesh, DeviceMesh) and mesh.ndim == 1

@@ -1,4 +1,4 @@
-"""What the log, the counters and ``explain`` report about a chain."""
+"""The record of a chain, which the log, the counters and ``explain`` read."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hwbp_compiler.reasons import Reason, Why
 
 @dataclass
 class GroupRecord:
-    """Links evaluated together.
+    """Equal links of a chain, which are evaluated together.
 
-    links        how many
-    operators    the heavy operators of one link, by name, and how often
+    links        the number of links
+    operators    the heavy operators of one link: how often each occurs, by name
     multiplier   K of these links as text
-    module       the modules that contain them, ``"blocks.0..blocks.23"``
+    module       the modules that contain the links, ``"blocks.0..blocks.23"``
     source       ``file:line: code`` of their residual addition or gated update
-    batched      how they are evaluated at once, one phrase per heavy operator; filled only by ``explain``
+    batched      how the operators run for all links at once, one phrase per heavy operator; only ``explain`` fills it
     """
 
     links: int
@@ -31,28 +31,28 @@ class GroupRecord:
 
 @dataclass
 class ChainRecord:
-    """One chain, or one stretch that was declined.
+    """What was found and decided about one chain, or about a part of the model that was declined.
 
     length        number of links
     decision      "rewritten" or "declined"
-    reason        why, for a user who has not read our source
-    reason_code   the same as a member of ``Reason``, whose name never changes its meaning
+    reason        the reason for the decision, as text for a user who has not read our source
+    reason_code   the reason as a member of ``Reason``. The name of a member never changes its meaning
     multiplier    K as text, one entry per kind of link, most frequent first, joined by " | "
-    groups        links evaluated together
+    groups        the groups of equal links, each evaluated together
     source        ``file:line: code`` of the user's line with the residual addition or gated update; the most frequent
-                  one if links differ
-    estimate      expected seconds link after link and rewritten, and bytes stacked; None if nothing was estimated
-    failed        declined because a pass broke, not because of the model
+                  line if links differ
+    estimate      expected seconds in ordinary backprop and rewritten, and bytes copied; None if not estimated
+    failed        True if a pass failed, False if the chain was declined because of the model
     module        the modules that contain the links, in forward order: ``"blocks.0..blocks.23"``, ``"cell"``
-    sources       all such lines, most frequent first
-    advice        what to change to have it rewritten; "" if there is nothing
-    times         how many equal ones this record represents (only for declined ones)
-    members       group of each link, in forward order; empty if groups were never formed
+    sources       all lines like ``source``, most frequent first
+    advice        what to change so that the chain is rewritten; "" if there is no advice
+    times         number of equal chains that this record stands for; above 1 only for declined ones
+    members       group of each link, in forward order; empty if no groups were formed
     modules       module of each link, in forward order
     side_losses   links, in forward order, whose state receives a gradient from outside the chain
-    added_bytes   upper bound on the memory that the rewritten form holds at once beyond the chain's own
-    iterations, segment   k and S it was rewritten with; None if it was not, or has no block
-    candidates    with "auto": what may be chosen while the model trains, as (k, gamma, S) and the estimate
+    added_bytes   the most memory that the rewritten chain needs at one time in addition to the original chain
+    iterations, segment   k and S of the rewritten chain; None if it is not rewritten, or has no block
+    candidates    with "auto": the forms to choose from while the model trains, each (k, gamma, S) with its estimate
     """
 
     length: int
@@ -82,18 +82,18 @@ class ChainRecord:
 
     @property
     def name(self) -> str:
-        """The name a reader knows it by: its modules, or else its source line."""
+        """A name for the reader: the chain's modules, or its source line if they are unknown."""
         return self.module or self.source.partition(": ")[0]
 
     @property
     def segments(self) -> int | None:
-        """C, if it was rewritten in segments of more than one link."""
+        """C, the number of segments, if S > 1; else None."""
         return -(-self.length // self.segment) if self.segment is not None and self.segment > 1 else None
 
     @property
     def depth(self) -> tuple[int, int]:
-        """How many blocks wait for one another, in ordinary backprop and now: L, and k, or (k + 1) S in runs over
-        segments.
+        """How many blocks run one after another, in ordinary backprop and now. The first is L. The second is k, or
+        (k + 1) S with segments.
         """
         if self.iterations is None or self.segment is None:
             return self.length, self.length
@@ -104,7 +104,7 @@ class ChainRecord:
         self.reason, self.advice, self.reason_code = why.text, why.advice, why.code
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON: the reason's code by name, and the values that follow from k and S."""
+        """The record as plain data, ready for JSON. ``reason_code`` is the member's name."""
         return asdict(self) | {
             "reason_code": self.reason_code.name if self.reason_code is not None else None,
             "candidates": [asdict(how) for how, _ in self.candidates],

@@ -1,8 +1,8 @@
-"""Test the advice: do not advise ``rewrite="always"`` for a chain that it would not rewrite either.
+"""Try the advice out, so that the report never advises ``rewrite="always"`` for a chain that cannot be rewritten.
 
-A chain that is declined for its cost is declined before the rewrite, and only the rewrite shows that some chains cannot
-be rewritten at all. So the report tries the rewrite on a copy of the graph. This takes as long as running the passes
-once more.
+A chain that costs too much is declined before the rewrite is tried, and only the rewrite shows whether the chain can be
+rewritten at all. So the report tries the rewrite on a copy of the graph. This takes as long as running the passes once
+more.
 """
 
 from __future__ import annotations

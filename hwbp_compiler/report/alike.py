@@ -1,4 +1,4 @@
-"""Chains that differ only in their layer or direction are one entry of the report."""
+"""Combine chains that differ only in their layer or direction into one entry of the report."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from hwbp_compiler.cost.estimate import Estimate
 from hwbp_compiler.graph.record import ChainRecord
 
-# Names that are listed one by one; beyond, they are counted.
+# The most names to list. If there are more, the rest is given as a number.
 _MOST_NAMES = 6
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One chain, or several that are alike.
+    """One chain, or several chains that are alike.
 
-    positions   where they stand in the chains of their graph, from 0 on; pictures and programs are those of the first
-    number      of the first in the whole report, from 1 on
-    numbers     of all of them, as text: ``"1 to 4"``
-    record      what is said about all of them: their modules, the sum of their estimates, the most memory
+    positions   indices of these chains in the list of their graph, from 0. The first one is shown in pictures and code
+    number      number of the first chain in the whole report, from 1
+    numbers     numbers of all these chains, as text: ``"1 to 4"``
+    record      one record for all of them, with all their modules, the sum of their estimates, the largest memory
     """
 
     positions: tuple[int, ...]
@@ -37,12 +37,12 @@ class Entry:
 
     @property
     def each(self) -> str:
-        """Behind a figure that holds for every one of several chains."""
+        """The word to put after a number that holds for each of several chains."""
         return " each" if len(self.positions) > 1 else ""
 
 
 def entries_of(chains: Sequence[ChainRecord], counted: int) -> list[Entry]:
-    """``chains`` of one graph in the order of the first of each entry; ``counted`` chains stand in graphs before."""
+    """The entries for the ``chains`` of one graph, in order. ``counted`` is the number of chains in earlier graphs."""
     found: dict[Any, list[int]] = {}
     for position, chain in enumerate(chains):
         found.setdefault(_key(chain), []).append(position)
@@ -58,7 +58,7 @@ def entries_of(chains: Sequence[ChainRecord], counted: int) -> list[Entry]:
 
 
 def _key(chain: ChainRecord) -> Any:
-    """Equal for chains that differ only in where they stand, and in what is estimated for them."""
+    """A key that is equal for chains that differ only in their position and their estimate."""
     groups = [(g.links, sorted(g.operators.items()), g.multiplier, g.batched, g.source) for g in chain.groups]
     return repr(
         (
@@ -98,7 +98,7 @@ def _as_one(chains: Sequence[ChainRecord]) -> ChainRecord:
 
 
 def total_of(chains: Iterable[ChainRecord]) -> Estimate | None:
-    """The sum of all estimates, None where there is none."""
+    """The sum of all estimates, or None if no chain has one."""
     found = [chain.estimate for chain in chains if chain.estimate is not None]
     if not found:
         return None
@@ -118,7 +118,7 @@ def _numbers(numbers: Sequence[int]) -> str:
 
 
 def together(modules: Iterable[str]) -> str:
-    """Names of modules as one; layers and directions of a recurrent module by number.
+    """Join names of modules into one text. Layers of one recurrent module are listed by number.
 
     >>> together(["r layer 1 reverse", "r layer 1", "r layer 0 reverse", "r layer 0"])
     'r layers 0 and 1, both directions'

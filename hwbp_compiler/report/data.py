@@ -1,4 +1,4 @@
-"""The report as data. Other files show it."""
+"""The report as data. Other files turn it into text, pages and drawings."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def copied(graph: fx.Graph) -> fx.Graph:
 
 @dataclass
 class BlockPrograms:
-    """One group of a chain, in readable form.
+    """The code of one group of a chain, as readable text.
 
-    forward   the user's own lines of one block, ``file:line: code``, in the order they run
-    before    the backward of one block in ordinary backprop
-    example   the number of that block's link, from 1 on, in forward order
-    after     the backward of all blocks of the group at once; "" if the chain is not rewritten
+    forward   the user's source lines of one block, ``file:line: code``, in the order they run
+    before    the backward pass of one block in ordinary backprop
+    example   number of the link that this block belongs to, from 1, in forward order
+    after     the backward pass of all blocks of the group at once; "" if the chain is not rewritten
     """
 
     forward: list[str] = field(default_factory=list)
@@ -44,12 +44,12 @@ class BlockPrograms:
 
 @dataclass
 class ErrorAt:
-    """The parameter gradient w^k against the exact one, over all parameters of the chain's graph together.
+    """How near the parameter gradient of w^k is to the exact one, over all parameters of one joint graph together.
 
     Attributes:
         iterations: k.
         cosine: of the angle between the two gradients.
-        relative_error: norm of the difference, relative to the norm of the exact gradient.
+        relative_error: norm of their difference, divided by the norm of the exact gradient.
         segment: S, links per segment.
     """
 
@@ -69,12 +69,12 @@ class ExplainedGraph:
 
     before, after   the graph as traced, and after the passes
     chains          the chains found in it
-    failure         the exception that stopped the passes; the graph is then compiled unchanged. None if there was none
-    programs        per chain, one entry per group
-    rest            per chain, the part of its rewritten form that belongs to no group: multipliers, scans, states
-    errors          error of w^k against k and S; empty if it was not requested
-    loops           how many of the chains, the first ones, are loops of ``hwbp_compiler.recurrent``. They are rewritten
-                    before the joint graph is traced, so ``before`` holds them rewritten too
+    failure         the exception that stopped the passes (the graph is then compiled unchanged), or None
+    programs        for each chain, one entry per group
+    rest            for each chain, the rewritten code that belongs to no group: multipliers, scans, states
+    errors          the error of w^k for several k and S; empty unless it was requested
+    loops           the first ``loops`` chains are loops of ``hwbp_compiler.recurrent``. These are rewritten before the
+                    joint graph is traced, so ``before`` shows them in rewritten form too
     """
 
     before: fx.GraphModule
@@ -104,11 +104,11 @@ class StepTimes:
 class ReportData:
     """What :func:`hwbp_compiler.explain` found.
 
-    options    the highway's own options in force
-    graphs     one entry per joint graph, in the order they were traced; several where Dynamo broke the graph
-    notes      remarks about the model as a whole, such as why there is no graph
-    measured   step times, if requested
-    name       the model's class or function
+    options    the highway's own options that were used
+    graphs     one entry per joint graph, in the order they were traced; several if Dynamo split the model
+    notes      remarks about the whole model, for example why there is no graph
+    measured   step times, if they were requested
+    name       the name of the model's class or function
     """
 
     options: Options
@@ -124,15 +124,15 @@ class ReportData:
 
     @property
     def graph_before(self) -> fx.GraphModule | None:
-        """The joint graph as traced: the first with a rewritten chain, else the first with any chain, else the first;
-        None if there is no joint graph. ``print_readable()`` prints it.
+        """A joint graph as traced, or None if there is none. If there are several, it is the first with a rewritten
+        chain, else the first with any chain, else the first of all. ``print_readable()`` prints it.
         """
         graph = self.shown()
         return None if graph is None else graph.before
 
     @property
     def graph_after(self) -> fx.GraphModule | None:
-        """The same graph after the passes: what Inductor would compile."""
+        """The graph of ``graph_before`` after the passes, as Inductor would compile it."""
         graph = self.shown()
         return None if graph is None else graph.after
 
@@ -145,8 +145,8 @@ class ReportData:
         """The report as plain data, ready for JSON.
 
         Returns:
-            ``options``, ``notes``, ``measured``, ``graphs``, and ``chains`` with the number of their graph. Times are
-            in seconds, sizes in bytes.
+            A dict with ``options``, ``notes``, ``measured``, ``graphs``, and ``chains``, each with the number of its
+            graph. Times are in seconds, sizes in bytes.
         """
         return {
             "options": asdict(self.options),

@@ -1,4 +1,4 @@
-"""``explain``: what the compiler finds in a model and what it does about it, before anything is compiled."""
+"""``explain``: report what the compiler finds in a model and what it would do, without compiling it."""
 
 from __future__ import annotations
 
@@ -49,33 +49,33 @@ def explain(
 ) -> Report:
     """Report what ``torch.compile(model, backend="highway", options=options)`` would do on these inputs.
 
-    ``model(*args, **kwargs)`` is run once, in eager mode, and traced on the way as ``torch.compile`` traces it; no
-    code is generated. The model is left as it was: parameters and their ``.grad``, buffers, inputs, and the states
-    of the random number generators.
+    ``model(*args, **kwargs)`` is run once, in eager mode, and is traced as ``torch.compile`` traces it. No code is
+    generated. The model is left as it was: parameters and their ``.grad``, buffers, inputs, and the states of the
+    random number generators.
 
     Args:
-        model: a module or function, compiled already or not. Options it was compiled with are not known here.
+        model: a module or function, compiled already or not. If it is compiled, its own options are not used.
         *args: the model's positional arguments.
         options: those of ``torch.compile``, checked in the same way.
-        loss: ``loss(output) -> scalar``; the sum of all floating outputs if absent. What ``torch.compile`` sees is
-            the model, so no graph depends on the loss: it is evaluated once, and the report says so where no
-            gradient can start from it.
-        measure: also compile the model with ``backend="inductor"`` and with ``backend="highway"`` and time a training
-            step of both (``report.measured``). Takes as long as two compilations.
-        errors: also compare the parameter gradient of w^k with the exact one on these inputs, for the given values
-            of k or pairs (k, S), or for a few of them if True (``report.graphs[i].errors``). One eager run of the joint
-            graph each.
+        loss: ``loss(output) -> scalar``. The default is the sum of all floating outputs. The graphs do not depend on
+            the loss, because ``torch.compile`` sees only the model. The loss is computed once. If it gives no
+            gradient, the report says so.
+        measure: also compile the model with ``backend="inductor"`` and with ``backend="highway"``, and time a training
+            step of both (``report.measured``). This takes as long as two compilations.
+        errors: also compare the parameter gradient of w^k with the exact one on these inputs
+            (``report.graphs[i].errors``). Give values of k or pairs (k, S), or True for a few of them. Each takes one
+            eager run of the joint graph.
         **kwargs: the model's keyword arguments.
 
     Returns:
-        A report. ``print(report)`` shows it, ``report.to_html(path)`` writes it as a page, and ``report.chains`` holds
+        A report. ``print(report)`` shows it, and ``report.to_html(path)`` writes it as a page. ``report.chains`` has
         one record for each chain: its length in links, K as text, whether it is rewritten and why. Times are in
         seconds and sizes in bytes.
 
     Raises:
-        OptionError: a key or a value in ``options`` that is not allowed.
-        LossError: ``loss(output)`` is not one number (a ``ValueError``).
-        HighwayError: a pass failed and ``strict`` is set; otherwise the failure stands in the report.
+        OptionError: a key or a value in ``options`` is not allowed.
+        LossError: ``loss(output)`` is not one number. A ``ValueError``.
+        HighwayError: a pass failed and ``strict`` is set. Without ``strict`` the report shows the failure.
 
     >>> report = explain(model, x, options={"iterations": 1})
     >>> print(report)
@@ -157,7 +157,7 @@ def _retracing(traced: Callable[[_Looking, bool], Any], options: Options) -> Cal
 
 
 class LossError(ValueError):
-    """``loss(output)``, as given to :func:`hwbp_compiler.explain`, is not one number. A ``ValueError``."""
+    """The ``loss`` given to :func:`hwbp_compiler.explain` does not return one number. A ``ValueError``."""
 
 
 class _Looking(CustomGraphPass):

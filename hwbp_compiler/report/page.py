@@ -59,7 +59,7 @@ def _graphs(report: ReportData) -> Iterator[dict[str, Any]]:
 
 
 def _entry(graph: ExplainedGraph, entry: Entry) -> dict[str, Any]:
-    """One chain; of several alike, picture and programs of the first."""
+    """One chain. For several that are alike, the picture and the programs of the first."""
     first = entry.positions[0]
     chain = graph.chains[first]
     return {

@@ -1,4 +1,4 @@
-"""The blocks of a chain as programs a reader can follow: the user's own lines, and the backward before and after."""
+"""The blocks of a chain as readable text: the user's source lines, and the backward pass before and after."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report that users get: its data, and every way to show it."""
+"""The report that ``explain`` returns, and every way to show it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class Report(ReportData):
-    """What :func:`hwbp_compiler.explain` found: ``print(report)`` for people, :meth:`to_dict` for programs,
-    :meth:`to_html` for a browser. It has the attributes of :class:`ReportData`."""
+    """What :func:`hwbp_compiler.explain` found. ``print(report)`` shows it in a terminal, :meth:`to_html` writes a page
+    for a browser, and :meth:`to_dict` gives plain data. The attributes are those of :class:`ReportData`."""
 
     def __str__(self) -> str:
         return text.plain(self)
@@ -24,7 +24,7 @@ class Report(ReportData):
         yield text.coloured(self, options.max_width)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write one page that needs no network: every chain as a picture whose blocks open on a click.
+        """Write the report as one HTML page, which needs no network. It draws every chain; a click on a block opens it.
 
         Args:
             path: the file to write. An existing file is replaced.
@@ -35,25 +35,25 @@ class Report(ReportData):
         """Draw a joint graph with torch's ``FxGraphDrawer``.
 
         Args:
-            path: the file to write; its suffix says how: ``.dot``, ``.svg`` or ``.png``.
-            after: draw ``graph_after``; else ``graph_before``.
+            path: the file to write. Its suffix gives the format: ``.dot``, ``.svg`` or ``.png``.
+            after: True draws ``graph_after``, False ``graph_before``.
 
         Raises:
             ImportError: pydot is not installed.
-            FileNotFoundError: graphviz is not installed, which ``.svg`` and ``.png`` need.
-            ValueError: another suffix, or there is no graph.
+            FileNotFoundError: graphviz is not installed; ``.svg`` and ``.png`` need it.
+            ValueError: the suffix is another one, or there is no graph.
         """
         draw.draw(self.graph_after if after else self.graph_before, path)
 
     def save_repro(self, path: str | os.PathLike[str], graph: int | None = None) -> None:
-        """Write a script for a bug report that needs this package alone: it rebuilds a joint graph, draws inputs of the
-        same shapes, runs the passes, and compares the gradients.
+        """Write a script for a bug report. It needs only this package, not the model. It rebuilds a joint graph, makes
+        random inputs of the same shapes, runs the passes, and compares the gradients.
 
         Args:
             path: the file to write.
-            graph: which joint graph, counted from 0; the one that ``graph_before`` shows if None.
+            graph: number of the joint graph, from 0. None: the graph that ``graph_before`` shows.
 
         Raises:
-            ValueError: there is no graph, or it holds sub-graphs that no script can spell out.
+            ValueError: there is no graph, or it holds sub-graphs that cannot be written as code.
         """
         repro.write(self.shown() if graph is None else self.graphs[graph], self.options, path)

@@ -1,4 +1,4 @@
-"""What a model gets as a whole: the table that comes before the chains."""
+"""The table about the whole model, which the report shows before the chains."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .data import ReportData
 
 
 def rows(report: ReportData) -> list[tuple[str, str]]:
-    """(label, text) for chains and links, gradients, speed, and memory; none where there is no joint graph."""
+    """Pairs (label, text) about chains, gradients, speed and memory. Empty if there is no joint graph."""
     if not report.graphs:
         return []
     rewritten = [chain for chain in report.chains if chain.decision == "rewritten"]
@@ -64,5 +64,5 @@ def _speed(rewritten: list[ChainRecord]) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes for a reader."""
+    """A number of bytes as text."""
     return f"{number / 1e6:.3g} MB" if number >= 1e4 else f"{number / 1e3:.3g} kB"

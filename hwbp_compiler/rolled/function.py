@@ -27,7 +27,7 @@ def recurrent(
     *,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """Run ``cell`` over time: the loop ::
+    """Run ``cell`` over time, like the loop ::
 
         outputs = []
         for t in range(T):
@@ -35,43 +35,47 @@ def recurrent(
             outputs.append(output)
         return torch.stack(outputs), state
 
-    compiled, never unrolled, with Highway-BP for its backward pass: ``W^0 = scan(c, K)`` and
-    ``W^{i+1} = scan(c + J W^i, K)``, where row t of W stands for the gradient at the state after t steps (Fagnou et
-    al., ICLR 2025, Theorems 1 and 2; docs/design.md, section 5).
+    The loop is compiled without being unrolled, and its backward pass is Highway-BP: ``W^0 = scan(c, K)`` and
+    ``W^{i+1} = scan(c + J W^i, K)``. Row t of W is the gradient at the state after t steps (Fagnou et al., ICLR 2025,
+    Theorems 1 and 2; docs/design.md, section 5).
 
     Args:
         cell: any function or module ``(x_t, state) -> (output, next_state)`` that ``torch.compile`` can trace in one
-            piece. Parameters and tensors it captures get their gradients. It must change nothing in place that it did
-            not make. The output is a tensor, a tuple, list or dict of tensors, or None.
+            piece. Its parameters and the tensors it captures get their gradients. The cell may change in place only
+            tensors that it has made itself. The output is a tensor, a tuple, list or dict of tensors, or None.
         inputs: a tensor ``[T, ...]`` of any dtype, or a tuple, list or dict of such tensors, T >= 1; ``x_t`` is row t
             of each.
-        state: a tensor, or a (nested) tuple, list or dict of tensors: the state before the first step. ``next_state``
-            must have its structure and shapes, and is kept in its dtypes and on its devices.
-        options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function that is compiled with
-            ``backend="highway"`` that function's options hold unless there are some here; ``iterations``, ``segment``
-            and ``damping`` are the function's where ``iterations`` is not given.
+        state: the state before the first step: a tensor, or a (nested) tuple, list or dict of tensors. ``next_state``
+            must have the same structure and shapes. It is kept in the dtypes and on the devices of ``state``.
+        options: as for ``torch.compile(..., backend="highway", options=...)``. Inside a function compiled with
+            ``backend="highway"``, None means the function's options, and options given here replace them all. But if
+            ``iterations`` is not given here, those of ``iterations``, ``segment`` and ``damping`` that are not given
+            are still the function's.
 
     Returns:
         ``(outputs, state)``: every output stacked, ``[T, ...]``, and the state after the last step.
 
     Raises:
-        OptionError: options that are not allowed.
-        TypeError: inputs or a state that are no tensors.
-        ValueError: inputs without a common length, or a length of 0.
-        HighwayError: the cell cannot be traced; the message says what it does.
+        OptionError: an option is not allowed.
+        TypeError: ``inputs`` or ``state`` contain something that is not a tensor.
+        ValueError: the inputs differ in length, or their length is 0.
+        HighwayError: the cell cannot be traced. The message says which part of it.
 
-    The gates are computed again in the backward pass, all steps at once; only inputs and states are kept. K is found by
-    the compiler's own passes on the cell's graph. State components that do not depend on one another's past are
-    chains of their own. Exact are: recurrences without an elementwise path (K = 0), ``iterations="exact"`` or at least
-    T, and linear recurrences ``s' = a * s + b`` whose gates do not see s (LRU, minGRU), which are scans in both
-    directions. A cell that draws random numbers (dropout), contains a custom ``autograd.Function`` or switches
-    gradients off is stepped through while autograd records, which unrolls it; it is then what a Python loop over the
-    cell would be. ``explain`` gives the reason.
+    Only inputs and states are kept for the backward pass. It computes the gates again, for all steps at once. The
+    compiler finds K in the graph of the cell. Components of the state that do not depend on one another's past form
+    separate chains.
 
-    Works in eager mode, where it compiles itself (once; a new T compiles nothing), and inside a function compiled with
-    ``backend="highway"``, in one graph. Under another backend it is a graph break. So a model that calls it is
-    approximate when it is not compiled, too, as ``options`` say. ``hwbp_compiler.testing.exactly``
-    gives a model in eager mode its exact gradients, to compare with.
+    The gradient is exact if the recurrence has no elementwise path (K = 0), if ``iterations`` is "exact" or at least T,
+    or if the recurrence is linear: ``s' = a * s + b``, with gates that do not depend on s (LRU, minGRU). A linear
+    recurrence is a scan in both directions.
+
+    Some cells are unrolled, like a Python loop over the cell, and stay exact: those that draw random numbers (dropout),
+    contain a custom ``autograd.Function`` or switch gradients off. ``explain`` gives the reason.
+
+    In eager mode the loop compiles itself, once for all T. In a function compiled with ``backend="highway"`` it becomes
+    part of the function's graph. Under another backend it breaks the graph, and compiles itself. So the gradients of a
+    model that calls ``recurrent`` follow ``options`` even if the model is not compiled. To get the exact gradients in
+    eager mode for comparison, use ``hwbp_compiler.testing.exactly``.
 
     >>> cell = lambda x, h: (h, 0.5 * h + x)
     >>> recurrent(cell, torch.ones(3, 1), torch.zeros(1))[0].flatten()
@@ -169,11 +173,11 @@ _exactly = ContextVar("exactly", default=False)
 
 @contextlib.contextmanager
 def exactly() -> Iterator[None]:
-    """A context in which loops of ``hwbp_compiler.recurrent`` in eager mode have ordinary backprop, whatever their
-    options. Use it for the exact gradients to compare with.
+    """A context in which ``hwbp_compiler.recurrent`` uses ordinary backprop in eager mode, whatever its options are.
+    Use it to get exact gradients for comparison.
 
     Yields:
-        Nothing. What was compiled before with ``torch.compile`` is not changed by it.
+        Nothing. Models that are already compiled with ``torch.compile`` do not change.
 
     >>> with exactly():
     ...     loss(model(x)).backward()

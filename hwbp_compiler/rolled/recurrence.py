@@ -72,7 +72,7 @@ class Recurrence(nn.Module):
             return self._in_stages(self.step, self.plans, list(state), list(inputs), list(shared))
 
     def step_through(self) -> None:
-        """Run the cell as it is written from now on, whatever was planned."""
+        """From now on, run the cell step by step, as it is written."""
         self.step = self.plans = None
 
     def __reduce__(self) -> Any:

@@ -1,7 +1,7 @@
 """The scan along the highway: one operator, with a kernel for each kind of device.
 
-``linear_scan`` is the public function. It calls the operator ``torch.ops.highway.linear_scan``, which graphs contain.
-Importing this package defines the operator; :mod:`.inductor` generates GPU code for it.
+``linear_scan`` is the public function. It calls the operator ``torch.ops.highway.linear_scan``, which also appears in
+graphs. Importing this package defines the operator; :mod:`.inductor` generates GPU code for it.
 """
 
 from .function import linear_scan

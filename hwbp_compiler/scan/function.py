@@ -24,44 +24,44 @@ def linear_scan(
     values: Sequence[Tensor], multipliers: Sequence[Sequence[Multiplier]], *, reverse: bool = False
 ) -> tuple[Tensor, ...]: ...
 def linear_scan(values, multipliers=None, *, reverse=False):
-    """The linear recurrence ``u[i] = values[i] + multipliers[i] * u[i-1]`` along dim 0, with ``u[-1] = 0``.
+    """Compute the linear recurrence ``u[i] = values[i] + multipliers[i] * u[i-1]`` along dim 0, with ``u[-1] = 0``.
 
-    With ``reverse=True`` its mirror image ``u[i] = values[i] + multipliers[i] * u[i+1]``, which is
-    ``linear_scan(values.flip(0), multipliers.flip(0)).flip(0)``. The multiplier of the link the scan starts with
-    has nothing to multiply and is not used. The paper's ``CumSumProd(a, K)`` is the reverse scan with
-    ``multipliers[i] = K[i+1]``.
+    With ``reverse=True`` it runs the other way, ``u[i] = values[i] + multipliers[i] * u[i+1]``. This is
+    ``linear_scan(values.flip(0), multipliers.flip(0)).flip(0)``. The scan does not use the multiplier of the link that
+    it starts with. The paper's ``CumSumProd(a, K)`` is the reverse scan with ``multipliers[i] = K[i+1]``.
 
     Args:
         values: tensor of shape ``[L, *columns]``, L >= 0, any strides, of dtype float16, bfloat16, float32,
             float64, complex64 or complex128. The 16-bit types are accumulated in float32.
-        multipliers: what carries from one link to the next, of the dtype and on the device of ``values``:
+        multipliers: the factors between one link and the next, of the dtype and on the device of ``values``:
 
-            * ``None``: one everywhere, a cumulative sum;
+            * ``None``: one everywhere, which gives a cumulative sum;
             * a number or a 0-d tensor: the same for all links and columns;
             * a tensor ``[L]`` (or ``[1]``): one multiplier per link;
-            * a tensor of as many dimensions as ``values``, each of its size or 1.
+            * a tensor with as many dimensions as ``values``; each has the same size as in ``values``, or 1.
 
-            A 1-d tensor always runs along the length: a vector over the last dimension is ``[1, ..., 1, D]``.
+            A 1-d tensor always runs along the length. Write a vector over the last dimension as ``[1, ..., 1, D]``.
         reverse: run from the last link to the first.
 
     Returns:
         A new contiguous tensor of the shape and dtype of ``values``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype, or values and multipliers of different dtypes.
-        ValueError: shapes that do not fit, values without a dimension, different devices.
+        TypeError: an argument has a wrong type or dtype, or values and multipliers have different dtypes.
+        ValueError: the shapes do not fit, the values have no dimension, or the devices differ.
 
-    **Tuples.** A state of several components, each fed by itself and by those before it (an LSTM's cell state
-    feeds the hidden state), is a tuple of tensors ``[L, *columns]`` of one shape with a lower-triangular tuple of
-    multipliers: row j has j + 1 entries, and ::
+    **Tuples.** A state may have several components, where each depends on itself and on those before it (an LSTM's
+    hidden state depends on the cell state). Then ``values`` is a tuple of tensors ``[L, *columns]`` of one shape, and
+    ``multipliers`` is a lower-triangular tuple, whose row j has j + 1 entries::
 
         u_j[i] = values[j][i] + sum over k <= j of multipliers[j][k][i] * u_k[i-1]
 
-    Every entry is a multiplier as above; ``None`` is one and the number ``0`` no path at all. The result is a
-    tuple. For instance ``linear_scan((c, h), ((f,), (o, 0)))``. Being triangular it is one scan per component.
+    Every entry is a multiplier as above; ``None`` means one, and the number ``0`` means no path at all. The result is
+    a tuple. An example is ``linear_scan((c, h), ((f,), (o, 0)))``. Each component takes one scan.
 
-    Differentiable any number of times, also under ``torch.compile`` and by the transforms of ``torch.func``; in
-    forward mode once, over any number of reverse modes (torch loses an outer tangent, so this is refused).
+    The scan can be differentiated any number of times, also under ``torch.compile`` and with ``torch.func``. Forward
+    mode works once, over any number of reverse modes. Forward mode within forward mode is refused, because torch would
+    lose the outer tangent.
 
     >>> linear_scan(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([9.0, 0.5, 2.0]))
     tensor([1.0000, 1.5000, 4.0000])

@@ -1,12 +1,12 @@
-"""Property tests for the gradients of any model: an oracle, assertions, and generated models.
+"""Tests for the gradients of any model: assertions, an oracle, and randomly generated models.
 
     from hwbp_compiler import testing
 
     testing.assert_exact_at_full_length(model, args, loss)      # with enough iterations it is ordinary backprop
     testing.assert_forward_unchanged(model, args)
-    testing.check(model, args, loss)                            # all of them, with a verdict
+    testing.check(model, args, loss)                            # runs all assertions and prints a verdict
 
-``testing.strategies`` needs hypothesis; nothing else here does.
+Only ``testing.strategies`` needs the ``hypothesis`` package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Claims about ``torch.compile(model, backend="highway")``, checked on a user's own model.
+"""Assertions about ``torch.compile(model, backend="highway")`` for a user's own model.
 
 Every assertion works on float64 copies of the model and its inputs. It compiles the copy with ``rewrite="always"`` and
 compares it with eager mode or with the oracle, never with Inductor. Random numbers are drawn as in eager mode
-(``fallback_random``), so a model with dropout is compared under the same masks.
+(``fallback_random``), so dropout uses the same masks on both sides.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MOST_ROUNDS = 32
 
 
 class AtFullLength(Options):
-    """Options under which chains of up to 32 links are rewritten even with as many iterations as they have links.
+    """Options that rewrite chains of up to 32 links even with as many iterations as they have links.
 
-    The result is ordinary backprop computed in a roundabout way. No user wants that, but it lets the rewritten form be
-    compared with eager mode.
+    The result is ordinary backprop, computed by the rewritten code. It is of no use in training, but it can be compared
+    with eager mode.
     """
 
     def truncation(self, length: int) -> Truncation | None:
@@ -50,7 +50,7 @@ class AtFullLength(Options):
 
 @contextlib.contextmanager
 def rewriting_at_full_length() -> Iterator[None]:
-    """While this lasts, ``torch.compile`` interprets options as :class:`AtFullLength`."""
+    """A context in which ``torch.compile`` takes its options as :class:`AtFullLength`."""
     token = made_by.set(AtFullLength)
     try:
         yield
@@ -69,19 +69,19 @@ def assert_forward_unchanged(
     tolerance: float = 1e-12,
     seed: int = SEED,
 ) -> None:
-    """The compiled model in training returns what eager mode returns, and leaves the same buffers behind.
+    """Assert that the compiled model returns the same outputs as eager mode in training, and changes buffers alike.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed, relative to a tensor's largest entry (at least to 1).
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a tensor, relative to its largest entry, or to 1 if that is larger.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
         AssertionError: an output or a buffer differs; the message names it.
-        TypeError: ``args`` is no tuple.
+        TypeError: ``args`` is not a tuple.
     """
     eager, compiled, inputs = _copies(model, args)
     torch.manual_seed(seed)
@@ -101,26 +101,26 @@ def assert_exact_at_full_length(
     tolerance: float = 1e-9,
     seed: int = SEED,
 ) -> None:
-    """With as many ``iterations`` as a chain has links, or with "exact", the gradients are those of backprop.
+    """Assert that the gradients are those of backprop with "exact", and with as many iterations as a chain has links.
 
     That is w^L of Fagnou et al., ICLR 2025, Theorems 1 and 2: every gradient path crosses at most L blocks.
 
-    With segments of S > 1 links one iteration fewer than the chain has segments is enough. Chains of up to 32 links are
-    rewritten for it with that many iterations, which no compilation outside of this assertion does: it leaves them
-    alone. The claim holds for every ``damping`` and ``segment``; those in ``options`` are used.
+    With segments of S > 1 links, C - 1 iterations are enough for a chain of C segments. To check this, the assertion
+    rewrites chains of up to 32 links with that many iterations. An ordinary compilation leaves such chains unchanged.
+    The claim holds for every ``damping`` and ``segment``; the assertion uses those in ``options``.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     eager, compiled, inputs = _copies(model, args)
@@ -144,23 +144,23 @@ def assert_linear(
     tolerance: float = 1e-9,
     seed: int = SEED,
 ) -> None:
-    """Truncated or not, the gradients are linear in the gradient that comes in: twice the loss has twice the gradients,
-    and the negative loss the negative gradients. (No precision inside the model rounds these factors.)
+    """Assert that the gradients are linear in the loss, truncated or not: twice the loss gives twice the gradients, and
+    the negative loss the negative gradients. (These factors are exact in every dtype.)
 
-    It is checked with k = 4 where ``options`` name no other k: "auto" takes another form from one step to the next.
+    Without a k in ``options`` this is checked with k = 4, because "auto" may change k from one step to the next.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     _, compiled, inputs = _copies(model, args)
@@ -187,24 +187,24 @@ def assert_matches_truncation(
     tolerance: float = 1e-6,
     seed: int = SEED,
 ) -> None:
-    """The gradients of the compiled model are those of w^k, which :func:`reference_gradients` computes.
+    """Assert that the compiled model has the gradients of w^k, which :func:`reference_gradients` computes.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
         loss: ``loss(output) -> scalar``.
         program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`.
         iterations: k, an integer >= 0 or "exact".
         damping: gamma, a number in [0, 1].
         segment: S, links per segment.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
-            given. ``iterations``, ``damping`` and ``segment`` in it are not used.
-        tolerance: the largest error allowed of a gradient, relative to its norm.
-        seed: of the random numbers that the model draws (dropout).
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
+            given. If they contain ``iterations``, ``damping`` or ``segment``, these are ignored.
+        tolerance: the largest allowed error of a gradient, relative to its norm.
+        seed: the seed of the random numbers that the model draws (dropout).
 
     Raises:
-        AssertionError: the claim does not hold; the message names the gradient that is furthest off.
-        TypeError: ``args`` is no tuple.
+        AssertionError: the claim does not hold. The message names the gradient with the largest error.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     _, compiled, inputs = _copies(model, args)
@@ -225,18 +225,19 @@ def assert_closer(
     *,
     slack: float = 1.5,
 ) -> None:
-    """``actual`` is no further from ``reference`` than ``slack`` times as far as ``competitor`` is. For low precision.
+    """Assert that ``actual`` is about as near to ``reference`` as ``competitor`` is. For results in low precision.
 
-    One unit in the last place of ``actual``'s type, relative to the reference's largest entry, is always allowed.
+    The distance of ``actual`` may be ``slack`` times that of ``competitor``. One unit in the last place of ``actual``'s
+    dtype, relative to the reference's largest entry, is always allowed.
 
     Args:
         reference: a tensor or a mapping of tensors, computed in float64.
         actual: the same computation in low precision; tensors of the same shapes, under the same keys.
-        competitor: the same computation in the precision of ``actual``, by a way that is trusted.
-        slack: how much further from the reference than the competitor ``actual`` may be, as a factor.
+        competitor: the same computation in the precision of ``actual``, done in a trusted way.
+        slack: the factor by which the distance of ``actual`` may exceed that of ``competitor``.
 
     Raises:
-        AssertionError: it is further; the message gives both distances.
+        AssertionError: ``actual`` is too far from the reference. The message gives both distances.
     """
     if isinstance(reference, Mapping):
         assert isinstance(actual, Mapping) and isinstance(competitor, Mapping)
@@ -269,28 +270,28 @@ def check(
     damping: Sequence[float] = (0.0, 0.2),
     segment: Sequence[int] = (1, 2),
 ) -> bool:
-    """Run every assertion on ``model``, and print one line for each and a verdict.
+    """Run every assertion on ``model``. Print one line for each, and a verdict.
 
-    It also prints whether no chain of the model was rewritten: then the claims say nothing about Highway-BP.
+    If no chain of the model was rewritten, it prints that too: the assertions then say nothing about Highway-BP.
 
     Args:
-        model: the module to check, in any dtype; float64 copies of it are used and it is left as it is.
-        args: a tuple of what the model is called with; floating-point tensors become float64.
-        loss: ``loss(output) -> scalar``; a fixed random form of all outputs if left out.
+        model: the module to check, in any dtype. The check uses float64 copies; the module itself does not change.
+        args: the model's positional arguments, as a tuple. Floating-point tensors are converted to float64.
+        loss: ``loss(output) -> scalar``. The default, :func:`probe_loss`, depends on every output.
         program: ``program(model)`` describes the model and its chains for the oracle, as a :class:`Program`. Without
-            it truncated gradients are not checked.
-        options: further options of ``torch.compile``; ``rewrite`` is always "always", and ``min_length`` 2 unless
+            it, truncated gradients are not checked.
+        options: further options of ``torch.compile``. ``rewrite`` is always "always"; ``min_length`` is 2 unless
             given.
         iterations: values of k for the oracle.
         damping: values of gamma, for the oracle and for exactness at full length.
-        segment: values of S for the oracle. With S = 1 it is asked for all pairs of ``iterations`` and ``damping``,
-            with every other S once: with one iteration and no damping.
+        segment: values of S for the oracle. S = 1 is checked with all pairs of ``iterations`` and ``damping``. Every
+            other S is checked once, with one iteration and no damping.
 
     Returns:
-        True if all claims hold, False if any fails. A claim that fails does not raise.
+        True if all assertions hold, False if any fails. It does not raise AssertionError.
 
     Raises:
-        TypeError: ``args`` is no tuple.
+        TypeError: ``args`` is not a tuple.
         ValueError: nothing requires a gradient, or the loss is not one number.
     """
     claims: list[tuple[str, Callable[[], None]]] = [

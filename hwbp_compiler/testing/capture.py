@@ -1,6 +1,6 @@
 """Run the rewritten joint graph without generating code, which saves seconds per test compared with Inductor.
 
-There are three ways. All use Inductor's decompositions and apply the passes where Inductor would apply them:
+There are three ways. All use Inductor's decompositions and apply the passes at the same point as Inductor:
 
 ``eager_highway(options)`` is a backend for ``torch.compile``: it rewrites, partitions, and runs both halves uncompiled.
 

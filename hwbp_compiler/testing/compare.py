@@ -1,4 +1,4 @@
-"""Compare two sets of gradients: as one number, or by an assertion that names the worst of them."""
+"""Compare two sets of gradients: as one number, or with an assertion that names the worst gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def relative_error(actual: Gradients, reference: Gradients) -> float:
         reference: gradients of the same shapes, under the same keys.
 
     Returns:
-        A number >= 0; 0 where both vanish.
+        A number >= 0; 0 if both are zero.
     """
     difference = total_norm({k: actual[k].double() - g.double() for k, g in reference.items()})
     return difference / total_norm(reference) if difference else 0.0
@@ -39,7 +39,7 @@ def cosine(actual: Gradients, reference: Gradients) -> float:
         reference: gradients of the same shapes, under the same keys.
 
     Returns:
-        A number from -1 to 1; 1 where one of the two vanishes.
+        A number from -1 to 1; 1 if either is zero.
     """
     dot = sum(float((actual[k].double() * g.double()).sum()) for k, g in reference.items())
     norms = total_norm(actual) * total_norm(reference)
@@ -55,22 +55,23 @@ def assert_gradients_close(
     what: str = "gradients",
     least: float = 0.0,
 ) -> None:
-    """For every gradient g of ``reference``: ``|actual - g| <= tolerance |g| + noise max(|all of reference|, least)``.
+    """Assert ``|actual - g| <= tolerance |g| + noise max(|reference|, least)`` for every gradient g of ``reference``.
 
-    Values that are not a number, or infinite, in the same places count as equal.
+    Here ``|reference|`` is the norm of all gradients together. Two nan values in the same place count as equal, and so
+    do two equal infinities.
 
     Args:
         actual: gradients by name or position.
         reference: gradients of the same shapes, under the same keys.
         tolerance: the largest error allowed, relative to the norm of each gradient.
-        noise: the largest error allowed, relative to the norm of all gradients together. It is for gradients that
-            vanish for a reason (the key bias of an attention) and are rounding errors on both sides.
-        least: what that norm counts at least. It is for models in which all gradients vanish, though the terms that
-            are summed up to them do not.
-        what: how the message begins.
+        noise: the largest error allowed, relative to the norm of all gradients together. It is for gradients that are
+            zero in exact arithmetic (the key bias of an attention), so that both sides hold only rounding errors.
+        least: if that norm is smaller than this, this is used instead. It is for models in which all gradients are
+            zero as the sum of terms that are not.
+        what: the first words of the message.
 
     Raises:
-        AssertionError: a gradient is further off; the message names the worst one. Or the keys or shapes differ.
+        AssertionError: a gradient is too far off (the message names the worst one), or the keys or shapes differ.
     """
     unmatched = sorted(map(str, set(actual) ^ set(reference)))
     assert not unmatched, f"{what}: only one side has {', '.join(unmatched)}"

@@ -1,12 +1,12 @@
-"""Random programs, each rewritten with random options and compared with the float64 oracle.
+"""Rewrite random programs with random options and compare their gradients with the float64 oracle.
 
     python -m hwbp_compiler.testing.fuzz --seconds 60 --seed 0
 
-Draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
-generating code, and lets :func:`.judge.judge` decide. A small share goes through Dynamo and AOTAutograd. A smaller
-share goes through the whole of torch.compile, half of these after another backend has seen them. ``--generated 1`` runs
-Inductor's code of every program, also with buffers that are never reused. Hypothesis minimises a failure, which is
-saved as a script that repeats it. The exit status is 1 if anything failed.
+This draws models from :mod:`.strategies` and settings (k, gamma, S, ``min_length``), rewrites the joint graph without
+generating code, and checks the gradients with :func:`.judge.judge`. A small share of the programs goes through Dynamo
+and AOTAutograd. A smaller share goes through all of torch.compile; half of these are first compiled by another backend.
+``--generated 1`` runs Inductor's code for every program, also with buffers that are never reused. Hypothesis reduces a
+failing program to a small one, which is saved as a script. The exit status is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ class Setting:
 def cases(draw: st.DrawFn, generated: bool = False) -> tuple[Model, tuple[Setting, ...]]:
     spec, chosen = draw(for_inductor() if generated else programs()), draw(all_settings())
     if any(isinstance(s, Recurrence) or s.skips or s.update in USED_TWICE for s in spec.stacks):
-        # A cell, a block, or the place where a skip ends can contain something that looks like a chain of one link, and
-        # is one.
+        # Inside a cell, a block, or where a skip ends, there may be a further chain of one link.
         chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
     return spec, chosen
 
@@ -81,15 +80,15 @@ def all_settings(draw: st.DrawFn) -> tuple[Setting, ...]:
 
 
 def programs() -> st.SearchStrategy[Model]:
-    """Mostly small programs: their parts matter, not their size. One in four has sizes of only two different numbers,
-    so that many of its buffers have the same size and are reused.
+    """Draw mostly small programs, because the kinds of parts matter, not their size. One program in four uses only two
+    different sizes, so that many of its buffers have the same size and are reused.
     """
     return st.integers(0, 3).flatmap(lambda lot: coinciding() if lot == 3 else of_any_size())
 
 
 def for_inductor() -> st.SearchStrategy[Model]:
-    """Inductor takes seconds for a small program and a minute for a large one: half of these have sizes of two numbers
-    only, and one in sixteen has more than one stack."""
+    """Draw small programs, because Inductor takes seconds for a small one and a minute for a large one. Half of them
+    use only two different sizes, and one in sixteen has more than one stack."""
     double = strategies.models(max_stacks=2, max_depth=3, max_width=3, **_ALL_KINDS)
     return st.integers(0, 15).flatmap(
         lambda lot: coinciding(max_depth=4) if lot > 7 else double if lot == 7 else one_stack()
@@ -116,7 +115,7 @@ def of_any_size() -> st.SearchStrategy[Model]:
 
 
 def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> list[tuple[Verdict, list[Any]]]:
-    """Check that the gradients of ``spec`` under each setting are the oracle's; otherwise raise AssertionError.
+    """Assert that ``spec`` has the oracle's gradients under each setting.
 
     The result is empty if nothing in the model requires a gradient.
     """
@@ -132,7 +131,7 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
     low = spec.dtype == "float32" or any(_casts(stage) for stage in spec.stacks)
     reference = copy.deepcopy(model).double()  # the same numbers
     wide_args = tuple(a.detach().double().requires_grad_(a.requires_grad) for a in args)
-    # A loop of few steps has more ends than middle, and one without blocks is exact anyway. The compiler may skip them.
+    # The compiler may leave loops alone if they have very few steps, or if they have no blocks and so are exact.
     loops = any(isinstance(stage, Recurrence) for stage in spec.stacks)
     found = []
     routes = {
@@ -166,7 +165,7 @@ def check(spec: Model, chosen: tuple[Setting, ...], route: Route = "trace") -> l
 def _rounding(
     model: Any, args: tuple[Any, ...], reference: Any, wide_args: tuple[Any, ...], loss: Any, setting: Setting
 ) -> float:
-    """How far the oracle itself is off in float32, relative to the worst of the gradients that are not noise."""
+    """The error of the oracle itself in float32: the worst relative error of any gradient that is not noise."""
     k, gamma, segment = setting.iterations, setting.damping, setting.segment
     pair = [
         reference_gradients(next(models.programs(m)), a, loss, k, gamma, segment=segment)[1]
@@ -181,7 +180,7 @@ def _rounding(
 
 
 def _other_rounding(model: Any) -> Any:
-    """The same model with every parameter moved by one float32 rounding, so that casts inside round differently."""
+    """The same model with a float32 rounding error added to every parameter, so that casts inside round differently."""
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -216,7 +215,7 @@ def _traced(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
 
 
 def _in_place(spec: Model) -> bool:
-    """Which ``trace`` refuses."""
+    """Whether ``spec`` has blocks that change something in place, which ``trace`` refuses."""
     return any(isinstance(stage, Stack) and "in_place" in stage.blocks for stage in spec.stacks)
 
 
@@ -239,9 +238,9 @@ def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
 
 
 def _rolled(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
-    """Run through Dynamo, which unrolls the loops over time, with all of them rolled up again. Sizes are static: Dynamo
-    may treat a size as a symbol until the first step shows that it is a number, which makes that step differ from the
-    others.
+    """Run through Dynamo, which unrolls the loops over time, and roll all loops up again. Sizes are static. Otherwise
+    Dynamo may treat a size as a symbol until the first step shows that it is a number, and then the first step differs
+    from the others.
     """
     captured = capture(*models.build(spec), dynamic=False)
     captured._options = options(reroll="always")
@@ -286,7 +285,7 @@ def _compiled_by_inductor(spec: Model, setting: Setting) -> Any:
 
 
 def _another_backend_first(spec: Model) -> None:
-    """In half of the programs, another backend sees the same code first; in a quarter, Dynamo gives all of it up."""
+    """Compile half of the programs with another backend first. For half of these, Dynamo gives up on all the code."""
     lot = zlib.crc32(repr(spec).encode()[::-1]) % 4
     if lot < 2:
         model, args, _ = models.build(spec)
@@ -302,7 +301,7 @@ def _gives_up(module: Any, inputs: Any) -> Any:
 
 @dataclass
 class Report:
-    """The results of a run. ``programs`` counts distinct models, ``checks`` settings compared with the oracle."""
+    """The results of a run. ``programs`` counts different models, ``checks`` the settings compared with the oracle."""
 
     programs: int = 0
     checks: int = 0

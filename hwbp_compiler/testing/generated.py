@@ -1,8 +1,8 @@
-"""Run a flat graph through Inductor's code, quickly and repeatedly.
+"""Run a flat graph with Inductor's code, fast enough to do it for many graphs.
 
-What Inductor decides (fusion, in which memory a buffer lies, what is written in place of what) shows in its code and
-not in the graph. ``torch.compile`` builds every kernel apart, which takes seconds each; here all kernels of several
-graphs are one file, built once, without optimisation and without vector instructions.
+Only the generated code shows what Inductor decides: what it fuses, which memory a buffer uses, and which buffer is
+overwritten by another. ``torch.compile`` builds each kernel separately, which takes seconds. Here the kernels of
+several graphs are built together as one file, without optimisation and without vector instructions.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>"
 
 
 def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> Any:
-    """The results of ``graph``'s code, compiled as our backend compiles it.
+    """Compile ``graph`` as our backend compiles it, run the code, and return its results.
 
-    Raises AssertionError if the same code gives other results when memory is never reused: something was overwritten
-    that was still needed. Only rounding may differ, because products depend on the alignment of memory.
+    Raises AssertionError if the results change when memory is never reused, because then the code has overwritten
+    something that was still needed. Rounding may differ, because matrix products depend on the alignment of memory.
     """
     with kernels_together():
         options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
@@ -43,12 +43,12 @@ def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> A
 
 
 def assert_same(results: Iterable[Any], apart: Iterable[Any]) -> None:
-    """Results where memory is used again and where it is not, up to rounding."""
+    """Assert that ``results``, computed with reused memory, equal those computed ``apart``, except for rounding."""
     for have, want in zip(results, apart, strict=True):
         if isinstance(have, Tensor):
             allowed = 1e3 * torch.finfo(want.dtype).eps if want.is_floating_point() else 0.0
             off = largest_difference(have, want)
-            assert off <= allowed, f"off by {off:.1e} of the largest number where memory is used again"
+            assert off <= allowed, f"off by {off:.1e} of the largest number when memory is reused"
 
 
 def _copy(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
@@ -59,10 +59,10 @@ def _copy(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
 
 @contextlib.contextmanager
 def kernels_together() -> Iterator[None]:
-    """Kernels of generated code that is loaded inside are built when the first of them is called, not optimised."""
+    """A context for loading generated code. All its kernels are built together at the first call, not optimised."""
     together = _Kernels()
     build = mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: together.add(types, source))
-    # Not a flag among others: the headers that Inductor compiles once must be compiled as their users are.
+    # Not given as a compiler flag: the headers that Inductor compiles once need the same settings as the kernels.
     with build, inductor_config.patch({"aot_inductor.debug_compile": True}):
         yield
 
@@ -75,7 +75,7 @@ class _Kernels:
         self.built: dict[str, Any] = {}
 
     def add(self, types: list[str], source: str) -> Callable[..., None]:
-        """The kernel as a function of tensors and sizes."""
+        """Return the kernel as a function of tensors and sizes."""
         name = self.names.setdefault(source, f"kernel_{len(self.names)}")
         converters = [_address if kind.rstrip().endswith("*") else ctypes.c_int64 for kind in types]
 
@@ -92,7 +92,7 @@ class _Kernels:
         for source, name in new.items():
             body = source.replace(_INCLUDE, "")
             parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
-            # Passed as the part to optimise, because Inductor precompiles its headers for that.
+            # Passed as optimized_code: only for this part does Inductor use its precompiled headers.
         library = CppCodeCache.load("", optimized_code="\n".join(parts))
         self.built.update((name, library[name]) for name in new.values())
 
@@ -102,7 +102,7 @@ def _address(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def largest_difference(one: Tensor, other: Tensor) -> float:
-    """The difference relative to the largest number; infinite if only one of the two is finite somewhere."""
+    """The largest difference, relative to the largest number. Infinite where only one of the two is finite."""
     finite = torch.isfinite(other)
     if not torch.equal(torch.isfinite(one), finite):
         return float("inf")

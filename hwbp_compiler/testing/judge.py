@@ -1,7 +1,7 @@
-"""Check that gradients are w^k's for the chains that were rewritten, and backprop's for all others.
+"""Check that the gradients are those of w^k for the chains that were rewritten, and of backprop for all others.
 
-The oracle's :class:`Program` knows the chains by construction; the compiler's records say what was rewritten. The
-gradients must match some choice of chains with the lengths in the records.
+The oracle's :class:`Program` knows the chains by construction. The compiler's records say which chains were rewritten,
+by length. The gradients must match some choice of chains with these lengths.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Verdict:
 def chain_lengths(program: Program, args: Sequence[Any]) -> list[frozenset[int]]:
     """The lengths that each chain of ``program`` can have, in the order in which they run.
 
-    A chain has L links, but only those after the first state that requires a gradient count: if the input and the first
-    parameters require none, the links below take no part. The link that leads to that state may count as one of the
-    chain's, or its gradient is computed outside: both are correct.
+    Only the links after the first state that requires a gradient count. If the input and the parameters of the first
+    links require none, these links take no part. The link that leads to the first such state may belong to the chain
+    or be computed outside it: both are correct.
     """
     found: list[frozenset[int]] = []
 

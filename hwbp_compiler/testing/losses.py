@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 
 
 def probe_loss(output: Any) -> Tensor:
-    """A fixed random linear and quadratic form in every floating-point tensor of ``output``.
+    """A loss with fixed random weights: linear and quadratic terms in every floating-point tensor of ``output``.
 
-    Unlike a plain sum it has no symmetry that a normalisation could cancel (the sum of a LayerNorm's output is
-    constant), and its gradient differs from element to element.
+    A plain sum would not do: the sum of a LayerNorm's output, for example, is constant, so its gradient is zero. The
+    gradient of this loss differs from element to element.
 
     Args:
         output: what a model returns: a tensor, or any nesting of tuples, lists and dicts of tensors.

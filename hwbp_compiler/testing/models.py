@@ -1,7 +1,7 @@
 """Residual and recurrent models made from plain data, each paired with its programs for the oracle.
 
-A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` names
-only what differs from the simplest model, so a failing example can be read and pasted back.
+A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` shows
+only what differs from the simplest model, so a failing example is short and can be pasted into a test.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def program(model: ResidualModel) -> Program:
 
 
 def programs(model: ResidualModel) -> Iterator[Program]:
-    """Every way of reading chains into the model: one if it is pinned, many if links are skipped.
+    """Every sound choice of chains in the model: one if the model is pinned, many if links are skipped.
 
-    Highway-BP of any of them is sound, and a compiler may choose any. If every block reads the first state, then for
-    the first block this may count as its state or as a side input.
+    Highway-BP is sound with any of them, and a compiler may use any. If every block reads the first state, it is open
+    for the first block whether this is its state or a side input.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
     if len(skipped) > 1:

@@ -1,4 +1,4 @@
-"""The modules that a :class:`.specs.Model` is built of, written as a user would write them."""
+"""The modules of a :class:`.specs.Model`, written as a user would write them."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Highway-BP written out with ``torch.autograd``: the oracle that the compiler is compared with.
+"""Highway-BP written with ``torch.autograd``: the oracle that the compiler is compared with.
 
-It follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. It is slow
-and simple on purpose, and meant for float64.
+It follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. It is
+deliberately slow and simple, and meant for float64.
 
 A model is written as a :class:`Program`: an ordinary forward function that passes each of its chains to ``run_chain``.
-Autograd differentiates everything outside the chains as usual. A chain is one autograd node. Autograd gives it the loss
-contributions ``c_i`` of its states (losses at every step, later chains, heads) and the gradients of its links' side
-outputs. It returns the truncated gradient of its parameters, side inputs and first state. So several chains need no
-special rule: autograd runs the one nearest the loss first.
+Autograd differentiates everything outside the chains as usual. A chain is one autograd node. Autograd gives this node
+the loss contributions ``c_i`` of the chain's states (losses at every step, later chains, heads) and the gradients of
+its links' side outputs. The node returns the truncated gradient of the chain's parameters, side inputs and first state.
+Several chains need no special rule: autograd runs the chain nearest the loss first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Link:
 
     Attributes:
         step: the function of the link, a :class:`Step`.
-        side: its side inputs. A tensor used in ``step`` that is no leaf of autograd must come in here.
+        side: its side inputs. Every tensor that ``step`` uses and that is not a leaf of autograd must be among them.
     """
 
     step: Step
@@ -51,11 +51,11 @@ class Link:
 
 @dataclass(frozen=True)
 class ChainRun:
-    """What running a chain of L links gives.
+    """The result of running a chain of L links.
 
     Attributes:
-        states: states 0..L; state 0 is where the chain began.
-        outputs: what left links 1..L sideways.
+        states: states 0..L; state 0 is the first state of the chain.
+        outputs: the side outputs of links 1..L.
     """
 
     states: list[Tensors]
@@ -70,9 +70,10 @@ class Program:
     """A model and its chains, described for the oracle.
 
     Attributes:
-        parameters: the model's own parameters, by name; :func:`reference_gradients` differentiates in these tensors.
-        forward: ``forward(run_chain, *args)`` returns what the model returns. It calls ``run_chain(links, state)`` with
-            a list of :class:`Link` and a tuple of tensors for each chain, and gets a :class:`ChainRun`.
+        parameters: the model's own parameters, by name. :func:`reference_gradients` gives the gradients of these.
+        forward: ``forward(run_chain, *args)`` returns what the model returns. For each chain it calls
+            ``run_chain(links, state)`` with a list of :class:`Link` and a tuple of tensors, and gets a
+            :class:`ChainRun`.
     """
 
     parameters: Mapping[str, Tensor]
@@ -90,22 +91,23 @@ def reference_gradients(
     solver: Solver | None = None,
     exact: Collection[int] = (),
 ) -> tuple[Any, dict[str | int, Tensor]]:
-    """The output of ``program(*args)`` and the Highway-BP gradients of ``loss(output) -> scalar``.
+    """Compute the output of ``program(*args)`` and the Highway-BP gradients of ``loss(output) -> scalar``.
 
     Args:
-        program: the model and its chains; in float64, to be an oracle.
-        args: what the model is called with.
+        program: the model and its chains. Use float64 if it is to serve as an oracle.
+        args: the arguments of the model.
         loss: ``loss(output) -> scalar``.
-        iterations: k: gradient paths that cross at most k blocks of a chain count; ``"exact"`` or k >= L is backprop.
+        iterations: k. Only gradient paths that cross at most k blocks of a chain count; ``"exact"`` or k >= L is
+            backprop.
         damping: gamma: ``K -> (1 - gamma) K``, ``J -> J + gamma K``.
-        segment: S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 the paths are
-            those that leave the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop.
-        solver: how a chain's w is found; :func:`highway_bp` if None.
-        exact: chains, numbered in the order in which ``program`` runs them, that are left to backprop.
+        segment: S, links per segment: exact inside a segment, highway across; 1 is the paper. For S > 1 a path counts
+            if it leaves the highway in at most k segments, and k >= ceil(L / S) - 1 is backprop.
+        solver: the function that computes a chain's w; :func:`highway_bp` if None.
+        exact: numbers of the chains to leave to backprop, in the order in which ``program`` runs the chains.
 
     Returns:
         The output, and the gradients: by name for parameters, and by position for those of ``args`` that require a
-        gradient. They are zeros where the loss does not depend on one. Nothing is accumulated into ``.grad``.
+        gradient. A gradient is zero if the loss does not depend on the tensor. Nothing is added to ``.grad``.
 
     Raises:
         ValueError: ``segment`` is below 1.
@@ -193,13 +195,13 @@ def highway_bp(
 
     Args:
         links: links 1..L at their saved states.
-        contributions: c_0..c_L, what the losses contribute at each state: tuples of tensors of the state's shapes.
+        contributions: c_0..c_L, what the losses contribute at each state: tuples of tensors with the state's shapes.
         iterations: k.
         damping: gamma.
         segment: S, links per segment.
 
     Returns:
-        w_0..w_L, in tuples of tensors of the state's shapes.
+        w_0..w_L, as tuples of tensors with the state's shapes.
     """
     if segment != 1:
         return _segmented(links, contributions, iterations, damping, segment)
@@ -279,16 +281,18 @@ def _segmented(
 def sum_over_paths(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """The meaning of w, by brute force (Fagnou et al., ICLR 2025, Theorems 1 and 2; for segments docs/design.md,
-    section 4.6). Arguments and result are those of :func:`highway_bp`.
+    """Compute w from its definition, as a sum over paths (Fagnou et al., ICLR 2025, Theorems 1 and 2; for segments
+    docs/design.md, section 4.6). Arguments and result are those of :func:`highway_bp`.
 
-    For every pair of states i <= j and every way to cross each link between them by its highway ``(1 - gamma) K`` or
-    its block ``J + gamma K``: push c_j along that path, if it crosses blocks in at most k segments. The segment of
-    state i is that of link i, which no path to i crosses; so at S = 1 blocks are counted. For S > 1 the first state
-    belongs to the segment of link 1. Blocks in the segment of state i do not count.
+    Take every pair of states i <= j and every path between them. A path crosses each link either by its highway
+    ``(1 - gamma) K`` or by its block ``J + gamma K``. The sum contains c_j sent along each path that crosses blocks in
+    at most k segments; blocks in the segment of state i do not count. State i belongs to the segment of link i, which
+    no path to i crosses. So for S = 1 the number of blocks is counted. For S > 1 the first state belongs to the segment
+    of link 1.
 
-    All paths through a segment but the one along the highway sum to ``(whole segment) - P_s``; so do, from a c_j in
-    its interior, those through the part of it they cross. Exponential in L, with dense Jacobians.
+    All paths through a segment except the one along the highway sum to ``(whole segment) - P_s``. The same holds for
+    a c_j inside a segment and the part of the segment that its paths cross. The cost is exponential in L, and the
+    Jacobians are dense.
     """
     length = len(links)
 
@@ -318,7 +322,7 @@ def sum_over_paths(
 def fixed_point(
     links: Sequence[LinkAt], contributions: Sequence[Tensors], iterations: int, damping: float, segment: int = 1
 ) -> list[Tensors]:
-    """Fixed-point iteration: ``w_i <- c_i + w_{i+1} (J + K)`` k times from ``w = c``. Has no damping.
+    """Fixed-point iteration: start from ``w = c`` and apply ``w_i <- c_i + w_{i+1} (J + K)`` k times. No damping.
 
     Arguments and result are those of :func:`highway_bp`.
 

@@ -1,7 +1,7 @@
 """Residual and recurrent models as plain data; :mod:`.models` builds them.
 
-A :class:`Model` is a few stages, stacks of links or loops over time, with heavy steps between them. Its ``repr``
-names only what differs from the simplest model, so a failing example can be read, and pasted back.
+A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` shows
+only what differs from the simplest model, so a failing example is short and can be pasted into a test.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Stack(_ReadableRepr):
 
     Attributes:
         depth: links.
-        width: of the state.
-        blocks: kinds of block, taken in turn, see :class:`.blocks.Block`.
+        width: width of the state.
+        blocks: kinds of block, taken in turn; see :class:`.blocks.Block`.
         update: how block output z and state x join: "add" x + z; "subtract" x - z; "scaled" 0.8 x + z; "scalar" and
             "vector" a x + z, a learnt; "rezero" x + a z; "kept" where(mask, x + z, x); "gate" g x + (1 - g) tanh z, g
             from the state; "input_gate" the same, g a learnt vector; "lerp" torch.lerp(x, tanh z, g); "self_gate"
@@ -45,11 +45,11 @@ class Stack(_ReadableRepr):
         taps: states, 1..depth, that the model returns.
         heads: each tap goes through a linear layer.
         penalties: links, 1..depth, whose hidden activity the model returns.
-        skip: (i, j): state i is added to the input of link j > i + 1; which chains that leaves is left open.
+        skip: (i, j): state i is added to the input of link j > i + 1. The chains are then not determined.
         unet: the skips (0, depth), (1, depth - 1), ...
-        rereads: every block's input has the first state added to it.
+        rereads: the first state is added to every block's input.
         layout: "flat": links work on [batch * length, width]; "swap": the state is transposed in every link.
-        frozen: links, 1..depth, whose parameters want no gradient.
+        frozen: links, 1..depth, whose parameters require no gradient.
     """
 
     depth: int = 3
@@ -82,15 +82,15 @@ class Recurrence(_ReadableRepr):
     """A loop over time of ``layers`` cells, layers interleaved: one chain per layer, as long as the input.
 
     Attributes:
-        width: of the state.
-        cell: see :class:`.blocks.Cell`.
-        layers: how many.
-        every_step: hands on the states of all steps, else of the last.
-        start: the first state is "zeros", "learnt", or "given": one more argument of the model, [layers, 2, batch,
-            width], that requires a gradient.
-        reverse: runs from the last step to the first.
-        masked: past its end a sequence keeps its state: where(mask, new, old).
-        frozen: its parameters want no gradient.
+        width: width of the state.
+        cell: kind of cell; see :class:`.blocks.Cell`.
+        layers: number of layers.
+        every_step: return the states of all steps; else only the last.
+        start: the first state is "zeros", "learnt", or "given". "given" means one more argument of the model, [layers,
+            2, batch, width], that requires a gradient.
+        reverse: run from the last step to the first.
+        masked: sequences end at different steps and keep their state from then on: where(mask, new, old).
+        frozen: its parameters require no gradient.
     """
 
     width: int = 3
@@ -118,16 +118,16 @@ class Model(_ReadableRepr):
     Attributes:
         stacks: the stages.
         batch: sequences in a batch.
-        length: of the sequences.
-        stem: start with a linear layer too.
-        head: end with one.
+        length: length of the sequences.
+        stem: also start with a linear layer.
+        head: end with a linear layer.
         input_grad: the input requires a gradient.
-        dead_ends: every state is used for something that nobody wants, and one such thing is returned but not in the
-            loss.
-        parallel: stages side by side: each reads the input, and all outputs are returned.
-        dtype: of parameters and input.
-        dynamic: compiled with sizes known only at run time, where it is compiled by way of Dynamo.
-        seed: of the parameters and the input.
+        dead_ends: every state is also used for a value without effect. One such value is returned, but is not part of
+            the loss.
+        parallel: run the stages side by side: each reads the input, and all outputs are returned.
+        dtype: dtype of the parameters and the input.
+        dynamic: when compiled through Dynamo, use sizes that are known only at run time.
+        seed: seed of the parameters and the input.
     """
 
     stacks: tuple[Stage, ...] = (Stack(),)

@@ -1,4 +1,4 @@
-"""Hypothesis strategies for random models; they shrink to three residual MLP blocks of width 2.
+"""Hypothesis strategies for random models. The smallest model has three residual MLP blocks of width 2.
 
 @given(testing.strategies.models())
 def test_something(spec):
@@ -36,10 +36,12 @@ def stacks(
     Args:
         max_depth: the most links.
         max_width: the largest width of the state.
-        skips: some have long skips over links, or read the first state in every block; both have no predictable chains.
-        dtypes: some compute in float32 inside.
-        sizes: what depth and width are chosen from; any up to the limits if None.
-        in_place: some blocks change slices in place, which ``testing.capture`` takes and ``testing.trace`` does not.
+        skips: also draw long skips over links, and blocks that all read the first state. The chains of such models
+            cannot be predicted.
+        dtypes: also draw stacks that compute in float32 inside.
+        sizes: the sizes from which depth and width are drawn; None for any size up to the limits.
+        in_place: also draw blocks that change slices in place. ``testing.capture`` accepts these, ``testing.trace``
+            does not.
 
     Returns:
         A strategy that draws a :class:`..models.Stack`.
@@ -89,7 +91,7 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Rec
 
     Args:
         max_width: the largest width of the state.
-        sizes: what the width is chosen from; any up to the limit if None.
+        sizes: the sizes from which the width is drawn; None for any size up to the limit.
 
     Returns:
         A strategy that draws a :class:`..models.Recurrence`.
@@ -119,14 +121,15 @@ def models(
         max_stacks: the most stages.
         max_depth: the most links of a stack.
         max_width: the largest width of a state.
-        skips: see :func:`stacks`. Without them :func:`..models.program` can describe every model for the oracle.
-        loops: with recurrences too.
-        dtypes: in float32 too, or with casts inside.
-        sizes: what all sizes are chosen from, so that many buffers have the same size; any up to the limits if None.
+        skips: see :func:`stacks`. Without skips, :func:`..models.program` can describe every model for the oracle.
+        loops: also draw recurrences.
+        dtypes: also draw models in float32, or with casts inside.
+        sizes: the sizes from which all sizes are drawn, so that many buffers have the same size; None for any size up
+            to the limits.
         in_place: see :func:`stacks`.
 
     Returns:
-        A strategy that draws a :class:`..models.Model`, which :func:`..models.build` makes a module of.
+        A strategy that draws a :class:`..models.Model`. :func:`..models.build` turns it into a module.
     """
     stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes, sizes=sizes, in_place=in_place)
     if loops:
@@ -159,7 +162,7 @@ def iterations() -> st.SearchStrategy[int]:
 
 
 def dampings() -> st.SearchStrategy[float]:
-    """A strategy for gamma: both ends, and values between."""
+    """A strategy for gamma: 0, 1, and values between."""
     return st.sampled_from((0.0, 1.0, 0.2, 0.5, 0.8))
 
 

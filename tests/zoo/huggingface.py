@@ -143,7 +143,7 @@ def _gpt2_program(model):
 
 
 def llama_norm(norm, x):
-    """In float32 whatever the input's dtype, as in the model."""
+    """Computed in float32 for every dtype of the input, as in the model."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + norm.variance_epsilon)
     return norm.weight * y.to(x.dtype)

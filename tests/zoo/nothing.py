@@ -1,5 +1,5 @@
-"""Models without an elementwise path from state to state, or too short: there is nothing to find, and every gradient is
-exact. Also models whose chains are a matter of judgement: for these only exactness at full length is known.
+"""Models without an elementwise path from state to state, and models that are too short. No chain is found in them, and
+every gradient is exact. Also models whose chains are not determined: only exactness at full length is known for these.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class UNet(nn.Module):
 
 
 class ReadsItsPast(nn.Module):
-    """A gated recurrence whose candidate attends to all states before it: what leaves the chain comes back."""
+    """A gated recurrence whose candidate attends to all earlier states, so gradients leave the chain and return."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ class CatLSTM(nn.Module):
 
 
 class MinGRU(nn.Module):
-    """Gate and candidate see the input alone."""
+    """Gate and candidate depend only on the input."""
 
     def __init__(self) -> None:
         super().__init__()

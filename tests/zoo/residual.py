@@ -1,4 +1,4 @@
-"""Pre-norm residual stacks of small MLPs, with the same thing written in different ways: K = 1."""
+"""Pre-norm residual stacks of small MLPs, written in different ways: K = 1."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Checkpointed(Looped):
 
 
 class DeadEnds(Looped):
-    """Computes things nobody asked for, and returns one that the loss ignores."""
+    """Computes values that nothing uses, and returns one that the loss ignores."""
 
     def __init__(self) -> None:
         super().__init__()
