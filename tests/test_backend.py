@@ -308,6 +308,7 @@ def copied_sources(tmp_path, monkeypatch) -> Path:
     for package, target in ((hwbp_compiler, copy), (passes, copy / "passes")):
         shutil.copytree(Path(package.__file__).parent, target, ignore=shutil.ignore_patterns("passes"))
         monkeypatch.setattr(package, "__path__", [str(target)])
+    monkeypatch.setattr(digest, "__file__", str(copy / "digest.py"))
     return copy
 
 
