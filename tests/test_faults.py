@@ -214,7 +214,7 @@ def test_the_kernels_of_recurrent_modules_cannot_be_built(options, monkeypatch):
 )
 @pytest.mark.parametrize(
     "place, name",
-    [(replace_recurrent_modules, "_Call"), (prepare, "replace_loops"), (backend, "register_lowerings")],
+    [(replace_recurrent_modules, "_Replacement"), (prepare, "replace_loops"), (backend, "register_lowerings")],
     ids=["modules", "loops", "operators"],
 )
 def test_an_exception_before_the_joint_graph(place, name, monkeypatch, warned):

@@ -32,7 +32,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
-from hwbp_compiler.torch_private import SkipFrame, dynamo_config, functorch_config, inductor_config
+from hwbp_compiler.torch_private import SkipFrame, functorch_config, inductor_config
 
 from . import models, strategies
 from .blocks import USED_TWICE
@@ -230,11 +230,9 @@ def _generated(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
 
 
 def _through_dynamo(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
-    # By default only inputs have sizes that are symbols. Here weights have them too.
-    with dynamo_config.patch(force_parameter_static_shapes=not spec.dynamic):
-        captured = capture(*models.build(spec), dynamic=spec.dynamic)
-        for setting in chosen:
-            yield captured.gradients(_options(setting))
+    captured = capture(*models.build(spec), dynamic=spec.dynamic)
+    for setting in chosen:
+        yield captured.gradients(_options(setting))
 
 
 def _rolled(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
