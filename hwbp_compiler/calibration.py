@@ -22,9 +22,8 @@ from .backend import compiled_in_one_form
 from .errors import HighwayError
 from .options import Options, Truncation, parse
 from .recurrence.tracing import traced_whole
-from .report.explaining import _isolated
 from .report.measure import backward
-from .report.restore import left_as_it_was
+from .report.restore import isolated, left_as_it_was
 from .torch_private import RUNS_IN, SERVES
 
 _ITERATIONS, _SEGMENTS, _DAMPINGS = (0, 1, 2, 4, 8), (1, 4, 8, 16, 32), (0.0,)
@@ -266,7 +265,7 @@ def checks_of(
     setattr(backend, RUNS_IN, traced_whole)
     with left_as_it_was(model) as keep, torch._dynamo.config.patch(automatic_dynamic_shapes=False):
         keep([args, kwargs])
-        compiled = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
+        compiled = torch.compile(model, backend=backend, **isolated())  # type: ignore[call-overload]
         backward(loss(compiled(*args, **kwargs)))
         if None in arrived:
             raise HighwayError("calibrate: the gradients could not be computed; the warning before this says why")
@@ -313,7 +312,7 @@ def _measure(found: Calibration, model: Any, args: Any, kwargs: Any, loss: Any, 
     with left_as_it_was(model) as keep:
         keep([args, kwargs])
         steps = [
-            torch.compile(model, backend="highway", options=options | {"rewrite": "always"} | how, **_isolated())  # type: ignore[call-overload]
+            torch.compile(model, backend="highway", options=options | {"rewrite": "always"} | how, **isolated())  # type: ignore[call-overload]
             for how in [exact, *chosen]
         ]
         times: list[list[float]] = [[] for _ in steps]

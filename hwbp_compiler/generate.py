@@ -20,13 +20,10 @@ from .options import Options, parse
 from .pass_sequence import PassSequence
 from .pieces import keeping_pieces
 from .prepare import prepare
-from .recurrence.tracing import traced_whole
-from .report.explaining import _isolated
-from .report.restore import left_as_it_was
+from .report.restore import compiled_apart, left_as_it_was
 from .retarget import Retarget
 from .scan import register_lowerings
 from .torch_private import (
-    SERVES,
     backward_at_once,
     compile_fx,
     cuda_device_guard,
@@ -222,15 +219,7 @@ class _Generating:
 
             return self._what_runs(compiled, run)
 
-        setattr(backend, SERVES, True)
-        compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            # Shapes seen here must not make later compilations of the same code dynamic.
-            with torch._dynamo.config.patch(automatic_dynamic_shapes=False), traced_whole():
-                return compiled(*args, **kwargs)
-
-        return run
+        return compiled_apart(model, backend)
 
     def _what_runs(self, compiled: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
         return eager

@@ -15,7 +15,8 @@ class HighwayCallback(TrainerCallback):
 
         trainer.add_callback(HighwayCallback(trainer, every=100))
 
-    The numbers go into the trainer's logs as ``highway/cosine/k{k}_S{S}`` and ``highway/relative_error/k{k}_S{S}``.
+    The numbers go into the trainer's logs as ``highway/cosine/k{k}_S{S}`` and ``highway/relative_error/k{k}_S{S}``. A
+    training that resumes continues its milestones, and climbs ``rungs`` again from the first.
 
     Args:
         trainer: the ``transformers.Trainer``. The callback finds its compiled model when the training starts.
@@ -48,7 +49,7 @@ class HighwayCallback(TrainerCallback):
         return self.watching.meter
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.watching.start([self.trainer.model_wrapped, self.trainer.model])
+        self.watching.start([self.trainer.model_wrapped, self.trainer.model], state.global_step)
         if found := self.watching.step():
             self.trainer.log(found)
 

@@ -23,7 +23,9 @@ from hwbp_compiler.auto import forms as forms_module
 from hwbp_compiler.auto.check import CheckedPass, copied
 from hwbp_compiler.auto.measured import Compared
 from hwbp_compiler.auto.merge import Merging
+from hwbp_compiler.auto.meter import Reading
 from hwbp_compiler.auto.policy import Policy
+from hwbp_compiler.auto.watching import Watching
 from hwbp_compiler.cost.estimate import Estimate
 from hwbp_compiler.cost.ladder import RUNGS, Rung, ladder
 from hwbp_compiler.graph.record import ChainRecord
@@ -323,6 +325,30 @@ def test_a_climb_takes_the_next_rung_when_the_cosine_falls_and_continues_after_a
         torch.testing.assert_close(step(auto, model, x)[1], exact)
         with pytest.raises(ValueError, match="position = 2"):
             resumed.load_state_dict({"position": 2})
+
+
+def test_a_gradient_without_a_cosine_is_no_reason_to_climb(trained):
+    _, _, auto, _ = trained
+    with GradientMeter(auto) as meter:
+        climb = Climb(auto, [{"iterations": 1}, {"iterations": "exact"}], meter)
+        for cosine, position in ((math.nan, 0), (0.99, 0), (0.5, 1)):
+            meter.readings.append(Reading(len(meter.readings), 1, 1, 0.0, cosine, 0.1, {}, trains=True))
+            climb.step()
+            assert climb.position == position
+
+
+def test_a_callback_continues_its_milestones_where_the_training_is_or_where_it_was_saved(trained):
+    _, _, auto, _ = trained
+    milestones = {0: {"iterations": 0, "segment": 1, "damping": 0.0}, 5: {"iterations": "exact"}}
+    saved = {"schedule": {"steps": 7}}
+    for state, steps, last in (({}, None, 0), ({}, 7, "exact"), (saved, None, "exact"), (saved, 0, 0)):
+        watching = Watching(milestones=milestones)
+        watching.load_state_dict(state)
+        watching.start([auto], steps)
+        watching.step()
+        assert forms_of(auto).iterations == last
+        watching.stop()
+        assert watching.state_dict() == {"schedule": {"steps": (steps or 7 if last == "exact" else 0) + 1}}
 
 
 def test_a_climb_says_what_it_cannot_do(trained):

@@ -708,7 +708,8 @@ def test_lightning_logs_the_cosine_and_climbs(tmp_path):
         enable_model_summary=False, callbacks=[callback],
     )  # fmt: skip
     trainer.fit(Module(), torch.utils.data.DataLoader(torch.cat([inputs()] * 4), batch_size=3))
-    assert callback.state_dict() == {}  # the training is over
+    assert callback.meter is None  # the training is over
+    assert callback.state_dict() == {"schedule": {"steps": 4}, "climb": {"position": 1}}
     columns = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
     assert [c for c in columns if c.startswith("highway/cosine")] == ["highway/cosine/k0_S1"]  # then it was exact
 

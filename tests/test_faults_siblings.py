@@ -226,7 +226,7 @@ def test_many_pieces_are_right_on_a_cpu():
     assert not any(map(overwritten_pieces, codes))
 
 
-# -- the kind: a share of the fidelity tests through Inductor ---------------------------------
+# -- generated code ---------------------------------
 
 ALL_SIZES_ALIKE = {
     "gate": Model(stacks=(Stack(depth=4, width=5, update="gate"),), batch=4, length=1),
@@ -245,7 +245,7 @@ def test_generated_code_is_right_where_sizes_coincide_and_memory_is_used_again(n
     assert "rewritten" in [r.decision for r in records]
 
 
-# -- the kind: what the fuzzer draws and compares -------------------------------------
+# -- what the fuzzer draws and compares -------------------------------------
 
 
 def drawn(count):
@@ -263,7 +263,7 @@ def drawn(count):
     return found
 
 
-def test_the_fuzzer_draws_damping_with_every_first_state_and_what_public_reports_found():
+def test_the_fuzzer_draws_damping_with_every_first_state_and_every_special_block():
     kinds = set()
     for spec, chosen in drawn(1000):
         damped = any(0 < setting.damping < 1 for setting in chosen)

@@ -54,7 +54,8 @@ class Climb:
     def step(self) -> None:
         """Call this before each training step. It sees each reading one step after the measurement."""
         new, self._read = self.meter.readings[self._read :], len(self.meter.readings)
-        poor = any(reading.trains and not reading.cosine >= self.below for reading in new)
+        # A gradient that is zero or not finite has no cosine (nan), and says nothing about the rung.
+        poor = any(reading.trains and reading.cosine < self.below for reading in new)
         if poor and self.position + 1 < len(self.rungs):
             self.position += 1
             set_options(self.compiled, **self.rungs[self.position])

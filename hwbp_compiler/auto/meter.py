@@ -36,6 +36,12 @@ class Reading:
     chains: dict[str, Compared]
     trains: bool
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Cosine and relative error, under the names that loggers show."""
+        form = f"k{self.iterations}_S{self.segment}"
+        return {f"highway/cosine/{form}": self.cosine, f"highway/relative_error/{form}": self.relative_error}
+
 
 class GradientMeter:
     """Compares the gradient of ``model`` with the exact one during training, once every ``every`` steps.
@@ -112,10 +118,9 @@ class GradientMeter:
             self._pass_on(reading)
 
     def _pass_on(self, reading: Reading) -> None:
-        form = f"k{reading.iterations}_S{reading.segment}"
         if self.writer is not None:
-            self.writer.add_scalar(f"highway/cosine/{form}", reading.cosine, reading.number)
-            self.writer.add_scalar(f"highway/relative_error/{form}", reading.relative_error, reading.number)
+            for name, value in reading.figures.items():
+                self.writer.add_scalar(name, value, reading.number)
         if self.csv_path is not None:
             self._append(self.csv_path, reading)
         if reading.trains and self.warn_below is not None and reading.cosine < self.warn_below:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .climb import Climb
 from .control import Schedule, compiled_as
-from .meter import GradientMeter, Reading
+from .meter import GradientMeter
 
 
 class Watching:
@@ -33,8 +33,9 @@ class Watching:
         self._state: Mapping[str, Any] = {}
         self._read = 0
 
-    def start(self, candidates: Iterable[Any]) -> None:
-        """Attach to the first of ``candidates``, or of the modules in them, that is compiled with our backend.
+    def start(self, candidates: Iterable[Any], steps: int | None = None) -> None:
+        """Attach to the first of ``candidates``, or of the modules in them, that is compiled with our backend. The
+        schedule continues after ``steps`` steps; None: where its saved state stands.
 
         Raises:
             TypeError: no candidate is compiled with our backend.
@@ -45,6 +46,8 @@ class Watching:
         self.meter = GradientMeter(compiled, every=self.every, warn_below=self.below)
         if self.milestones is not None:
             self.followers["schedule"] = Schedule(compiled, self.milestones)
+            if steps is not None:
+                self._state = {**self._state, "schedule": {"steps": steps}}
         if self.rungs is not None:
             self.followers["climb"] = Climb(compiled, self.rungs, self.meter, below=self.below)
         for name, follower in self.followers.items():
@@ -57,11 +60,13 @@ class Watching:
         for follower in self.followers.values():
             follower.step()
         new, self._read = self.meter.readings[self._read :], len(self.meter.readings)
-        return {name: value for reading in new for name, value in figures(reading).items()}
+        return {name: value for reading in new for name, value in reading.figures.items()}
 
     def stop(self) -> None:
+        """The training is over. Its last state is kept."""
         if self.meter is not None:
             self.meter.close()
+        self._state = self.state_dict()
         self.meter, self.followers, self._read = None, {}, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,15 +78,6 @@ class Watching:
         for name, follower in self.followers.items():
             if name in state:
                 follower.load_state_dict(state[name])
-
-
-def figures(reading: Reading) -> dict[str, float]:
-    """The numbers of a reading, with the same names as in TensorBoard."""
-    form = f"k{reading.iterations}_S{reading.segment}"
-    return {
-        f"highway/cosine/{form}": reading.cosine,
-        f"highway/relative_error/{form}": reading.relative_error,
-    }
 
 
 def first_compiled(candidates: Iterable[Any]) -> Any:

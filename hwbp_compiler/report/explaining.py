@@ -25,17 +25,16 @@ from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
 from hwbp_compiler.prepare import prepare
 from hwbp_compiler.reasons import Reason
 from hwbp_compiler.recurrence import packed
-from hwbp_compiler.recurrence.tracing import traced_whole
 from hwbp_compiler.rolled.recurrence import Recurrence
 from hwbp_compiler.scan import register_lowerings
-from hwbp_compiler.torch_private import ISOLATES, SERVES, CustomGraphPass, compile_fx, user_joint_passes
+from hwbp_compiler.torch_private import CustomGraphPass, compile_fx, user_joint_passes
 
 from . import measure as measuring
 from .advice import put_to_the_test
 from .data import ExplainedGraph, copy_of
 from .programs import Programs, of_loop
 from .report import Report
-from .restore import left_as_it_was
+from .restore import compiled_apart, isolated, left_as_it_was
 
 
 def explain(
@@ -109,7 +108,7 @@ def explain(
         if measure and can_run:
             register_lowerings()
             times = measuring.step_times(
-                model, args, kwargs, options, inductor_options, loss or _sum_of_outputs, _isolated()
+                model, args, kwargs, options, inductor_options, loss or _sum_of_outputs, isolated()
             )
     return Report(ours, looking.graphs, notes, times, _name_of(model))
 
@@ -259,15 +258,7 @@ def _traced(
 
         return run
 
-    setattr(backend, SERVES, True)
-    compiled: Callable[..., Any] = torch.compile(model, backend=backend, **_isolated())  # type: ignore[call-overload]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # Shapes seen here must not make later compilations of the same code dynamic.
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False), traced_whole():
-            return compiled(*args, **kwargs)
-
-    return run
+    return compiled_apart(model, backend)
 
 
 def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
@@ -287,13 +278,6 @@ def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:
     """The joint graph's inputs are those of the Dynamo graph, in order, unless AOTAutograd has added some."""
     primals = [n.name for n in joint.find_nodes(op="placeholder") if not is_tangent(n)]
     return dict(zip(primals, names, strict=True)) if len(primals) == len(names) else {}
-
-
-def _isolated() -> dict[str, Any]:
-    """Options of torch.compile that leave the user's own compilations of the same code alone. If torch cannot keep them
-    apart, ``restore`` drops ours afterwards.
-    """
-    return {"isolate_recompiles": True} if ISOLATES else {}
 
 
 def _no_code(module: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Callable[..., Any]:

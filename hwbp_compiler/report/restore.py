@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler.torch_private import compilations_forgotten
+from hwbp_compiler.recurrence.tracing import traced_whole
+from hwbp_compiler.torch_private import ISOLATES, SERVES, compilations_forgotten
 
 
 @contextlib.contextmanager
@@ -59,3 +60,23 @@ def left_as_it_was(model: Any) -> Iterator[Callable[[Any], None]]:
                 if any(m._buffers.get(name) is not b for name, b in found.items()) or len(m._buffers) != len(found):
                     m._buffers.clear()
                     m._buffers.update(found)
+
+
+def isolated() -> dict[str, Any]:
+    """Options of torch.compile that leave the user's own compilations of the same code alone. If torch cannot keep them
+    apart, ``left_as_it_was`` drops ours afterwards.
+    """
+    return {"isolate_recompiles": True} if ISOLATES else {}
+
+
+def compiled_apart(model: Any, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """``model`` compiled by ``backend``, which stands for ours, without an effect on later compilations."""
+    setattr(backend, SERVES, True)
+    compiled: Callable[..., Any] = torch.compile(model, backend=backend, **isolated())  # type: ignore[call-overload]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # Shapes seen here must not make later compilations of the same code dynamic.
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False), traced_whole():
+            return compiled(*args, **kwargs)
+
+    return run
