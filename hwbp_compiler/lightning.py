@@ -26,7 +26,8 @@ class HighwayCallback(Callback):
         model: what ``torch.compile`` returned. None: the first module in the ``LightningModule`` that is compiled with
             ``backend="highway"``.
         every: steps from one reading to the next (:class:`hwbp_compiler.GradientMeter`).
-        milestones: maps a step to the options that hold from that step on (:class:`hwbp_compiler.Schedule`).
+        milestones: maps a training batch, counted from 0, to the options that hold from there on
+            (:class:`hwbp_compiler.Schedule`).
         rungs: options to try one after another when the cosine is too low (:class:`hwbp_compiler.Climb`).
         below: below this cosine, log a warning and take the next of ``rungs``.
 
