@@ -10,6 +10,8 @@ them exist in torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which te
 | `CustomSchedulerPass`, `SCHEDULER_PASS` | the same, `torch._inductor.config` | a pass over Inductor's kernels |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
 | `compile_step` | `torch._inductor.compile_fx.compile_fx_inner` | a graph called often, without guards around it |
+| `StepInCpp` | the same with `cpp_wrapper`, and the names in the C++ it writes | a step that C++ can call |
+| `tensor_handle`, `tensor_functions` | `torch._C._aoti`, `aoti_torch_*` in libtorch_cpu | tensors for such a step |
 | `counter` | `torch._dynamo.utils.counters` | where all parts of torch.compile count |
 | `inductor_patches` | `torch._TorchCompileInductorWrapper` | how Inductor reads `mode=` and `options=` |
 | `inductor_option_type` | `torch._inductor.config.get_type` | for the message when Inductor refuses a value |
@@ -404,6 +406,61 @@ def compile_step(
     with torch.no_grad(), inductor_config.patch({**patches, "size_asserts": False, "alignment_asserts": False}):
         compiled = compile_fx_inner(gm, example_inputs, is_inference=True)
     return getattr(compiled, "current_callable", None) or compiled  # type: ignore[return-value]
+
+
+class StepInCpp:
+    """A flat graph of operators for inputs like these on a CPU, compiled with Inductor's C++ wrapper.
+
+    ``address`` is that of a function ``void(handles of the arguments, handles of the results)``. It frees its
+    arguments' handles, and the caller those of the results. The caller holds Python's lock.
+
+    Raises:
+        LookupError: the compiled code cannot be called this way.
+        Exception: whatever Inductor raises for a graph that it cannot compile.
+    """
+
+    def __init__(
+        self, gm: torch.fx.GraphModule, example_inputs: list[torch.Tensor], patches: Mapping[str, Any]
+    ) -> None:
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        own = {"size_asserts": False, "alignment_asserts": False, "cpp_wrapper": True}
+        with torch.no_grad(), inductor_config.patch({**patches, **own}):
+            compiled: Any = compile_fx_inner(gm, example_inputs, is_inference=True, cpp_wrapper=True)
+        if getattr(compiled, "constants", None):
+            raise LookupError("the step has constants, which its Python caller would pass")
+        # The Python function that Inductor puts around the C++ one. It keeps the library loaded.
+        self._python = compiled.current_callable
+        within = [cell.cell_contents for cell in getattr(self._python, "__closure__", None) or ()]
+        paths = [getattr(getattr(inner, "__self__", None), "__file__", None) for inner in within]
+        if len(paths) != 1 or paths[0] is None:
+            raise LookupError("Inductor's C++ wrapper is not where it is expected")
+        try:
+            function = ctypes.PyDLL(paths[0])._Z19inductor_entry_implPP16AtenTensorOpaqueS1_
+        except (AttributeError, OSError) as error:
+            raise LookupError(f"the library of Inductor's C++ wrapper: {error}") from error
+        self.address = ctypes.cast(function, ctypes.c_void_p).value
+
+
+def tensor_handle(tensor: torch.Tensor) -> int:
+    """The address by which C++ code compiled by Inductor knows a tensor. The caller frees it (`tensor_functions`)."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    return pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor), None)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def tensor_functions() -> tuple[Any, Any, Any]:
+    """Torch's C functions that make a view of a tensor, copy a handle, and free a handle.
+
+    Raises:
+        AttributeError, OSError: this torch does not have them.
+    """
+    name = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+    library = ctypes.PyDLL(str(Path(torch.__file__).parent / "lib" / name))
+    found = library.aoti_torch__reinterpret_tensor, library.aoti_torch_new_tensor_handle
+    library.aoti_torch_delete_tensor_object.argtypes = [ctypes.c_void_p]
+    return *found, library.aoti_torch_delete_tensor_object
 
 
 class AnyNumber:

@@ -18,6 +18,11 @@ from hwbp_compiler.graph.sizes import hint
 # Seconds to compile a node of a joint graph: the right size on one core of a server CPU.
 COMPILE_NODE = 0.012
 
+# Loops of at least so many steps run in one C++ call on a CPU (rolled/native_loop.py), whose step takes NATIVE_STEP
+# seconds besides its kernels. A thousand passes then save about as long as building it takes.
+NATIVE_FROM = 1000
+NATIVE_STEP = 1.5e-6
+
 
 @dataclass(frozen=True)
 class Device:
@@ -31,6 +36,7 @@ class Device:
     step          seconds of Python in a time step of a loop: finding the rows and calling the compiled step
     cores         that share the work of one launch, where it is long enough
     grain         seconds of work that are worth sharing
+    native        whether long loops run in C++
     """
 
     flops: float
@@ -41,6 +47,11 @@ class Device:
     step: float
     cores: int = 1
     grain: float = 0.0
+    native: bool = False
+
+    def step_of(self, length: int) -> float:
+        """Seconds of a step of a loop of ``length`` steps, besides its kernels."""
+        return NATIVE_STEP if self.native and length >= NATIVE_FROM else self.step
 
     def seconds(self, work: float) -> float:
         """Seconds for work that takes ``work`` seconds on one core."""
@@ -53,7 +64,7 @@ def device_figures(device: torch.device) -> Device:
     measurements.
     """
     if device.type == "cpu":
-        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, 6e-6, cores(), 3e-5)
+        return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, 6e-6, cores(), 3e-5, native=True)
     return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6, 6e-6)
 
 

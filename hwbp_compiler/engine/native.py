@@ -66,12 +66,22 @@ class NativeKernel:
             return None
 
     def build(self, dtype: torch.dtype) -> Kernel:
-        # CppCodeCache compiles with the compiler and flags of Inductor's CPU kernels, under a lock, into Inductor's
-        # cache directory, and returns a ctypes library.
-        from hwbp_compiler.torch_private import CppCodeCache
-
-        # Inductor turns fused multiply-add off to match eager mode; our kernels have nothing to match. Their loops are
-        # already vectorised, so -O3 gains nothing and takes half as much compile time again.
-        flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
         parts = [f"#define HIGHWAY_TYPE {self.types[dtype]}", *(f.read_text() for f in (*self.before, self.source))]
-        return self.taken(CppCodeCache.load("\n".join(parts), extra_flags=flags))
+        return self.taken(build("\n".join(parts)))
+
+
+def build(source: str) -> Any:
+    """The ctypes library of C++ source text.
+
+    CppCodeCache compiles with the compiler and flags of Inductor's CPU kernels, under a lock, into Inductor's cache
+    directory.
+
+    Raises:
+        Exception: whatever a missing or broken compiler raises.
+    """
+    from hwbp_compiler.torch_private import CppCodeCache
+
+    # Inductor turns fused multiply-add off to match eager mode; our kernels have nothing to match. Their loops are
+    # already vectorised, so -O3 gains nothing and takes half as much compile time again.
+    flags = () if sys.platform == "win32" else ("-O2", "-ffp-contract=fast")
+    return CppCodeCache.load(source, extra_flags=flags)

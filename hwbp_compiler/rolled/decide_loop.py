@@ -63,7 +63,7 @@ def estimate(link: Backward, how: Truncation, length: int) -> Estimate:
     figures = device_figures(like.device)
     group = Group([0], [link.program])
     block = set().union(*(closure(link.program, i) for i in link.program.outputs))
-    substitution = length * (figures.step + seconds_of(group, block, figures, 1))
+    substitution = length * (figures.step_of(length) + seconds_of(group, block, figures, 1))
     rewritten = len(link.tangents) * of_scans(like, length, figures, how, link.has_block)
     if link.has_block:
         rewritten += of_blocks(group, block, figures, how, range(length))

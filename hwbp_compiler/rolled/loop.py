@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from hwbp_compiler.engine.inline import needed
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.torch_private import compile_step
+
+from .native_loop import NativeLoop
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +103,30 @@ def _function_of(code: str) -> Callable[..., Sequence[Tensor]]:
     return names["forward"]  # type: ignore[no-any-return]
 
 
+@dataclass
+class _CompiledStep:
+    """A step for Python to call, with [*results to write, *state, *inputs, *shared], and the loop in C++ around the
+    same step; None if the step could not be compiled.
+    """
+
+    call: Callable[[list[Tensor]], Any]
+    native: NativeLoop | None = None
+
+
 @functools.lru_cache(maxsize=1024)
-def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...]) -> Callable[[list[Tensor]], Any]:
-    """The compiled step. It takes [*results to write, *state, *inputs, *shared]; the sizes become part of its code."""
-    try:
+def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...]) -> _CompiledStep:
+    """The compiled step; the sizes become part of its code."""
+
+    def make() -> tuple[GraphModule, list[Tensor]]:
         examples = [
             torch.empty_strided(shape, stride, dtype=dtype, device=device).zero_()
             for shape, stride, dtype, device in description
         ]
-        return compile_step(_writing(code, slots, examples, sizes), examples, keeping_pieces({}))
+        return _writing(code, slots, examples, sizes), examples
+
+    try:
+        devices = {device for *_, device in description}
+        return _CompiledStep(compile_step(*make(), keeping_pieces({})), NativeLoop(make, devices))
     except Exception as error:  # no compiler, for example; then the graph around the loop runs in eager mode too
         count("failures")
         log.debug("where it failed", exc_info=error)
@@ -119,7 +137,7 @@ def _compiled(code: str, slots: int, description: tuple, sizes: tuple[int, ...])
         for row, result in zip(arguments[:slots], step(None, *arguments[slots:], *sizes), strict=True):
             row.copy_(result)
 
-    return one_by_one
+    return _CompiledStep(one_by_one)
 
 
 @functools.cache
@@ -166,12 +184,14 @@ def _loop(
         for t in (*(s[0] for s in stacked), *state, *(x[0] for x in inputs), *shared)
     )
     step = _compiled(code, len(stacked), description, tuple(sizes))
+    if step.native and step.native.pays(length) and step.native.run(stacked, state, inputs, shared, reverse):
+        return stacked
     rows = list(zip(*(s.unbind(0) for s in stacked), strict=True))
     read = list(zip(*(x.unbind(0) for x in inputs), strict=True)) if inputs else [()] * length
     order = range(length - 1, -1, -1) if reverse else range(length)
     current: Sequence[Tensor] = state
     for t in order:
-        step([*rows[t], *current, *read[t], *shared])
+        step.call([*rows[t], *current, *read[t], *shared])
         current = rows[t]
     return stacked
 
