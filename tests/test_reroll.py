@@ -286,3 +286,37 @@ def test_a_loop_in_a_region_is_traced_as_it_would_run(around, inside):
     torch.testing.assert_close(output, expected, rtol=0, atol=0.02)  # bfloat16
     for key, gradient in reference.items():
         assert (found[key] - gradient).norm() <= 0.03 * gradient.norm() + 1e-6  # eight bits, summed in another order
+
+
+class InCheckpoints(nn.Module):
+    """Stretches of time, each in a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.write = nn.GRUCell(I, H), nn.Linear(H, 1)
+
+    def stretch(self, x, h):
+        written = []
+        for t in range(T):
+            h = self.cell(x[:, t], h)
+            written.append(self.write(h))
+        return torch.stack(written, 1), h
+
+    def forward(self, x):
+        h, written = x.new_zeros(B, H), []
+        for part in x.split(T, 1):
+            y, h = torch.utils.checkpoint.checkpoint(self.stretch, part, h, use_reentrant=False)
+            written.append(y)
+        return torch.cat(written, 1), h
+
+
+def test_loops_in_checkpoints_are_rerolled():
+    model, x = InCheckpoints().double(), series(B, 2 * T, I)
+    expected, reference = eagerly(model, (x,))
+    compiled = torch.compile(model, backend="highway", options={**ROLL, "iterations": "exact", "strict": True})
+    output = compiled(x)
+    found = torch.autograd.grad(probe_loss(output), [*model.parameters(), x])
+    for given, wanted in zip([*output, *found], [*expected, *reference.values()], strict=True):
+        torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
+    explained = hwbp_compiler.explain(model, x, options={**ROLL, "iterations": 1})
+    assert [chain.length for chain in explained.chains if chain.decision == "rewritten"] == [T, T]

@@ -19,6 +19,7 @@ from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.origin import names_of_inputs
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.regions import regions_of
 from hwbp_compiler.options import Options, parse
 from hwbp_compiler.pass_sequence import PassSequence
 from hwbp_compiler.passes.near_misses import is_piece_of, near_misses
@@ -263,15 +264,23 @@ def _traced(
 
 def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
     """Map names in a loop's step to the user's names, for everything that the step takes from outside."""
-    if loop.step is None:
-        return {}
     placeholders = module.graph.find_nodes(op="placeholder")
     given = dict(zip(placeholders, names_of_inputs(module.graph), strict=True))
-    (call,) = [n for n in module.graph.find_nodes(op="call_module") if module.get_submodule(str(n.target)) is loop]
-    outside = call.args[len(loop.step.state) + len(loop.step.inputs) :]
-    return {
-        inner.name: given[outer] for inner, outer in zip(loop.step.shared, outside, strict=True) if given.get(outer)
-    }
+    return _names_in_region(module, given, loop) or {}
+
+
+def _names_in_region(module: fx.GraphModule, given: dict[fx.Node, str], loop: Recurrence) -> dict[str, str] | None:
+    """The same in a region of Dynamo's graph, whose inputs have the names ``given``; None if the loop is elsewhere."""
+    for node in module.graph.nodes:
+        if node.op == "call_module" and loop.step is not None and module.get_submodule(str(node.target)) is loop:
+            outside = node.args[len(loop.step.state) + len(loop.step.inputs) :]
+            pairs = zip(loop.step.shared, outside, strict=True)
+            return {inner.name: given[outer] for inner, outer in pairs if given.get(outer)}
+        for region, operands in regions_of(module, node):
+            names = {inner: given.get(outer, "") for inner, outer in operands}
+            if (found := _names_in_region(region, names, loop)) is not None:
+                return found
+    return None
 
 
 def _inputs_by_name(joint: fx.Graph, names: list[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ _OWN = 4
 
 
 class Loop:
-    """``around`` as a loop of ``gm``, not inserted yet. Raises Declined and NoRecurrence."""
+    """``around`` as a loop of ``gm``, not inserted yet. ``autocasts`` are the arguments of the autocast regions around
+    ``gm``. Raises Declined and NoRecurrence.
+    """
 
-    def __init__(self, gm: GraphModule, around: Around, options: Options) -> None:
+    def __init__(self, gm: GraphModule, around: Around, options: Options, autocasts: Sequence[Any] = ()) -> None:
+        self.autocasts = autocasts
         self.gm, self.around, self.steps, self.options = gm, around, around.steps, options
         own = sum(len({value.root for value in row.values}) == self.steps.count for row in self.steps.of(Row))
         if not self.steps.states or (options.reroll == "auto" and own > _OWN):
@@ -138,7 +142,7 @@ class Loop:
         source = self._source()
         first, rows, same = ([example(n) for n in part] for part in (starts, inputs, [s.node for s in shared]))
         try:
-            with as_around(_autocasts_at(self.steps.blocks[0][0])):
+            with as_around((*self.autocasts, *autocasts_at(self.steps.blocks[0][0]))):
                 loop = build(name, cell, first, rows, same, self.fake_mode, self.options, source)
         except MutatingCell:
             raise Declined(Reason.STEP_CHANGES_IN_PLACE) from None
@@ -267,7 +271,7 @@ class Loop:
         assert not gone & set(graph.nodes), "a step is still in use"
 
 
-def _autocasts_at(node: Node) -> list[Any]:
+def autocasts_at(node: Node) -> list[Any]:
     """The arguments of the autocast regions that contain a node of Dynamo's graph."""
     entered: dict[Node, Any] = {}
     for before in node.graph.nodes:

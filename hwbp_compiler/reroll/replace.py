@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from hwbp_compiler.errors import HighwayError, first_line
 from hwbp_compiler.graph.record import ChainRecord
+from hwbp_compiler.graph.regions import CHECKPOINT, regions_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.rolled.recurrence import Recurrence
@@ -20,7 +21,7 @@ from hwbp_compiler.torch_private import CONTROL_FLOW, FakeTensor
 
 from .around import Around
 from .find import LEAST, Run, closely, runs, working
-from .loop import Loop, NoRecurrence, PutBack
+from .loop import Loop, NoRecurrence, PutBack, autocasts_at
 from .refuse import is_worth_it, refusal, told_apart
 from .steps import name_of, steps_of, width_of
 from .values import RESHAPE, example, mark_cuts
@@ -37,16 +38,32 @@ class Rerolled:
     records: list[ChainRecord] = field(default_factory=list)
 
 
-def reroll_loops(gm: GraphModule, options: Options) -> Rerolled:
-    """Replace Python loops over time in a graph from Dynamo, in place."""
+def reroll_loops(gm: GraphModule, options: Options, around: Sequence[Any] = ()) -> Rerolled:
+    """Replace Python loops over time in a graph from Dynamo and in its checkpoints, in place.
+
+    ``around`` holds the arguments of the autocast regions that contain ``gm``.
+    """
+    if options.reroll == "never":
+        return Rerolled()
     made = Rerolled()
-    if options.reroll == "never" or not _is_plain(gm.graph):
+    for node in gm.graph.find_nodes(op="call_function", target=CHECKPOINT):
+        for body, _ in regions_of(gm, node):
+            inner = reroll_loops(body, options, (*around, *autocasts_at(node)))
+            made.loops += inner.loops
+            made.records += inner.records
+    own = _reroll(gm, options, around)
+    return Rerolled(made.loops + own.loops, made.records + own.records)
+
+
+def _reroll(gm: GraphModule, options: Options, around: Sequence[Any]) -> Rerolled:
+    made = Rerolled()
+    if not _is_plain(gm.graph):
         return made
     mark_cuts(gm.graph)
     numbers = zeros_for_numbers(gm.graph)
     refused: dict[tuple[Node, int, int], tuple[set[Node], ChainRecord | None]] = {}
     try:
-        while (loop := _next_loop(gm, options, refused)) is not None:
+        while (loop := _next_loop(gm, options, around, refused)) is not None:
             made.loops.append(loop)
     except PutBack as failed:
         if options.strict:
@@ -81,7 +98,7 @@ def _is_plain(graph: Graph) -> bool:
     return True
 
 
-def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Recurrence | None:
+def _next_loop(gm: GraphModule, options: Options, around: Sequence[Any], refused: dict[Any, Any]) -> Recurrence | None:
     """Roll up the eligible loop that saves most. A refused one is not tried again."""
     nodes = working(gm.graph)
     for run in runs([closely(node) for node in nodes], LEAST):
@@ -90,7 +107,7 @@ def _next_loop(gm: GraphModule, options: Options, refused: dict[Any, Any]) -> Re
             continue
         among = set(nodes[run.start : run.start + run.length])
         try:
-            return _roll(gm, nodes, run, options)
+            return _roll(gm, nodes, run, options, around)
         except NoRecurrence:
             refused[key] = set(), None
         except Declined as declined:
@@ -123,7 +140,7 @@ _LONG = 256
 # -- how -------------------------------------------------------------------------------------------------------------
 
 
-def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) -> Recurrence:
+def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options, around: Sequence[Any]) -> Recurrence:
     """Roll up one run. Where a step begins is not known; the best guess is where the least data passes from one step to
     the next. The first steps and the last may differ from those in between.
     """
@@ -147,7 +164,7 @@ def _roll(gm: GraphModule, nodes: Sequence[Node], run: Run, options: Options) ->
             try:
                 steps = steps_of(nodes, start + offset, run.period, count)
                 understood = True
-                return Loop(gm, Around.of(steps), options).put_in_place()
+                return Loop(gm, Around.of(steps), options, around).put_in_place()
             except Declined as declined:
                 first = first or declined
                 if declined.why.code.name.startswith("CELL_"):
