@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import networkx
@@ -11,7 +12,7 @@ from torch.fx import Node
 from hwbp_compiler.cost.decide import ordinary
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import inputs_of
+from hwbp_compiler.graph.program import Program, inputs_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason, Why
 
@@ -86,12 +87,18 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
     for ways in find_streams(info):
         refused: list[Refusal] = []
         more = [_split_and_group(info, along_states(info, states)[0], options, refused)[0] for states in ways]
-        joined = [[c for c in way if _feed_each_other(c.chain)] for way in more]
+        # In every step, if possible. In some models one step mixes the streams, and the next treats each by itself.
+        joined = [
+            [c for c in way if _feed_each_other(c.chain, [c.chain.links[len(c.chain.links) // 2]])] for way in more
+        ]
+        if not any(joined):
+            joined = [[c for c in way if _feed_each_other(c.chain, c.chain.links)] for way in more]
         for candidate in max(joined, key=lambda way: _worth(info, way)):
             others = [c for c in found if not c.nodes.isdisjoint(candidate.nodes)]
             nested = all(c.chain.length <= candidate.chain.length and c.nodes <= candidate.nodes for c in others)
-            fewer = score(c.chain for c in others) - (len(others) > 1)  # on a tie, one long chain wins
-            if nested or score([candidate.chain]) > fewer:
+            # A link of several streams does the work of one link of each. On a tie, one long chain wins.
+            fewer = sum(c.chain.width * score([c.chain]) for c in others) - (len(others) > 1)
+            if nested or candidate.chain.width * score([candidate.chain]) > fewer:
                 found = [c for c in found if c not in others] + [candidate]
                 refusals[:] = [r for r in refusals if 2 * len(candidate.nodes.intersection(r.nodes)) < len(r.nodes)]
         for refusal in sorted(refused, key=lambda r: r.length)[-1:]:
@@ -103,11 +110,19 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
     return found
 
 
-def _feed_each_other(chain: Chain) -> bool:
-    """Whether every component leads to another one. A component that does not only sums up what all links add to it."""
-    link = chain.links[len(chain.links) // 2]
-    needed = [inputs_of(link, i) for i in link.outputs]
-    return all(any(c in needed[other] for other in range(chain.width) if other != c) for c in range(chain.width))
+def _middle(chain: Chain) -> list[Program]:
+    return [chain.links[len(chain.links) // 2]]
+
+
+def _feed_each_other(chain: Chain, links: Sequence[Program]) -> bool:
+    """Whether every component leads to another one, in some of ``links``. A component that does not only sums up what
+    all links add to it.
+    """
+    leads: set[int] = set()
+    for link in links:
+        needed = [inputs_of(link, i) for i in link.outputs]
+        leads |= {c for other, inputs in enumerate(needed) for c in inputs if c != other}
+    return leads >= set(range(chain.width))
 
 
 def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool]:

@@ -12,6 +12,7 @@ from itertools import permutations
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.program import State
+from hwbp_compiler.graph.rules import Kind
 
 from .check_separation import WIDEST
 
@@ -25,8 +26,9 @@ def find_streams(info: GraphInfo) -> list[list[list[State]]]:
     If components are updated one after the other, a step may begin with any of them.
     """
     found: list[list[list[State]]] = []
-    for sums in _streams(info):
-        by_width = _cuts(info, sums)
+    joins = _joins(info)
+    for sums in _streams(info, joins):
+        by_width = _cuts(info, sums, joins)
         least = len(_apart(by_width[0]))  # states of one tensor are found elsewhere
         ways: list[list[State]] = []
         for cuts in by_width[1:]:
@@ -39,7 +41,7 @@ def find_streams(info: GraphInfo) -> list[list[list[State]]]:
     return found
 
 
-def _streams(info: GraphInfo) -> Iterator[list[int]]:
+def _streams(info: GraphInfo, joins: list[bool]) -> Iterator[list[int]]:
     """The sums on elementwise paths that have more than a few of them, the most first. No two paths share a node."""
     count = len(info.nodes)
     ahead: list[int | None] = [None] * count
@@ -49,25 +51,34 @@ def _streams(info: GraphInfo) -> Iterator[list[int]]:
             best = ahead[i]
             if info.elementwise(i, user) and (best is None or passed[user] > passed[best]):
                 ahead[i] = user
-        passed[i] = _is_join(info, i) + (0 if (after := ahead[i]) is None else passed[after])
+        passed[i] = joins[i] + (0 if (after := ahead[i]) is None else passed[after])
     used: set[int] = set()
     for start in sorted((i for i in range(count) if passed[i] > _SHORTEST), key=lambda i: -passed[i]):
         sums: list[int] = []
         node: int | None = start
         while node is not None and node not in used:
             used.add(node)
-            if _is_join(info, node):
+            if joins[node]:
                 sums.append(node)
             node = ahead[node]
         if len(sums) > _SHORTEST:
             yield sums
 
 
-def _is_join(info: GraphInfo, i: int) -> bool:
-    return info.is_sum(i) and len(info.sources[i]) > 1
+def _joins(info: GraphInfo) -> list[bool]:
+    """Whether a node is a sum of gradients that come different ways. The sums inside a norm's derivative are none."""
+    count = len(info.nodes)
+    joins = [False] * count
+    origin = list(range(count))  # the last node that is a join, or the result of a layer
+    for i in range(count):
+        origins = {origin[source] for source in info.sources[i]}
+        if len(origins) == 1 and info.kind(i) is not Kind.HEAVY:
+            (origin[i],) = origins
+        joins[i] = len(origins) > 1 and info.is_sum(i)
+    return joins
 
 
-def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
+def _cuts(info: GraphInfo, sums: list[int], joins: list[bool]) -> list[list[tuple[int, ...]]]:
     """The sums that cross from before a sum to behind it, for the places where they are one, two or three."""
     inside = info.between({sums[0]}, {sums[-1]})
     ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
@@ -78,7 +89,7 @@ def _cuts(info: GraphInfo, sums: list[int]) -> list[list[tuple[int, ...]]]:
         alive = [a for a in alive if ends[a] > i]
         if ends[i] > i:
             alive.append(i)
-        if 1 <= len(alive) <= WIDEST and alive[-1] == i and all(map(info.is_sum, alive)):
+        if 1 <= len(alive) <= WIDEST and alive[-1] == i and all(joins[a] for a in alive):
             found[len(alive) - 1].append(tuple(alive))
     return found
 

@@ -139,6 +139,51 @@ def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
     assert errors[-1] < 1e-3 < errors[-2] < errors[0] and all(error > 1e-9 for error in errors[:-1])
 
 
+class Towers(nn.Module):
+    """Two streams with a norm behind every sum. One step mixes them, the next treats each by itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4 * LINKS))
+        self.double()
+
+    def steps(self):
+        for m, n, p, q in zip(*[iter(self.blocks)] * 4, strict=True):
+            yield lambda a, b, hold, m=m, n=n: (a + hold(m(b).tanh()), b + hold(n(a).tanh()))
+            yield lambda a, b, hold, p=p, q=q: (a + hold(p(a).tanh()), b + hold(q(b).tanh()))
+
+    def links(self):
+        return [
+            Link(lambda state, side, hold, step=step: (tuple(_normed(z, hold) for z in step(*state, hold)), ()))
+            for step in self.steps()
+        ]
+
+    def forward(self, a, b):
+        for step in self.steps():
+            a, b = (nn.functional.layer_norm(s, (WIDTH,)) for s in step(a, b, keep))
+        return a, b
+
+
+def _normed(z, hold):
+    variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+    return (z - hold(mean)) * hold((variance + 1e-5).rsqrt())
+
+
+@pytest.mark.parametrize("k, segment", [(0, 1), (1, 1), (0, 2)])
+def test_streams_that_are_mixed_in_every_other_step_are_one_chain(k, segment):
+    """The sums inside the norms' derivatives are no states."""
+    model = Towers()
+    args = tuple(torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    _, found, (record,) = capture(model, args, probe_loss).gradients(
+        options(iterations=k, segment=segment, min_length=2)
+    )
+    assert (record.length, record.decision) == (2 * LINKS, "rewritten")
+    program = Program(dict(model.named_parameters()), lambda run, *starts: run(model.links(), starts).states[-1])
+    _, expected = reference_gradients(program, args, probe_loss, k, 0.0, segment=segment)
+    assert_gradients_close(found, expected, 1e-10, 1e-13)
+
+
 def test_position_and_velocity_are_a_circle():
     model, x = Streams(oscillator, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     _, _, (record,) = capture(model, (x,), probe_loss).gradients(options(iterations=1, min_length=2))
