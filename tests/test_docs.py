@@ -161,6 +161,17 @@ def test_every_argument_and_result_of_a_public_name_is_described(name, thing):
         assert re.search(r"^(Returns|Yields):$", text, re.MULTILINE), "no Returns"
 
 
+def test_every_column_of_a_table_has_a_head():
+    pages = [*DOCS.rglob("*.md"), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md"))]
+    headless = []
+    for path in pages:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for head, rule in zip(lines, lines[1:], strict=False):
+            if re.fullmatch(r"\|(-+\|)+", rule) and not all(cell.strip() for cell in head.strip("|").split("|")):
+                headless.append(f"{path.name}: {head}")
+    assert headless == []
+
+
 def test_every_python_block_is_in_a_page_that_is_run_or_parsed():
     written = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     with_code = {name for name in written if snippets.blocks(page(name), "python")}
