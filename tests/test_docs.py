@@ -185,8 +185,16 @@ def test_blocks_that_are_not_run_are_python(name):
 
 
 def without_estimates(text: str) -> str:
-    """Leave out times, which depend on the machine, and node counts, which depend on every detail of the passes."""
-    return re.sub(r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after", "#", " ".join(text.split()))
+    """Leave out times, which depend on the machine, node counts, which depend on every detail of the passes, and
+    cosines, which depend on how sums are rounded.
+    """
+    changing = r"[\d.]+ ms|[\d.]+x|[\d.]+ [kM]B|\d+ nodes|\d+ after|[\d.]+ (?=(un)?trained)"
+    return re.sub(changing, "#", " ".join(text.split()))
+
+
+def shown_is_printed(printed: str) -> bool:
+    shown = snippets.blocks(page("start.md"), "text")
+    return len(shown) == 2 and all(without_estimates(text) in without_estimates(printed) for text in shown)
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +211,8 @@ def start(tmp_path_factory) -> dict[str, object]:
 
 
 def test_the_start_page_runs_and_prints_what_it_says(start):
-    (shown,) = snippets.blocks(page("start.md"), "text")
-    assert without_estimates(shown.strip()) in without_estimates(start["printed"])
+    assert shown_is_printed(start["printed"])
+    assert all(start["untrained"][k] > start["trained"][k] + 0.01 for k in (0, 1, 2))
     assert all(parameter.grad is not None for parameter in start["model"].parameters())
     assert "<details" in (start["folder"] / "report.html").read_text()
 
@@ -233,8 +241,7 @@ def test_the_start_page_runs_in_a_process_of_its_own(tmp_path):
     script.write_text("\n".join(snippets.blocks(page("start.md"), "python")))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=590, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (shown,) = snippets.blocks(page("start.md"), "text")
-    assert without_estimates(shown.strip()) in without_estimates(done.stdout)
+    assert shown_is_printed(done.stdout)
 
 
 def test_every_option_is_in_the_table_with_its_default():
