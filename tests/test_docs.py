@@ -15,6 +15,7 @@ import inspect
 import io
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -114,6 +115,28 @@ def test_no_page_loads_anything_from_elsewhere(site):
     folder = next(path for path in site if path.name == "404.html").parent
     for sheet in folder.rglob("*.css"):
         assert not re.search(r"(url\(|@import)\s*['\"]?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_the_diagram_of_the_design_page_is_drawn_while_the_site_is_built(site):
+    if shutil.which("dot") is None:
+        pytest.skip("graphviz is not installed")
+    (design,) = (path for path in site if path.name == "design.html")
+    drawn = design.read_text(encoding="utf-8").partition('<div class="diagram">')[2].partition("</div>")[0]
+    named = set(re.findall(r"<title>([\w.]+)</title>", drawn))
+    written = re.search(r"^```mermaid\n(.*?)^```$", page("design.md"), re.DOTALL | re.MULTILINE)[1]
+    arrows = re.findall(r"^ *(\S+) -\S+ (\S+)$", re.sub(r'\|".*?"\|', "", written), re.MULTILINE)
+    assert len(arrows) > 20 and {name for arrow in arrows for name in arrow} <= named
+    assert len(re.findall("&#45;&gt;", drawn)) == len(arrows)
+    assert drawn.lstrip().startswith("<svg") and "id=" not in drawn and "href=" not in drawn.replace("xmlns:xlink=", "")
+
+
+def test_without_graphviz_a_diagram_stays_code(monkeypatch):
+    diagrams = runpy.run_path(str(DOCS / "_site" / "diagrams.py"))
+    text = page("design.md")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert diagrams["on_page_markdown"](text) == text
+    with pytest.raises(ValueError, match="not understood: a ==> b"):
+        diagrams["dot_of"]("flowchart TD\n    a --> b\n    a ==> b\n")
 
 
 def test_every_public_name_is_in_the_reference(site):
