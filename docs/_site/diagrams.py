@@ -1,7 +1,7 @@
 """A MkDocs hook that draws Mermaid flowcharts with graphviz while the site is built, as SVG inside the page.
 
-GitHub draws a block of Mermaid by itself. A site would have to load Mermaid's script for that. Without ``dot`` the block
-stays a block of code. Only what the pages use is understood; anything else in a flowchart is an error.
+GitHub draws a block of Mermaid by itself. A site would have to load Mermaid's script for that. Without ``dot`` the
+block stays a block of code. Only what the pages use is understood; anything else in a flowchart is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _ARROW = re.compile(r'(\S+) (-->|-\.->)(?:\|"(.*)"\|)? (\S+)')
 
 # The page's style sheet gives the colours.
 _STYLE = """
-    graph [bgcolor=transparent fontname=Helvetica fontsize=12 nodesep=0.2 ranksep=0.35 style=rounded labeljust=r labelloc=b]
+    graph [bgcolor=transparent nodesep=0.2 ranksep=0.35]
+    graph [fontname=Helvetica fontsize=12 style=rounded labeljust=r labelloc=b]
     node [shape=box style=rounded fontname=Helvetica fontsize=12 height=0.3 margin="0.1,0.05"]
     edge [fontname=Helvetica fontsize=11 arrowsize=0.6]
 """
