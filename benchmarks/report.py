@@ -657,7 +657,7 @@ def index(written: list[Page]) -> str:
         devices = ", ".join(dict.fromkeys(name for c in found for name in c.device.split(", ")))
         lines = [(f"[{c.what}]({c.page}.md{f'#{CASES_ANCHOR}' if c.duels else ''})", c.figure, c.of) for c in found]
         table = markdown(("claim", "worst to best", "of"), lines)
-        parts.append(f"## {topic}\n\n{suites}, on: {devices}.\n\n{table}")
+        parts.append(f"## {topic}\n\nMeasured by {suites}, on {devices}.\n\n{table}")
     listed = "\n".join(f"- [{page.title}]({page.name}.md)" for page in written)
     more = "- [Several hundred architectures: which chains are found](../coverage.md)"
     return "\n\n".join([*parts, HOW, f"## Pages\n\n{listed}\n{more}"])
