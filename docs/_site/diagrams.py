@@ -28,7 +28,7 @@ _STYLE = """
 
 def dot_of(flowchart: str) -> str:
     """A Mermaid flowchart in graphviz's language. Raises ValueError for a line that it does not understand."""
-    return "\n".join(["digraph {", _STYLE, *_statements(flowchart.splitlines()), "}"])
+    return "\n".join(["digraph flowchart {", _STYLE, *_statements(flowchart.splitlines()), "}"])
 
 
 def _statements(lines: list[str]) -> Iterator[str]:
@@ -62,11 +62,8 @@ def _broken(text: str) -> str:
         short = module if module.rpartition(".")[2] == name else text
         before, dot, last = short.rpartition(".")
         return _quoted(f"{before}{dot}\\n{last}" if before else last)
-    return _quoted("\\n".join(f" {line} " for line in _lines(text)))
-
-
-def _lines(text: str) -> list[str]:
-    return textwrap.wrap(text, 18, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(text, 18, break_long_words=False, break_on_hyphens=False)
+    return _quoted("\\n".join(f" {line} " for line in lines))
 
 
 def _quoted(text: str) -> str:
