@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,11 @@ def claims(results: Results) -> str:
     )
 
 
+def listed(comparisons: Iterable[str], lead: str = "") -> str:
+    """Comparisons as a list below ``lead``."""
+    return lead + "".join(f"\n    - {each}" for each in comparisons)
+
+
 def verdict(right: int, of: int) -> str:
     return (
         "Confirmed" if right == of else "Not confirmed" if right == 0 else f"Confirmed in {right} of {of} comparisons"
@@ -148,15 +154,18 @@ def small_k(results: Results) -> tuple[str, str, str] | None:
     if not found:
         return None
     resnet = next((first for name, _, first in found if name.startswith("ResNet")), None)
-    numbers = "; ".join(
-        f"{name}: exact {exact}, " + (f"k = {first[0].iterations} {first[1]}" if first else "no k up to 10")
-        for name, exact, first in found
+    numbers = listed(
+        (
+            f"{name}: exact {exact}, " + (f"k = {first[0].iterations} {first[1]}" if first else "no k up to 10")
+            for name, exact, first in found
+        ),
+        "The smallest k that is as good as exact backprop:",
     )
     good = resnet is not None and (resnet[0].iterations or 0) <= 5
     return (
         "A small k suffices for a deep ResNet (the paper: k = 4 for 54 links; here 15 links).",
         "Confirmed" if good else "Not confirmed",
-        f"The smallest k that is as good as exact backprop: {numbers}.",
+        numbers,
     )
 
 
@@ -169,9 +178,11 @@ def beats_fpi(results: Results) -> tuple[str, str, str] | None:
                 pairs.append((case.name, fpi.iterations, ours, theirs))
     if not pairs:
         return None
-    numbers = "; ".join(f"{name}, k = {k}: {ours} against {theirs}" for name, k, ours, theirs in pairs)
+    numbers = listed(
+        (f"{name}, k = {k}: {ours} against {theirs}" for name, k, ours, theirs in pairs), "Highway-BP against FPI:"
+    )
     wins = sum(ours.better_than(theirs) for _, _, ours, theirs in pairs)
-    return "Highway-BP beats FPI at equal k.", verdict(wins, len(pairs)), f"{numbers}."
+    return "Highway-BP beats FPI at equal k.", verdict(wins, len(pairs)), numbers
 
 
 def fpi_fails(results: Results) -> tuple[str, str, str] | None:
@@ -198,12 +209,15 @@ def later(results: Results) -> tuple[str, str, str] | None:
                 falls.append((case.name, method.iterations, row["cosines"][0], row["cosines"][-1]))
     if not falls:
         return None
-    numbers = "; ".join(f"{name}, k = {k}: {start:.3f} to {end:.3f}" for name, k, start, end in falls)
+    numbers = listed(
+        (f"{name}, k = {k}: {start:.3f} to {end:.3f}" for name, k, start, end in falls),
+        f"Cosine with the exact gradient before training and at its end (a fall counts from {SEEN} on):",
+    )
     lower = sum(start - end > SEEN for _, _, start, end in falls)
     return (
         "More iterations are needed late in training.",
         verdict(lower, len(falls)),
-        f"Cosine with the exact gradient before training and at its end (a fall counts from {SEEN} on): {numbers}.",
+        numbers,
     )
 
 

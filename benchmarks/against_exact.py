@@ -49,22 +49,28 @@ class Duel:
         ms = row[f"{self.step}_ms"]
         return f"{ms:.{max(0, 2 - len(str(int(ms))) + 1)}f}{doubtful(row, self.step)}"
 
-    def in_words(self) -> str:
-        """The comparison as text, for a table cell of the index page."""
-        times = f"{self.milliseconds(self.ours)} ms against {self.milliseconds(self.exact)} ms ({self.exact_name})"
-        return f"{self.ratio:.2f}x: {self.case}; {times}"
-
 
 @dataclass(frozen=True)
 class Claim:
-    """One row of the index page."""
+    """One row of the index page.
 
+    topic           the heading it stands under
+    what            what is claimed
+    figure          the worst and the best figure
+    of              how many cases there are
+    device, suite   where it was measured, and by what
+    page            the page that has all figures
+    duels           the cases, the worst first; empty if ``figure`` says it all
+    """
+
+    topic: str
     what: str
-    best: str
-    worst: str
+    figure: str
+    of: str
     device: str
     suite: str
     page: str
+    duels: tuple[Duel, ...] = ()
 
 
 def duel(
@@ -78,14 +84,15 @@ def duel(
     return Duel(case, runs[ours], runs[best], names[best], step)
 
 
-def claim(what: str, duels: Sequence[Duel], suite: str, page: str) -> Claim | None:
-    """The best and the worst of ``duels``, or None if there are none."""
+def claim(topic: str, what: str, duels: Sequence[Duel], suite: str, page: str) -> Claim | None:
+    """The worst and the best of ``duels``, or None if there are none."""
     if not duels:
         return None
     ranked = best_last(duels)
     device = ", ".join(dict.fromkeys(d.ours["device_name"] for d in duels))
+    figure = f"{ranked[0].ratio:.2f}x to {ranked[-1].ratio:.2f}x"
     cases = f"{len(duels)} case{'s' * (len(duels) > 1)}"
-    return Claim(f"{what} ({cases})", ranked[-1].in_words(), ranked[0].in_words(), device, suite, page)
+    return Claim(topic, what, figure, cases, device, suite, page, tuple(ranked))
 
 
 def best_last(duels: Sequence[Duel]) -> list[Duel]:

@@ -12,6 +12,7 @@ from .segments_report import told, unit
 FIGURE = "auto.svg"
 LEAST = 0.95
 EXACT = "exact backprop"
+AUTO = 'iterations="auto"'
 
 
 def section(found: list[Row], folder: Path) -> str | None:
@@ -19,9 +20,10 @@ def section(found: list[Row], folder: Path) -> str | None:
     if not found:
         return None
     parts = [
-        "## Auto\n\n`python -m benchmarks run --suite auto`. The default options, where k and S are "
-        '"auto", are compared with exact backprop. Models, seeds and batches are those of [segments](segments.md). '
-        f'"auto" checks at every {CHECK_EVERY}th step, because these trainings are short.'
+        "## The default options\n\n`python -m benchmarks run --suite auto`. With the default options, k and S are "
+        '"auto": they are [chosen while the model trains](../choosing.md#leave-it-alone-auto). This page calls such a '
+        f"run `{AUTO}`, and compares it with exact backprop. Models, seeds and batches are those of "
+        f"[segments](segments.md). Checks happen at every {CHECK_EVERY}th step, because these trainings are short."
     ]
     courses = [row for row in found if row["kind"] == "course"]
     if figure(courses, folder):
@@ -41,11 +43,22 @@ def quality(courses: list[Row]) -> str:
         lines.append((f"{case.name}, {unit(case)}", *reached, *forms(runs["auto"])))
     if not lines:
         return ""
-    head = ("", *RUNS, "form in use at the checks", "least cosine of it", f"checks in a row below {LEAST:g}, at most")
+    head = (
+        "model",
+        *map(shown, RUNS),
+        "form in use at the checks",
+        "least cosine of it",
+        f"checks in a row below {LEAST:g}, at most",
+    )
     return (
         "### Trained with the defaults\n\nHeld-out quality, mean ± standard deviation over seeds. If nothing is "
-        f"expected to be faster, auto is exact backprop. {places(courses)}\n\n{markdown(head, lines)}"
+        f"expected to be faster, `{AUTO}` is exact backprop. {places(courses)}\n\n{markdown(head, lines)}"
     )
+
+
+def shown(run: str) -> str:
+    """The name of a run on the page."""
+    return f"`{AUTO}`" if run == "auto" else run
 
 
 def forms(auto: list[Row]) -> tuple[str, str, str]:
@@ -79,7 +92,8 @@ def longest_below(cosines: list[float]) -> int:
 
 def times(found: list[Row]) -> str:
     cases = list(dict.fromkeys(row["case"] for row in found))
-    lines = []
+    lines: list[tuple[object, ...]] = []
+    checked = []
     for case in cases:
         runs = {row["run"]: row for row in found if row["case"] == case}
         others = min(row["step_ms"] for run, row in runs.items() if run != "auto")
@@ -87,13 +101,17 @@ def times(found: list[Row]) -> str:
         check = runs["auto"].get("checked_ms")  # rows before 2026-11-30 timed some steps that were not checks
         batch, length = runs["auto"]["batch"], runs["auto"]["length"]
         cells = (time(row, "step") for row in runs.values())
-        lines.append((case, batch, length, *cells, ratio, "" if check is None else f"{check:.1f}"))
+        checked.append("" if check is None else f"{check:.1f}")
+        lines.append((case, batch, length, *cells, ratio))
     if not lines:
         return ""
-    head = ("", "batch", "links", *runs, "auto against the best other", "a check")
+    head = ("model", "batch", "links", *map(shown, runs), "ratio")
+    if any(checked):
+        head, lines = (*head, "a check"), [(*line, ms) for line, ms in zip(lines, checked, strict=True)]
     return (
         "### A step\n\nMilliseconds of forward and backward pass at initialisation, median (interquartile range). "
-        f"Steps of auto are timed between two checks. {places(found)}\n\n{markdown(head, lines)}"
+        f"Steps with `{AUTO}` are timed between two checks. A ratio is the fastest other time divided by that of "
+        f"`{AUTO}`: above 1 the default options are faster. {places(found)}\n\n{markdown(head, lines)}"
     )
 
 

@@ -36,7 +36,8 @@ def write() -> None:
         text = page.section()
         if text:
             written.append(page)
-            (FOLDER / f"{page.name}.md").write_text(as_page(text) + "\n", encoding="utf-8")
+            whole = as_page(text, worst_and_best(page.name))
+            (FOLDER / f"{page.name}.md").write_text(whole + "\n", encoding="utf-8")
     (FOLDER / "index.md").write_text(index(written) + "\n", encoding="utf-8")
     between_marks(README, in_short())
     between_marks(EXAMPLES, expected())
@@ -44,12 +45,17 @@ def write() -> None:
     say(f"written: {', '.join(str(path.relative_to(ROOT)) for path in names)}")
 
 
-def as_page(section: str) -> str:
-    """A section of its own page: the plots right below its title, and every heading one level up."""
+def as_page(section: str, cases: str = "") -> str:
+    """A section as a page: the plots right below its title, and every heading one level up. ``cases`` come before the
+    first heading after the title.
+    """
     title, *blocks = section.split("\n\n")
     plots = [block for block in blocks if block.startswith("![")]
-    rest = [block for block in blocks if not block.startswith("![")]
-    return "\n\n".join(re.sub(r"^##", "#", block) for block in (title, *plots, *rest))
+    rest = [re.sub(r"^##", "#", block) for block in blocks if not block.startswith("![")]
+    if cases:
+        first = next((i for i, block in enumerate(rest) if block.startswith("#")), len(rest))
+        rest.insert(first, cases)
+    return "\n\n".join([title.removeprefix("#"), *plots, *rest])
 
 
 def between_marks(path: Path, text: str) -> None:
@@ -63,19 +69,30 @@ def between_marks(path: Path, text: str) -> None:
 
 HEAD = """# Benchmarks
 
-Each row is a claim: what this backend reaches, compared with the best exact alternative. That is the fastest way to
-get the exact gradient that was measured in the same run. The row has the best case and the worst case. A ratio above 1
-means that this backend is faster. Losing cases are listed like winning ones, here and on every page. The last column
-names the suite; `python -m benchmarks run --suite NAME` measures it again."""
+Each row is a claim. Most compare the time of a training step with the **best exact alternative**: the fastest way to
+get the exact gradient that was measured in the same run. Their figure is a ratio, in the worst case and in the best.
+Above 1 this backend is faster. Losing cases are listed like winning ones, here and on every page.
 
-HOW = """`python -m benchmarks report` writes all these pages from `benchmarks/results/`. All competitors of a table
-ran in one process and took turns. Times are medians, with the interquartile range in brackets. If that range is more
-than half of the median, the machine was disturbed. A question mark says so, and ratios in that row are only a hint. The
-table above leaves such cases out. Every table names its machine, version of torch and commit."""
+`k = 2` rewrites every chain. `k = 2, profitable` rewrites only what is expected to become faster. The
+[glossary](../glossary.md) explains the words."""
+
+HOW = """## How it was measured
+
+- `python -m benchmarks run --suite NAME` measures a suite again. The name stands above each table.
+- `python -m benchmarks report` writes all these pages from `benchmarks/results/`.
+- All competitors of a table ran in one process and took turns.
+- Times are medians, with the interquartile range in brackets. If that range is more than half of the median, the
+  machine was disturbed. A question mark says so, and ratios in that row are only a hint. The tables above leave such
+  cases out.
+- Every table names its machine, version of torch and commit."""
 
 
 def ratio(row: Row, what: str) -> str:
     return f"{row[f'{what}_ratio']:.2f}x" if f"{what}_ratio" in row else ""
+
+
+def shown(row: Row) -> str:
+    return SHOWN.get(row["run"], row["run"])
 
 
 def memory(row: Row, group: list[Row]) -> str:
@@ -108,9 +125,12 @@ def deep() -> str | None:
     if not found:
         return None
     parts = [
-        "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. The baseline is `torch.compile` with Inductor. "
-        f"{NAMES} The cosine compares all parameter gradients with the exact ones. Times are in milliseconds. The "
-        f"first call is in seconds: cold and, where it was measured, from warm caches. {SHARED}",
+        "## Unrolled chains\n\n`python -m benchmarks run --suite deep`. Models whose links are all "
+        "written out in the graph, compiled with this backend and with stock Inductor.\n\n"
+        "- **Baseline**: `torch.compile` with Inductor, the run `inductor`.\n"
+        f"{READING}\n"
+        "- **Cosine**: of the gradient of all parameters with the exact one, at initialisation.\n"
+        f"- **Compile**: seconds of the first call, cold and, where it was measured, from warm caches. {SHARED}",
         f"### In short\n\n{deep_in_short()}",
     ]
     if plot(deep_duels(), FOLDER / "unrolled.svg"):
@@ -118,22 +138,30 @@ def deep() -> str | None:
     for (case, why, _), group in by(found, "case", "why", "device").items():
         lines = [
             (
-                r["run"], time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
+                shown(r), time(r, "backward"), f"{r['backward_ratio']:.2f}x", time(r, "step"),
                 f"{r['step_ratio']:.2f}x", f"{r['cosine']:.4f}",
                 compiling(r),
                 memory(r, group),
             )
             for r in group
         ]  # fmt: skip
-        head = ("run", "backward", "", "whole step", "", "cosine", "compile, cold / warm", "peak MB")
+        head = ("run", *BACKWARD_AND_STEP, "cosine", "compile, cold / warm", "peak MB")
         parts.append(f"### {case}\n\n{why}. {places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
 
-NAMES = (
-    '`auto` is k = 2 with `rewrite="profitable"`: rewritten only if that is expected to be faster. It is not '
-    '`iterations="auto"`. `fpi` is fixed-point iteration (gamma = 1).'
-)
+# Runs as the pages call them, where the rows call them otherwise. The rows' "auto" is older than ``iterations="auto"``.
+SHOWN = {"auto": "k=2, profitable"}
+
+READING = """\
+- **Runs**: `k=2` rewrites every chain (`rewrite="always"`). `k=2, profitable` rewrites only chains that are expected to
+  become faster (`rewrite="profitable"`, the default of that option). `fpi` is fixed-point iteration (damping 1).
+- **Times**: in milliseconds. A ratio is the baseline's time divided by the time to its left: above 1 the run is faster
+  than the baseline."""
+
+OWN_EXACT = "- **The run `exact`**: ordinary backprop, compiled with this backend."
+
+BACKWARD_AND_STEP = ("backward", "ratio", "whole step", "ratio")
 
 SHARED = (
     "A cold compilation is the first one of its program. C++ that two programs share (mostly that of the forward pass) "
@@ -169,13 +197,17 @@ def recurrent() -> str | None:
     if not found:
         return None
     parts = [
-        "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. The baseline is `nn.GRU`, `nn.LSTM` or "
-        "`nn.RNN` in eager mode: stock `torch.compile` leaves these modules to it. On a GPU eager mode is cuDNN, which "
-        "rounds float32 products to TF32 by default. Ours does so where the table says TF32 "
-        f'(`torch.set_float32_matmul_precision("high")`). {NAMES} The cosine compares the weights\' gradient with the '
-        "exact one, at initialisation. Times are in milliseconds. The first call, which compiles, is in seconds: cold "
-        "(except for C++ that an earlier run of the same table has compiled) and from warm caches. The forward and the "
-        "backward pass are timed to their ends, so on a GPU both include the time that Python takes to launch them.",
+        "## Recurrent modules\n\n`python -m benchmarks run --suite recurrent`. `nn.GRU`, `nn.LSTM` and `nn.RNN`, "
+        "compiled with this backend and in eager mode.\n\n"
+        "- **Baseline**: eager mode, the run `eager`, because stock `torch.compile` leaves these modules to it. On a "
+        "GPU that is cuDNN, which rounds float32 products to TF32 by default. Ours does so where the table says TF32 "
+        '(`torch.set_float32_matmul_precision("high")`).\n'
+        f"{READING} The forward and the backward pass are timed to their ends, so on a GPU both include the time that "
+        "Python takes to launch them.\n"
+        f"{OWN_EXACT}\n"
+        "- **Cosine**: of the weights' gradient with the exact one, at initialisation.\n"
+        "- **Compile**: seconds of the first call, cold (except for C++ that an earlier run of the same table has "
+        "compiled) and from warm caches.",
         f"### In short\n\nThe fastest run of each row is in bold.\n\n{recurrent_in_short()}",
     ]
     for device, words in (("cpu", "CPU"), ("cuda", "GPU")):
@@ -184,14 +216,14 @@ def recurrent() -> str | None:
     for _, group in by(found, *RECURRENT).items():
         lines = [
             (
-                r["run"], time(r, "forward"), time(r, "backward"), ratio(r, "backward"), time(r, "step"),
+                shown(r), time(r, "forward"), time(r, "backward"), ratio(r, "backward"), time(r, "step"),
                 ratio(r, "step"), f"{r['cosine']:.5f}",
                 compiling(r),
                 "" if r["peak_memory_mb"] is None else f"{r['peak_memory_mb']:.0f}",
             )
             for r in group
         ]  # fmt: skip
-        head = ("run", "forward", "backward", "", "whole step", "", "cosine", "compile, cold / warm", "peak MB")
+        head = ("run", "forward", *BACKWARD_AND_STEP, "cosine", "compile, cold / warm", "peak MB")
         parts.append(f"### {case_of(group[0])}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
@@ -202,10 +234,13 @@ def cells() -> str | None:
         return None
     parts = [
         "## Cells of one's own\n\n`python -m benchmarks run --suite cells`. `hwbp_compiler.recurrent` against the same "
-        "loop written in Python: in eager mode, which is the baseline, and compiled by stock Inductor (`inductor`), "
-        f"which unrolls it. {NAMES} The cosine compares all parameter gradients with those of eager mode, at "
-        "initialisation. Times are in milliseconds. The first call is in seconds. It compiles nothing if a cell of the "
-        "same code and sizes has run at another length before.\n\n"
+        "loop written in Python.\n\n"
+        "- **Baseline**: the Python loop in eager mode, the run `eager`. `inductor` is the same loop compiled by stock "
+        "Inductor, which unrolls it.\n"
+        f"{READING}\n{OWN_EXACT}\n"
+        "- **Cosine**: of the gradient of all parameters with that of eager mode, at initialisation.\n"
+        "- **First call**: in seconds. It compiles nothing if a cell of the same code and sizes has run at another "
+        "length before.\n\n"
         "**A LayerNorm in the cell needs a larger k, or a smaller gain.** It scales what comes from the state to size "
         "1, however small the weights are. So much of an untrained cell's gradient goes through the blocks. The low "
         "cosines of the LayerNorm-GRU are those of w^k as the paper defines it, with the update gate as K "
@@ -218,13 +253,13 @@ def cells() -> str | None:
         eager = next(r for r in group if r["run"] == "eager")
         lines = [
             (
-                r["run"], time(r, "backward"), f"{eager['backward_ms'] / r['backward_ms']:.2f}x", time(r, "step"),
+                shown(r), time(r, "backward"), f"{eager['backward_ms'] / r['backward_ms']:.2f}x", time(r, "step"),
                 f"{eager['step_ms'] / r['step_ms']:.2f}x", f"{r['cosine']:.5f}",
                 "" if r["run"] == "eager" else f"{r['compile_s']:.0f}",
             )
             for r in group
         ]  # fmt: skip
-        head = ("run", "backward", "", "whole step", "", "cosine", "first call")
+        head = ("run", *BACKWARD_AND_STEP, "cosine", "first call")
         title = f"{case}, batch {batch}, hidden {hidden}, {length} steps"
         parts.append(f"### {title}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
@@ -249,7 +284,7 @@ def loops() -> str | None:
                 traced = "" if r["traced_s"] is None else f"{r['traced_s']:.1f}"
                 quick = f"{eager['step_ms'] / r['step_ms']:.2f}x"
                 lines.append((str(length), r["run"], time(r, "step"), quick, f"{r['cosine']:.5f}", traced, own))
-        head = ("steps", "run", "step", "", "cosine", "Dynamo, s", "compile, s")
+        head = ("steps", "run", "whole step", "ratio", "cosine", "Dynamo, s", "compile, s")
         parts.append(f"### {case}, batch {batch}\n\n{places(cases)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
@@ -263,7 +298,7 @@ def compile_time() -> str | None:
          f"{r['pass_s']:.2f}")
         for r in found
     ]  # fmt: skip
-    head = ("model", "links", "nodes before", "after", "of the backward", "after", "pass, seconds")
+    head = ("model", "links", "nodes before", "after", "of the backward pass: before", "after", "pass, seconds")
     return (
         f"## The rewriting pass\n\n`python -m benchmarks run --suite compile`. {places(found)}\n\n"
         f"{markdown(head, lines)}\n\n"
@@ -284,14 +319,17 @@ def scaling() -> str | None:
     for (curve, axis, size), group in by(found, "curve", "axis", "size").items():
         runs = {r["run"]: r for r in group}
         two, stock = runs["k=2"], runs["inductor"]
-        auto = "rewritten" if runs["auto"]["cosine"] < 1 - 1e-9 else "left alone"
+        auto = "rewritten" if runs["auto"]["cosine"] < 1 - 1e-9 else "exact"
         compiling = " / ".join(f"{r['compile_forward_s'] + r['compile_backward_s']:.1f}" for r in (stock, two))
         ratio = f"{two['step_ratio']:.2f}x"
         lines.append((curve, f"{size} {axis}", time(stock, "step"), time(two, "step"), ratio, auto, compiling))
-    head = ("model", "size", "Inductor, step", "k = 2, step", "", "by default", "compile, s: Inductor / k = 2")
+    head = ("model", "size", "Inductor, step", "k = 2, step", "ratio", DEFAULT, "compile, s: Inductor / k = 2")
     return (
         f"## Scaling\n\n`python -m benchmarks run --suite scaling`. {places(found)}\n\n"
-        "Inductor does not compile `nn.GRU`, but leaves it to PyTorch's own kernels. "
+        f"The step of `k = 2` rewrites every chain. The column `{DEFAULT}` says what becomes of the chain with "
+        '`rewrite="profitable"`, the default of that option. Steps are in milliseconds. A ratio is Inductor\'s time '
+        "divided by that of k = 2: above 1 k = 2 is faster. Inductor does not compile `nn.GRU`, but leaves it to "
+        "PyTorch's own kernels.\n\n"
         f"{SHARED} One program is part of several curves (32 blocks, width 64, batch 8). It is compiled only in the "
         "first.\n\n"
         f"![Step and compile time against size](scaling.svg)\n\n{markdown(head, lines)}"
@@ -321,7 +359,7 @@ def scan() -> str | None:
             )
             for r in group
         ]
-        head = ("", "milliseconds", "GB/s", "least", "of the copy's bandwidth (of the least times)")
+        head = ("run", "milliseconds", "GB/s", "least, ms", "of the copy's bandwidth (of the least times)")
         parts.append(f"### {list(shape)}\n\n{places(group)}\n\n{markdown(head, lines)}")
     return "\n\n".join(parts)
 
@@ -376,7 +414,7 @@ def papers_own() -> str:
         lines.append((case, exact, "Highway-BP", *(f"{ms} ({exact / ms:.1f}x)" for ms in highway)))
         lines.append(("", "", "FPI", *(f"{ms} ({exact / ms:.1f}x)" for ms in fixed_point)))
         lines += ours_beside(case)
-    table = markdown(("", "backprop", "method", *(f"k = {k}" for k in paper.ITERATIONS)), lines)
+    table = markdown(("model", "backprop", "method", *(f"k = {k}" for k in paper.ITERATIONS)), lines)
     return (
         "## The paper's own figures\n\n"
         "Fagnou et al., ICLR 2025, Table 6: milliseconds of a training step on an NVIDIA GPU (A100, A40 or RTX A6000), "
@@ -408,23 +446,26 @@ def expected() -> str:
 
 # -- ours against the best exact alternative ------------------------------------------------------------------------
 
-K2, SEGMENTED, DEFAULT, OUR_EXACT = "k = 2", "k = 1, S = 16", "k = 2 where it is expected to pay", "exact"
+K2, SEGMENTED, DEFAULT, OUR_EXACT = "k = 2", "k = 1, S = 16", "k = 2, profitable", "exact backprop"
 OF_RUN = {"k=2": K2, "k=1, S=16": SEGMENTED, "auto": DEFAULT, "exact": OUR_EXACT}
+CHOSEN = '`iterations="auto"`, between two checks'  # the run "auto" of the suite of that name
 
 
-def duels(groups: Iterator[tuple[str, dict[str, Row]]], *runs: str) -> dict[str, list[Duel]]:
-    """For each of ``runs``, what it is compared with in every group. Exact backprop compiled with this backend is an
-    alternative to what is approximate, and is itself compared with what is not ours."""
-    found: dict[str, list[Duel]] = {OF_RUN[run]: [] for run in runs}
+def duels(
+    groups: Iterator[tuple[str, dict[str, Row]]], *runs: str, names: dict[str, str] = OF_RUN
+) -> dict[str, list[Duel]]:
+    """For each of ``runs``, by its name in ``names``, what it is compared with in every group. Exact backprop compiled
+    with this backend is an alternative to what is approximate, and is itself compared with what is not ours."""
+    found: dict[str, list[Duel]] = {names[run]: [] for run in runs}
     for case, group in groups:
-        names = dict(EXACT_RUNS)
+        known = dict(EXACT_RUNS)
         if next(iter(group.values()))["device"] == "cuda":
-            names["eager"] = "cuDNN"
+            known["eager"] = "cuDNN"
         for run in runs:
-            others = {name: words for name, words in names.items() if run != "exact" or name != "exact"}
+            others = {name: words for name, words in known.items() if run != "exact" or name != "exact"}
             met = duel(case, group, run, others)
             if met is not None and (run == "exact" or not exact_whatever_k(group)):
-                found[OF_RUN[run]].append(met)
+                found[names[run]].append(met)
     return found
 
 
@@ -480,7 +521,7 @@ def auto_duels() -> dict[str, list[Duel]]:
         (case if "batch" in case else f"{case}, batch {batch}", {r["run"]: r for r in group})
         for (case, batch, _), group in by(found, "case", "batch", "device").items()
     )
-    return duels(groups, "auto")
+    return duels(groups, "auto", names={"auto": CHOSEN})
 
 
 def scan_duels() -> dict[str, list[Duel]]:
@@ -498,34 +539,45 @@ def scan_duels() -> dict[str, list[Duel]]:
     return found
 
 
+MODULES = "Recurrent modules on a {}"
+CELLS = "Cells of one's own"
+CHAINS = "Unrolled chains"
+TRAINED = "Trained models"
+DEFAULTS = "The default options"
+SCAN = "The scan"
+PASS = "The rewriting pass"
+
+
 def claims() -> list[Claim]:
-    """Of every suite, in the order of the pages."""
+    """Of every suite, by topic, in the order of the pages."""
     found: list[Claim | None] = []
-    for device, words in (("cpu", "a CPU"), ("cuda", "a GPU")):
+    for device, words in (("cpu", "CPU"), ("cuda", "GPU")):
+        topic = MODULES.format(words)
         for kind in ("GRU", "LSTM"):
             met = recurrent_duels(device, (kind,))
             for form in (K2, SEGMENTED, DEFAULT):
-                found.append(claim(f"`nn.{kind}` on {words}, {form}", met[form], "recurrent", "recurrent"))
+                found.append(claim(topic, f"`nn.{kind}`, {form}", met[form], "recurrent", "recurrent"))
         exact = recurrent_duels(device)[OUR_EXACT]
-        found.append(claim(f"Recurrent modules on {words}, exact backprop", exact, "recurrent", "recurrent"))
+        found.append(claim(topic, f"all modules, {OUR_EXACT}", exact, "recurrent", "recurrent"))
     for form, met in cells_duels().items():
-        found.append(claim(f"Cells of one's own, {form}", met, "cells", "cells"))
+        found.append(claim(CELLS, f"`recurrent`, {form}", met, "cells", "cells"))
     for form, met in deep_duels().items():
-        found.append(claim(f"Unrolled chains, {form}", met, "deep", "unrolled"))
-    found.append(claim(f"Unrolled chains of many sizes, {K2}", scaling_duels()[K2], "scaling", "scaling"))
-    found.append(quality_claim())
+        found.append(claim(CHAINS, f"all models, {form}", met, "deep", "unrolled"))
+    found.append(claim(CHAINS, f"many sizes, {K2}", scaling_duels()[K2], "scaling", "scaling"))
+    found += quality_claims()
     for form, met in segments_duels().items():
-        found.append(claim(f"Trained models, a step with {form}", met, "segments", "segments"))
+        found.append(claim(TRAINED, f"a step, {form}", met, "segments", "segments"))
     found.append(cosine_claim())
-    found.append(claim('The default, `iterations="auto"`, between two checks', auto_duels()[DEFAULT], "auto", "auto"))
+    for form, met in auto_duels().items():
+        found.append(claim(DEFAULTS, f"a step, {form}", met, "auto", "auto"))
     for device, met in scan_duels().items():
-        found.append(claim(f"`linear_scan` on a {'CPU' if device == 'cpu' else 'GPU'}", met, "scan", "scan"))
+        found.append(claim(SCAN, f"`linear_scan` on a {'CPU' if device == 'cpu' else 'GPU'}", met, "scan", "scan"))
     found.append(pass_claim())
     return [each for each in found if each is not None]
 
 
-def quality_claim() -> Claim | None:
-    """Held-out quality at k = 3 beside exact backprop's: where ours is most ahead, and where most behind."""
+def quality_claims() -> list[Claim]:
+    """Held-out quality at k = 3 beside exact backprop's: where ours is most behind, and where most ahead."""
     results = accuracy_report.Results(rows("accuracy"))
     met = []
     for case in results.cases:
@@ -533,13 +585,15 @@ def quality_claim() -> Claim | None:
         if ours is not None and exact is not None:
             better = ours.mean - exact.mean if accuracy_report.HIGHER_IS_BETTER[ours.metric] else exact.mean - ours.mean
             # In standard deviations, since accuracies and losses have no unit in common.
-            words = f"{case.name}: {accuracy_report.WORDS[ours.metric]} {ours} against {exact}"
-            met.append((better / max(ours.spread, exact.spread, 1e-9), words))
-    if not met:
-        return None
+            words = f"{accuracy_report.WORDS[ours.metric].split(',')[0]}, {case.name}"
+            met.append((better / max(ours.spread, exact.spread, 1e-9), words, f"{ours} against {exact}"))
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in rows("accuracy")))
-    what = f"Held-out quality after training, k = 3 against exact backprop ({len(met)} models)"
-    return Claim(what, max(met)[1], min(met)[1], devices, "accuracy", "quality")
+    ranked = {"worst": min(met), "best": max(met)} if met else {}
+    found = []
+    for which, (_, words, told) in ranked.items():
+        what, of = f"{words}, k = 3 against exact", f"the {which} of {len(met)}"
+        found.append(Claim(TRAINED, what, told, of, devices, "accuracy", "quality"))
+    return found
 
 
 def cosine_claim() -> Claim | None:
@@ -549,20 +603,20 @@ def cosine_claim() -> Claim | None:
     if not found:
         return None
     ranked = sorted(found, key=lambda r: r["cosine"])
-    worst, best = (f"{r['cosine']:.3f}: {r['case']}" for r in (ranked[0], ranked[-1]))
+    worst, best = (f"{r['cosine']:.3f} ({r['case']})" for r in (ranked[0], ranked[-1]))
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
-    what = f"Trained models, cosine with the exact gradient at {SEGMENTED} ({len(found)} models)"
-    return Claim(what, best, worst, devices, "segments", "segments")
+    what = f"cosine with the exact gradient, {SEGMENTED}"
+    return Claim(TRAINED, what, f"{worst} to {best}", f"{len(found)} models", devices, "segments", "segments")
 
 
 def pass_claim() -> Claim | None:
     found = sorted(rows("compile"), key=lambda r: r["pass_s"])
     if not found:
         return None
-    best, worst = (f"{r['pass_s']:.2f} s: {r['case']}, {r['size']} links" for r in (found[0], found[-1]))
+    best, worst = (f"{r['pass_s']:.2f} s ({r['case']}, {r['size']} links)" for r in (found[0], found[-1]))
     devices = ", ".join(dict.fromkeys(r["device_name"] for r in found))
-    what = f"Seconds that the pass adds to a compilation ({len(found)} graphs)"
-    return Claim(what, best, worst, devices, "compile", "pass")
+    what = "seconds that it adds to a compilation"
+    return Claim(PASS, what, f"{worst} to {best}", f"{len(found)} graphs", devices, "compile", "pass")
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------
@@ -583,7 +637,7 @@ PAGES = [
     Page("scaling", "Step and compile time against size", scaling),
     Page("quality", "What trained models reach, for every k; the paper's claims, checked", accuracy),
     Page("segments", "Quality and time against k and S, on trained models", segments),
-    Page("auto", "Trainings with the default options", auto),
+    Page("auto", 'Trainings with the default options, `iterations="auto"`', auto),
     Page("scan", "The scan against other implementations", scan),
     Page("pass", "How long the rewriting pass takes", compile_time),
     Page("paper", "The paper's own figures beside ours", papers_own),
@@ -591,16 +645,45 @@ PAGES = [
 
 
 def index(written: list[Page]) -> str:
-    titles = {page.name: page for page in written}
-    lines = [
-        (f"[{c.what}]({c.page}.md)", c.best, c.worst, c.device, f"`--suite {c.suite}`")
-        for c in claims()
-        if c.page in titles
-    ]
-    head = ("claim", "best case", "worst case", "device", "measured by")
+    """Claims by topic, one figure each."""
+    pages = {page.name for page in written}
+    topics: dict[str, list[Claim]] = {}
+    for each in claims():
+        if each.page in pages:
+            topics.setdefault(each.topic, []).append(each)
+    parts = [HEAD]
+    for topic, found in topics.items():
+        suites = ", ".join(dict.fromkeys(f"`--suite {c.suite}`" for c in found))
+        devices = ", ".join(dict.fromkeys(name for c in found for name in c.device.split(", ")))
+        lines = [(f"[{c.what}]({c.page}.md{f'#{CASES_ANCHOR}' if c.duels else ''})", c.figure, c.of) for c in found]
+        table = markdown(("claim", "worst to best", "of"), lines)
+        parts.append(f"## {topic}\n\nMeasured by {suites}, on {devices}.\n\n{table}")
     listed = "\n".join(f"- [{page.title}]({page.name}.md)" for page in written)
     more = "- [Several hundred architectures: which chains are found](../coverage.md)"
-    return f"{HEAD}\n\n{markdown(head, lines)}\n\n{HOW}\n\n## Pages\n\n{listed}\n{more}"
+    return "\n\n".join([*parts, HOW, f"## Pages\n\n{listed}\n{more}"])
+
+
+CASES_TITLE, CASES_ANCHOR = "Worst and best cases", "worst-and-best-cases"
+
+
+def worst_and_best(name: str) -> str:
+    """The cases behind the index's figures, for the page ``name``. Empty if the index says it all."""
+    found = [c for c in claims() if c.page == name and c.duels]
+    if not found:
+        return ""
+    several = len({c.topic for c in found}) > 1
+    lines = []
+    for c in found:
+        for which, d in zip(("worst", "best"), (c.duels[0], c.duels[-1]), strict=True):
+            exact = f"{d.milliseconds(d.exact)} ({d.exact_name})"
+            what = f"{c.topic.removeprefix(MODULES.format(''))}: {c.what}" if several else c.what
+            lines.append((what, f"{which} of {c.of}", d.case, d.milliseconds(d.ours), exact, f"{d.ratio:.2f}x"))
+    head = ("claim", "which", "case", "this backend, ms", "best exact alternative, ms", "ratio")
+    intro = "A training step against the best exact alternative: the fastest that was measured in the same run."
+    if name == "scan":
+        head = (*head[:4], "best other, ms", "ratio")
+        intro = "Against the fastest other implementation of the same scan."
+    return f"## {CASES_TITLE}\n\n{intro}\n\n{markdown(head, lines)}"
 
 
 SHOWN_IN_README = 12
@@ -645,8 +728,11 @@ def recurrent_on(found: list[Row]) -> str:
         decided = "rewritten" if chosen["auto"]["cosine"] < 1 - 1e-7 else "exact"
         lines.append((case_of(chosen["auto"], "`").replace("`", "`nn.", 1), *cells, decided))
     names = IN_SHORT if on_a_cpu else IN_SHORT | {"eager": "cuDNN"}
-    head = ("recurrent, milliseconds of a step", *(names[run] for run in runs), "k = 2 by default")
-    told = "`exact` is ordinary backprop compiled with this backend. An `nn.RNN` has no highway."
+    head = ("recurrent, milliseconds of a step", *(names[run] for run in runs), DEFAULT)
+    told = (
+        "`exact` is ordinary backprop, compiled with this backend. The last column says what becomes of the chain with "
+        '`rewrite="profitable"`. An `nn.RNN` has no highway.'
+    )
     return f"{markdown(head, lines)}\n\n{told} {places(found)}."
 
 
@@ -665,7 +751,8 @@ def deep_in_short() -> str:
         two, auto = chosen["k=2"], chosen["auto"]
         lines.append(
             (case, f"{two['backward_ratio']:.2f}x", f"{two['step_ratio']:.2f}x", f"{two['cosine']:.4f}",
-             "rewritten" if auto["cosine"] < 1 - 1e-9 else "left alone")
+             "rewritten" if auto["cosine"] < 1 - 1e-9 else "exact")
         )  # fmt: skip
-    head = ("unrolled, k = 2, against Inductor", "backward", "whole step", "cosine", "by default")
-    return f"{markdown(head, lines)}\n\n{places(found)}." if found else ""
+    head = ("unrolled, k = 2, against Inductor", "backward", "whole step", "cosine", DEFAULT)
+    told = 'The last column says what becomes of the chain with `rewrite="profitable"`.'
+    return f"{markdown(head, lines)}\n\n{told} {places(found)}." if found else ""

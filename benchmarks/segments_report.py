@@ -131,7 +131,7 @@ def table(case: Case, found: dict[tuple[int, int], Row]) -> str:
     any_row = next(iter(found.values()))
     value = f"{any_row['value']:.1%}" if any_row["metric"] == "accuracy" else f"{any_row['value']:.3f}"
     trained = f"{any_row['length']} links, trained to a {WORDS[any_row['metric']].split(',')[0]} of {value}"
-    head = ("", *(f"k = {k}" for k in ks))
+    head = ("segment", *(f"k = {k}" for k in ks))
     return f"#### {case.name}\n\n{trained}. {places(list(found.values()))}\n\n{markdown(head, lines)}"
 
 
@@ -168,11 +168,12 @@ def times(results: Results) -> str:
                 ))  # fmt: skip
     if not lines:
         return ""
-    head = ("", "run", "backward", "", "whole step", "", "cosine", "compile, s")
+    head = ("model", "run", "backward", "ratio", "whole step", "ratio", "cosine", "compile, s")
     found = [row for row in results.rows if row["kind"] == "time"]
     return (
         "### The time of a step\n\nA compiled step of the trained models on a held-out batch; `eager` is plain "
-        "PyTorch. Times are in milliseconds. Ratios are to `exact`, ordinary backprop compiled with the same backend. "
+        "PyTorch. Times are in milliseconds. A ratio is the time of `exact`, ordinary backprop compiled with the same "
+        "backend, divided by the time to its left: above 1 the run is faster. "
         f"{places(found)}\n\n"
         f"{markdown(head, lines)}"
     )
@@ -191,7 +192,7 @@ def courses(results: Results) -> str:
     return (
         "### Trained with these gradients\n\nHeld-out quality at the end of the same short schedule, mean ± standard "
         "deviation over seeds. The same seed gives the same weights and batches to all. "
-        f"{places(found)}\n\n{markdown(('', *labels), lines)}"
+        f"{places(found)}\n\n{markdown(('model', *labels), lines)}"
     )
 
 

@@ -1,7 +1,8 @@
 """Pipelines of tiny stages, run by gloo processes, and the oracle they are compared with.
 
-The oracle follows SEGMENTS.md, section 1, link by link with ``torch.func.vjp`` in one process, and shares no code with
-``hwbp_compiler``. A stage is a list of links; each link defines its highway, or says that it has none.
+The oracle follows docs/design.md, section 4.6, "Segments", link by link with ``torch.func.vjp`` in one process, and
+shares no code with ``hwbp_compiler``. A stage is a list of links; each link defines its highway, or says that it has
+none.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def tables() -> dict[str, str]:
     ]
     faults = [f"| {name} | {outcome} | `{test}` |" for test, (name, outcome) in marked(test_faults, "fault")]
     return {
-        "combinations": "\n".join(["| with | | | test |", "|---|---|---|---|", *combinations]),
+        "combinations": "\n".join(["| with | status | note | test |", "|---|---|---|---|", *combinations]),
         "faults": "\n".join(["| what fails | what happens | test |", "|---|---|---|", *faults]),
     }
 

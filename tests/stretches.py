@@ -1,7 +1,7 @@
 """Recurrences whose time steps are spread over gloo processes, and the oracle they are compared with.
 
-The oracle follows SEGMENTS.md, section 1, step by step with ``torch.func.vjp`` in one process. A rank's stretch is a
-segment, and each layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
+The oracle follows docs/design.md, section 4.6, "Segments", step by step with ``torch.func.vjp`` in one process. A
+rank's stretch is a segment, and each layer is a chain, the top one first. It shares no code with ``hwbp_compiler``.
 """
 
 from __future__ import annotations

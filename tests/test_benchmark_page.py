@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import snippets
 
 from benchmarks import report
 from benchmarks.accuracy_report import took
@@ -48,8 +49,18 @@ def test_every_plot_on_a_page_lies_beside_it():
 
 def test_the_index_shows_cases_that_lose():
     claims = report.claims()
-    assert len([claim for claim in claims if re.match(r"0\.\d\dx: ", claim.worst)]) > 10
+    assert len([claim for claim in claims if claim.duels and claim.duels[0].ratio < 1]) > 10
     assert {claim.page for claim in claims} <= {page.name for page in report.PAGES}
+
+
+def test_a_row_of_the_index_is_short_and_its_cases_are_on_the_page_it_leads_to():
+    text = (report.FOLDER / "index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(.*)\]\((\w+)\.md(?:#([\w-]+))?\) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == len(report.claims()) > 20
+    for what, name, anchor, figure, of in rows:
+        assert len(what + figure + of) < 120
+        page = (report.FOLDER / f"{name}.md").read_text(encoding="utf-8")
+        assert not anchor or anchor in snippets.anchors(page) and f"worst of {of}" in page
 
 
 def duel_of(ours: float, **exact: float):

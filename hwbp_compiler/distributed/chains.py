@@ -4,10 +4,10 @@ Stages are numbered 0 .. R - 1 from the input, as in torch. The last one holds t
 head of the first chain. A chain runs from stage ``last`` down to stage ``first``, which is the nearest stage below
 without a highway, or stage 0.
 
-In the terms of SEGMENTS.md, section 1: stage s of the chain is a segment, e_last is the chain's head, and P_s is needed
-for every segment except the one next to the input. That one takes part only in the last run, so it need not have a
-highway. Its result is exact for the gradient that it receives, and is the head of the next chain. So a strided shortcut
-stays exact, and the stages before it wait for it as they would in backprop.
+In the terms of docs/design.md, section 4.6, "Segments": stage s of the chain is a segment, e_last is the chain's head,
+and P_s is needed for every segment except the one next to the input. That one takes part only in the last run, so it
+need not have a highway. Its result is exact for the gradient that it receives, and is the head of the next chain. So a
+strided shortcut stays exact, and the stages before it wait for it as they would in backprop.
 """
 
 from __future__ import annotations

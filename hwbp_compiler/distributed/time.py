@@ -8,9 +8,9 @@ state of segment s, and c is the losses' contribution at its own states:
     v_s       out_s(i^t_s) - P_s i^t_s            all ranks at once: one backward pass through the states of a stretch
     i^{t+1}   i_{s-1} = v_s + P_s i^{t+1}_s       one all-gather of v, then a scan on every rank
 
-(e_s of SEGMENTS.md is i_s plus the c of that state; out_s includes all c's of the stretch.) The last rank knows its i
-from the start, so everything it sends from the first round on is exact, and k = R - 1 is ordinary backprop. Each of
-several stacked layers is a separate chain, the top one first.
+(e_s of docs/design.md, section 4.6, is i_s plus the c of that state; out_s includes all c's of the stretch.) The last
+rank knows its i from the start, so everything it sends from the first round on is exact, and k = R - 1 is ordinary
+backprop. Each of several stacked layers is a separate chain, the top one first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """W by Highway-BP. This is the only place that computes it: for chains in a joint graph, for loops, and for modules.
 
 Row i of W is w_i, the gradient at state i, i = 0..L. The last row is the chain's head, which is known exactly. With b
-for the injections at each link (PAPER.md, sections 1 and 2):
+for the injections at each link (docs/design.md, section 4.6):
 
     W^0     = scan([b, w_L], (1 - gamma) K)
     W^{t+1} = scan([b + J W^t + gamma K W^t, w_L], (1 - gamma) K)        all links at once, then one scan

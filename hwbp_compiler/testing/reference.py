@@ -1,7 +1,7 @@
 """Highway-BP written with ``torch.autograd``: the oracle that the compiler is compared with.
 
-It follows PAPER.md, section 1, and SEGMENTS.md, section 1, link by link, and shares no code with the passes. It is
-deliberately slow and simple, and meant for float64.
+It follows docs/design.md, sections 1 and 4.6, link by link, and shares no code with the passes. It is deliberately slow
+and simple, and meant for float64.
 
 A model is written as a :class:`Program`: an ordinary forward function that passes each of its chains to ``run_chain``.
 Autograd differentiates everything outside the chains as usual. A chain is one autograd node. Autograd gives this node
