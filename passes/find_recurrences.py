@@ -30,7 +30,8 @@ def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> li
         inside = _longest(info, free, min_length)
         if inside is None:
             return tracks
-        states = _one_per_period(info, _separating_forks(info, inside))
+        ways = [_separating_forks(info, inside), _separating_forks(info, inside, from_inside=True)]
+        states = max((_one_per_period(info, forks) for forks in ways), key=len)
         if len(states) >= min_length:
             tracks.append(Track(tuple(states), ()))
 
@@ -110,13 +111,16 @@ def _elementwise_between(info: GraphInfo, start: int, end: int, free: list[bool]
     return inside
 
 
-def _separating_forks(info: GraphInfo, inside: set[int]) -> list[int]:
-    """Nodes that every path inside passes through and from which something outside takes a gradient."""
+def _separating_forks(info: GraphInfo, inside: set[int], from_inside: bool = False) -> list[int]:
+    """Nodes that every path inside passes through and from which something outside takes a gradient. With
+    ``from_inside``, it is enough that several paths go on from there: gates that see the state element by element take
+    no gradient outside.
+    """
     found: list[int] = []
     reach = -1
     for node in sorted(inside):
         users = [u for u in info.users[node] if u in inside]
-        if reach <= node and len(users) < len(info.users[node]):
+        if reach <= node and (len(users) < len(info.users[node]) or from_inside and len(users) > 1):
             found.append(node)
         reach = max([reach, *users])
     return found

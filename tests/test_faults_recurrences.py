@@ -28,6 +28,8 @@ CELLS = {
     "tanh behind": lambda h, a, b: torch.tanh(a * h + b),
     "relu behind": lambda h, a, b: torch.relu(a * h + b),
     "scale behind": lambda h, a, b: (a * h + b) * b.cos(),
+    "gate that sees the state": lambda h, a, b: torch.lerp(b, h, torch.sigmoid(a + h)),
+    "bistable": lambda h, a, b: torch.lerp(torch.tanh(b + (1 + torch.tanh(a - h)) * h), h, torch.sigmoid(a * h)),
 }
 READS = ("select", "list", "unbind", "second dimension", "chunk", "linear", "one number a step", "one for all")
 STARTS = ("given", "zeros", "learnt", "scaled", "no gradient")
