@@ -241,3 +241,45 @@ def test_a_rank_that_loses_its_copy_is_not_the_one_at_fault(tmp_path):
     assert said[2].startswith("RankError") and "rank 1 (stage 1, global rank 3) raised ValueError" in said[2]
     for told in said[:2]:
         assert told.startswith("RankError") and " raised " not in told.partition("; this rank")[0], told
+
+
+def trains_with_a_scaler(rank, folder):
+    """In the first step, one parameter of rank 1 gets an infinite gradient."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=TIMEOUT))
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+    from torch.distributed.pipelining import PipelineStage
+
+    from hwbp_compiler.distributed import ScheduleHighway
+
+    torch.manual_seed(rank)
+    module = PreLN()
+    scaler = ShardedGradScaler("cpu", init_scale=4.0, process_group=dist.group.WORLD)
+    scaler.scale(torch.zeros(()))  # ranks without a loss need the scale too
+    schedule = ScheduleHighway(
+        PipelineStage(module, rank, RANKS, torch.device("cpu")),
+        1,
+        loss_fn=lambda y, target: scaler.scale(loss_fn(y, target)),
+        iterations=0,
+    )
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    changed = []
+    for step in range(2):
+        x, target = torch.randn(4, 2, 5), torch.randn(4, 2, 5)
+        optimizer.zero_grad()
+        before = [p.detach().clone() for p in module.parameters()]
+        schedule.step(*([x] if rank == 0 else []), target=target if rank == RANKS - 1 else None)
+        if rank == FAULTY and step == 0:
+            next(module.parameters()).grad.fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        changed.append(not all(map(torch.equal, before, module.parameters())))
+    Path(f"{folder}/{rank}").write_text(f"{changed}, scale {scaler.get_scale()}")
+    os._exit(0)
+
+
+def test_an_infinite_gradient_on_one_rank_reaches_every_ranks_check(tmp_path):
+    torch.multiprocessing.spawn(trains_with_a_scaler, (str(tmp_path),), RANKS)
+    assert {(tmp_path / str(rank)).read_text() for rank in range(RANKS)} == {"[False, True], scale 2.0"}
