@@ -289,6 +289,26 @@ def loops() -> str | None:
     return "\n\n".join(parts)
 
 
+def engines() -> str | None:
+    found = rows("engines")
+    if not found:
+        return None
+    lines, worst = [], 0.0
+    for (name, how), group in by(found, "name", "how").items():
+        module, loop = (next(r for r in group if r["run"] == run) for run in ("module", "loop"))
+        ratio = loop["backward_ms"] / module["backward_ms"]
+        worst = max(worst, ratio)
+        memory = f"{module['peak_mb']:.1f} / {loop['peak_mb']:.1f}"
+        lines.append((name, how, time(module, "backward"), time(loop, "backward"), f"{ratio:.2f}x", memory))
+    head = ("layer", "gradient", "own formulas, backward", "loop engine, backward", "ratio", "peak MB: own / loop")
+    return (
+        f"## One engine or two\n\n`python -m benchmarks run --suite engines`. {places(found)}\n\n"
+        "`nn.GRU` and `nn.LSTM` have an operator and formulas of their own. Any other cell goes through the loop engine. "
+        "This table shows what one engine for both would cost: the ratio is the loop engine's time divided by that of "
+        f"the own formulas, {worst:.2f}x in the worst case.\n\n{markdown(head, lines)}"
+    )
+
+
 def compile_time() -> str | None:
     found = rows("compile")
     if not found:
@@ -639,6 +659,7 @@ PAGES = [
     Page("segments", "Quality and time against k and S, on trained models", segments),
     Page("auto", 'Trainings with the default options, `iterations="auto"`', auto),
     Page("scan", "The scan against other implementations", scan),
+    Page("engines", "Recurrent modules by formulas of their own, or as cells of the loop engine", engines),
     Page("pass", "How long the rewriting pass takes", compile_time),
     Page("paper", "The paper's own figures beside ours", papers_own),
 ]
