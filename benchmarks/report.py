@@ -303,9 +303,9 @@ def engines() -> str | None:
     head = ("layer", "gradient", "own formulas, backward", "loop engine, backward", "ratio", "peak MB: own / loop")
     return (
         f"## One engine or two\n\n`python -m benchmarks run --suite engines`. {places(found)}\n\n"
-        "`nn.GRU` and `nn.LSTM` have an operator and formulas of their own. Any other cell goes through the loop engine. "
-        "This table shows what one engine for both would cost: the ratio is the loop engine's time divided by that of "
-        f"the own formulas, {worst:.2f}x in the worst case.\n\n{markdown(head, lines)}"
+        "`nn.GRU` and `nn.LSTM` have an operator and formulas of their own. Any other cell goes through the loop "
+        "engine. This table shows what one engine for both would cost: the ratio is the loop engine's time divided by "
+        f"that of the own formulas, {worst:.2f}x in the worst case.\n\n{markdown(head, lines)}"
     )
 
 
