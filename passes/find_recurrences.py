@@ -32,6 +32,7 @@ def find_recurrences(info: GraphInfo, excluded: set[int], min_length: int) -> li
             return tracks
         ways = [_separating_forks(info, inside), _separating_forks(info, inside, from_inside=True)]
         states = max((_one_per_period(info, forks) for forks in ways), key=len)
+        states += _one_more(info, inside, states)
         if len(states) >= min_length:
             tracks.append(Track(tuple(states), ()))
 
@@ -117,12 +118,34 @@ def _separating_forks(info: GraphInfo, inside: set[int], from_inside: bool = Fal
     no gradient outside.
     """
     found: list[int] = []
+    for node in _separating(info, inside):
+        users = [u for u in info.users[node] if u in inside]
+        if len(users) < len(info.users[node]) or (from_inside and len(users) > 1):
+            found.append(node)
+    return found
+
+
+def _one_more(info: GraphInfo, inside: set[int], states: list[int]) -> list[int]:
+    """The state behind the first step, if nothing outside takes a gradient from it: the input of a linear recurrence
+    may get its gradient as a whole, for all steps at once.
+    """
+    if len(states) < 2:
+        return []
+    stops = _separating(info, inside)
+    *_, before, last = states
+    step = [info.nodes[i].target for i in stops if before < i <= last]
+    behind = [i for i in stops if i > last][: len(step)]
+    return behind[-1:] if [info.nodes[i].target for i in behind] == step else []
+
+
+def _separating(info: GraphInfo, inside: set[int]) -> list[int]:
+    """Nodes that every path inside passes through."""
+    found: list[int] = []
     reach = -1
     for node in sorted(inside):
-        users = [u for u in info.users[node] if u in inside]
-        if reach <= node and (len(users) < len(info.users[node]) or from_inside and len(users) > 1):
+        if reach <= node:
             found.append(node)
-        reach = max([reach, *users])
+        reach = max([reach, *(u for u in info.users[node] if u in inside)])
     return found
 
 
