@@ -82,7 +82,7 @@ MUTATIONS = [
     Mutation(
         "a component that only sums up what links add to it counts as a stream",
         "passes/candidates.py",
-        "        joined = [[c for c in way if _feed_each_other(c.chain)] for way in more]",
+        "        joined = [[c for c in way if _feed_each_other(c.chain, _middle(c.chain))] for way in more]",
         "        joined = more",
         (BREADTH,),
     ),
