@@ -256,8 +256,17 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
 
 def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
     """The link of the last state, if only its side outputs are computed, as one more lane of ``group``."""
+    on_the_way = set().union(*(closure(group.template, i) for i in group.template.outputs))
+    apart = [i for i in group.exports if i not in on_the_way]
+    # What leaves a link on the way to its outputs is not computed where there are none.
+    return _tail_with(info, group, chain, tainted, group.exports) or (
+        _tail_with(info, group, chain, tainted, apart) if 0 < len(apart) < len(group.exports) else None
+    )
+
+
+def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], exports: list[int]) -> Program | None:
     template, state = group.template, chain.states[-1]
-    sides = [(i, sorted(closure(template, i), reverse=True)) for i in group.exports]
+    sides = [(i, sorted(closure(template, i), reverse=True)) for i in exports]
     heavy = any(is_heavy(template, c) for c in range(template.arity, len(template.statements)))
     blocks = any(is_heavy(template, c) for i in template.outputs for c in closure(template, i))
     told_by_sides = not heavy or any(_is_product(template, c) for _, needed in sides for c in needed)

@@ -266,18 +266,21 @@ class _ChainRewriter:
             value = evaluator.value(Mode.FULL, i)
             if isinstance(value, list):
                 continue  # its items are statements of their own
-            if value is None or any(n is None for n in nodes):
+            if value is None:
                 raise AssertionError(f"side output {nodes[0]} has no value")
-            root = _accumulation(nodes)
+            computed = [
+                n for n in nodes if n is not None
+            ]  # the tail lacks what leaves a link on the way to its outputs
+            root = _accumulation(computed) if len(computed) == len(nodes) else None
             # A term that a state has taken already does not belong to this sum.
-            if root is not None and Counter(nodes) <= Counter(self._left.get(root, sum_terms(root))):
-                self._add_to(root, stacker.e.sum_links(value), nodes, done)
+            if root is not None and Counter(computed) <= Counter(self._left.get(root, sum_terms(root))):
+                self._add_to(root, stacker.e.sum_links(value), computed, done)
                 continue
             for lane, node in enumerate(nodes):
-                assert node is not None
-                done.replacements[node] = (
-                    self.e.call(aten.select.int, value.node, 0, lane) if value.batched else value.node
-                )
+                if node is not None:
+                    done.replacements[node] = (
+                        self.e.call(aten.select.int, value.node, 0, lane) if value.batched else value.node
+                    )
 
     def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
         """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links, plus its other terms."""

@@ -205,6 +205,47 @@ def test_the_scale_of_the_result_is_no_link(start):
     assert_six_links(model, gates_alone)
 
 
+class LRU(nn.Module):
+    """A decay that is computed at every step, and inputs that get their gradient as a whole, for all steps at once."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.into, self.out, self.decay = nn.Linear(3, 3), nn.Linear(3, 3), nn.Parameter(torch.rand(3))
+        self.first = nn.Parameter(torch.randn(2, 3)) if start == "learnt" else None
+        self.double()
+
+    def step(self, h, b):
+        return torch.sigmoid(self.decay) * h + b
+
+    def start(self, x):
+        return torch.zeros_like(x[0]) if self.first is None else self.first
+
+    def forward(self, x):
+        h, states = self.start(x), []
+        for b in self.into(x):
+            h = self.step(h, b)
+            states.append(h)
+        return self.out(torch.nn.functional.gelu(torch.stack(states)))
+
+
+@pytest.mark.parametrize("start", ("zeros", "learnt"))
+@pytest.mark.parametrize("k, gamma", ((0, 0.3), (1, 0.3), (2, 1.0), (1, 0.0)))
+def test_inputs_may_get_their_gradient_for_all_steps_at_once(start, k, gamma):
+    torch.manual_seed(0)
+    model, x = LRU(start), torch.randn(STEPS, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def forward(run, x):
+        links = [Link(lambda state, side, hold: ((model.step(state[0], *side),), ()), (b,)) for b in model.into(x)]
+        states = run(links, (model.start(x),)).states[1:]
+        return model.out(torch.nn.functional.gelu(torch.stack([h for (h,) in states])))
+
+    program = Program(dict(model.named_parameters()), forward)
+    _, found, records = trace(model, (x,), probe_loss).gradients(options(iterations=k, damping=gamma))
+    _, expected = reference_gradients(program, (x,), probe_loss, k, gamma)
+    assert_gradients_close(found, expected, 1e-10, 1e-13)
+    assert [(r.decision, r.length) for r in records] == [("rewritten", STEPS)]
+
+
 def test_the_same_through_dynamo():
     assert_six_links(*make("gate and rest"), through=capture, settings=((1, 0.2),))
 

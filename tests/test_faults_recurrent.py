@@ -149,7 +149,7 @@ def one_by_one(code, slots, description, sizes):
         for row, result in zip(arguments[:slots], step(None, *arguments[slots:], *sizes), strict=True):
             row.copy_(result)
 
-    return run
+    return loop._CompiledStep(run)
 
 
 @pytest.fixture
