@@ -88,9 +88,7 @@ def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: 
         refused: list[Refusal] = []
         more = [_split_and_group(info, along_states(info, states)[0], options, refused)[0] for states in ways]
         # In every step, if possible. In some models one step mixes the streams, and the next treats each by itself.
-        joined = [
-            [c for c in way if _feed_each_other(c.chain, [c.chain.links[len(c.chain.links) // 2]])] for way in more
-        ]
+        joined = [[c for c in way if _feed_each_other(c.chain, _middle(c.chain))] for way in more]
         if not any(joined):
             joined = [[c for c in way if _feed_each_other(c.chain, c.chain.links)] for way in more]
         for candidate in max(joined, key=lambda way: _worth(info, way)):
