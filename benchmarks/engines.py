@@ -18,7 +18,7 @@ from torch import nn
 
 import hwbp_compiler
 
-from .harness import in_turns, most_held, say, start_anew, summary
+from .harness import in_turns, most_held, names_due, say, start_anew, summary
 from .recurrent import LONG, SHAPES, Contender, Layer
 
 RESUMES = True
@@ -65,8 +65,7 @@ class AsCell(nn.Module):
 
 
 def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
-    known = {row["name"] for row in done}
-    return [case.name for case in (QUICK if quick else CASES) if case.name not in known]
+    return names_due(QUICK if quick else CASES, done)
 
 
 def run(

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,12 @@ def commit() -> str | None:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         return git("rev-parse", "--short", "HEAD") + ("+" if git(*status) else "")
     return None
+
+
+def names_due(cases: Sequence[Any], done: list[dict[str, Any]]) -> list[str]:
+    """The names of the cases that the results lack."""
+    known = {row["name"] for row in done}
+    return [case.name for case in cases if case.name not in known]
 
 
 def start_anew() -> None:

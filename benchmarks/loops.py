@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.utils import compile_times
 from torch._inductor.utils import fresh_cache
 
-from .harness import in_turns, say, start_anew, summary, synchronize
+from .harness import in_turns, names_due, say, start_anew, summary, synchronize
 
 RESUMES = True
 HIDDEN = 64
@@ -68,8 +68,7 @@ def module_of(loop: Loop) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def names(device: str, quick: bool, done: list[dict[str, Any]]) -> list[str]:
-    known = {row["name"] for row in done}
-    return [case.name for case in (QUICK if quick else CASES) if case.name not in known]
+    return names_due(QUICK if quick else CASES, done)
 
 
 def traced_s() -> float:

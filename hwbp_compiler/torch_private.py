@@ -444,9 +444,13 @@ class StepInCpp:
 
 def tensor_handle(tensor: torch.Tensor) -> int:
     """The address by which C++ code compiled by Inductor knows a tensor. The caller frees it (`tensor_functions`)."""
-    pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    return pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor), None)  # type: ignore[no-any-return]
+    return _pointer(torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(tensor), None)  # type: ignore[no-any-return]
+
+
+# A prototype of our own: others may set the types of ctypes.pythonapi's.
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
 
 
 @functools.cache

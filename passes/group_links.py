@@ -256,12 +256,16 @@ def _exports(group: Group, states: set[Node]) -> list[int]:
 
 def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Program | None:
     """The link of the last state, if only its side outputs are computed, as one more lane of ``group``."""
+    found = _tail_with(info, group, chain, tainted, group.exports)
+    if found is not None:
+        return found
+    # A link without outputs does not compute what leaves the other links on the way to theirs.
     on_the_way = set().union(*(closure(group.template, i) for i in group.template.outputs))
     apart = [i for i in group.exports if i not in on_the_way]
-    # What leaves a link on the way to its outputs is not computed where there are none.
-    return _tail_with(info, group, chain, tainted, group.exports) or (
-        _tail_with(info, group, chain, tainted, apart) if 0 < len(apart) < len(group.exports) else None
-    )
+    if not 0 < len(apart) < len(group.exports):
+        return None
+    found = _tail_with(info, group, chain, tainted, apart)
+    return None if found is None or found.outputs else found
 
 
 def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], exports: list[int]) -> Program | None:

@@ -266,11 +266,11 @@ class _ChainRewriter:
             value = evaluator.value(Mode.FULL, i)
             if isinstance(value, list):
                 continue  # its items are statements of their own
-            if value is None:
+            # A tail has no outputs, and lacks what leaves the other links on the way to theirs.
+            lacking = [p for p, n in zip(group.programs, nodes, strict=True) if n is None and p.outputs]
+            if value is None or lacking:
                 raise AssertionError(f"side output {nodes[0]} has no value")
-            computed = [
-                n for n in nodes if n is not None
-            ]  # the tail lacks what leaves a link on the way to its outputs
+            computed = [n for n in nodes if n is not None]
             root = _accumulation(computed) if len(computed) == len(nodes) else None
             # A term that a state has taken already does not belong to this sum.
             if root is not None and Counter(computed) <= Counter(self._left.get(root, sum_terms(root))):

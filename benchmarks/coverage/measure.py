@@ -101,18 +101,8 @@ def right(row: Mapping[str, Any]) -> bool:
 
 
 def missing(expected: Sequence[int], found: Sequence[int]) -> list[int]:
-    """The lengths of expected chains for which no chain was found. A chain may have more links than were counted: a
-    block may be two steps, and the first step a link of its own.
-    """
-    left = Counter(found)
-    lacking: list[int] = []
-    for length in sorted(expected, reverse=True):
-        long_enough = [n for n in left if n >= length and left[n]]
-        if long_enough:
-            left[min(long_enough)] -= 1
-        else:
-            lacking.append(length)
-    return sorted(lacking)
+    """The lengths of expected chains for which no chain was found."""
+    return sorted((Counter(expected) - Counter(found)).elements())
 
 
 def looked(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

@@ -264,6 +264,8 @@ def _traced(
 
 def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
     """Map names in a loop's step to the user's names, for everything that the step takes from outside."""
+    if loop.step is None:
+        return {}
     placeholders = module.graph.find_nodes(op="placeholder")
     given = dict(zip(placeholders, names_of_inputs(module.graph), strict=True))
     return _names_in_region(module, given, loop) or {}
@@ -272,7 +274,7 @@ def _names_in_step(module: fx.GraphModule, loop: Recurrence) -> dict[str, str]:
 def _names_in_region(module: fx.GraphModule, given: dict[fx.Node, str], loop: Recurrence) -> dict[str, str] | None:
     """The same in a region of Dynamo's graph, whose inputs have the names ``given``; None if the loop is elsewhere."""
     for node in module.graph.nodes:
-        if node.op == "call_module" and loop.step is not None and module.get_submodule(str(node.target)) is loop:
+        if node.op == "call_module" and loop.step and module.get_submodule(str(node.target)) is loop:
             outside = node.args[len(loop.step.state) + len(loop.step.inputs) :]
             pairs = zip(loop.step.shared, outside, strict=True)
             return {inner.name: given[outer] for inner, outer in pairs if given.get(outer)}

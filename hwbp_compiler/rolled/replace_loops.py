@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from hwbp_compiler.graph.origin import source_line
+from hwbp_compiler.graph.regions import regions_of
 from hwbp_compiler.options import Options
 from hwbp_compiler.torch_private import enter_autocast, exit_autocast, without_saved_tensor_hooks
 
@@ -83,16 +84,15 @@ def _replace_in(
     gm: GraphModule, around: tuple[Sequence[Any], ...], options: Callable[[Any], Options], found: list[Any]
 ) -> None:
     """``around`` holds the arguments of the autocast regions that contain ``gm``."""
-    before, regions, autocasts = len(found), dict(gm.named_children()), {}
+    before, autocasts = len(found), {}
     for node in list(gm.graph.nodes):
         if node.target is enter_autocast:
             autocasts[node] = node.args
         elif node.target is exit_autocast:
             autocasts.pop(node.args[0])
         elif _is_step(node):
-            for region in (regions.get(str(argument.target)) for argument in node.all_input_nodes):
-                if isinstance(region, GraphModule):
-                    _replace_in(region, (*around, *autocasts.values()), options, found)
+            for region, _ in regions_of(gm, node):
+                _replace_in(region, (*around, *autocasts.values()), options, found)
         elif node.target is rolled:
             with as_around((*around, *autocasts.values())):
                 found.append(_replace(gm, node, f"highway_recurrence_{len(found)}", options))
