@@ -1,8 +1,8 @@
 """The compiled step and the loop around it in one C++ call, for long loops on a CPU.
 
-A step of a small cell takes a few microseconds, and as much again to call it from Python. Inductor's C++ wrapper turns
-the same kernels into a C++ function, and ``native_loop.cpp`` calls it for every time step. The results are equal bit
-for bit. But the wrapper takes seconds to build, so only steps that are called often get one.
+Where a step is small, the time to call it from Python shows. Inductor's C++ wrapper turns the same kernels into a C++
+function, and ``native_loop.cpp`` calls it for every time step. The results are equal bit for bit. But the wrapper takes
+seconds to build, so only steps that are called often get one.
 """
 
 from __future__ import annotations
