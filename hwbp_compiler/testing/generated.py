@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
+import os
+import pickle
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, compile_step, inductor_config
+from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, GraphLowering, compile_step, inductor_config
 
 # Options under which memory is never reused, so that results do not depend on where buffers lie.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
@@ -32,14 +36,68 @@ def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> A
     Raises AssertionError if the results change when memory is never reused, because then the code has overwritten
     something that was still needed. Rounding may differ, because matrix products depend on the alignment of memory.
     """
-    with kernels_together():
-        options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
-        as_ever, apart = (
-            compile_step(_copy(root, graph), list(inputs), keeping_pieces({**options, **more})) for more in ({}, APART)
-        )
-        results, others = as_ever(list(inputs)), apart(list(inputs))
-    assert_same(results, others)
+    options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
+    with kernels_together(), Twin() as twin:
+        compiled = compile_step(_copy(root, graph), list(inputs), keeping_pieces(options))
+        results = compiled(list(inputs))
+        apart = twin.results(results)
+    assert_same(results, apart)
     return results
+
+
+class Twin:
+    """A second process that finishes the same compilation with memory that is never reused.
+
+    Inductor decides about memory only after it has lowered and fused the graph, and that takes most of the time. So
+    the process is forked there. It leaves the context with the results, or with its exception.
+    """
+
+    def __init__(self) -> None:
+        self.pid: int | None = None
+
+    def __enter__(self) -> Twin:
+        update_scheduler = GraphLowering._update_scheduler
+
+        def forking(graph: Any) -> None:
+            update_scheduler(graph)
+            if self.pid is None:  # nested graphs come later
+                self._fork()
+
+        self.patched = mock.patch.object(GraphLowering, "_update_scheduler", forking)
+        self.patched.start()
+        return self
+
+    def _fork(self) -> None:
+        self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
+        self.pid = os.fork()
+        if self.pid == 0:
+            inductor_config.patch(APART).__enter__()
+
+    def results(self, results: Any) -> Any:
+        """Return the results of the second process. In that process, send ``results`` and end."""
+        if self.pid == 0:
+            self._send(results)
+        assert self.pid is not None, "Inductor has not built a scheduler"
+        self.sender.close()
+        outcome = pickle.loads(self.receiver.recv_bytes())
+        if isinstance(outcome, str):
+            raise RuntimeError(f"the same graph with memory that is never reused: {outcome}")
+        return outcome
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.patched.stop()
+        if self.pid == 0:
+            self._send("".join(traceback.format_exception(error)))
+        if self.pid is not None:
+            self.receiver.close()
+            self.sender.close()
+            os.waitpid(self.pid, 0)
+
+    def _send(self, outcome: Any) -> None:
+        try:
+            self.sender.send_bytes(pickle.dumps(outcome))
+        finally:
+            os._exit(0)
 
 
 def assert_same(results: Iterable[Any], apart: Iterable[Any]) -> None:

@@ -8,7 +8,7 @@ def test_something(spec):
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def _size(sizes: Sizes, least: int, most: int) -> st.SearchStrategy[int]:
 @st.composite
 def stacks(
     draw: st.DrawFn, max_depth: int = 6, max_width: int = 6, skips: bool = False, dtypes: bool = False,
-    sizes: Sizes = None, in_place: bool = False,
+    sizes: Sizes = None, in_place: bool = False, max_parts: int = 3,
 ) -> Stack:  # fmt: skip
     """A strategy for one stack of links.
 
@@ -42,6 +42,7 @@ def stacks(
         sizes: the sizes from which depth and width are drawn; None for any size up to the limits.
         in_place: also draw blocks that change slices in place. ``testing.capture`` accepts these, ``testing.trace``
             does not.
+        max_parts: the most kinds of parts in a block.
 
     Returns:
         A strategy that draws a :class:`..models.Stack`.
@@ -61,7 +62,7 @@ def stacks(
     joins = {j - 1 for _, j in Stack(depth=depth, skip=skip, unet=unet).skips}
     # A state read before a skip is added to it would be ambiguous: a state, or a side output of its link?
     taps = links.map(lambda found: tuple(i for i in found if i not in joins))
-    blocks = tuple(draw(st.lists(kinds, min_size=1, max_size=3)))
+    blocks = tuple(draw(st.lists(kinds, min_size=1, max_size=max_parts)))
     return Stack(
         depth=depth,
         width=draw(_size(sizes, min(2, max_width), max_width)),
@@ -86,12 +87,13 @@ def stacks(
 
 
 @st.composite
-def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Recurrence:
+def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None, max_layers: int = 2) -> Recurrence:
     """A strategy for a loop over time.
 
     Args:
         max_width: the largest width of the state.
         sizes: the sizes from which the width is drawn; None for any size up to the limit.
+        max_layers: 1 or 2, the most layers of the cell.
 
     Returns:
         A strategy that draws a :class:`..models.Recurrence`.
@@ -100,7 +102,7 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Rec
     return Recurrence(
         width=draw(_size(sizes, min(2, max_width), max_width)),
         cell=cell,
-        layers=draw(st.sampled_from((1, 1, 2))),
+        layers=min(draw(st.sampled_from((1, 1, 2))), max_layers),
         every_step=draw(st.sampled_from((True, False))),
         start=draw(st.sampled_from(("zeros", "learnt", "given"))),
         reverse=draw(_often_false),
@@ -113,7 +115,8 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None) -> Rec
 @st.composite
 def models(
     draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
-    loops: bool = False, dtypes: bool = False, sizes: Sizes = None, in_place: bool = False,
+    loops: bool = False, dtypes: bool = False, sizes: Sizes = None, in_place: bool = False, max_parts: int = 3,
+    max_layers: int = 2,
 ) -> Model:  # fmt: skip
     """A strategy for a whole model.
 
@@ -126,19 +129,19 @@ def models(
         dtypes: also draw models in float32, or with casts inside.
         sizes: the sizes from which all sizes are drawn, so that many buffers have the same size; None for any size up
             to the limits.
-        in_place: see :func:`stacks`.
+        in_place, max_parts: see :func:`stacks`.
+        max_layers: see :func:`recurrences`.
 
     Returns:
         A strategy that draws a :class:`..models.Model`. :func:`..models.build` turns it into a module.
     """
-    stage: st.SearchStrategy = stacks(max_depth, max_width, dtypes=dtypes, sizes=sizes, in_place=in_place)
+    limits: dict[str, Any] = {"dtypes": dtypes, "sizes": sizes, "in_place": in_place, "max_parts": max_parts}
+    stage: st.SearchStrategy = stacks(max_depth, max_width, **limits)
     if loops:
-        stage = st.one_of(stage, stage, recurrences(max_width, sizes))
+        stage = st.one_of(stage, stage, recurrences(max_width, sizes, max_layers))
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
     if skips and draw(st.booleans()):  # at most one stack, because each can be read in several ways
-        stages[draw(st.integers(0, len(stages) - 1))] = draw(
-            stacks(max_depth, max_width, skips=True, dtypes=dtypes, sizes=sizes, in_place=in_place)
-        )
+        stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True, **limits))
     recurrent = any(isinstance(found, Recurrence) for found in stages)
     batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
     return Model(
