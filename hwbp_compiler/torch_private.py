@@ -740,6 +740,7 @@ def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], di
         made = original(self, fn)
         if not isinstance(made, torch.nn.Module):
             made.highway_context = getattr(self, "_backend_ctx_ctor", None)
+            made.highway_compiled = self
         inlined = getattr(made, "_torchdynamo_inline", None)
         if inlined is not None and _given(self, backend) is not None:
 
@@ -765,7 +766,9 @@ def watch_nested(backend: Callable[..., Any], seen: Callable[[dict[str, Any], di
 
 
 def _look_at_modules(look: Callable[[Any], None]) -> None:
-    """Dynamo handles compiled modules separately and does not call a function around their forward."""
+    """Dynamo handles compiled modules separately and does not call a function around their forward. A module whose
+    method ``compile`` was called is traced like any other.
+    """
     from torch._dynamo.variables.builder import VariableBuilder
 
     original = VariableBuilder.wrap_module
@@ -774,6 +777,8 @@ def _look_at_modules(look: Callable[[Any], None]) -> None:
     def wrap_module(self: Any, value: Any) -> Any:
         if isinstance(value, eval_frame.OptimizedModule):
             look(value.dynamo_ctx)
+        elif in_place := getattr(value, "_compiled_call_impl", None):
+            look(getattr(in_place, "highway_compiled", None))
         return original(self, value)
 
     VariableBuilder.wrap_module = wrap_module  # type: ignore[method-assign]

@@ -109,10 +109,25 @@ def without_code(monkeypatch):
     backend._warn_of_dropped.cache_clear()
 
 
+class Body(nn.Module):
+    """Not a ``torch.nn.Sequential``: if one is compiled in place, Dynamo looks at no code of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.linear(x).tanh()
+
+
 def warnings_of(caplog, inner, outer, kind):
-    body = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
-    part = body if kind == "module" else lambda x: body(x) * 2
-    inside = torch.compile(part, backend="highway", **inner)
+    body = Body()
+    part = (lambda x: body(x) * 2) if kind == "function" else body.forward
+    if kind == "module in place":
+        inside = body
+        body.compile(backend="highway", **inner)
+    else:
+        inside = torch.compile(body if kind == "module" else part, backend="highway", **inner)
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="hwbp_compiler"):
         x = torch.randn(2, 3)
@@ -122,7 +137,7 @@ def warnings_of(caplog, inner, outer, kind):
 
 
 @pytest.mark.usefixtures("without_code")
-@pytest.mark.parametrize("kind", ["module", "function"])
+@pytest.mark.parametrize("kind", ["module", "module in place", "function"])
 def test_inner_options_that_an_outer_model_drops_are_warned_of_once(kind, caplog):
     outer = {"options": {"iterations": 2}}
     (message,) = warnings_of(caplog, {"options": {"iterations": "exact"}}, outer, kind)
@@ -132,9 +147,10 @@ def test_inner_options_that_an_outer_model_drops_are_warned_of_once(kind, caplog
 
 
 @pytest.mark.usefixtures("without_code")
+@pytest.mark.parametrize("kind", ["module", "module in place"])
 @pytest.mark.parametrize("inner", [{}, {"options": {"iterations": 2}}, {"options": {"iterations": 2, "damping": 0.0}}])
-def test_no_warning_where_nothing_is_dropped(inner, caplog):
-    assert not warnings_of(caplog, inner, {"options": {"iterations": 2}}, "module")
+def test_no_warning_where_nothing_is_dropped(inner, kind, caplog):
+    assert not warnings_of(caplog, inner, {"options": {"iterations": 2}}, kind)
 
 
 def test_the_advice_keeps_the_inner_options():
