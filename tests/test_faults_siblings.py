@@ -24,7 +24,7 @@ import hwbp_compiler
 from hwbp_compiler import HighwayError, backend, explain, recurrent, skipped
 from hwbp_compiler.passes.keep_pieces import keep_pieces
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.rolled import loop
+from hwbp_compiler.rolled import live, loop
 from hwbp_compiler.testing import Link, Program, assert_gradients_close, fuzz, models, probe_loss, reference_gradients
 from hwbp_compiler.testing.blocks import USED_TWICE
 from hwbp_compiler.testing.capture import capture, decompositions, leaves_of, options, trace
@@ -281,6 +281,22 @@ def test_each_program_that_the_fuzzer_compiles_also_runs_where_memory_is_used_on
     monkeypatch.setattr(fuzz, "assert_same", lambda found, apart: compared.append((found, apart)))
     check(Model(), (Setting(1, 0.2),), "inductor")
     assert compared
+
+
+@pytest.mark.parametrize("start", ["zeros", "learnt", "given"])
+def test_the_fuzzer_draws_loops_whose_sizes_are_expressions_of_symbols(start, monkeypatch):
+    sizes, solve = set(), live.Sizes.__init__
+
+    def noting(self, values):
+        solve(self, values)
+        sizes.update(self._known)
+
+    monkeypatch.setattr(live.Sizes, "__init__", noting)
+    monkeypatch.setattr(loop, "_compiled", one_by_one)
+    spec = Model(stacks=(Recurrence(width=3, cell="lstm", start=start),), batch=2, length=5)
+    ((_, records),) = check(spec, (Setting(1, 0.2),), "symbolic")
+    assert [record.decision for record in records] == ["rewritten"]
+    assert any(not size.is_Symbol for size in sizes)
 
 
 def test_the_fuzzer_reports_a_model_that_another_backend_gave_up_and_ours_did_not_compile(monkeypatch):

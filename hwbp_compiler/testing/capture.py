@@ -190,6 +190,14 @@ class Capture:
         return list(outputs)[joint.forward_outputs :]
 
 
+def _wanted(parameters: dict[str, Tensor]) -> dict[str | int, Tensor]:
+    return {name: tensor for name, tensor in parameters.items() if tensor.requires_grad}
+
+
+def _called(model: nn.Module, parameters: dict[str, Tensor], *args: Any) -> Any:
+    return torch.func.functional_call(model, parameters, args)
+
+
 def _preparation(options: Any, loops: Sequence[Record]) -> Any:
     """The part of ``options`` that determines how a joint graph with these loops or recurrent modules is traced."""
     return options if loops else (options.rewrite, options.iterations == "exact")
@@ -203,12 +211,18 @@ def leaves_of(model: nn.Module, args: tuple[Any, ...]) -> dict[str | int, Tensor
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor], dynamic: bool | None = None
-) -> Capture:
+    model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor], dynamic: bool | None = None,
+    functional: bool = False,
+) -> Capture:  # fmt: skip
     """Trace ``model(*args)`` and keep its joint graph (all of them, if the graph breaks). ``dynamic`` has the same
-    meaning as in ``torch.compile``.
+    meaning as in ``torch.compile``. If ``functional``, parameters are plain tensors that the compiled function takes as
+    arguments. Then their sizes can be dynamic too.
     """
-    result = Capture(lambda *a: None, leaves_of(model, args), args, loss, [])
+    # Not the parameters themselves: Dynamo never makes their sizes dynamic.
+    parameters = (
+        {n: p.detach().requires_grad_(p.requires_grad) for n, p in model.named_parameters()} if functional else {}
+    )
+    result = Capture(lambda *a: None, {**leaves_of(model, args), **_wanted(parameters)}, args, loss, [])
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
         here: list[JointGraph] = []
@@ -250,7 +264,11 @@ def capture(
         result.joints.clear()
         result._loops.clear()
         result._prepared_for = None
-        result.compiled = torch.compile(model, backend=_for_us(backend), dynamic=dynamic)
+        if functional:
+            compiled = torch.compile(functools.partial(_called, model), backend=_for_us(backend), dynamic=dynamic)
+            result.compiled = functools.partial(compiled, parameters)
+        else:
+            result.compiled = torch.compile(model, backend=_for_us(backend), dynamic=dynamic)
 
     result.recompile = recompile
     recompile()

@@ -42,10 +42,12 @@ from .compare import total_norm
 from .generated import APART, assert_same, kernels_together, run_generated
 from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
+from .modules import Loop
 from .reference import reference_gradients
 
-Route = Literal["trace", "dynamo", "rolled", "inductor", "generated"]
+Route = Literal["trace", "dynamo", "rolled", "symbolic", "inductor", "generated"]
 BATCH = 200
+LINEAR = ("min_gru", "diagonal", "gates")  # cells whose gates do not see the state
 LARGEST = 400  # nodes of a rewritten graph whose generated code is run
 
 
@@ -135,7 +137,7 @@ def check(
         return []
     if route == "trace" and _in_place(spec):
         route = "dynamo"
-    if route == "rolled" and any(isinstance(s, Recurrence) and s.cell == "min_gru" for s in spec.stacks):
+    if route in ("rolled", "symbolic") and any(isinstance(s, Recurrence) and s.cell in LINEAR for s in spec.stacks):
         chosen = tuple(replace(setting, damping=0.0) for setting in chosen)  # rolled up, it is a scan without blocks
     if route == "generated":  # takes seconds each: use one setting, under which something is truncated
         chosen = (_below_length(spec, chosen[0]),)
@@ -147,7 +149,7 @@ def check(
     found = []
     routes: dict[Route, Callable[..., Iterator[Any]]] = {
         "trace": _traced, "generated": functools.partial(_generated, largest=largest), "dynamo": _through_dynamo,
-        "rolled": _rolled, "inductor": _through_inductor,
+        "rolled": _rolled, "symbolic": _symbolic, "inductor": _through_inductor,
     }  # fmt: skip
     results = routes[route](spec, chosen)
     for setting, (output, gradients, records) in zip(chosen, results, strict=True):
@@ -267,6 +269,17 @@ def _rolled(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
         yield captured.gradients(options(reroll="always", **vars(setting)))
 
 
+def _symbolic(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
+    """All sizes are symbols, also those of the weights, and loops call ``recurrent``."""
+    model, args, loss = models.build(spec)
+    for module in model.modules():
+        if isinstance(module, Loop):
+            module.rolled = True
+    captured = capture(model, args, loss, dynamic=True, functional=True)
+    for setting in chosen:
+        yield captured.gradients(_options(setting))
+
+
 def _through_inductor(spec: Model, chosen: tuple[Setting, ...]) -> Iterator[Any]:
     """Each setting is compiled twice, the second time for memory that is never reused. Both must agree."""
     for setting in chosen:
@@ -367,13 +380,13 @@ def _listed(counts: Counter[str]) -> str:
 class Fuzzer:
     def __init__(
         self, seed: int, seconds: float, folder: Path, dynamo: float, inductor: float, shrinking: float = 60.0,
-        generated: float = 0.0, rolled: float = 0.0,
+        generated: float = 0.0, rolled: float = 0.0, symbolic: float = 0.0,
     ) -> None:  # fmt: skip
         self.shrinking, self.limit = shrinking, float("inf")
         self.seed, self.folder = seed, folder
         self.end = time.monotonic() + seconds
         self.shares: dict[Route, float] = {
-            "inductor": inductor, "dynamo": dynamo, "rolled": rolled, "generated": generated,
+            "inductor": inductor, "dynamo": dynamo, "rolled": rolled, "symbolic": symbolic, "generated": generated,
         }  # fmt: skip
         self.report = Report()
         self.seen: set[int] = set()
@@ -477,6 +490,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("fuzz_failures"), help="folder for scripts that repeat")
     parser.add_argument("--dynamo", type=float, default=0.01, help="share that goes through Dynamo and AOTAutograd")
     parser.add_argument("--rolled", type=float, default=0.01, help="share whose loops are rolled up")
+    parser.add_argument("--symbolic", type=float, default=0.003, help="share whose weights have symbolic sizes")
     parser.add_argument("--inductor", type=float, default=0.001, help="share that is compiled and run by Inductor")
     parser.add_argument("--generated", type=float, default=0.0, help="share whose Inductor code is run, twice")
     parser.add_argument("--shrinking", type=float, default=60.0, help="seconds spent on minimising a failure")
@@ -486,7 +500,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     most = float("inf") if given_.programs is None else given_.programs
     seconds = given_.seconds if given_.seconds is not None else 60.0 if given_.programs is None else float("inf")
-    shares = {name: getattr(given_, name) for name in ("dynamo", "rolled", "inductor", "generated")}
+    shares = {name: getattr(given_, name) for name in ("dynamo", "rolled", "symbolic", "inductor", "generated")}
     fuzzer = Fuzzer(given_.seed, seconds, given_.output, shrinking=given_.shrinking, **shares)
     report = fuzzer.run(most)
     print(report)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hwbp_compiler.rolled.function import recurrent
+
 from .blocks import USED_TWICE, Block, BlockKind, Cell, Learnt, Normal, activated, updated
 from .reference import Hold, Tensors, keep
 from .specs import Model, Recurrence, Stack
@@ -87,7 +89,12 @@ class Links(nn.Module):
 
 
 class Loop(nn.Module):
-    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``. ``given`` is the first state, or None."""
+    """A recurrence; ``forward(x, given) -> [batch, length or 1, width]``. ``given`` is the first state, or None.
+
+    If ``rolled`` is set, it calls ``hwbp_compiler.recurrent`` instead of a loop in Python.
+    """
+
+    rolled = False
 
     def __init__(self, spec: Recurrence, inputs: int, batch: int, length: int) -> None:
         super().__init__()
@@ -108,7 +115,9 @@ class Loop(nn.Module):
             return tuple(given[layer, i] for i in range(count))
         if self.spec.start == "learnt":
             return tuple(self.first[layer, i].expand(x.shape[0], -1) for i in range(count))
-        return tuple(x.new_zeros(x.shape[0], self.spec.width) for _ in range(count))
+        cell = self.cells[layer]  # its weights say the width as a symbol where sizes are symbols
+        width = cell.from_h.weight.shape[-1] if hasattr(cell, "from_h") else self.spec.width
+        return tuple(x.new_zeros(x.shape[0], width) for _ in range(count))
 
     def times(self, x: Tensor) -> list[int]:
         steps = list(range(x.shape[1]))
@@ -123,6 +132,8 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor, given: Tensor | None) -> Tensor:
         states = [self.start(x, given, layer) for layer in range(self.spec.layers)]
+        if self.rolled:
+            return self._rolled(x, states)
         outputs = []
         for t in self.times(x):
             value = x[:, t]
@@ -131,6 +142,25 @@ class Loop(nn.Module):
                 value = states[layer][0]
             outputs.append(value)
         return torch.stack(outputs, 1) if self.spec.every_step else outputs[-1].unsqueeze(1)
+
+    def _rolled(self, x: Tensor, states: list[Tensors]) -> Tensor:
+        """The same by one call of ``recurrent`` for each layer."""
+        steps = {"x": x.transpose(0, 1)}
+        if self.spec.masked:
+            steps["mask"] = self.mask.transpose(0, 1).unsqueeze(-1)
+        if self.spec.reverse:
+            steps = {name: rows.flip(0) for name, rows in steps.items()}
+        for cell, state in zip(self.cells, states, strict=True):
+
+            def step(now: dict[str, Tensor], state: Tensors, cell: Any = cell) -> tuple[Tensor, Tensors]:
+                new = cell(now["x"], state, keep)
+                if "mask" in now:
+                    new = tuple(torch.where(now["mask"], a, b) for a, b in zip(new, state, strict=True))
+                return new[0], new
+
+            steps["x"], _ = recurrent(step, steps, state)
+        outputs = steps["x"].transpose(0, 1)
+        return outputs if self.spec.every_step else outputs[:, -1:]
 
 
 class ResidualModel(nn.Module):
