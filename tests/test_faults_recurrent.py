@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -248,3 +252,29 @@ def test_where_nothing_can_be_compiled_another_size_is_right_too(name, monkeypat
         given = tensors(d, batch)
         exact = gradients(lambda *args: program(in_a_loop, *args), given)
         assert_gradients_close(gradients(run, given), exact, 1e-10)
+
+
+WITHOUT_COMPILER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_faults_recurrent import OPTIONS, PROGRAMS, gradients, in_a_loop
+from hwbp_compiler import recurrent
+from hwbp_compiler.testing import assert_gradients_close
+
+program, tensors = PROGRAMS["lstm"]
+run = torch.compile(lambda *a: program(recurrent, *a), backend="highway", dynamic=True, options=OPTIONS)
+for d, batch in ((5, 4), (5, 3), (8, 2)):
+    given = tensors(d, batch)
+    assert_gradients_close(gradients(run, given), gradients(lambda *a: program(in_a_loop, *a), given), 1e-10)
+"""
+
+
+def test_without_a_compiler_another_batch_and_hidden_size_are_right_too(tmp_path):
+    environment = {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER, os.path.dirname(__file__)], env={**os.environ, **environment},
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    assert "eager mode" in output, output
