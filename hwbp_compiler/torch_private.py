@@ -470,7 +470,8 @@ def tensor_functions() -> tuple[Any, Any, Any]:
 class AnyNumber:
     """Fake tensors whose first dimension is either the given number or any number from two on. The first part of
     ``description`` holds (shape without that dimension, stride, dtype, device) for these tensors. The second part holds
-    (shape, stride, dtype, device) for tensors without that dimension.
+    (shape, stride, dtype, device) for tensors without that dimension. Strides are numbers: Inductor of torch 2.14 may
+    use one that is a symbol without defining it.
 
     Compiling for them may compare that number with another one; :meth:`allows` says whether the result fits a number.
     """
@@ -481,27 +482,22 @@ class AnyNumber:
 
         self._env = ShapeEnv()
         self.mode = FakeTensorMode(shape_env=self._env)
-        self.examples: list[Any] = []
-        self._numbers: set[Any] = set()
-        self._strides: dict[Any, int] = {}
+        self._symbol = None
+        first: Any = number
+        if number is None:
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            first = self.mode.from_tensor(torch.empty(4), static_shapes=False, symbolic_context=context).shape[0]
+            self._symbol = first.node.expr
         with_number, without = description
-        first, size = (DimDynamic.DYNAMIC, 4) if number is None else (DimDynamic.STATIC, number)
-        given = [((size, *shape), [first], *rest) for shape, *rest in with_number]
-        given += [(shape, [], *rest) for shape, *rest in without]
-        for shape, dynamic, stride, dtype, device in given:
-            sizes = [*dynamic, *[DimDynamic.STATIC] * (len(shape) - len(dynamic))]
-            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            context = StatelessSymbolicContext(dynamic_sizes=sizes)
-            example = self.mode.from_tensor(value, static_shapes=False, symbolic_context=context)
-            self._numbers |= {s.node.expr for s in example.shape if isinstance(s, torch.SymInt)}
-            symbols = zip(example.stride(), stride, strict=True)
-            self._strides |= {s.node.expr: known for s, known in symbols if isinstance(s, torch.SymInt)}
-            self.examples.append(example)
+        given = [((first, *shape), *rest) for shape, *rest in with_number] + [*without]
+        with self.mode:
+            self.examples = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device) for shape, stride, dtype, device in given
+            ]
 
     def allows(self, number: int) -> bool:
         """Whether every comparison made so far has the same outcome for ``number``."""
-        values = {**self._strides, **dict.fromkeys(self._numbers, number)}
-        return all(bool(guard.expr.xreplace(values)) for guard in self._env.guards)
+        return all(bool(guard.expr.xreplace({self._symbol: number})) for guard in self._env.guards)
 
 
 ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
