@@ -333,6 +333,11 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if not looking.graphs:
         if not torch.is_grad_enabled():
             return ["Gradients are switched off (torch.no_grad), so there is no backward pass to rewrite."]
+        if loss is not None and loss.requires_grad:
+            return [
+                "Whatever needs a gradient runs in eager mode: torch.compile's front end, Dynamo, made graphs only of "
+                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.'
+            ]
         return [
             "No parameter or input that the output depends on requires a gradient, or the output carries none (it is "
             "detached, or made of integers): there is no backward pass to rewrite."
