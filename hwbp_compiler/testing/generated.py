@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, GraphLowering, compile_step, inductor_config
+from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, after_fusion, compile_step, inductor_config
 
 # Options under which memory is never reused, so that results do not depend on where buffers lie.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
@@ -56,21 +56,17 @@ class Twin:
         self.pid: int | None = None
 
     def __enter__(self) -> Twin:
-        update_scheduler = GraphLowering._update_scheduler
-
-        def forking(graph: Any) -> None:
-            update_scheduler(graph)
-            if self.pid is None:  # nested graphs come later
-                self._fork()
-
-        self.patched = mock.patch.object(GraphLowering, "_update_scheduler", forking)
-        self.patched.start()
+        self.watching = after_fusion(self._fork)
+        self.watching.__enter__()
         return self
 
     def _fork(self) -> None:
+        if self.pid is not None:
+            return  # a nested graph
         self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
         self.pid = os.fork()
         if self.pid == 0:
+            self.receiver.close()
             inductor_config.patch(APART).__enter__()
 
     def results(self, results: Any) -> Any:
@@ -85,7 +81,7 @@ class Twin:
         return outcome
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.patched.stop()
+        self.watching.__exit__(None, None, None)
         if self.pid == 0:
             self._send("".join(traceback.format_exception(error)))
         if self.pid is not None:
