@@ -7,10 +7,9 @@ them exist in torch 2.11.0, 2.13.0 and 2.14.1; docs/reliability.md says which te
 | `ShortenTraceback` | `torch._dynamo.exc` | exceptions of this class leave a backend unwrapped |
 | `CONTROL_FLOW` | `torch._dynamo.exc` | exceptions that make Dynamo start again; they are not failures |
 | `CustomGraphPass` | `torch._inductor.custom_graph_pass` | a pass with a uuid keeps graphs cacheable |
-| `CustomSchedulerPass`, `SCHEDULER_PASS` | the same, `torch._inductor.config` | a pass over Inductor's kernels |
+| `CustomSchedulerPass`, `SCHEDULER_PASS`, `AFTER_FUSION` | the same, `torch._inductor.config` | passes over kernels |
 | `compile_fx` | `torch._inductor.compile_fx` | Inductor itself, with config patches for one compilation |
 | `compile_step` | `torch._inductor.compile_fx.compile_fx_inner` | a graph called often, without guards around it |
-| `after_fusion` | `torch._inductor.graph.GraphLowering._update_scheduler` | compiles twice from there |
 | `StepInCpp` | the same with `cpp_wrapper`, and the names in the C++ it writes | a step that C++ can call |
 | `tensor_handle`, `tensor_functions` | `torch._C._aoti`, `aoti_torch_*` in libtorch_cpu | tensors for such a step |
 | `counter` | `torch._dynamo.utils.counters` | where all parts of torch.compile count |
@@ -102,6 +101,7 @@ except ImportError:  # torch 2.11 has one class for passes over kernels and over
 
 CONTROL_FLOW = (RestartAnalysis, SkipFrame)
 SCHEDULER_PASS = "_pre_fusion_custom_pass"
+AFTER_FUSION = "_post_fusion_custom_pass"
 NEWEST_KNOWN = (2, 14)
 
 # name here -> torch's module, or module:name. Imported on first use, because most of them load all of Inductor.
@@ -407,24 +407,6 @@ def compile_step(
     with torch.no_grad(), inductor_config.patch({**patches, "size_asserts": False, "alignment_asserts": False}):
         compiled = compile_fx_inner(gm, example_inputs, is_inference=True)
     return getattr(compiled, "current_callable", None) or compiled  # type: ignore[return-value]
-
-
-@contextlib.contextmanager
-def after_fusion(seen: Callable[[], None]) -> Iterator[None]:
-    """Inside, call ``seen`` whenever Inductor has lowered and fused a graph, before it decides about memory."""
-    from torch._inductor.graph import GraphLowering
-
-    update_scheduler = GraphLowering._update_scheduler
-
-    def updating(graph: Any) -> None:
-        update_scheduler(graph)
-        seen()
-
-    GraphLowering._update_scheduler = updating  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        GraphLowering._update_scheduler = update_scheduler  # type: ignore[method-assign]
 
 
 class StepInCpp:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from hwbp_compiler.pieces import keeping_pieces
-from hwbp_compiler.torch_private import AsyncCompile, CppCodeCache, after_fusion, compile_step, inductor_config
+from hwbp_compiler.torch_private import AFTER_FUSION, AsyncCompile, CppCodeCache, compile_step, inductor_config
 
 # Options under which memory is never reused, so that results do not depend on where buffers lie.
 APART: Mapping[str, Any] = {"inplace_buffers": False, "allow_buffer_reuse": False}
@@ -38,7 +38,7 @@ def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> A
     """
     options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
     with kernels_together(), Twin() as twin:
-        compiled = compile_step(_copy(root, graph), list(inputs), keeping_pieces(options))
+        compiled = compile_step(_copy(root, graph), list(inputs), keeping_pieces({**options, AFTER_FUSION: twin.fork}))
         results = compiled(list(inputs))
         apart = twin.results(results)
     assert_same(results, apart)
@@ -56,24 +56,23 @@ class Twin:
         self.pid: int | None = None
 
     def __enter__(self) -> Twin:
-        self.watching = after_fusion(self._fork)
-        self.watching.__enter__()
         return self
 
-    def _fork(self) -> None:
-        if self.pid is not None:
-            return  # a nested graph
-        self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
-        self.pid = os.fork()
-        if self.pid == 0:
-            self.receiver.close()
-            inductor_config.patch(APART).__enter__()
+    def fork(self, nodes: list[Any]) -> list[Any]:
+        """Called with Inductor's kernels when they are fused. Those of nested graphs come later."""
+        if self.pid is None:
+            self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
+            self.pid = os.fork()
+            if self.pid == 0:
+                self.receiver.close()
+                inductor_config.patch(APART).__enter__()
+        return nodes
 
     def results(self, results: Any) -> Any:
         """Return the results of the second process. In that process, send ``results`` and end."""
         if self.pid == 0:
             self._send(results)
-        assert self.pid is not None, "Inductor has not built a scheduler"
+        assert self.pid is not None, "Inductor has fused no kernels"
         self.sender.close()
         outcome = pickle.loads(self.receiver.recv_bytes())
         if isinstance(outcome, str):
@@ -81,7 +80,6 @@ class Twin:
         return outcome
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.watching.__exit__(None, None, None)
         if self.pid == 0:
             self._send("".join(traceback.format_exception(error)))
         if self.pid is not None:
