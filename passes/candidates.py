@@ -123,13 +123,15 @@ def _feed_each_other(chain: Chain, links: Sequence[Program]) -> bool:
     return leads >= set(range(chain.width))
 
 
-def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool]:
-    """The number of links, plus one if a step begins with all components unchanged, that is, if no gradient of the head
-    depends on another.
+def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool, bool]:
+    """The number of links, plus one if a step begins with all components unchanged, that is, if all heads have a
+    gradient of every component, and none depends on another.
     """
-    heads = [{info.index[n] for n in c.chain.states[0] if n is not None} for c in way]
-    apart = all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
-    return score(c.chain for c in way) + apart, apart
+    states = [c.chain.states[0] for c in way]
+    heads = [{info.index[n] for n in state if n is not None} for state in states]
+    whole = all(None not in state for state in states)
+    apart = whole and all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
+    return score(c.chain for c in way) + apart, apart, whole
 
 
 def best_tracks(info: GraphInfo, options: Options) -> list[Track]:

@@ -81,17 +81,29 @@ def _joins(info: GraphInfo) -> list[bool]:
 def _cuts(info: GraphInfo, sums: list[int], joins: list[bool]) -> list[list[tuple[int, ...]]]:
     """The sums that cross from before a sum to behind it, for the places where they are one, two or three."""
     inside = info.between({sums[0]}, {sums[-1]})
-    ends = {i: max((u for u in info.users[i] if u in inside), default=i) for i in inside}
+    order = _as_late_as_possible(info, inside, joins)
+    place = {i: p for p, i in enumerate(order)}
+    ends = {i: max((place[u] for u in info.users[i] if u in inside), default=p) for p, i in enumerate(order)}
 
     alive: list[int] = []
     found: list[list[tuple[int, ...]]] = [[] for _ in range(WIDEST)]
-    for i in sorted(inside):
-        alive = [a for a in alive if ends[a] > i]
-        if ends[i] > i:
+    for p, i in enumerate(order):
+        alive = [a for a in alive if ends[a] > p]
+        if ends[i] > p:
             alive.append(i)
         if 1 <= len(alive) <= WIDEST and alive[-1] == i and all(joins[a] for a in alive):
             found[len(alive) - 1].append(tuple(alive))
     return found
+
+
+def _as_late_as_possible(info: GraphInfo, inside: set[int], joins: list[bool]) -> list[int]:
+    """The nodes ``inside`` in another order: what is no join comes right before its first user. Otherwise what a gate
+    makes of a state before the next step needs it would cross a cut beside the state itself.
+    """
+    place: dict[int, int] = {}
+    for i in sorted(inside, reverse=True):
+        place[i] = i if joins[i] else min((place[u] for u in info.users[i] if u in inside), default=i)
+    return sorted(inside, key=lambda i: (place[i], i))
 
 
 def _apart(cuts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -37,7 +37,8 @@ def split_links(chain: Chain) -> Split:
     """Raises Declined if the elementwise part is neither a diagonal nor a triangular matrix of diagonals."""
     support: set[tuple[int, int]] = set()
     seen: set[Hashable] = set()
-    for link in chain.links:
+    # The first link may lack what a zero gradient leads to. An equal link has it.
+    for link in sorted(chain.links, key=lambda link: None in link.raw):
         if link.signature in seen:
             continue
         seen.add(link.signature)

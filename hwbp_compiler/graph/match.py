@@ -14,7 +14,20 @@ import torch
 from torch.fx import Node
 
 from .info import GraphInfo
-from .program import ADD, INPUT, SUM, External, Program, Ref, State, _constant, closure, sum_terms
+from .program import (
+    ADD,
+    INPUT,
+    SUM,
+    External,
+    Program,
+    Ref,
+    State,
+    _constant,
+    closure,
+    inputs_of,
+    references,
+    sum_terms,
+)
 from .rules import form_of, shape_of, size_of
 
 # The maximum depth of nested trials, in sums of similar terms.
@@ -36,13 +49,16 @@ Fits = Callable[[int, Node], bool]
 def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) -> Program | None:
     """The program equal to ``template`` that ends in ``outputs``; None if there is none.
 
-    An input that occurs only as a term of a sum may be absent; it is then zero (the gradient of the cell state at the
+    An input that leads only to a term of a sum may be absent; it is then zero (the gradient of the cell state at the
     last step of an LSTM).
     """
     try:
         return _Matcher(template, info).run(outputs)
     except _Mismatch:
         return None
+
+
+_SoFar = tuple[list[Node | None], list[Node | None], dict[int, list[Node]], set[int]]
 
 
 class _Matcher:
@@ -63,6 +79,7 @@ class _Matcher:
         self.remainders: dict[int, tuple[Node, list[Node]]] = {}
         self.trials = 0  # how many trials are nested
         self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to resolve once the rest is known
+        self.absent: set[int] = set()  # statements that only absent inputs lead to
 
     def run(self, outputs: Sequence[Node]) -> Program:
         template = self.template
@@ -92,6 +109,8 @@ class _Matcher:
         for i in statements:
             node = self.bound[i]
             if node is None:
+                if i in self.absent:
+                    continue
                 raise _Mismatch
             statement = self.template.statements[i]
             if form_of(node) != (statement.shape, statement.dtype):
@@ -117,13 +136,21 @@ class _Matcher:
             self._check_distinct()
             return True
         except _Mismatch:
-            self.bound, self.externals, self.injections = before
+            self._back_to(before)
             self.remainders.pop(i, None)
             self.undecided.clear()
             return False
 
-    def _so_far(self) -> tuple[list[Node | None], list[Node | None], dict[int, list[Node]]]:
-        return list(self.bound), list(self.externals), {k: list(v) for k, v in self.injections.items()}
+    def _so_far(self) -> _SoFar:
+        return (
+            list(self.bound),
+            list(self.externals),
+            {k: list(v) for k, v in self.injections.items()},
+            set(self.absent),
+        )
+
+    def _back_to(self, before: _SoFar) -> None:
+        self.bound, self.externals, self.injections, self.absent = before
 
     def _set_remainder_aside(self, i: int, node: Node) -> None:
         terms = self.injections.get(i, [])
@@ -204,9 +231,32 @@ class _Matcher:
         for wanted in missing:
             raw = self.template.raw[wanted]
             assert raw is not None
-            found = self._bind_one_of([t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)], wanted)
+            alike = [t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)]
+            if not alike and (behind := self._only_from_an_input(wanted)):
+                self.absent |= behind
+                continue
+            found = self._bind_one_of(alike, wanted)
             terms.remove(found)
         self.injections[i] = terms
+
+    def _only_from_an_input(self, term: int) -> set[int]:
+        """The statements between an unmatched input and ``term``, if the input leads nowhere else. Otherwise none."""
+        template = self.template
+        if None in template.raw:
+            return set()  # some link has to have a node for every statement
+        between = closure(template, term)
+        inputs = inputs_of(template, term)
+        inside = inputs | between
+        others = [
+            ref.id
+            for i, statement in enumerate(template.statements)
+            if i not in inside
+            for ref in references((statement.args, statement.kwargs))
+        ]
+        matched = any(self.bound[i] is not None for i in inside)
+        if len(inputs) != 1 or matched or not inside.isdisjoint(template.outputs):
+            return set()
+        return between if [i for i in others if i in inside] == [term] else set()
 
     def _bind_one_of(self, alike: list[Node], wanted: int) -> Node:
         """Bind statement ``wanted`` to the first node of ``alike`` whose operands match. A sum may have similar terms
@@ -234,7 +284,7 @@ class _Matcher:
                     if i in self.injections
                 ):
                     return node
-                self.bound, self.externals, self.injections = before
+                self._back_to(before)
         finally:
             self.undecided = undecided
             self.trials -= 1
