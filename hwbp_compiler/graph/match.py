@@ -161,14 +161,15 @@ class _Matcher:
             self.bound[i] = None
 
     def _check_distinct(self) -> None:
-        """Each statement must have a separate node, except a one-term sum and its term. No external may depend on the
-        chain.
+        """Each statement must have a separate node, except a sum and its term if it has no others. No external may
+        depend on the chain.
         """
         owner: dict[Node, int] = {}
         for i, node in enumerate(self.bound):
             if node is not None and node in owner:
                 statement = self.template.statements[i]
-                if statement.target is not SUM or statement.args != (Ref(owner[node]),):
+                present = [ref.id for ref in references(statement.args) if self.bound[ref.id] is not None]
+                if statement.target is not SUM or present != [owner[node]]:
                     raise _Mismatch
             if node is not None:
                 owner[node] = i
