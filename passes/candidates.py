@@ -12,11 +12,11 @@ from torch.fx import Node
 from hwbp_compiler.cost.decide import ordinary
 from hwbp_compiler.graph.chain import Chain, Group
 from hwbp_compiler.graph.info import GraphInfo
-from hwbp_compiler.graph.program import Program, inputs_of
+from hwbp_compiler.graph.program import Program, inputs_of, references
 from hwbp_compiler.options import Options
 from hwbp_compiler.reasons import Declined, Reason, Why
 
-from .check_separation import Refusal, along_states, check_separation, score
+from .check_separation import Refusal, along_states, check_separation, score, with_heads
 from .find_chains import Track, followers, tracks
 from .find_recurrences import SHORTEST_RECURRENCE, find_recurrences, shifted
 from .find_streams import find_streams
@@ -124,14 +124,20 @@ def _feed_each_other(chain: Chain, links: Sequence[Program]) -> bool:
 
 
 def _worth(info: GraphInfo, way: list[Candidate]) -> tuple[int, bool, bool]:
-    """The number of links, plus one if a step begins with all components unchanged, that is, if all heads have a
-    gradient of every component, and none depends on another.
+    """The number of links, plus one if a step begins with all components unchanged, that is, if no gradient of the head
+    depends on another. On a tie, the head had better have a gradient of all that gets one.
     """
-    states = [c.chain.states[0] for c in way]
-    heads = [{info.index[n] for n in state if n is not None} for state in states]
-    whole = all(None not in state for state in states)
-    apart = whole and all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
-    return score(c.chain for c in way) + apart, apart, whole
+    heads = [{info.index[n] for n in c.chain.states[0] if n is not None} for c in way]
+    at_once = not any(_comes_later(c.chain) for c in way)
+    apart = at_once and all(info.descendants({i}, max(head)).isdisjoint(head - {i}) for head in heads for i in head)
+    return score(c.chain for c in way) + apart, apart, at_once
+
+
+def _comes_later(chain: Chain) -> bool:
+    """Whether a component that is zero in the head gets its gradient from elsewhere inside the first link."""
+    absent = {i for i, node in enumerate(chain.links[0].raw) if node is None}
+    sums = (chain.links[0].statements[i] for i in chain.links[0].injections)
+    return any(ref.id in absent for statement in sums for ref in references(statement.args))
 
 
 def best_tracks(info: GraphInfo, options: Options) -> list[Track]:
@@ -156,8 +162,15 @@ def best_tracks(info: GraphInfo, options: Options) -> list[Track]:
 
 
 def _steps(info: GraphInfo, track: Track) -> list[Chain]:
-    """Chains of the steps of an elementwise recurrence."""
-    return [c for chain in check_separation(info, track)[0] if (c := regular_part(info, chain)) is not None]
+    """Chains of the steps of an elementwise recurrence. Where something else comes first, like a gate of the outputs,
+    the first step is found only when that is cut off.
+    """
+    found: list[Chain] = []
+    for chain in check_separation(info, track)[0]:
+        if (part := regular_part(info, chain)) is not None:
+            longer = with_heads(info, part)
+            found.append(longer if regular_part(info, longer) == longer else part)
+    return found
 
 
 def _links(candidates: list[Candidate]) -> tuple[int, int]:
@@ -197,9 +210,9 @@ def _of_one_track(info: GraphInfo, track: Track, refused: list[Refusal]) -> list
 
 
 def _without_the_last(chain: Chain) -> Chain | None:
-    """``chain`` without its last link, if that link has a remainder and its program differs from all the others."""
+    """``chain`` without its last link, if the program of that link differs from all the others."""
     *others, last = chain.links
-    if not others or not last.remainders or any(link.signature == last.signature for link in others):
+    if not others or any(link.signature == last.signature for link in others):
         return None
     return Chain(chain.states[:-1], others)
 

@@ -93,10 +93,15 @@ def along_states(info: GraphInfo, states: list[State]) -> tuple[list[Chain], lis
         # Sums inside the last block may look like states: there are only more sums between them.
         while chain.links and not has_block(chain.links[0]):
             chain = Chain(chain.states[1:], chain.links[1:])
-        while None not in chain.states[0] and (longer := _with_head(info, track, chain)) is not None:
-            chain = longer
-        found.append(chain)
+        found.append(with_heads(info, chain))
     return found, refusals
+
+
+def with_heads(info: GraphInfo, chain: Chain) -> Chain:
+    """``chain`` with all links in front of its first state that look like its own."""
+    while None not in chain.states[0] and (longer := _with_head(info, Track((), ()), chain)) is not None:
+        chain = longer
+    return chain
 
 
 def _alone(info: GraphInfo, track: Track, chain: Chain) -> list[Refusal]:

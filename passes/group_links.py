@@ -259,13 +259,19 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     found = _tail_with(info, group, chain, tainted, group.exports)
     if found is not None:
         return found
-    # A link without outputs does not compute what leaves the other links on the way to theirs.
-    on_the_way = set().union(*(closure(group.template, i) for i in group.template.outputs))
+    # A link without outputs does not compute what leaves the other links on the way to theirs,
+    template = group.template
+    on_the_way = set().union(*(closure(template, i) for i in template.outputs))
     apart = [i for i in group.exports if i not in on_the_way]
-    if not 0 < len(apart) < len(group.exports):
-        return None
-    found = _tail_with(info, group, chain, tainted, apart)
-    return None if found is None or found.outputs else found
+    # and perhaps not the products there, so nothing that needs them either.
+    products = {i for i in on_the_way if is_heavy(template, i)}
+    ahead = [i for i in apart if products.isdisjoint(closure(template, i))]
+    for exports in (apart, ahead) if len(group.lanes) > 1 and len(ahead) < len(apart) else (apart,):
+        if 0 < len(exports) < len(group.exports):
+            found = _tail_with(info, group, chain, tainted, exports)
+            if found is not None and not found.outputs:
+                return found
+    return None
 
 
 def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], exports: list[int]) -> Program | None:

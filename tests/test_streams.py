@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cells import INPUT
-from published_cells import LEM
 from torch import nn
 
 from hwbp_compiler.reasons import Reason
@@ -190,40 +188,3 @@ def test_position_and_velocity_are_a_circle():
     model, x = Streams(oscillator, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     _, _, (record,) = capture(model, (x,), probe_loss).gradients(options(iterations=1, min_length=2))
     assert (record.decision, record.reason_code) == ("declined", Reason.STATE_IN_A_CIRCLE)
-
-
-class Unrolled(nn.Module):
-    """A published cell in a Python loop from zeros, whose outputs are all used."""
-
-    def __init__(self, cell, steps=6):
-        super().__init__()
-        torch.manual_seed(0)
-        self.cell, self.steps = cell(), steps
-        self.double()
-
-    def forward(self, x):
-        state, outputs = self.start(x), []
-        for x_t in x:
-            y, state = self.cell(x_t, state)
-            outputs.append(y)
-        return torch.stack(outputs)
-
-    def start(self, x):
-        return tuple(x.new_zeros(x.shape[1], width) for width in self.cell.widths)
-
-    def retold(self, run, x):
-        return torch.stack([state[0] for state in self.cell.states(run, x, self.start(x))[1:]])
-
-
-@pytest.mark.parametrize("k, gamma, segment", [(0, 0.0, 1), (1, 0.3, 1), (2, 0.0, 1), (1, 0.3, 2)])
-def test_every_step_of_two_states_that_start_from_zeros_is_a_link(k, gamma, segment):
-    """At the last step the second state gets no gradient from a step behind it."""
-    model, x = Unrolled(LEM), torch.randn(6, 3, INPUT, dtype=torch.float64)
-    _, found, (record,) = capture(model, (x,), probe_loss).gradients(
-        options(iterations=k, damping=gamma, segment=segment, min_length=2)
-    )
-    _, expected = reference_gradients(
-        Program(dict(model.named_parameters()), model.retold), (x,), probe_loss, k, gamma, segment=segment
-    )
-    assert (record.length, record.decision) == (6, "rewritten")
-    assert_gradients_close(found, expected, 1e-10, 1e-13)

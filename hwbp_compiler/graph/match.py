@@ -7,6 +7,7 @@ link (a ReLU or LayerNorm after the last addition) and adds nothing else (poolin
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Sequence, Set
 
@@ -79,7 +80,7 @@ class _Matcher:
         self.remainders: dict[int, tuple[Node, list[Node]]] = {}
         self.trials = 0  # how many trials are nested
         self.undecided: list[tuple[int, int]] = []  # (sum, input) pairs to resolve once the rest is known
-        self.absent: set[int] = set()  # statements that only absent inputs lead to
+        self.absent: set[int] = set()  # inputs that are zero, and what they lead to
 
     def run(self, outputs: Sequence[Node]) -> Program:
         template = self.template
@@ -225,53 +226,38 @@ class _Matcher:
             target = self.bound[ref.id]
             if target is not None and target in terms:
                 terms.remove(target)
+            elif ref.id in self.absent:
+                continue
             elif ref.id < self.template.arity:
                 self.undecided.append((i, ref.id))
             else:
                 missing.append(ref.id)
-        for wanted in missing:
-            raw = self.template.raw[wanted]
-            assert raw is not None
-            alike = [t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)]
-            if not alike and (behind := self._only_from_an_input(wanted)):
-                self.absent |= behind
-                continue
-            found = self._bind_one_of(alike, wanted)
-            terms.remove(found)
-        self.injections[i] = terms
+        # The largest term first: what a short one is made of is found in many.
+        missing.sort(key=lambda term: -len(closure(self.template, term)))
+        self.injections[i] = self._match_terms(missing, terms)
 
-    def _only_from_an_input(self, term: int) -> set[int]:
-        """The statements between an unmatched input and ``term``, if the input leads nowhere else. Otherwise none."""
-        template = self.template
-        if None in template.raw:
-            return set()  # some link has to have a node for every statement
-        between = closure(template, term)
-        inputs = inputs_of(template, term)
-        inside = inputs | between
-        others = [
-            ref.id
-            for i, statement in enumerate(template.statements)
-            if i not in inside
-            for ref in references((statement.args, statement.kwargs))
-        ]
-        matched = any(self.bound[i] is not None for i in inside)
-        if len(inputs) != 1 or matched or not inside.isdisjoint(template.outputs):
-            return set()
-        return between if [i for i in others if i in inside] == [term] else set()
-
-    def _bind_one_of(self, alike: list[Node], wanted: int) -> Node:
-        """Bind statement ``wanted`` to the first node of ``alike`` whose operands match. A sum may have similar terms
-        from many links, for example of the first state if every link reads it.
+    def _match_terms(self, missing: list[int], terms: list[Node]) -> list[Node]:
+        """Bind every statement of ``missing`` to one of ``terms``, and return the others. A sum may have similar terms,
+        for example of the first state if every link reads it. The first that fit are taken.
         """
-        if not alike:
-            raise _Mismatch
+        if not missing:
+            return terms
+        wanted, *later = missing
+        if wanted in self.absent:
+            return self._match_terms(later, terms)
         raw = self.template.raw[wanted]
-        alike = list(dict.fromkeys(alike))
-        same = [node for node in alike if raw is not None and node.target is raw.target]
+        assert raw is not None
+        alike = list(dict.fromkeys(t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)))
+        if not alike:
+            if not (behind := self._only_from_an_input(wanted)):
+                raise _Mismatch
+            self.absent |= behind
+            return self._match_terms(later, terms)
+        same = [node for node in alike if node.target is raw.target]
         if len(alike) == 1 or len(same) == 1 or self.trials >= _DEEPEST:
             (found, *_) = same or alike
             self._bind(wanted, found)
-            return found
+            return self._match_terms(later, _without(terms, found))
         needed = sorted(closure(self.template, wanted), reverse=True)
         undecided, self.undecided = self.undecided, []
         self.trials += 1
@@ -284,12 +270,30 @@ class _Matcher:
                     for i, input in undecided
                     if i in self.injections
                 ):
-                    return node
+                    with contextlib.suppress(_Mismatch):
+                        return self._match_terms(later, _without(terms, node))
                 self._back_to(before)
         finally:
             self.undecided = undecided
             self.trials -= 1
         raise _Mismatch
+
+    def _only_from_an_input(self, term: int) -> set[int]:
+        """If ``term`` depends on one unmatched input that leads to nothing but terms of sums: the input and all these
+        terms, with what is between. Otherwise nothing.
+        """
+        template, inputs = self.template, inputs_of(self.template, term)
+        if len(inputs) != 1 or None in template.raw:  # some link must have a node for every statement
+            return set()
+        found = set(inputs)
+        for i, statement in enumerate(template.statements):
+            used = {ref.id for ref in references((statement.args, statement.kwargs))}
+            if used and used <= found and statement.target is not SUM:
+                found.add(i)
+            elif not used.isdisjoint(found) and statement.target is not SUM:
+                return set()
+        matched = any(self.bound[i] is not None for i in found)
+        return found if term in found and not matched and found.isdisjoint(template.outputs) else set()
 
     def _settle(self, i: int, wanted: int) -> None:
         left = self.injections[i]
@@ -298,8 +302,15 @@ class _Matcher:
             if node not in left:
                 raise _Mismatch
             left.remove(node)
-        elif left:
+        elif left and wanted not in self.absent:
             self._bind(wanted, left.pop())
+
+
+def _without(nodes: list[Node], node: Node) -> list[Node]:
+    """``nodes`` without one occurrence of ``node``."""
+    left = list(nodes)
+    left.remove(node)
+    return left
 
 
 def match_sides(
