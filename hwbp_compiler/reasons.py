@@ -139,6 +139,11 @@ class Reason(enum.Enum):
         "it has no elementwise path to the next one",
         "Only x + f(x) and gates make a highway: use blocks that add to a state of fixed width.",
     )
+    STREAMS_MIXED = (
+        "a matrix mixes the streams of the state at every step (hyper-connections): the scan multiplies element by "
+        "element, so it has no elementwise path to the next state",
+        "Nothing to do: its gradients are exact. Streams that only add to one another would be one chain.",
+    )
     INTERRUPTED = (
         "between one block and the next the state itself goes through {operator}, which moves or mixes its elements: "
         "there is no elementwise path to the state after the next block",

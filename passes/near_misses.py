@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from hwbp_compiler.graph.info import GraphInfo
 from hwbp_compiler.graph.origin import Origins, by_frequency, module_of, name_range, source_line
@@ -38,6 +38,7 @@ _PROJECTIONS = {aten.convolution_backward.default: "a convolution", aten.mm.defa
 _SHORTEST_CONCATENATION = 3
 _SHORTEST_STRETCH = 3
 _LARGEST_STEP = 2_000
+_MOST_STREAMS = 8
 
 
 def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord]:
@@ -50,7 +51,7 @@ def near_misses(graph: Graph, chains: Sequence[ChainRecord]) -> list[ChainRecord
         return []
     origins = Origins(copy)
     found = [*(list(_concatenations(info)) or _kept_features(info)), *_projections(info), *_loops(info)]
-    found += [*_unknown(info), *_interrupted(info, origins), *_recurrences(info, origins)]
+    found += [*_unknown(info), *_mixed(info), *_interrupted(info, origins), *_recurrences(info, origins)]
     lines = {(c.source, c.reason_code) for c in chains}
     return [r for r in collapsed([_told(f, origins) for f in found]) if (r.source, r.reason_code) not in lines]
 
@@ -97,6 +98,43 @@ class _ThroughComplex(GraphInfo):
 
     def elementwise(self, source: int, i: int) -> bool:
         return self.passed(i) or super().elementwise(source, i)
+
+
+class _ThroughMixers(GraphInfo):
+    """A view of the graph in which a product that mixes a few streams, and no features, counts as elementwise."""
+
+    def mixed(self, i: int) -> set[int]:
+        """The numbers of streams before and behind the product ``i``; none if it is no such product."""
+        node = self.nodes[i]
+        if node.target not in (aten.mm.default, aten.bmm.default):
+            return set()
+        left, right = (operand for operand in node.args if isinstance(operand, Node))
+        carried = [self.carries[self.index[operand]] for operand in (left, right)]
+        (*_, rows, inner), (*_, columns) = left.meta["val"].shape, right.meta["val"].shape
+        kept, streams = (rows, {inner, columns}) if carried == [True, False] else (columns, {inner, rows})
+        few = all(isinstance(n, int) and n <= _MOST_STREAMS for n in streams)
+        return streams if few and sum(carried) == 1 and kept > max(streams) else set()
+
+    def elementwise(self, source: int, i: int) -> bool:
+        # The matrix may give one stream more, the input of the block; its gradient has a place beside the others.
+        padded = self.nodes[i].target is aten.slice_scatter.default
+        return super().elementwise(source, i) or padded or bool(self.mixed(i))
+
+
+def _mixed(info: GraphInfo) -> Iterator[Refusal]:
+    """Stretches that would be chains if the streams of the state were not mixed by a matrix (hyper-connections)."""
+    loose = _ThroughMixers(info.graph)
+    proper = {j for track in find_chains(info) for j in track.joins}
+    for track in find_chains(loose):
+        joins = [j for j in track.joins if j not in proper]
+        if len(joins) < _SHORTEST_STRETCH:
+            continue
+        inside = sorted(info.between({min(track.branches, default=joins[0])}, {joins[-1]}))
+        # A linear layer mixes features: those in the last dimension.
+        features = {(shape_of(info.nodes[j]) or (0,))[-1] for j in joins}
+        mixers = sum(bool(streams) and features.isdisjoint(streams) for streams in map(loose.mixed, inside))
+        if mixers:
+            yield Refusal(tuple(info.nodes[i] for i in inside), mixers, Reason.STREAMS_MIXED.of())
 
 
 def _unknown(info: GraphInfo) -> Iterator[Refusal]:

@@ -70,6 +70,39 @@ class DenseNet(nn.Module):
         return x
 
 
+class HyperConnections(nn.Module):
+    """Two streams, mixed by a matrix. With ``also_read``, one more column of the matrix gives the block's input."""
+
+    def __init__(self, also_read=False):
+        super().__init__()
+        self.also_read = also_read
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.mix = nn.ParameterList(torch.eye(2, 2 + also_read) + 0.1 * torch.randn(2, 2 + also_read) for _ in range(5))
+
+    def forward(self, x):
+        streams = x.unsqueeze(1) * torch.arange(1.0, 3.0)[:, None]
+        for layer, mix in zip(self.layers, self.mix, strict=True):
+            read = torch.einsum("bsc,s->bc", streams, mix[:, -1])
+            streams = torch.einsum("st,bsc->btc", mix, streams)
+            if self.also_read:
+                read, streams = streams[:, -1], streams[:, :-1]
+            streams = streams + torch.tanh(layer(read)).unsqueeze(1)
+        return streams.sum(1)
+
+
+class TwoPaths(nn.Module):
+    """As many rows as numbers, and linear layers on both paths: nothing is mixed but features."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g = (nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(5)) for _ in range(2))
+
+    def forward(self, x):
+        for f, g in zip(self.f, self.g, strict=True):
+            x = f(x) + torch.tanh(g(x)).square()
+        return x
+
+
 class Skipping(nn.Module):
     def __init__(self):
         super().__init__()
@@ -92,6 +125,8 @@ def reported(model, **options):
     ("model", "options", "code"),
     [
         (DenseNet, {}, Reason.FEATURES_CONCATENATED),
+        (HyperConnections, {}, Reason.STREAMS_MIXED),
+        (lambda: HyperConnections(also_read=True), {}, Reason.STREAMS_MIXED),
         (Residuals, {"iterations": "exact"}, Reason.EXACT_ASKED_FOR),
         (Residuals, {"iterations": 5}, Reason.ITERATIONS_REACH_LENGTH),
         (Residuals, {"iterations": 2, "segment": 2}, Reason.ITERATIONS_REACH_SEGMENTS),
@@ -107,7 +142,14 @@ def test_a_script_may_ask_why(model, options, code):
     assert json.loads(json.dumps(report.to_dict()))["chains"][0]["reason_code"] == code.name
 
 
-@pytest.mark.parametrize("model", [DenseNet, Skipping])
+@pytest.mark.parametrize("rows", [3, 4 * WIDTH])
+def test_layers_on_both_paths_do_not_mix_streams(rows):
+    model, x = TwoPaths(), torch.randn(rows, WIDTH, requires_grad=True)
+    codes = {chain.reason_code for chain in hwbp_compiler.explain(model, x).chains}
+    assert Reason.STREAMS_MIXED not in codes
+
+
+@pytest.mark.parametrize("model", [DenseNet, HyperConnections, Skipping])
 def test_other_words_change_nothing_else(model, monkeypatch):
     def told(report):
         return [(c.length, c.decision, c.reason_code, c.source, c.multiplier, c.times) for c in report.chains]

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 UNTRUE: dict[str, dict[str, str]] = {
     "LRU (package)": {"WIDE_ELEMENTWISE_RECURRENCE": "the state is one tensor, of complex numbers"},
-    "EGNN": {"INTERRUPTED": "nothing stands between the additions to the positions"},
-    "LEM": {"TOO_SHORT": "the pair of states has a link at every step"},
     "RealNVP": {"TOO_SHORT": "every step updates a half of the state; nothing says why the chain is cut"},
     "two-step network": {"RESULTS_COME_BACK": "the state before the last is part of the state; nothing leaves it"},
 }
