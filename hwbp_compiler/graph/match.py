@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 
 import torch
@@ -25,7 +26,9 @@ from .program import (
     State,
     _constant,
     closure,
+    inner_additions,
     inputs_of,
+    is_heavy,
     references,
     sum_terms,
 )
@@ -279,8 +282,8 @@ class _Matcher:
         raise _Mismatch
 
     def _only_from_an_input(self, term: int) -> set[int]:
-        """If ``term`` depends on one unmatched input that leads to nothing but terms of sums: the input and all these
-        terms, with what is between. Otherwise nothing.
+        """If ``term`` depends on one unmatched input that leads, outside blocks, only to terms of sums: the input and
+        all these terms, with what is between. Otherwise nothing.
         """
         template, inputs = self.template, inputs_of(self.template, term)
         if len(inputs) != 1 or None in template.raw:  # some link must have a node for every statement
@@ -288,10 +291,11 @@ class _Matcher:
         found = set(inputs)
         for i, statement in enumerate(template.statements):
             used = {ref.id for ref in references((statement.args, statement.kwargs))}
-            if used and used <= found and statement.target is not SUM:
-                found.add(i)
-            elif not used.isdisjoint(found) and statement.target is not SUM:
+            if statement.target is SUM or used.isdisjoint(found):
+                continue
+            if not used <= found or is_heavy(template, i):
                 return set()
+            found.add(i)
         matched = any(self.bound[i] is not None for i in found)
         return found if term in found and not matched and found.isdisjoint(template.outputs) else set()
 
@@ -303,7 +307,17 @@ class _Matcher:
                 raise _Mismatch
             left.remove(node)
         elif left and wanted not in self.absent:
-            self._bind(wanted, left.pop())
+            # If nothing else is added there in the template, the input is all that is left.
+            whole = None if self.template.injections.get(i) else self._sum_of(left, i)
+            self._bind(wanted, left.pop() if whole is None else whole)
+            if whole is not None:
+                left.clear()
+
+    def _sum_of(self, terms: list[Node], i: int) -> Node | None:
+        """The addition inside the sum ``i`` that adds up exactly ``terms``."""
+        root = self.bound[i]
+        inner = inner_additions(root) if root is not None and len(terms) > 1 else set()
+        return next((node for node in inner if Counter(sum_terms(node)) == Counter(terms)), None)
 
 
 def _without(nodes: list[Node], node: Node) -> list[Node]:

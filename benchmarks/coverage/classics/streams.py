@@ -226,9 +226,9 @@ CASES = [
     case("leapfrog", (4,), Leapfrog, X, X, why=PAIR),
     case("hyper-connections", (4,), HyperConnections, X, why="mixed by a small matrix: K is a matrix of diagonals"),
     case("MM-DiT", (6,), MMDiT, (2, 4, W), (2, 3, W), (2, W), why=PAIR),
-    case("Evoformer", (3,), Evoformer, (3, 4, W), (4, 4, 4), why=f"{PAIR}; a block is a link"),
+    case("Evoformer", (6,), Evoformer, (3, 4, W), (4, 4, 4), why=f"{PAIR}; a block updates both twice or more"),
     case("two towers that attend to each other", (6,), CrossTowers, (2, 4, W), (2, 3, W), why=PAIR),
     case("two-step network", (5,), TwoStep, X, why="one chain whose state is this state and the one before"),
     case("DenseFormer", (4,), DenselyWeighted, X, why="every state is a mean over all before it"),
-    case("BiFPN", (3,), BiFPN, (2, W, 4, 4), (2, W, 2, 2), why=PAIR),
+    case("BiFPN", (6,), BiFPN, (2, W, 4, 4), (2, W, 2, 2), why=f"{PAIR}; six fusions, each of which reads both"),
 ]
