@@ -238,9 +238,10 @@ def _split_and_group(
         candidate = Candidate(whole, groups, split)
         if shorter := _without_the_last(whole):
             # In the first block, the path to its state and the path to the same tensor as an input of every block look
-            # the same. So prefer the chain whose links are alike.
+            # the same. And in a first step from zeros, a gate may look like the state. So prefer the chain whose links
+            # are alike.
             shorter, groups = group_links(info, shorter)
-            if shorter.length == whole.length:
+            if shorter.length == whole.length and (whole.links[-1].remainders or shorter.tail):
                 candidate = Candidate(shorter, groups, split_links(shorter))
         alone = whole.length == 1 and ordinary(1, options) is not None
         (short if alone or whole.length < options.min_length else found).append(candidate)

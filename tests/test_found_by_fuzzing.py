@@ -52,6 +52,15 @@ FOUND = {
         Model(stacks=(Stack(depth=4, width=2, update="scalar", skip=(1, 4), frozen=(2,)),), batch=1, length=1),
         Setting(2, 0.0, 2),
     ),
+    # The first block differs from the others, and was matched as if it were one of them and ended in no state.
+    "skip_from_the_first_state": (
+        Model(stacks=(Stack(skip=(0, 2)),), batch=3, length=1),
+        Setting(0, 0.2),
+    ),
+    "blocks_that_all_differ": (
+        Model(stacks=(Stack(blocks=("parallel", "mlp", "shift")),), batch=1, length=1),
+        Setting(0, 0.0),
+    ),
     # Every block reads the first state. The sums for it on the way counted as bypasses, and a link was lost.
     "first_state_read_again": (
         Model(stacks=(Stack(depth=4, penalties=(1,), rereads=True),), batch=3, length=1),
