@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if not WORKER:
         shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by mark
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of ``slow.txt``."""
+    lines = Path(__file__).with_name("slow.txt").read_text().splitlines()
+    slow = tuple(line for line in lines if line and not line.startswith("#"))
+    for item in items:
+        if item.nodeid.startswith(slow):
+            item.add_marker("slow")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:  # all tests are here
+        unknown = [line for line in slow if not any(item.nodeid.startswith(line) for item in items)]
+        if unknown:
+            raise pytest.UsageError(f"slow.txt names tests that do not exist: {', '.join(unknown)}")
 
 
 @pytest.fixture(autouse=True)
