@@ -200,7 +200,7 @@ CASES = [
     ),
     case("DeepGCN with the first state", (5,), ResGCN, X, why="the first state is added again by every layer"),
     case("GGNN", (5,), GGNN, X),
-    case("MPNN with edge states", (4,), MPNN, X, (EDGES.shape[1], W), why=PAIR),
+    case("MPNN with edge states", (8,), MPNN, X, (EDGES.shape[1], W), why=f"{PAIR}; each of eight updates reads both"),
     case("EGNN", (4,), EGNN, X, (NODES, 3), why=PAIR),
     case("graph transformer", (6,), GraphTransformer, X),
     case("GIN", (), GIN, X, why="the sum goes through an MLP: K = 0"),
