@@ -25,7 +25,16 @@ from hwbp_compiler import HighwayError, backend, explain, recurrent, skipped
 from hwbp_compiler.passes.keep_pieces import keep_pieces
 from hwbp_compiler.pieces import keeping_pieces
 from hwbp_compiler.rolled import live, loop
-from hwbp_compiler.testing import Link, Program, assert_gradients_close, fuzz, models, probe_loss, reference_gradients
+from hwbp_compiler.testing import (
+    Link,
+    Program,
+    assert_gradients_close,
+    fuzz,
+    models,
+    probe_loss,
+    reference_gradients,
+    routes,
+)
 from hwbp_compiler.testing.blocks import USED_TWICE
 from hwbp_compiler.testing.capture import capture, decompositions, leaves_of, options, trace
 from hwbp_compiler.testing.fuzz import Setting, check
@@ -278,7 +287,7 @@ def test_the_fuzzer_draws_damping_with_every_first_state_and_every_special_block
 
 def test_each_program_that_the_fuzzer_compiles_also_runs_where_memory_is_used_once(monkeypatch):
     compared = []
-    monkeypatch.setattr(fuzz, "assert_same", lambda found, apart: compared.append((found, apart)))
+    monkeypatch.setattr(routes, "assert_same", lambda found, apart: compared.append((found, apart)))
     check(Model(), (Setting(1, 0.2),), "inductor")
     assert compared
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hwbp_compiler.testing import fuzz, judge, models
+from hwbp_compiler.testing import fuzz, generated, judge, models, routes, turns
 from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.fuzz import Setting, check
 from hwbp_compiler.testing.models import Model, Recurrence, Stack
@@ -97,15 +97,45 @@ def test_a_short_run_finds_nothing(tmp_path):
     assert report.programs == 12 and report.chains["rewritten"]
 
 
-def test_a_wrong_gradient_is_found_made_small_and_saved(tmp_path, monkeypatch):
-    right = fuzz._traced
+def test_programs_checked_abreast_are_those_checked_one_by_one(tmp_path):
+    reports = [
+        fuzz.Fuzzer(seed=5, seconds=300, folder=tmp_path, dynamo=0.0, inductor=0.0, abreast=abreast).run(max_programs=6)
+        for abreast in (1, 4)
+    ]
+    assert str(reports[0]) == str(reports[1]) and reports[0].checks >= 6
+
+
+def test_the_kernels_of_checks_abreast_are_one_library(monkeypatch):
+    libraries = []
+
+    def build(sources):
+        libraries.append(dict(sources))
+        return f"library {len(libraries)}"
+
+    def needs(*kernels):
+        return lambda: [generated.builder.get()({name: f"code of {name}"}) for name in kernels]
+
+    def fails():
+        raise ValueError("before it needed kernels")
+
+    monkeypatch.setattr(turns, "build_library", build)
+    first, nothing, failed, last = turns.outcomes([needs("a", "b"), needs(), fails, needs("c")])
+    assert (first.get(), nothing.get(), last.get()) == (["library 1", "library 2"], [], ["library 1"])
+    assert [set(sources) for sources in libraries] == [{"a", "c"}, {"b"}]
+    with pytest.raises(ValueError, match="before it needed"):
+        failed.get()
+
+
+@pytest.mark.parametrize("abreast", [1, 4])
+def test_a_wrong_gradient_is_found_made_small_and_saved(abreast, tmp_path, monkeypatch):
+    right = routes._traced
 
     def wrong(spec, chosen):
         for output, gradients, records in right(spec, chosen):
             yield output, {key: 1.001 * gradient for key, gradient in gradients.items()}, records
 
-    monkeypatch.setattr(fuzz, "_traced", wrong)
-    fuzzer = fuzz.Fuzzer(seed=0, seconds=60, folder=tmp_path, dynamo=0.0, inductor=0.0, shrinking=2)
+    monkeypatch.setattr(routes, "_traced", wrong)
+    fuzzer = fuzz.Fuzzer(seed=0, seconds=60, folder=tmp_path, dynamo=0.0, inductor=0.0, shrinking=2, abreast=abreast)
     report = fuzzer.run(max_programs=4)
     assert report.failures
     script = report.failures[0].read_text()

@@ -2,19 +2,22 @@
 
 Only the generated code shows what Inductor decides: what it fuses, which memory a buffer uses, and which buffer is
 overwritten by another. ``torch.compile`` builds each kernel separately, which takes seconds. Here the kernels of
-several graphs are built together as one file, without optimisation and without vector instructions.
+several graphs are built together as one file, without optimisation and without vector instructions. The compiler
+needs a second for an empty file, and hardly more for fifty kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import multiprocessing
 import os
 import pickle
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 from unittest import mock
 
@@ -37,8 +40,11 @@ def run_generated(root: fx.GraphModule, graph: fx.Graph, inputs: list[Any]) -> A
     something that was still needed. Rounding may differ, because matrix products depend on the alignment of memory.
     """
     options = {"fx_graph_cache": False, "cpp.threads": 1, "cpp.simdlen": 1}
-    with kernels_together(), Twin() as twin:
-        compiled = compile_step(_copy(root, graph), list(inputs), keeping_pieces({**options, AFTER_FUSION: twin.fork}))
+    with Twin() as twin:
+        with kernels_together() as kernels:
+            choices = keeping_pieces({**options, AFTER_FUSION: twin.fork})
+            compiled = compile_step(_copy(root, graph), list(inputs), choices)
+        twin.build(kernels)
         results = compiled(list(inputs))
         apart = twin.results(results)
     assert_same(results, apart)
@@ -61,35 +67,49 @@ class Twin:
     def fork(self, nodes: list[Any]) -> list[Any]:
         """Called with Inductor's kernels when they are fused. Those of nested graphs come later."""
         if self.pid is None:
-            self.receiver, self.sender = multiprocessing.Pipe(duplex=False)
+            self.other, mine = multiprocessing.Pipe()
             self.pid = os.fork()
             if self.pid == 0:
-                self.receiver.close()
+                self.other.close()
+                self.other = mine
                 inductor_config.patch(APART).__enter__()
+            else:
+                mine.close()
         return nodes
+
+    def build(self, kernels: Kernels) -> None:
+        """Build the kernels of both processes as one library."""
+        assert self.pid is not None, "Inductor has fused no kernels"
+        if self.pid == 0:
+            self.other.send(kernels.sources)
+            kernels.load(self.other.recv())
+        else:
+            library = builder.get()({**kernels.sources, **self._received()})
+            self.other.send(library)
+            kernels.load(library)
 
     def results(self, results: Any) -> Any:
         """Return the results of the second process. In that process, send ``results`` and end."""
         if self.pid == 0:
             self._send(results)
-        assert self.pid is not None, "Inductor has fused no kernels"
-        self.sender.close()
-        outcome = pickle.loads(self.receiver.recv_bytes())
-        if isinstance(outcome, str):
-            raise RuntimeError(f"the same graph with memory that is never reused: {outcome}")
-        return outcome
+        return self._received()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.pid == 0:
             self._send("".join(traceback.format_exception(error)))
         if self.pid is not None:
-            self.receiver.close()
-            self.sender.close()
+            self.other.close()
             os.waitpid(self.pid, 0)
+
+    def _received(self) -> Any:
+        received = self.other.recv()
+        if isinstance(received, str):
+            raise RuntimeError(f"the same graph with memory that is never reused: {received}")
+        return received
 
     def _send(self, outcome: Any) -> None:
         try:
-            self.sender.send_bytes(pickle.dumps(outcome))
+            self.other.send_bytes(pickle.dumps(outcome))
         finally:
             os._exit(0)
 
@@ -109,44 +129,57 @@ def _copy(root: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule(root, copied)
 
 
+def build_library(sources: Mapping[str, str]) -> str:
+    """Compile kernels, given by name, as one file, without optimisation. Returns the path of the library."""
+    # The setting is not given as a compiler flag: the headers that Inductor compiles once need it as the kernels do.
+    with inductor_config.patch({"aot_inductor.debug_compile": True}):
+        # Passed as optimized_code: only for this part does Inductor use its precompiled headers.
+        return CppCodeCache.load("", optimized_code="\n".join([_INCLUDE, *sources.values()]))._name
+
+
+# Builds kernels. Another function can have those of several graphs built together.
+builder: ContextVar[Callable[[Mapping[str, str]], str]] = ContextVar("builder", default=build_library)
+
+
 @contextlib.contextmanager
-def kernels_together() -> Iterator[None]:
-    """A context for loading generated code. All its kernels are built together at the first call, not optimised."""
-    together = _Kernels()
-    build = mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: together.add(types, source))
-    # Not given as a compiler flag: the headers that Inductor compiles once need the same settings as the kernels.
-    with build, inductor_config.patch({"aot_inductor.debug_compile": True}):
-        yield
+def kernels_together() -> Iterator[Kernels]:
+    """A context in which generated code is loaded. Its kernels are built later, all together."""
+    together = Kernels()
+    with mock.patch.object(AsyncCompile, "cpp_pybinding", lambda _, types, source: together.add(types, source)):
+        yield together
 
 
-class _Kernels:
-    """All kernels added since the last call are built as one library when the next of them is called."""
+class Kernels:
+    """The kernels of generated code. Those that are not built yet are built when one of them is called.
+
+    Attributes:
+        sources: the C++ code of kernels that are not built yet, by name.
+    """
 
     def __init__(self) -> None:
-        self.names: dict[str, str] = {}  # source without the name -> name
-        self.built: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self._built: dict[str, Any] = {}
 
     def add(self, types: list[str], source: str) -> Callable[..., None]:
         """Return the kernel as a function of tensors and sizes."""
-        name = self.names.setdefault(source, f"kernel_{len(self.names)}")
+        name = f"kernel_{hashlib.sha256(source.encode()).hexdigest()[:24]}"
+        if name not in self._built:
+            body = source.replace(_INCLUDE, "")
+            self.sources[name] = re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1)
         converters = [_address if kind.rstrip().endswith("*") else ctypes.c_int64 for kind in types]
 
         def run(*arguments: Any) -> None:
-            if name not in self.built:
-                self._build()
-            self.built[name](*(convert(argument) for convert, argument in zip(converters, arguments, strict=True)))
+            if name not in self._built:
+                self.load(builder.get()(self.sources))
+            self._built[name](*(convert(argument) for convert, argument in zip(converters, arguments, strict=True)))
 
         return run
 
-    def _build(self) -> None:
-        new = {source: name for source, name in self.names.items() if name not in self.built}
-        parts = [_INCLUDE]
-        for source, name in new.items():
-            body = source.replace(_INCLUDE, "")
-            parts.append(re.sub(r"\bvoid\s+kernel\(", f"void {name}(", body, count=1))
-            # Passed as optimized_code: only for this part does Inductor use its precompiled headers.
-        library = CppCodeCache.load("", optimized_code="\n".join(parts))
-        self.built.update((name, library[name]) for name in new.values())
+    def load(self, library: str) -> None:
+        """Take all kernels of ``sources`` from the library with this path."""
+        loaded = ctypes.CDLL(library)
+        self._built.update((name, loaded[name]) for name in self.sources)
+        self.sources.clear()
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
