@@ -11,7 +11,7 @@ from torch import nn
 
 from hwbp_compiler.reasons import Reason
 from hwbp_compiler.testing import assert_gradients_close, probe_loss, reference_gradients
-from hwbp_compiler.testing.capture import capture, options
+from hwbp_compiler.testing.capture import capture, options, trace
 from hwbp_compiler.testing.compare import relative_error
 from hwbp_compiler.testing.reference import Link, Program, keep
 
@@ -137,6 +137,41 @@ def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
         errors.append(relative_error(found, exact))
     # Seen: 0.6 at k = 0. At the last k: 3e-16 (gated) and 3e-4 (momentum, whose first step counts as a whole link).
     assert errors[-1] < 1e-3 < errors[-2] < errors[0] and all(error > 1e-9 for error in errors[:-1])
+
+
+def first_of_two(m, n, state, hold):
+    a, b = state
+    return a + hold(m(a + 2 * b).tanh()), b
+
+
+def second_of_two(m, n, state, hold):
+    a, b = state
+    return a, b + hold(n(a - b).tanh())
+
+
+def each_from_both(m, n, state, hold):
+    return second_of_two(m, n, first_of_two(m, n, state, hold), hold)
+
+
+@pytest.mark.parametrize("k, gamma, segment", [(0, 0.0, 1), (1, 0.0, 1), (4, 0.0, 1), (1, 0.3, 1), (1, 0.0, 3)])
+def test_each_update_that_reads_all_streams_is_a_link(k, gamma, segment):
+    """The sums that make up the first link's state have no other user, and are a state nevertheless."""
+    model, x = Streams(each_from_both, 2), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def forward(run, x):
+        links = [
+            Link(lambda state, side, hold, layers=layers, part=part: (part(*layers, state, hold), ()))
+            for layers in model.pairs()
+            for part in (first_of_two, second_of_two)
+        ]
+        return run(links, model.first(x)).states[-1]
+
+    how = options(iterations=k, damping=gamma, segment=segment, min_length=2)
+    _, found, (record,) = trace(model, (x,), probe_loss).gradients(how)
+    program = Program(dict(model.named_parameters()), forward)
+    _, expected = reference_gradients(program, (x,), probe_loss, k, gamma, segment=segment)
+    assert (record.length, record.decision) == (2 * LINKS, "rewritten")
+    assert_gradients_close(found, expected, 1e-10, 1e-13)
 
 
 class Towers(nn.Module):

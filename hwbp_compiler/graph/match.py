@@ -223,9 +223,11 @@ class _Matcher:
             raise _Mismatch
 
     def _match_sum(self, i: int, node: Node) -> None:
-        terms = sum_terms(node)
+        refs = self.template.statements[i].args
+        # A state that is itself a sum and that only this link reads is still one term.
+        terms = sum_terms(node, [found for ref in refs if (found := self.bound[ref.id]) is not None])
         missing: list[int] = []
-        for ref in self.template.statements[i].args:
+        for ref in refs:
             target = self.bound[ref.id]
             if target is not None and target in terms:
                 terms.remove(target)
