@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -124,6 +126,16 @@ def test_the_kernels_of_checks_abreast_are_one_library(monkeypatch):
     assert [set(sources) for sources in libraries] == [{"a", "c"}, {"b"}]
     with pytest.raises(ValueError, match="before it needed"):
         failed.get()
+
+
+def test_a_check_that_needs_all_of_torch_compile_is_not_interrupted(monkeypatch):
+    """It notes what the passes of the whole process do, and would note those of the other checks too."""
+    asked = []
+    monkeypatch.setattr(turns, "build_library", lambda sources: asked.append(sources))
+    changes_in_place = Model(stacks=(Stack(width=2, blocks=("in_place",)),), batch=1, length=1)
+    check = functools.partial(fuzz.check, changes_in_place, (Setting(1, 0.0),), "generated")
+    (outcome,) = turns.outcomes([check])
+    assert outcome.get() and not asked
 
 
 @pytest.mark.parametrize("abreast", [1, 4])

@@ -142,6 +142,16 @@ builder: ContextVar[Callable[[Mapping[str, str]], str]] = ContextVar("builder", 
 
 
 @contextlib.contextmanager
+def built_alone() -> Iterator[None]:
+    """A context in which kernels are built at once, whatever ``builder`` is outside."""
+    outside = builder.set(build_library)
+    try:
+        yield
+    finally:
+        builder.reset(outside)
+
+
+@contextlib.contextmanager
 def kernels_together() -> Iterator[Kernels]:
     """A context in which generated code is loaded. Its kernels are built later, all together."""
     together = Kernels()

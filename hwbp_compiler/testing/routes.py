@@ -18,7 +18,7 @@ from . import models
 from .capture import capture, leaves_of, options, trace
 from .cases import Setting
 from .compare import total_norm
-from .generated import APART, assert_same, kernels_together, run_generated
+from .generated import APART, assert_same, built_alone, kernels_together, run_generated
 from .judge import Verdict, judge
 from .models import Model, Recurrence, Stack
 from .modules import Loop
@@ -138,7 +138,8 @@ def _in_place(spec: Model) -> bool:
 
 def _generated(spec: Model, chosen: tuple[Setting, ...], largest: float) -> Iterator[Any]:
     if _in_place(spec):
-        with kernels_together():
+        # Not in turns with other checks: torch.compile changes settings of the whole process while it runs.
+        with kernels_together(), built_alone():
             yield from list(_through_inductor(spec, chosen))
         return
 
