@@ -325,7 +325,9 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
 
 def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
     inputs = {n for n in head.inputs if n is not None}
-    if not inputs.isdisjoint(n for n in chain.states[0] if n is not None):
+    unchanged = inputs.intersection(chain.states[0])
+    # A component may stay the same if only the others get something from this link.
+    if unchanged and (chain.width == 1 or unchanged.issuperset(chain.states[0])):
         return False
     if not all(info.carries[info.index[n]] for n in inputs):
         return False
@@ -354,9 +356,11 @@ def _head_from_branch(info: GraphInfo, track: Track, chain: Chain) -> Chain:
     start = info.nodes[branch]
     for link, (before,) in zip(chain.links[:4], chain.states, strict=False):
         # What the neighbours have between state and branch point (the mask of a ReLU) belongs to this link too.
+        after = link.raw[link.outputs[0]]
+        if after is None:  # it is only a part of a sum
+            break
         assert before is not None
-        after = info.index[link.raw[link.outputs[0]]]
-        inner = _branch_before(info, {info.index[before]}, after)
+        inner = _branch_before(info, {info.index[before]}, info.index[after])
         if inner is None or inner == info.index[before]:
             break
         try:

@@ -28,7 +28,7 @@ from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_graph import GraphSeries
 from hwbp_compiler.engine.stacking import Stacker, StackPlan
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, External, has_block, references, sum_terms
+from hwbp_compiler.graph.program import INPUT, External, Program, has_block, inputs_of, references, sum_terms
 from hwbp_compiler.options import Truncation
 
 from .group_links import inner_sums
@@ -266,8 +266,9 @@ class _ChainRewriter:
             value = evaluator.value(Mode.FULL, i)
             if isinstance(value, list):
                 continue  # its items are statements of their own
-            # A tail has no outputs, and lacks what leaves the other links on the way to theirs.
-            lacking = [p for p, n in zip(group.programs, nodes, strict=True) if n is None and p.outputs]
+            # A tail has no outputs, and lacks what leaves the other links on the way to theirs. A head lacks what
+            # depends only on a component that gets no gradient.
+            lacking = [p for p, n in zip(group.programs, nodes, strict=True) if n is None and _has_value(p, i)]
             if value is None or lacking:
                 raise AssertionError(f"side output {nodes[0]} has no value")
             computed = [n for n in nodes if n is not None]
@@ -284,7 +285,7 @@ class _ChainRewriter:
 
     def _add_to(self, root: Node, total: Node, nodes: list[Node], done: Rewriting) -> None:
         """Replace the accumulation ``root`` of all links' ``nodes`` by one sum over links, plus its other terms."""
-        left = list(self._left.get(root, sum_terms(root)))
+        left = list(self._left.get(root, sum_terms(root, nodes)))
         for node in nodes:
             left.remove(node)  # once: a link may give the same node to its state and to a side output
         self._left[root] = left
@@ -293,6 +294,11 @@ class _ChainRewriter:
         for term in [*self._sums[root][1:], *left]:
             acc = self.e.call(aten.add.Tensor, acc, term)
         done.replacements[root] = acc
+
+
+def _has_value(program: Program, i: int) -> bool:
+    """Whether statement ``i`` of a link that is no tail depends on a component that gets a gradient."""
+    return bool(program.outputs) and any(program.raw[c] is not None for c in inputs_of(program, i))
 
 
 def _accumulation(nodes: list[Node]) -> Node | None:

@@ -28,7 +28,6 @@ from .program import (
     closure,
     inner_additions,
     inputs_of,
-    is_heavy,
     references,
     sum_terms,
 )
@@ -36,6 +35,8 @@ from .rules import form_of, shape_of, size_of
 
 # The maximum depth of nested trials, in sums of similar terms.
 _DEEPEST = 8
+# How many choices among similar terms are tried.
+_MOST_CHOICES = 16
 
 
 class _Mismatch(Exception):
@@ -56,10 +57,18 @@ def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) 
     An input that leads only to a term of a sum may be absent; it is then zero (the gradient of the cell state at the
     last step of an LSTM).
     """
-    try:
-        return _Matcher(template, info).run(outputs)
-    except _Mismatch:
-        return None
+    choices: list[int] = []
+    for _ in range(_MOST_CHOICES):
+        matcher = _Matcher(template, info, choices=choices)
+        try:
+            return matcher.run(outputs)
+        except _Mismatch:
+            if not matcher.chosen:
+                return None
+            # What fits in one sum may not fit what the others need.
+            *choices, last = matcher.chosen
+            choices.append(last + 1)
+    return None
 
 
 _SoFar = tuple[list[Node | None], list[Node | None], dict[int, list[Node]], set[int]]
@@ -72,8 +81,12 @@ class _Matcher:
         info: GraphInfo,
         forbidden: Set[int] = frozenset(),
         fits: Fits = lambda slot, node: True,
+        choices: Sequence[int] = (),
     ) -> None:
+        """``choices``: in sums with several terms that fit, which of them to take; the first if there are no more."""
         self.template = template
+        self.choices = choices
+        self.chosen: list[int] = []
         self.fits = fits
         self.forbidden = forbidden
         self.info = info
@@ -265,6 +278,9 @@ class _Matcher:
             return self._match_terms(later, _without(terms, found))
         needed = sorted(closure(self.template, wanted), reverse=True)
         undecided, self.undecided = self.undecided, []
+        number = len(self.chosen)
+        passed_over = self.choices[number] if self.trials == 0 and number < len(self.choices) else 0
+        fitting = 0
         self.trials += 1
         try:
             for node in alike:
@@ -276,7 +292,12 @@ class _Matcher:
                     if i in self.injections
                 ):
                     with contextlib.suppress(_Mismatch):
-                        return self._match_terms(later, _without(terms, node))
+                        left = self._match_terms(later, _without(terms, node))
+                        if fitting == passed_over:
+                            if self.trials == 1:
+                                self.chosen.insert(number, fitting)
+                            return left
+                        fitting += 1
                 self._back_to(before)
         finally:
             self.undecided = undecided
@@ -293,9 +314,9 @@ class _Matcher:
         found = set(inputs)
         for i, statement in enumerate(template.statements):
             used = {ref.id for ref in references((statement.args, statement.kwargs))}
-            if statement.target is SUM or used.isdisjoint(found):
+            if used.isdisjoint(found) or (statement.target is SUM and not used <= found):
                 continue
-            if not used <= found or is_heavy(template, i):
+            if not used <= found:
                 return set()
             found.add(i)
         matched = any(self.bound[i] is not None for i in found)
@@ -369,24 +390,27 @@ def match_sides(
                 return None
         return matcher
 
-    # A state is a whole sum, so try the root of its additions before its terms.
+    # A state is a whole sum, so try the root of its additions before its terms. But if something else is added there
+    # that depends on this state, more links follow.
     roots_first = [node for node in sorted(candidates, key=_is_term) if node not in state]
     outputs: dict[int, Node] = {}
     for i in template.outputs:
+        is_whole = False
         for node in roots_first:
-            if node in outputs.values() or attempt({**outputs, i: node}) is None:
+            if node in outputs.values() or (found := attempt({**outputs, i: node})) is None:
                 continue
-            if i not in outputs:
-                outputs[i] = node
-            elif not _is_part_of(node, outputs[i]):
+            if i in outputs and not _is_part_of(node, outputs[i]):
                 raise Ambiguous
+            if i not in outputs or (not is_whole and i not in found.remainders):
+                outputs[i] = node
+                is_whole = i not in found.remainders
     matcher = attempt(outputs)
     if matcher is None:
         return None
-    found = matcher.program()
+    program = matcher.program()
     if not outputs:
-        found.outputs = []
-    return found
+        program.outputs = []
+    return program
 
 
 def _is_part_of(node: Node, root: Node) -> bool:
