@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from . import strategies
 from .blocks import USED_TWICE
-from .models import Model, Recurrence
+from .models import Model, Recurrence, Streams
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Setting:
 @st.composite
 def cases(draw: st.DrawFn, generated: bool = False) -> tuple[Model, tuple[Setting, ...]]:
     spec, chosen = draw(for_inductor() if generated else programs()), draw(all_settings())
-    if any(isinstance(s, Recurrence) or s.skips or s.update in USED_TWICE for s in spec.stacks):
+    if any(isinstance(s, Recurrence | Streams) or s.skips or s.update in USED_TWICE for s in spec.stacks):
         # Inside a cell, a block, or where a skip ends, there may be a further chain of one link.
         chosen = tuple(replace(setting, min_length=max(2, setting.min_length)) for setting in chosen)
     return spec, chosen
@@ -68,10 +68,12 @@ def for_inductor() -> st.SearchStrategy[Model]:
 
 def coinciding() -> st.SearchStrategy[Model]:
     pairs = st.sampled_from(((3, 4), (4, 5), (5, 6), (3, 6)))
-    return pairs.flatmap(lambda sizes: strategies.models(max_stacks=1, sizes=sizes, skips=True, loops=True))
+    return pairs.flatmap(
+        lambda sizes: strategies.models(max_stacks=1, sizes=sizes, skips=True, loops=True, in_streams=True)
+    )
 
 
-_ALL_KINDS: dict[str, Any] = {"skips": True, "loops": True, "dtypes": True, "in_place": True}
+_ALL_KINDS: dict[str, Any] = {"skips": True, "loops": True, "dtypes": True, "in_place": True, "in_streams": True}
 
 
 def one_stack(**limits: Any) -> st.SearchStrategy[Model]:

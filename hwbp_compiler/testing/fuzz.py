@@ -33,7 +33,7 @@ from hypothesis import seed as seeded
 
 from .cases import Setting, cases
 from .judge import Verdict
-from .models import Model, Recurrence
+from .models import Model, Recurrence, Stage, Streams
 from .routes import Route, TooLarge, check
 from .turns import Outcome, outcomes
 
@@ -60,7 +60,7 @@ class Report:
         self.nothing += not found
         self.routes[route] += 1
         for stage in spec.stacks:
-            self.kinds["loops" if isinstance(stage, Recurrence) else "skips" if stage.skips else "stacks"] += 1
+            self.kinds[_kind(stage)] += 1
         for verdict, records in found:
             self.checks += 1
             self.chains["drawn"] += len(verdict.lengths)
@@ -81,6 +81,12 @@ class Report:
             *(f"  {path}" for path in self.failures),
         ]
         return "\n".join(lines)
+
+
+def _kind(stage: Stage) -> str:
+    if isinstance(stage, Recurrence):
+        return "loops"
+    return "streams" if isinstance(stage, Streams) else "skips" if stage.skips else "stacks"
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -204,7 +210,7 @@ class Fuzzer:
         comment = "\n".join(f"# {line}" for line in text.splitlines()[-25:])
         path.write_text(
             f"{comment}\nfrom hwbp_compiler.testing.fuzz import Setting, check\n"
-            "from hwbp_compiler.testing.models import Model, Recurrence, Stack\n\n"
+            "from hwbp_compiler.testing.models import Model, Recurrence, Stack, Streams\n\n"
             f"check(\n    {spec!r},\n    {chosen!r},\n    {route!r},\n)\n"
         )
         self.report.failures.append(path)

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from .losses import probe_loss
-from .modules import Links, Loop, Residual, ResidualModel
+from .modules import Links, Loop, ResidualModel
 from .reference import Hold, Link, Program, RunChain, Tensors, keep
-from .specs import Model, Recurrence, Stack, Stage
+from .residual import Residual
+from .specs import Model, Recurrence, Stack, Stage, Streams
+from .streams import Cut, StreamLinks, cuts, retold
 
-__all__ = ["Model", "Recurrence", "Stack", "Stage", "build", "loss", "program", "programs"]
+__all__ = ["Model", "Recurrence", "Stack", "Stage", "Streams", "build", "loss", "program", "programs"]
 
 
 def loss(output: dict[str, Any]) -> Tensor:
@@ -55,16 +57,20 @@ def programs(model: ResidualModel) -> Iterator[Program]:
     for the first block whether this is its state or a side input.
     """
     skipped = [stage.spec for stage in model.stacks if isinstance(stage, Links) and stage.spec.skips]
-    if len(skipped) > 1:
-        raise ValueError(f"{model.spec} skips links in more than one stack: too many ways to read chains into it")
+    streams = [stage.spec for stage in model.stacks if isinstance(stage, StreamLinks)]
+    if len(skipped) > 1 or len(streams) > 1:
+        raise ValueError(f"{model.spec} has more than one stack of a kind that can be read in several ways")
     rereads = any(isinstance(stage, Links) and stage.spec.rereads for stage in model.stacks)
-    ways = [(reading, apart) for reading in (_readings(skipped[0]) if skipped else [()]) for apart in (True, False)]
-    for reading, apart in ways if rereads else ways[::2]:
+    ways = itertools.product(
+        _readings(skipped[0]) if skipped else [()],
+        cuts(streams[0]) if streams else [()],
+        (True, False) if rereads else (True,),
+        (False, True) if any(spec.in_turns and spec.taps for spec in streams) else (False,),
+    )
+    for way in ways:
 
-        def forward(
-            run: RunChain, x: Tensor, *states: Tensor, reading: Reading = reading, apart: bool = apart
-        ) -> dict[str, Any]:
-            return _retold(model, reading, run, x, states, apart)
+        def forward(run: RunChain, x: Tensor, *states: Tensor, way: Way = way) -> dict[str, Any]:
+            return _retold(model, run, x, states, *way)
 
         yield Program(dict(model.named_parameters()), forward)
 
@@ -73,6 +79,8 @@ Reading = tuple[tuple[int, ...], ...]
 """Chains by their states, for example ((0, 1, 2), (2, 4)): everything between two successive states is one link. State
 i of a stack is what link i returns, plus what skips add to it. A last state written as -i excludes what skips add.
 """
+
+Way = tuple[Reading, Cut, bool, bool]
 
 
 def _readings(stack: Stack) -> Iterator[Reading]:
@@ -109,7 +117,14 @@ def _is_sound(stack: Stack, states: tuple[int, ...], bare: bool = False) -> bool
 
 
 def _retold(
-    model: ResidualModel, reading: Reading, run: RunChain, x: Tensor, given: tuple[Tensor, ...], apart: bool
+    model: ResidualModel,
+    run: RunChain,
+    x: Tensor,
+    given: tuple[Tensor, ...],
+    reading: Reading,
+    cut: Cut,
+    apart: bool,
+    late: bool,
 ) -> dict[str, Any]:
     spec = model.spec
     found: dict[str, Any] = {"taps": [], "penalties": []}
@@ -122,6 +137,10 @@ def _retold(
             x = torch.tanh(model.between[number - 1](first if spec.parallel else x))
         if isinstance(stage, Loop):
             x = _run_loop(stage, run, x, start)
+        elif isinstance(stage, StreamLinks):
+            together = retold(stage, cut, run, x, context)
+            found["taps"] += stage.taps(together, late)
+            x = stage.last(together)
         elif stage.spec.skips:
             states, penalties = _run_skipping(stage, reading, run, x, context)
             found["taps"] += stage.taps(states)

@@ -10,47 +10,11 @@ from torch import Tensor, nn
 
 from hwbp_compiler.rolled.function import recurrent
 
-from .blocks import USED_TWICE, Block, BlockKind, Cell, Learnt, Normal, activated, updated
+from .blocks import Cell
 from .reference import Hold, Tensors, keep
-from .specs import Model, Recurrence, Stack
-
-
-class Residual(nn.Module):
-    """One link; ``forward(x, context) -> (next state, hidden activity)`` as a user would write it."""
-
-    def __init__(self, stack: Stack, kind: BlockKind, batch: int, length: int, context: int) -> None:
-        super().__init__()
-        width = stack.width
-        self.update, self.after, self.layout = stack.update, stack.after, stack.layout
-        self.pre = Normal(stack.pre, width)
-        self.block = Block(kind, width, length, context)
-        self.learnt = Learnt(stack.update, width, batch, length)
-        self.post = Normal(stack.after, width)
-        self.vector = nn.Parameter(0.3 * torch.randn(width)) if stack.vectors else None
-        if stack.after == "mask":
-            self.register_buffer("mask", (torch.rand(batch, length, 1) < 0.7).double())
-
-    def forward(
-        self, x: Tensor, context: Tensor, first: Tensor | None = None, hold: Hold = keep
-    ) -> tuple[Tensor, Tensor]:
-        u = self.pre(x, hold if self.update in USED_TWICE else keep)
-        z, hidden = self.block(u if first is None else u + first, context)
-        if self.layout == "flat" and self.update != "kept" and self.after != "mask":
-            shape = x.shape
-            flat = (x.reshape(-1, shape[-1]), u.reshape(-1, shape[-1]), z.reshape(-1, shape[-1]))
-            found = self._joined(*flat, hold).view(shape)
-        else:
-            found = self._joined(x, u, z, hold)
-        if self.layout == "swap":
-            found = found.transpose(1, 2).contiguous().transpose(1, 2)
-        return found, hidden
-
-    def _joined(self, x: Tensor, u: Tensor, z: Tensor, hold: Hold) -> Tensor:
-        x = activated(self.after, updated(self.update, x, u, z, self.learnt, hold))
-        x = self.post(x, hold)
-        if self.after == "mask":
-            x = self.mask.to(x.dtype) * x
-        return x if self.vector is None else x + self.vector
+from .residual import Residual
+from .specs import Model, Recurrence, Stack, Streams
+from .streams import StreamLinks
 
 
 class Links(nn.Module):
@@ -178,6 +142,8 @@ class ResidualModel(nn.Module):
         for stage, length in zip(spec.stacks, spec.lengths, strict=True):
             if isinstance(stage, Stack):
                 self.stacks.append(Links(stage, spec.batch, length, widths[0]))
+            elif isinstance(stage, Streams):
+                self.stacks.append(StreamLinks(stage, spec.batch, length, widths[0]))
             else:
                 self.stacks.append(Loop(stage, stage.width, spec.batch, length))
 
@@ -203,6 +169,10 @@ class ResidualModel(nn.Module):
                 x = torch.tanh(self.between[number - 1](first if self.spec.parallel else x))
             if isinstance(stage, Loop):
                 x = stage(x, start)
+            elif isinstance(stage, StreamLinks):
+                together, taps = stage(x, context)
+                found["taps"] += taps
+                x = stage.last(together)
             else:
                 passed, taps, penalties = stage(x, context)
                 found["taps"] += taps

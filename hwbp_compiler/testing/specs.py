@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .blocks import After, BlockKind, CellKind, Norm, Update
 
@@ -108,7 +108,54 @@ class Recurrence(_ReadableRepr):
         return self.cell != "tanh" or self.masked
 
 
-Stage = Stack | Recurrence
+@dataclass(frozen=True, repr=False)
+class Streams(_ReadableRepr):
+    """``depth`` steps on a state of ``count`` tensors that feed each other. Each starts as ``tanh(linear(x))``.
+
+    Attributes:
+        depth: steps.
+        width: width of each component.
+        count: components, 2 or 3.
+        blocks, update, pre, after: of each component, as in :class:`Stack`. Its block reads a sum of all components.
+        in_turns: components are updated one after the other, and each reads what the others have become.
+        others: a block does not read its own component.
+        taps: steps, 1..depth, whose state the model returns.
+        ends: what comes next reads a sum of all components ("sum") or only the "first" one.
+    """
+
+    depth: int = 3
+    width: int = 3
+    count: int = 2
+    blocks: tuple[BlockKind, ...] = ("mlp",)
+    update: Update = "add"
+    pre: PreNorm = "none"
+    after: After = "none"
+    in_turns: bool = False
+    others: bool = False
+    taps: tuple[int, ...] = ()
+    ends: Literal["sum", "first"] = "sum"
+
+    skips: ClassVar[tuple[tuple[int, int], ...]] = ()
+    rereads: ClassVar[bool] = False
+
+    @property
+    def updates(self) -> int:
+        """How many times the state changes."""
+        return self.depth * (self.count if self.in_turns else 1)
+
+    @property
+    def updates_used(self) -> int:
+        """The updates that the loss depends on: nothing reads what others become after the last of the first one."""
+        unread = self.in_turns and self.ends == "first" and self.depth not in self.taps
+        return self.updates - (self.count - 1 if unread else 0)
+
+    def weights(self, component: int) -> tuple[float, ...]:
+        """How much of each component the block of ``component`` reads."""
+        all_of_them = tuple((1.0, -0.5, 2.0)[(i - component) % 3] for i in range(self.count))
+        return tuple(0.0 if self.others and i == component else w for i, w in enumerate(all_of_them))
+
+
+Stage = Stack | Recurrence | Streams
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +192,10 @@ class Model(_ReadableRepr):
     @property
     def pinned(self) -> bool:
         """Whether the contract determines the chains, so that truncated gradients can be predicted."""
-        return not any(isinstance(stage, Stack) and (stage.skips or stage.rereads) for stage in self.stacks)
+        return not any(
+            isinstance(stage, Streams) or (isinstance(stage, Stack) and (stage.skips or stage.rereads))
+            for stage in self.stacks
+        )
 
     @property
     def chain_lengths(self) -> list[int]:
@@ -167,5 +217,7 @@ def _chains(spec: Model) -> Iterator[range]:
     for stage, length in zip(spec.stacks, spec.lengths, strict=True):
         if isinstance(stage, Stack):
             yield range(stage.depth)
+        elif isinstance(stage, Streams):
+            yield range(stage.updates_used)
         elif stage.has_highway:
             yield from [range(length)] * stage.layers

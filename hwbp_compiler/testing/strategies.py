@@ -13,7 +13,7 @@ from typing import Any, get_args
 from hypothesis import strategies as st
 
 from .blocks import After, BlockKind, CellKind, Norm, Update
-from .models import Model, Recurrence, Stack
+from .models import Model, Recurrence, Stack, Streams
 
 _often_false = st.sampled_from((False, False, False, True))
 
@@ -113,10 +113,47 @@ def recurrences(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None, max_la
 
 
 @st.composite
+def streams(draw: st.DrawFn, max_width: int = 6, sizes: Sizes = None, max_parts: int = 2) -> Streams:
+    """A strategy for a stack whose state is two or three tensors that feed each other.
+
+    It has five or six steps: in a shorter one, each stream may be a chain of its own.
+
+    Args:
+        max_width, max_parts: the largest width, the most kinds of blocks.
+        sizes: the sizes from which the width is drawn; None for any size up to the limit.
+
+    Returns:
+        A strategy that draws a :class:`..models.Streams`.
+    """
+    depth, count = draw(st.integers(5, 6)), draw(st.sampled_from((2, 2, 3)))
+    blocks = st.sampled_from([kind for kind in get_args(BlockKind) if kind not in ("cast", "in_place")])
+    taps = st.sets(st.integers(1, depth)).map(lambda found: tuple(sorted(found)))
+    in_turns, others = draw(st.booleans()), draw(_often_false)
+    # If a link is more than one update, the order of a factor and of what others read is open, and so is where in the
+    # link a gradient enters.
+    open_ = in_turns and others
+    factors = () if open_ else ("scaled", "vector", "gate", "lerp", "scalar")
+    return Streams(
+        depth=depth,
+        width=draw(_size(sizes, min(2, max_width), max_width)),
+        count=count,
+        blocks=tuple(draw(st.lists(blocks, min_size=1, max_size=max_parts))),
+        update=draw(st.sampled_from(("add", "subtract", *factors))),
+        pre=draw(st.sampled_from(("none", "none", "layer", "rms"))),
+        after=draw(st.sampled_from(("none", "none", "none", "tanh", "silu"))),
+        in_turns=in_turns,
+        others=others,
+        taps=() if open_ else draw(st.one_of(st.just(()), taps)),
+        # Of three streams that do not read themselves, the first links may be lost if the loss reads only one.
+        ends="sum" if others and count == 3 else draw(st.sampled_from(("sum", "first"))),
+    )
+
+
+@st.composite
 def models(
     draw: st.DrawFn, max_stacks: int = 3, max_depth: int = 6, max_width: int = 6, skips: bool = False,
     loops: bool = False, dtypes: bool = False, sizes: Sizes = None, in_place: bool = False, max_parts: int = 3,
-    max_layers: int = 2,
+    max_layers: int = 2, in_streams: bool = False,
 ) -> Model:  # fmt: skip
     """A strategy for a whole model.
 
@@ -131,6 +168,7 @@ def models(
             to the limits.
         in_place, max_parts: see :func:`stacks`.
         max_layers: see :func:`recurrences`.
+        in_streams: also draw one stack of :func:`streams`.
 
     Returns:
         A strategy that draws a :class:`..models.Model`. :func:`..models.build` turns it into a module.
@@ -142,8 +180,11 @@ def models(
     stages = draw(st.lists(stage, min_size=1, max_size=max_stacks))
     if skips and draw(st.booleans()):  # at most one stack, because each can be read in several ways
         stages[draw(st.integers(0, len(stages) - 1))] = draw(stacks(max_depth, max_width, skips=True, **limits))
-    recurrent = any(isinstance(found, Recurrence) for found in stages)
-    batched = any(isinstance(found, Stack) and "batch" in (found.pre, found.after) for found in stages)
+    elif in_streams and draw(st.integers(0, 7)) == 7:
+        found = draw(streams(max_width, sizes, min(max_parts, 2)))
+        stages[draw(st.integers(0, len(stages) - 1))] = found
+    recurrent = any(isinstance(stage, Recurrence) for stage in stages)
+    batched = any(isinstance(stage, Stack) and "batch" in (stage.pre, stage.after) for stage in stages)
     return Model(
         stacks=tuple(stages),
         batch=draw(_size(sizes, 2 if batched else 1, 3)),  # torch refuses the variance of a single value
