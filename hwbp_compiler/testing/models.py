@@ -1,7 +1,7 @@
 """Residual and recurrent models made from plain data, each paired with its programs for the oracle.
 
-A :class:`Model` is a few stages (stacks of links, or loops over time) with heavy steps between them. Its ``repr`` shows
-only what differs from the simplest model, so a failing example is short and can be pasted into a test.
+A :class:`Model` is a few stages (stacks of links, streams, or loops over time) with heavy steps between them. Its
+``repr`` shows only what differs from the simplest model, so a failing example is short and can be pasted into a test.
 """
 
 from __future__ import annotations
