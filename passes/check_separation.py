@@ -325,9 +325,7 @@ def _with_head(info: GraphInfo, track: Track, chain: Chain) -> Chain | None:
 
 def _head_is_sound(info: GraphInfo, head: Program, chain: Chain) -> bool:
     inputs = {n for n in head.inputs if n is not None}
-    unchanged = inputs.intersection(chain.states[0])
-    # A component may stay the same if only the others get something from this link.
-    if unchanged and (chain.width == 1 or unchanged.issuperset(chain.states[0])):
+    if not inputs.isdisjoint(n for n in chain.states[0] if n is not None):
         return False
     if not all(info.carries[info.index[n]] for n in inputs):
         return False

@@ -86,7 +86,7 @@ FOUND = {
         Model(stacks=(Streams(depth=5, ends="first"),)),
         Setting(1, 0.2),
     ),
-    # The same, and the last step leaves that gradient as it is.
+    # What one stream gets from another looks like what the head of that stream is.
     "streams_that_do_not_read_themselves": (
         Model(stacks=(Streams(depth=5, others=True, ends="first"),)),
         Setting(1, 0.2),

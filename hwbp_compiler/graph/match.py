@@ -265,7 +265,8 @@ class _Matcher:
             return self._match_terms(later, terms)
         raw = self.template.raw[wanted]
         assert raw is not None
-        alike = list(dict.fromkeys(t for d in (3, 1, 0) for t in terms if _alike(t, raw, d)))
+        fitting = [t for t in terms if self._has_constants(wanted, t)]
+        alike = list(dict.fromkeys(t for d in (3, 1, 0) for t in fitting if _alike(t, raw, d)))
         if not alike:
             if not (behind := self._only_from_an_input(wanted)):
                 raise _Mismatch
@@ -280,7 +281,7 @@ class _Matcher:
         undecided, self.undecided = self.undecided, []
         number = len(self.chosen)
         passed_over = self.choices[number] if self.trials == 0 and number < len(self.choices) else 0
-        fitting = 0
+        position = 0
         self.trials += 1
         try:
             for node in alike:
@@ -293,16 +294,26 @@ class _Matcher:
                 ):
                     with contextlib.suppress(_Mismatch):
                         left = self._match_terms(later, _without(terms, node))
-                        if fitting == passed_over:
+                        if position == passed_over:
                             if self.trials == 1:
-                                self.chosen.insert(number, fitting)
+                                self.chosen.insert(number, position)
                             return left
-                        fitting += 1
+                        position += 1
                 self._back_to(before)
         finally:
             self.undecided = undecided
             self.trials -= 1
         raise _Mismatch
+
+    def _has_constants(self, i: int, node: Node) -> bool:
+        """Whether ``node`` has the constants of statement ``i``, such as the factor of a product."""
+        statement = self.template.statements[i]
+        if node.target is not statement.target or len(node.args) != len(statement.args):
+            return True  # whether it fits at all is seen elsewhere
+        pairs = zip(statement.args, node.args, strict=True)
+        return all(
+            isinstance(e, Ref | External | tuple) or not isinstance(a, Node) and _constant(a) == e for e, a in pairs
+        )
 
     def _only_from_an_input(self, term: int) -> set[int]:
         """If ``term`` depends on one unmatched input that leads, outside blocks, only to terms of sums: the input and

@@ -74,13 +74,13 @@ class StreamLinks(nn.Module):
 
 def cuts(spec: Streams) -> Iterator[Cut]:
     """The sound choices of links. If all components change at once, a step is a link; the last one may be exact if it
-    gets the gradient of one component alone. Otherwise one or more successive updates are a link, and it may begin with
-    any of them; what is left at the ends is a shorter link, or in none.
+    leaves the only gradient that it gets as it is. Otherwise one or more successive updates are a link, and it may
+    begin with any of them; what is left at the ends is a shorter link, or in none.
     """
     count = spec.updates_used
     yield tuple(range(count + 1))
     if not spec.in_turns:
-        if spec.ends == "first" and spec.depth not in spec.taps:
+        if spec.others and spec.ends == "first" and spec.depth not in spec.taps:
             yield tuple(range(count))
         return
     for size in range(2, spec.count + 1):
