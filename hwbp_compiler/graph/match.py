@@ -54,8 +54,8 @@ Fits = Callable[[int, Node], bool]
 def match_backward(template: Program, outputs: Sequence[Node], info: GraphInfo) -> Program | None:
     """The program equal to ``template`` that ends in ``outputs``; None if there is none.
 
-    An input that leads only to a term of a sum may be absent; it is then zero (the gradient of the cell state at the
-    last step of an LSTM).
+    An input that leads only to terms of sums may be absent; it is then zero (the gradient of the cell state at the last
+    step of an LSTM, or of a stream that the loss does not read).
     """
     choices: list[int] = []
     for _ in range(_MOST_CHOICES):
@@ -279,8 +279,8 @@ class _Matcher:
             return self._match_terms(later, _without(terms, found))
         needed = sorted(closure(self.template, wanted), reverse=True)
         undecided, self.undecided = self.undecided, []
-        number = len(self.chosen)
-        passed_over = self.choices[number] if self.trials == 0 and number < len(self.choices) else 0
+        decided = len(self.chosen)
+        passed_over = self.choices[decided] if self.trials == 0 and decided < len(self.choices) else 0
         position = 0
         self.trials += 1
         try:
@@ -296,7 +296,7 @@ class _Matcher:
                         left = self._match_terms(later, _without(terms, node))
                         if position == passed_over:
                             if self.trials == 1:
-                                self.chosen.insert(number, position)
+                                self.chosen.append(position)
                             return left
                         position += 1
                 self._back_to(before)
@@ -316,8 +316,8 @@ class _Matcher:
         )
 
     def _only_from_an_input(self, term: int) -> set[int]:
-        """If ``term`` depends on one unmatched input that leads, outside blocks, only to terms of sums: the input and
-        all these terms, with what is between. Otherwise nothing.
+        """If ``term`` depends on one unmatched input that leads only to terms of sums: the input and all these terms,
+        with what is between, blocks included. Otherwise nothing.
         """
         template, inputs = self.template, inputs_of(self.template, term)
         if len(inputs) != 1 or None in template.raw:  # some link must have a node for every statement
