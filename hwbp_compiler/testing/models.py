@@ -81,6 +81,7 @@ i of a stack is what link i returns, plus what skips add to it. A last state wri
 """
 
 Way = tuple[Reading, Cut, bool, bool]
+"""How skips, streams, a first state that is read again, and the returned states of streams are read."""
 
 
 def _readings(stack: Stack) -> Iterator[Reading]:

@@ -17,7 +17,7 @@ Cut = tuple[int, ...]
 
 
 class StreamLinks(nn.Module):
-    """A :class:`.specs.Streams`; ``forward(x, context) -> (states 0..depth, taps)``."""
+    """A :class:`.specs.Streams`; ``forward(x, context) -> (the state after every update, taps)``."""
 
     def __init__(self, spec: Streams, batch: int, length: int, context: int) -> None:
         super().__init__()
