@@ -1,10 +1,10 @@
 """Run several checks in turns, and build the kernels of all of them as one library.
 
-A check that runs generated code waits for the C++ compiler, which takes a second for any file. So each check stops
-where it needs kernels, and the next one begins. When all have stopped, their kernels are built together.
+A check that runs generated code waits for the C++ compiler, even if its file is small. So each check stops where it
+needs kernels, and the next one begins. When all have stopped, their kernels are built together.
 
-Each check has a thread of its own, but only one of them runs at a time. Processes would not be faster: they do not
-share what Inductor, sympy and the fake tensors have cached.
+Each check has a thread of its own, but only one of them runs at a time: the checks share what Inductor, sympy and the
+fake tensors have cached, which processes would not.
 """
 
 from __future__ import annotations
