@@ -124,6 +124,25 @@ def test_momentum_without_damping_has_the_gradient_of_the_oracle(k):
     assert_gradients_close(found, expected, 1e-10, 1e-13)
 
 
+class FromRest(Streams):
+    """The input is the first position, and the first velocity is zero: no gradient leads from it."""
+
+    def first(self, x):
+        return x, torch.zeros_like(x)
+
+
+@pytest.mark.parametrize("k", range(LINKS))
+def test_the_first_step_from_rest_is_a_link(k):
+    def position(state):
+        return probe_loss(state[0])
+
+    model, x = FromRest(momentum, 0), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    _, found, (record,) = capture(model, (x,), position).gradients(options(iterations=k, min_length=2))
+    _, expected = reference_gradients(retold(model), (x,), position, k)
+    assert (record.length, record.decision) == (LINKS, "rewritten")
+    assert_gradients_close(found, expected, 1e-10, 1e-13)
+
+
 @pytest.mark.parametrize("step", [gated, momentum])
 def test_what_a_step_begins_with_is_left_open_but_not_what_it_comes_to(step):
     """The error falls with k. Only when paths may cross every block is it down to rounding."""
