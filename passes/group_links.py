@@ -31,6 +31,7 @@ from hwbp_compiler.graph.program import (
     inner_additions,
     is_heavy,
     references,
+    root_of,
 )
 from hwbp_compiler.graph.rules import dtype_of, form_of, rule_of, shape_of
 from hwbp_compiler.graph.wiring import Pattern
@@ -269,9 +270,21 @@ def _tail(info: GraphInfo, group: Group, chain: Chain, tainted: set[int]) -> Pro
     for exports in (apart, ahead) if len(group.lanes) > 1 and len(ahead) < len(apart) else (apart,):
         if 0 < len(exports) < len(group.exports):
             found = _tail_with(info, group, chain, tainted, exports)
-            if found is not None and not found.outputs:
+            if found is not None and not found.outputs and (exports is apart or _adds_to_others(group, found, exports)):
                 return found
     return None
+
+
+def _adds_to_others(group: Group, found: Program, exports: list[int]) -> bool:
+    """Whether ``found`` and the links of ``group`` use the same weights: what they give to these is added up. Without
+    the products on the way to its outputs, a step would otherwise look like any layer that ends like a block.
+    """
+    pairs = [(found.raw[i], group.programs[0].raw[i]) for i in exports if _heavy_within(group.template, i)]
+    return any(a is not None and b is not None and root_of(a) is root_of(b) for a, b in pairs)
+
+
+def _heavy_within(program: Program, i: int) -> bool:
+    return any(_is_product(program, c) for c in closure(program, i))
 
 
 def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], exports: list[int]) -> Program | None:

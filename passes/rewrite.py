@@ -28,7 +28,7 @@ from hwbp_compiler.engine.solve import Highway, solve
 from hwbp_compiler.engine.solve_graph import GraphSeries
 from hwbp_compiler.engine.stacking import Stacker, StackPlan
 from hwbp_compiler.graph.chain import Chain, Group
-from hwbp_compiler.graph.program import INPUT, External, Program, has_block, inputs_of, references, sum_terms
+from hwbp_compiler.graph.program import INPUT, External, Program, has_block, inputs_of, references, root_of, sum_terms
 from hwbp_compiler.options import Truncation
 
 from .group_links import inner_sums
@@ -246,7 +246,7 @@ class _ChainRewriter:
             if i in last.remainders:
                 own = [last.raw[ref.id] for ref in references(last.statements[i].args)]
                 value = self.e.call(aten.select.int, rows[component], 0, 0)
-                self._add_to(_root_of(last.remainders[i][0]), value, own, done)
+                self._add_to(root_of(last.remainders[i][0]), value, own, done)
 
     def _inside(self) -> set[Node]:
         inside: set[Node] = set()
@@ -305,18 +305,11 @@ def _accumulation(nodes: list[Node]) -> Node | None:
     """The root of the single addition tree in which all ``nodes`` are single-use terms."""
     if len(nodes) < 2:
         return None
-    root = _root_of(nodes[0])
+    root = root_of(nodes[0])
     if root is nodes[0]:
         return None
     terms = sum_terms(root)
     return root if set(nodes) <= set(terms) and len(set(nodes)) == len(nodes) else None
-
-
-def _root_of(node: Node) -> Node:
-    """The last of the single-use additions that ``node`` is a term of."""
-    while len(node.users) == 1 and (user := next(iter(node.users))).target is aten.add.Tensor and not user.kwargs:
-        node = user
-    return node
 
 
 def _has_additive(args: tuple[Any, ...]) -> bool:

@@ -205,6 +205,15 @@ def test_readings_of_a_skip_are_sound_and_all_compute_the_model():
     assert count > 5
 
 
+@pytest.mark.parametrize("block", ["sized", "in_place", "pool", "attention"])
+def test_a_layer_before_the_blocks_that_looks_like_their_last_layer_is_no_link(block):
+    """It was counted, so that segments began in the wrong places."""
+    spec = Model(stacks=(Stack(blocks=(block,)),), batch=1, length=3, stem=True, input_grad=False)
+    settings = Setting(0, 0.0), Setting(0, 0.0, segment=2), Setting(1, 0.2)
+    for verdict, records in check(spec, settings):
+        assert verdict.rewritten == (True,) and [record.length for record in records] == [3]
+
+
 def test_a_part_of_a_state_of_symbolic_sizes():
     """The chain was silently passed over, because a mask was made only if every size is a number."""
     model = Model(

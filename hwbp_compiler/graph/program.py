@@ -146,6 +146,13 @@ def sum_terms(root: Node, leaves: Iterable[Node] = ()) -> list[Node]:
     return terms
 
 
+def root_of(node: Node) -> Node:
+    """The last of the single-use additions that ``node`` is a term of."""
+    while len(node.users) == 1 and (user := next(iter(node.users))).target is ADD and not user.kwargs:
+        node = user
+    return node
+
+
 def inner_additions(root: Node) -> set[Node]:
     """The single-use additions that are parts of the sum ``root``."""
     found: set[Node] = set()
