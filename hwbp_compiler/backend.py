@@ -39,6 +39,7 @@ from .torch_private import (
 )
 
 if TYPE_CHECKING:
+    from .auto.changes import Changes
     from .auto.forms import Checks
     from .rolled.recurrence import Recurrence
 
@@ -65,8 +66,8 @@ def highway(
         return compiled_in_one_form(gm, example_inputs, ours, given)
     source = Source.of(gm, example_inputs)
 
-    def compile(gm: torch.fx.GraphModule, inputs: list[Any], options: Options, **looking: Any) -> Callable[..., Any]:
-        return compiled_in_one_form(gm, inputs, options, given, **looking)
+    def compile(gm: torch.fx.GraphModule, inputs: list[Any], options: Options, **how: Any) -> Callable[..., Any]:
+        return compiled_in_one_form(gm, inputs, options, given, **how)
 
     return Variants(source, gm, example_inputs, ours, compile)
 
@@ -76,9 +77,11 @@ def compiled_in_one_form(
     example_inputs: list[Any],
     ours: Options,
     given: Mapping[str, Any],
-    checks: Callable[[Options, Prepared], Checks] | None = None,
+    looking: Callable[[Options, Prepared], Checks | Changes] | None = None,
 ) -> Callable[..., Any]:
-    """Compile one form of ``gm`` and change ``gm`` on the way. ``checks`` makes it the form that compares gradients."""
+    """Compile one form of ``gm`` and change ``gm`` on the way. ``looking`` gives what measures something in its
+    backward pass.
+    """
     patches = keeping_pieces(given)
     loops: Sequence[Recurrence] = ()
     try:
@@ -96,8 +99,8 @@ def compiled_in_one_form(
         return compile_fx(gm, example_inputs, patches)
     if ddp_cuts_graphs():
         _warn_of_cuts()
-    checking = None if checks is None else checks(ours, prepared)
-    rewrite = HighwayPass(ours, prepared.records) if checking is None else checking.highway
+    measuring = None if looking is None else looking(ours, prepared)
+    rewrite = HighwayPass(ours, prepared.records) if measuring is None else measuring.highway
     rewriting = {**patches, "joint_custom_pre_pass": in_sequence(*user_joint_passes(patches), rewrite)}
     how: dict[str, Any] = {}
     if any(isinstance(value, torch.SymInt) for value in example_inputs) and "layout_optimization" not in given:
@@ -106,8 +109,8 @@ def compiled_in_one_form(
         how["inner_compile"] = without_layout_optimization(
             lambda: any(r.decision == "rewritten" for r in rewrite.records)
         )
-    if checking is not None:
-        how["inner_compile"] = checking.inner_compile(how.get("inner_compile"))
+    if measuring is not None:
+        how["inner_compile"] = measuring.inner_compile(how.get("inner_compile"))
     try:
         return compile_fx(gm, example_inputs, rewriting, **how)
     except (HighwayError, *CONTROL_FLOW):
@@ -117,8 +120,8 @@ def compiled_in_one_form(
         if ours.strict:
             raise as_highway_error("compiling the rewritten graph failed", error, f"{UNCHANGED} if it can") from error
         take_back(rewrite.records)
-        if checking is not None:
-            checking.give_up()
+        if measuring is not None:
+            measuring.give_up()
         return _less_compiled(prepared.plain, example_inputs, patches, loops, error)
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import inf
 from numbers import Integral, Real
 from typing import Any, Literal, NoReturn
@@ -30,11 +30,13 @@ class Truncation:
         iterations: k, fewer than ordinary backprop needs.
         damping: gamma, from 0 to 1.
         segment: S, links per segment.
+        watched: whether the last iteration's change of w is measured (:mod:`hwbp_compiler.engine.watch`).
     """
 
     iterations: int
     damping: float = 0.0
     segment: int = 1
+    watched: bool = field(default=False, repr=False)
 
     def segments(self, length: Any) -> Any:
         """C, the number of segments in a chain of ``length`` links. It is a symbol if ``length`` is one. The segment
@@ -106,6 +108,8 @@ class Options:
     rewrite: Literal["profitable", "always", "never"] = "profitable"
     min_length: int = 4
     strict: bool = False
+    # Set by ``at``, never by a user. It is shown, so that it is part of the key in torch.compile's caches.
+    watched: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -134,7 +138,7 @@ class Options:
         """The options by name, for display. Options that have no effect are left out: those that only "auto" reads
         if nothing is "auto", the memory limit if there is none, and ``reroll`` if it has its default.
         """
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found = {name: getattr(self, name) for name in _DEFAULTS}
         unread = set() if self.auto else {"target_cosine", "check_every"}
         unread |= {"max_extra_memory"} if self.max_extra_memory is None else set()
         unread |= {"reroll"} if self.reroll == "auto" else set()
@@ -164,13 +168,15 @@ class Options:
         """k, gamma and S, if none of them is "auto". ("exact" gives k = 0 here, which is never used.)"""
         assert not self.auto
         iterations = self.iterations if isinstance(self.iterations, int) else 0
-        return Truncation(iterations, self.damping, self.segment)  # type: ignore[arg-type]
+        return Truncation(iterations, self.damping, self.segment, self.watched)  # type: ignore[arg-type]
 
-    def at(self, how: Truncation) -> Options:
+    def at(self, how: Truncation, *, watched: bool = False) -> Options:
         """These options with the numbers of ``how`` in place of "auto". The options that control the choice return to
-        their defaults.
+        their defaults. If ``watched``, the compiled form also measures what its last iteration changes.
         """
-        return replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping, **_HOW_TO_CHOOSE)
+        found = replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping, **_HOW_TO_CHOOSE)
+        object.__setattr__(found, "watched", watched)
+        return found
 
     def in_numbers(self) -> Options:
         """These options with k = 4 and the paper's other values in place of "auto", for callers that need a single
@@ -252,7 +258,10 @@ _ITERATIONS = [0, 1, 2, 4]
 # The class that ``parse`` instantiates. Tests replace it with one that writes out more rounds.
 made_by: ContextVar[type[Options]] = ContextVar("made_by", default=Options)
 
-_DEFAULTS = {field.name: field.default for field in fields(Options)} | {"segment": "auto", "damping": "auto"}
+_DEFAULTS = {field.name: field.default for field in fields(Options) if field.init} | {
+    "segment": "auto",
+    "damping": "auto",
+}
 
 
 def parse(options: Mapping[str, Any] | None, mode: str | None = None) -> tuple[Options, dict[str, Any]]:

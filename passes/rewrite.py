@@ -102,6 +102,7 @@ class _ChainRewriter:
                 iterations=how.iterations,
                 damping=how.damping,
                 before_scan=lambda t: self._section(f"w^{t}: one scan along the highway"),
+                watched=how.watched,
             )
         # The tail counts as a link of its segment, although no row of W is before it.
         cut = Cut.of(self.chain.length, how.segment, outside=self.chain.length - self.links)
@@ -112,6 +113,7 @@ class _ChainRewriter:
         return solve_segments(
             series, highway, cut, runs, how.iterations, how.damping,
             before_scan=lambda t: self._section(f"e^{t}: one scan along the highway{' across segments' if t else ''}"),
+            watched=how.watched,
         )  # fmt: skip
 
     def _section(self, title: str, group: int | None = None) -> None:

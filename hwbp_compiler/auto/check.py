@@ -19,14 +19,16 @@ from torch.fx import Graph, Node
 from hwbp_compiler import passes
 from hwbp_compiler.cost.devices import COMPILE_NODE
 from hwbp_compiler.cost.ladder import Rung, ladder, saved
+from hwbp_compiler.engine.watch import last_change
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.graph.info import is_tangent
 from hwbp_compiler.graph.record import ChainRecord
 from hwbp_compiler.joint_pass import HighwayPass, warn_once
 from hwbp_compiler.options import Options, Truncation
 
-from .measured import Check, Sums
+from .measured import Check, Sums, relative
 from .merge import Merging
+from .observe import copied, first_gradient, observe_with
 
 # A form is worth compiling if that takes no longer than the form saves in so many steps.
 STEPS = 1000
@@ -36,8 +38,7 @@ _CHUNK = 1 << 22  # how many numbers are held in float64 at a time
 library = torch.library.Library("highway", "FRAGMENT")
 tags = (torch.Tag.pt2_compliant_tag,)
 library.define("moments(Tensor exact, Tensor other) -> Tensor", tags=tags)
-library.define("observe(Tensor gradient, Tensor[] moments) -> Tensor", tags=tags)
-moments, observe = torch.ops.highway.moments.default, torch.ops.highway.observe.default
+moments = torch.ops.highway.moments.default
 
 
 def _moments(exact: Tensor, other: Tensor) -> Tensor:
@@ -51,12 +52,9 @@ def _moments(exact: Tensor, other: Tensor) -> Tensor:
 
 
 library.impl("moments", _moments, "CompositeExplicitAutograd")
-# Normally ``halves`` handles this operator. It runs only if something else executes the graph (compiled autograd).
-library.impl("observe", lambda gradient, _: gradient.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "highway::moments", lambda exact, other: exact.new_empty(3, dtype=torch.float64), lib=library
 )
-torch.library.register_fake("highway::observe", lambda gradient, _: torch.empty_like(gradient), lib=library)
 
 
 @dataclass
@@ -93,6 +91,7 @@ class CheckedPass(HighwayPass):
     names: tuple[str, ...] = field(default=(), compare=False, repr=False)
     rungs: list[Rung] = field(default_factory=list, init=False, compare=False, repr=False)
     compared: list[_Approximate] = field(default_factory=list, init=False, compare=False, repr=False)
+    watched: list[int] = field(default_factory=list, init=False, compare=False, repr=False)
 
     def __call__(self, graph: Graph) -> None:
         if not any(is_tangent(node) for node in graph.nodes):
@@ -105,7 +104,7 @@ class CheckedPass(HighwayPass):
             found = ladder([*self.loops, *self.records])
         if not found:
             return
-        adding = _Adding(graph, self.compared)
+        adding = _Adding(graph, self.compared, self.watched)
         for rung in found:
             try:
                 self._add(adding, rung, untouched)
@@ -118,7 +117,7 @@ class CheckedPass(HighwayPass):
         adding.finish()
 
     def _add(self, adding: _Adding, rung: Rung, untouched: Graph) -> None:
-        options = self.options.at(rung.how)
+        options = self.options.at(rung.how, watched=not self.given)
         nodes = len(untouched.nodes)
         other, loops = (copied(untouched), ()) if self.retraced is None else self.retraced(options)
         origins = _Origins()
@@ -141,7 +140,11 @@ class CheckedPass(HighwayPass):
         wanted = any(parameters[a.position] for a in self.compared if a.position < len(parameters))
         totals, chains, single, before, above = ([Sums() for _ in self.rungs] for _ in range(5))
         named = self.names if len(self.names) == len(parameters) else ()
-        for entry, tensor in zip(self.compared, values, strict=True):
+        compared, changes = values[: len(self.compared)], values[len(self.compared) :]
+        last = [nan for _ in self.rungs]
+        for rung, change, size in zip(self.watched, changes[::2], changes[1::2], strict=True):
+            last[rung] = relative(change.item(), size.item())
+        for entry, tensor in zip(self.compared, compared, strict=True):
             going_on = upstream[entry.position] and not entry.change
             if wanted and not parameters[entry.position] and not going_on:
                 continue
@@ -165,6 +168,7 @@ class CheckedPass(HighwayPass):
             [_change(now, then) for now, then in zip(totals, before, strict=True)],
             [rung.saves for rung in self.rungs],
             [sums.all for sums in above],
+            last,
         )
 
 
@@ -183,22 +187,25 @@ def _talks_to_others(graph: Graph) -> bool:
 class _Adding:
     """Adds the gradients of other forms to ``graph``, and the comparison with the exact ones."""
 
-    def __init__(self, graph: Graph, compared: list[_Approximate]) -> None:
-        self.graph, self.compared = graph, compared
+    def __init__(self, graph: Graph, compared: list[_Approximate], watched: list[int]) -> None:
+        self.graph, self.compared, self.watched = graph, compared, watched
         self.merging = Merging(graph)
         self.output = graph.output_node()
         self.results: list[Any] = list(self.output.args[0])  # type: ignore[arg-type]
         self.exact = list(self.results)
-        inputs = [node for node in graph.find_nodes(op="placeholder") if not is_tangent(node)]
-        self.first = len(self.results) - len(inputs)  # position of the first gradient; there is one per input
+        self.first = first_gradient(graph)
         self.moments: list[Node] = []
+        self.changes: list[Node] = []  # two numbers for each entry of ``watched``
         self.before: dict[tuple[int, float], list[Any]] = {}  # by S and gamma: the last form added
 
     def add(self, rung: int, how: Truncation, other: Graph, origins: _Origins, hand_out: bool) -> bool:
         """Add a form. Return whether any of its gradients is not exact."""
         compared = len(self.compared)
+        change = last_change(other) or ()
         theirs: list[Any] = list(other.output_node().args[0])  # type: ignore[arg-type]
+        other.output_node().args = ((*theirs, *change),)
         merged = self.merging.add(other)
+        merged, change = merged[: len(theirs)], tuple(merged[len(theirs) :])
         less = self.before.get((how.segment, how.damping))
         self.before[how.segment, how.damping] = merged
         for at in range(self.first, len(self.exact)):
@@ -214,7 +221,11 @@ class _Adding:
                 self._compare(less[at], mine, _Approximate(rung, at - self.first, chains, change=True))
             if hand_out:
                 self.results[at] = mine
-        return len(self.compared) > compared
+        differs = len(self.compared) > compared
+        if differs and change:
+            self.watched.append(rung)
+            self.changes += change
+        return differs
 
     def _compare(self, one: Node, other: Node, what: _Approximate) -> None:
         with self.graph.inserting_before(self.output):
@@ -229,14 +240,10 @@ class _Adding:
             return torch.empty(3, dtype=torch.float64, device=device)
 
     def finish(self) -> None:
-        """Make one gradient depend on the comparison, because the partitioner would otherwise drop it."""
-        place = next((i for i in range(self.first, len(self.results)) if isinstance(self.results[i], Node)), None)
-        if self.moments and place is not None:
-            gradient = self.results[place]
-            with self.graph.inserting_before(self.output):
-                self.results[place] = self.graph.call_function(observe, (gradient, self.moments))
-            self.results[place].meta["val"] = gradient.meta["val"]
+        """Make one gradient depend on the comparison."""
+        if self.moments:
             self.output.args = (tuple(self.results),)
+            observe_with(self.graph, [*self.moments, *self.changes])
         self.graph.lint()
 
 
@@ -268,10 +275,3 @@ class _Origins:
             todo += [n for n in node.all_input_nodes if n not in seen]
             seen.update(node.all_input_nodes)
         return tuple(found)
-
-
-def copied(graph: Graph) -> Graph:
-    """A copy that belongs to the same module."""
-    made = Graph(graph.owning_module)
-    made.output(made.graph_copy(graph, {})).meta.update(graph.output_node().meta)
-    return made

@@ -18,9 +18,11 @@ from hwbp_compiler.options import Options, Truncation
 from hwbp_compiler.prepare import Prepared, prepare
 from hwbp_compiler.torch_private import CONTROL_FLOW, CustomGraphPass, compile_fx, compile_fx_inner
 
-from .check import CheckedPass, copied
+from .changes import Changes
+from .check import CheckedPass
 from .halves import CheckedHalves
 from .measured import Check
+from .observe import copied
 from .source import Guards, Source
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class Forms:
     def __init__(self, source: Source, compile: Compile) -> None:
         self.source, self.compile = source, compile
         self.made: dict[Options, tuple[Callable[..., Any], Guards] | None] = {}
+        self.changes: dict[Options, Changes] = {}  # of the forms that are watched
 
     def keep(self, options: Options, form: Callable[..., Any]) -> None:
         """Keep a form that Dynamo's own compilation made. Dynamo checks its guards."""
@@ -63,16 +66,18 @@ class Forms:
         assert found is not None
         return found[0](*values)
 
-    def late(self, options: Options, checks: Checks | None = None) -> tuple[Callable[..., Any], Guards]:
+    def late(self, options: Options, looking: Checks | Changes | None = None) -> tuple[Callable[..., Any], Guards]:
         """Compile after Dynamo has finished. Also return the guards on sizes."""
-        how = {} if checks is None else {"checks": checks.of}
+        how = {} if looking is None else {"looking": looking.of}
         with self.source.guarded() as guards:
             form = self.source.compiled(lambda module, inputs: self.compile(module, inputs, options, **how))
         return form, guards
 
     def _compiled(self, options: Options) -> tuple[Callable[..., Any], Guards] | None:
+        if options.watched:
+            self.changes[options] = Changes()
         try:
-            return self.late(options)
+            return self.late(options, self.changes.get(options))
         except (HighwayError, *CONTROL_FLOW):
             raise
         except Exception as error:

@@ -13,9 +13,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from hwbp_compiler.errors import first_line
 from hwbp_compiler.torch_private import random_as_compiled, without_autocast
 
-from .check import CheckedPass, observe
+from .check import CheckedPass
 from .measured import Check
 from .merge import changes_its_argument
+from .observe import observe
 
 log = logging.getLogger(__name__)
 

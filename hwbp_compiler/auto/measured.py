@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 from hwbp_compiler.options import Truncation
 
@@ -43,6 +44,7 @@ class Check:
                 same S and gamma, relative to the exact norm; nan if there is none
     saves       per form, seconds per step that the cost model expects it to save
     upstream    per form, over the gradients that go on to earlier graphs
+    last_changes  per form, |w^k - w^{k-1}| / |w^k| over all chains; nan if it was not measured, as for k = 0
     used        the form that trains; None for exact backprop
     """
 
@@ -53,6 +55,7 @@ class Check:
     changes: list[float] = field(default_factory=list)
     saves: list[float] = field(default_factory=list)
     upstream: list[Compared] = field(default_factory=list)
+    last_changes: list[float] = field(default_factory=list)
     used: Truncation | None = None
 
     @property
@@ -62,6 +65,11 @@ class Check:
             a.cosine if b.cosine != b.cosine else least(a.cosine, b.cosine)
             for a, b in zip(self.total, self.upstream, strict=True)
         ]
+
+
+def relative(change: float, size: float) -> float:
+    """|w^k - w^{k-1}| / |w^k| from the two squares; nan if either is not finite, or w is zero."""
+    return float((change / size) ** 0.5) if size and isfinite(change) and isfinite(size) else float("nan")
 
 
 def least(a: float, b: float) -> float:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 # If no rung is good enough, checks become rarer, by up to this factor.
 _RAREST = 16
+
+# The last change of w differs from batch to batch. Growth by less than this factor is no jump.
+_NOISE = 1.25
+
+# At most this many checks between two regular ones are brought forward.
+_SOONER = 4
 
 
 @dataclass
@@ -16,6 +23,7 @@ class Policy:
     rungs    how many there are besides exact backprop
     target   the lowest cosine of a form in use
     every    steps from one check to the next
+    iterations  k of each rung
     shared   several modules take turns: checks then hit different modules, and the policy never moves to a cheaper
              form, because a check sees only one of the modules
     """
@@ -23,6 +31,7 @@ class Policy:
     rungs: int
     target: float
     every: int
+    iterations: Sequence[int] = ()
     position: int = field(init=False)
     until_check: int = field(default=0, init=False)
     rarer: int = field(default=1, init=False)
@@ -31,6 +40,9 @@ class Policy:
     checks: int = field(default=0, init=False)
     lost: set[int] = field(default_factory=set, init=False)
     shared: bool = field(default=False, init=False)
+    jump: float = field(default=inf, init=False)
+    caution: float = field(default=1.0, init=False)
+    early: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.position = self.rungs
@@ -61,8 +73,32 @@ class Policy:
         self.until_check = self._steps_to_come()
         return True
 
-    def observe(self, cosines: Sequence[float]) -> None:
-        """Record the cosine that a check measured for every rung; nan if it measured none."""
+    def notice(self, change: float) -> bool:
+        """Record how much the last iteration changed w in a step, |w^k - w^{k-1}| / |w^k|. Return whether that brings
+        the next check forward.
+        """
+        sooner = self.every // _SOONER + self.until_check - self._steps_to_come() - 1
+        if not change > self.jump or sooner >= self.until_check:
+            return False
+        self.until_check, self.jump, self.early = max(sooner, 0), inf, True
+        return True
+
+    def _what_is_a_jump(self, rung: int, cosine: float, change: float) -> float:
+        """Up to which change the cosine is expected to stay above the target.
+
+        An iteration multiplies what is still missing by about the same factor, so that the last change is about its
+        k-th power, and the relative error its (k + 1)-th. 1 - cosine is about half the square of the error.
+        """
+        if not (change > 0 and cosine == cosine):
+            return inf
+        k = self.iterations[rung]
+        room = ((1 - self.target) / (1 - cosine)) ** (k / (2 * (k + 1))) if cosine < 1 else inf
+        return change * max(room, _NOISE**self.caution)
+
+    def observe(self, cosines: Sequence[float], changes: Sequence[float] = ()) -> None:
+        """Record the cosine that a check measured for every rung, and how much the last iteration changed w; nan if it
+        measured none.
+        """
         self.waiting, self.missed = False, 0
         self.checks += 1
         usable = [i for i in range(self.rungs) if i not in self.lost]
@@ -75,7 +111,12 @@ class Policy:
         else:
             cheaper = [i for i in usable if i < self.position and cosines[i] >= self.downhill]
             good = cheaper or [self.position]
+        # A check that came early in vain makes the next one less likely to come early.
+        self.caution = 1.0 if not here >= self.target else self.caution * (2.0 if self.early else 0.5)
+        self.caution, self.early, self.jump = max(self.caution, 1.0), False, inf
         self.position = min(good, default=self.exact)
+        if self.position < self.rungs and changes:
+            self.jump = self._what_is_a_jump(self.position, cosines[self.position], changes[self.position])
         self.rarer = min(2 * self.rarer, _RAREST) if self.position == self.exact else 1
         self.until_check = self._steps_to_come()
 

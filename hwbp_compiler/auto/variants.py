@@ -48,7 +48,7 @@ class Variants:
     def _compile(self, module: GraphModule, inputs: list[Any], options: Options, compile: Compile) -> None:
         if options.auto:
             checks = Checks(self.forms, lambda found: None)
-            compiled = compile(module, inputs, options, checks=checks.of)
+            compiled = compile(module, inputs, options, looking=checks.of)
             if checks.rungs:
                 self.steps[options, None] = Automatic(self.forms, options, checks, compiled)
                 return
@@ -133,8 +133,9 @@ class Automatic:
         self.owner: int | None = None
         self.rungs = [rung.how for rung in checks.rungs]
         # Computed once: constructing options validates them, which takes longer than the rest of a call.
-        self.exact, self.at = options.exactly(), [options.at(how) for how in self.rungs]
-        self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every)
+        self.exact, self.at = options.exactly(), [options.at(how, watched=True) for how in self.rungs]
+        steps = [how.iterations for how in self.rungs]
+        self.policy = Policy(len(self.rungs), options.target_cosine, options.check_every, steps)
         self._arrived: list[Callable[[], Check] | None] = []
         checks.seen = self._arrived.append
 
@@ -145,6 +146,7 @@ class Automatic:
             return self.forms.run(exact, values, otherwise)
         self._look_for_others(values)
         self._take()
+        self._watch()
         if otherwise is not None and self.policy.checks_now():
             try:
                 return self.checked(*values)
@@ -177,6 +179,7 @@ class Automatic:
     def _take(self) -> None:
         """Process what checks have found since the last step. The host waits for the device here, once per check."""
         worst: list[float] = []
+        changes: list[float] = []
         while self._arrived:
             found = self._arrived.pop(0)
             if found is None:
@@ -188,12 +191,25 @@ class Automatic:
             cosines = check.worst
             if any(cosine == cosine for cosine in cosines):  # several calls in one step: the worst counts
                 worst = list(map(least, worst, cosines)) if worst else cosines
+                changes = list(map(max, changes, check.last_changes)) if changes else check.last_changes
             elif not worst:
                 self.policy.nothing_seen()
         if worst:
             before = self.policy.position
-            self.policy.observe(worst)
+            self.policy.observe(worst, changes)
             self._tell(before, worst)
+            for watched in self.forms.changes.values():
+                watched.forget()
+
+    def _watch(self) -> None:
+        """Process what the form in use has measured in the steps since."""
+        position = self.policy.position
+        if position == self.policy.exact or (watched := self.forms.changes.get(self.at[position])) is None:
+            return
+        for change in watched.take():
+            if self.policy.notice(change):
+                count("checks_brought_forward")
+                log.debug("the last iteration changes w by %.3g of its norm: the next check comes sooner", change)
 
     def _tell(self, before: int, cosines: list[float]) -> None:
         measured = ", ".join(f"{c:.4f} at {how}" for how, c in zip(self.rungs, cosines, strict=True))

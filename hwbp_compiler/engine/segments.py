@@ -107,8 +107,11 @@ def solve_segments(
     iterations: int,
     damping: float,
     before_scan: Callable[[int], Any] = lambda iteration: None,
+    watched: bool = False,
 ) -> list[T]:
-    """Rows 0..L of w per component. ``before_scan(t)`` is called before the scan that gives e^t."""
+    """Rows 0..L of w per component. ``before_scan(t)`` is called before the scan that gives e^t. If ``watched``, e^k is
+    marked with e^{k-1}.
+    """
     width = len(highway.order)
     rows = solve(series, highway, lambda _, rows: [None] * width, 0, damping, before_scan)
     ends = [series.ends(r, cut) for r in rows]
@@ -121,7 +124,9 @@ def solve_segments(
         for (to, source), product in across.k.items():
             values[to] = outer.add(values[to], outer.scaled(before[source], product, -1.0))
         before_scan(t)
-        ends = scan_along(outer, across, values)
+        last, ends = ends, scan_along(outer, across, values)
+    if iterations and watched:
+        ends = list(map(series.marked, ends, last))
     return runs.through(ends)
 
 

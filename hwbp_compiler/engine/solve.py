@@ -49,6 +49,10 @@ class Series(Protocol[T]):
         """Rows 0..L with ``head`` as the last: row i is values i plus ``keep`` k of link i + 1 times row i + 1."""
         ...
 
+    def marked(self, rows: T, before: T, /) -> T:
+        """``rows``, marked as what the last iteration made of ``before`` (:mod:`.watch`)."""
+        ...
+
 
 @dataclass(frozen=True)
 class Highway(Generic[T]):
@@ -73,22 +77,25 @@ def solve(
     iterations: int,
     damping: float,
     before_scan: Callable[[int], Any] = lambda iteration: None,
+    watched: bool = False,
 ) -> list[T]:
     """Rows 0..L of w^k per component, k = ``iterations``.
 
     ``blocks(t, rows)`` applies J to all links at once in iteration t. It returns one row per link and component; None
-    means zero. ``before_scan(t)`` is called before the scan that gives w^t.
+    means zero. ``before_scan(t)`` is called before the scan that gives w^t. If ``watched``, the result is marked with
+    w^{k-1}.
     """
     nothing: list[T | None] = [None] * len(highway.order)
     before_scan(0)
     rows = scan_along(series, highway, nothing, damping)
+    before: list[T] | None = None
     for t in range(1, iterations + 1):
         found = blocks(t, rows)
         if all(block is None for block in found) and not damping:
             break  # no block at all (a diagonal recurrence): exact without iterations
         before_scan(t)
-        rows = scan_along(series, highway, found, damping, rows)
-    return rows
+        before, rows = rows, scan_along(series, highway, found, damping, rows)
+    return rows if before is None or not watched else list(map(series.marked, rows, before))
 
 
 def scan_along(

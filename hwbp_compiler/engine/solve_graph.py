@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from .emitter import Emitter
 from .segments import Cut
+from .watch import mark
 
 aten = torch.ops.aten
 
@@ -45,6 +46,9 @@ class GraphSeries:
 
     def scan(self, values: Node, k: Node | float, keep: float, head: Node) -> Node:
         return self.e.call(torch.ops.highway.linear_scan.default, values, self._multiplier(values, k, keep), True, head)
+
+    def marked(self, rows: Node, before: Node) -> Node:
+        return self.e.call(mark, rows, before)
 
     # -- cut into segments --------------------------------------------------------------------------------------
 

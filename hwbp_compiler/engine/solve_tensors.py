@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .segments import Cut
+from .watch import mark
 
 linear_scan = torch.ops.highway.linear_scan
 
@@ -39,6 +40,9 @@ class TensorSeries:
 
     def scan(self, values: Tensor, k: Tensor | float, keep: float, head: Tensor) -> Tensor:
         return linear_scan(values, multiplier(k if keep == 1.0 else k * keep, head), True, head)
+
+    def marked(self, rows: Tensor, before: Tensor) -> Tensor:
+        return mark(rows, before)
 
     # -- cut into segments --------------------------------------------------------------------------------------
 

@@ -95,7 +95,7 @@ def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Ten
     series = TensorSeries(z.shape[0] - 1, [last])
     if how.segment > 1:
         runs = LayerRuns(links, how.segment)
-        (w,) = solve_segments(series, highway, runs.cut, runs, how.iterations, damping)
+        (w,) = solve_segments(series, highway, runs.cut, runs, how.iterations, damping, watched=how.watched)
         return w, runs.of_first[0]
     into_first = torch.zeros_like(last)
 
@@ -106,7 +106,7 @@ def _truncated(links: Links, last: Tensor, how: Truncation) -> tuple[Tensor, Ten
         into_first = moved[0] + damping * z[0] * w[0] if damping else moved[0]
         return [moved[1:]]
 
-    (w,) = solve(series, highway, blocks, how.iterations, damping)
+    (w,) = solve(series, highway, blocks, how.iterations, damping, watched=how.watched)
     return w, into_first + (1 - damping) * z[0] * w[0]
 
 

@@ -86,7 +86,7 @@ def _truncated(links: Links, highway: Highway[Tensor], how: Truncation) -> tuple
     series = TensorSeries(f.shape[0] - 1, highway.heads)
     if how.segment > 1:
         runs = LayerRuns(links, how.segment)
-        w_h, w_e = solve_segments(series, highway, runs.cut, runs, how.iterations, damping)
+        w_h, w_e = solve_segments(series, highway, runs.cut, runs, how.iterations, damping, watched=how.watched)
         return w_h, w_e, *runs.of_first  # type: ignore[return-value]
     h_before_last, e_before_last = (torch.zeros_like(head) for head in highway.heads)  # w^{k-1}, at the first step
 
@@ -97,7 +97,7 @@ def _truncated(links: Links, highway: Highway[Tensor], how: Truncation) -> tuple
         moved = torch.mm(rows(_into_gates(into[1:], w_h[1:], w_e[1:])), links.weight).view(w_h[1:].shape)
         return [moved, q[:-1] * moved]
 
-    w_h, w_e = solve(series, highway, blocks, how.iterations, damping)
+    w_h, w_e = solve(series, highway, blocks, how.iterations, damping, watched=how.watched)
     first_h = torch.mm(_into_gates(into[:1], h_before_last[None], e_before_last[None])[0].flatten(1), links.weight)
     first_c = f[0] * w_e[0]
     if damping:

@@ -192,9 +192,10 @@ class _Backprop:
         highway = Highway(self.split.order, factors, [d[-1] for d in self.direct], self._before())
         if how.segment > 1 and (how.damping or self.link.backward.has_block):
             cut = Cut.of(self.length, how.segment)
-            return solve_segments(series, highway, cut, _Runs(self._step(), cut), how.iterations, how.damping)
+            runs = _Runs(self._step(), cut)
+            return solve_segments(series, highway, cut, runs, how.iterations, how.damping, watched=how.watched)
         return solve(
-            series, highway, blocks=lambda _, rows: self._blocks(rows), iterations=how.iterations, damping=how.damping
+            series, highway, lambda _, rows: self._blocks(rows), how.iterations, how.damping, watched=how.watched
         )
 
     def _before(self) -> list[Tensor]:
