@@ -249,11 +249,11 @@ def checks_of(
     arrived: list[Callable[[], Check] | None] = []
 
     def backend(module: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        def compile(module: GraphModule, inputs: list[Any], options: Options, **checks: Any) -> Callable[..., Any]:
-            return compiled_in_one_form(module, inputs, options, patches, **checks)
+        def compile(module: GraphModule, inputs: list[Any], options: Options, **how: Any) -> Callable[..., Any]:
+            return compiled_in_one_form(module, inputs, options, patches, **how)
 
         checking = Checks(Forms(Source.of(module, inputs), compile), arrived.append, tuple(given), progress=progress)
-        compiled = compile(module, inputs, ours, checks=checking.of)
+        compiled = compile(module, inputs, ours, looking=checking.of)
 
         def run(*values: Any) -> Any:
             keep(values)

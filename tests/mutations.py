@@ -52,6 +52,20 @@ MUTATIONS = [
         (f"{PROPERTIES}::test_as_many_iterations_as_links_are_backprop",),
     ),
     Mutation(
+        "the change is measured from the first w instead of the last but one",
+        "hwbp_compiler/engine/solve.py",
+        "before, rows = rows, scan_along",
+        "before, rows = before or rows, scan_along",
+        ("tests/test_auto_changes.py::test_the_change_is_that_of_the_oracles_w",),
+    ),
+    Mutation(
+        "the change across segments is measured from w itself",
+        "hwbp_compiler/engine/segments.py",
+        "ends = list(map(series.marked, ends, last))",
+        "ends = list(map(series.marked, ends, ends))",
+        ("tests/test_auto_changes.py::test_the_change_is_that_of_the_oracles_w",),
+    ),
+    Mutation(
         "damping leaves the block as it was",
         "hwbp_compiler/engine/solve.py",
         "if damping and rows is not None:",
