@@ -36,6 +36,7 @@ SUITES = {
     "loops": "loops",
     "segments": "segments",
     "auto": "auto",
+    "beyond": "beyond",
     "engines": "engines",
 }
 
