@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from numbers import Integral, Real
-from typing import Any, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch._inductor import list_mode_options, list_options
@@ -108,8 +109,7 @@ class Options:
     rewrite: Literal["profitable", "always", "never"] = "profitable"
     min_length: int = 4
     strict: bool = False
-    # Set by ``at``, never by a user. It is shown, so that it is part of the key in torch.compile's caches.
-    watched: bool = field(default=False, init=False)
+    watched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -175,8 +175,10 @@ class Options:
         their defaults. If ``watched``, the compiled form also measures what its last iteration changes.
         """
         found = replace(self, iterations=how.iterations, segment=how.segment, damping=how.damping, **_HOW_TO_CHOOSE)
-        object.__setattr__(found, "watched", watched)
-        return found
+        if not watched:
+            return found
+        kind: Any = type(self)
+        return _watched(kind)(**{name: getattr(found, name) for name in _DEFAULTS})
 
     def in_numbers(self) -> Options:
         """These options with k = 4 and the paper's other values in place of "auto", for callers that need a single
@@ -243,6 +245,12 @@ class Options:
         return float(value)
 
 
+@functools.cache
+def _watched(kind: Any) -> type[Options]:
+    """Options that are watched equal no others, and have another text, which is a key in torch.compile's caches."""
+    return type(f"Watched{kind.__name__}", (kind,), {"watched": True})
+
+
 def _is(value: Any, word: str) -> bool:
     """Equality that is safe for any ``value``: comparing an array, say, does not give a bool."""
     return isinstance(value, str) and value == word
@@ -258,7 +266,7 @@ _ITERATIONS = [0, 1, 2, 4]
 # The class that ``parse`` instantiates. Tests replace it with one that writes out more rounds.
 made_by: ContextVar[type[Options]] = ContextVar("made_by", default=Options)
 
-_DEFAULTS = {field.name: field.default for field in fields(Options) if field.init} | {
+_DEFAULTS = {field.name: field.default for field in fields(Options)} | {
     "segment": "auto",
     "damping": "auto",
 }
