@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import accuracy_report, auto_report, beyond_report, paper, segments_report
+from . import accuracy_report, auto_report, beyond_report, decisions_report, paper, segments_report
 from .against_exact import EXACT_RUNS, Claim, Duel, best_last, claim, duel, plot
 from .harness import ROOT, say
 from .rows import FOLDER, Row, by, doubtful, markdown, places, time
@@ -428,6 +428,10 @@ def auto() -> str | None:
     return auto_report.section(rows("auto"), FOLDER)
 
 
+def decided() -> str | None:
+    return decisions_report.section(rows)
+
+
 def beyond() -> str | None:
     return beyond_report.section(rows("beyond"))
 
@@ -663,6 +667,7 @@ PAGES = [
     Page("segments", "Quality and time against k and S, on trained models", segments),
     Page("auto", 'Trainings with the default options, `iterations="auto"`', auto),
     Page("beyond", "What else was tried: damping, Anderson, fitted steps, random k, an estimate of the error", beyond),
+    Page("decisions", "How often the cost model chose the faster form, and what errors cost", decided),
     Page("scan", "The scan against other implementations", scan),
     Page("engines", "Recurrent modules by formulas of their own, or as cells of the loop engine", engines),
     Page("pass", "How long the rewriting pass takes", compile_time),
