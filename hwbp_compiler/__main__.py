@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--errors", action="store_true", help="compare w^k with the exact gradient")
     explain.set_defaults(run=_explain)
     doctor = commands.add_parser("doctor", help="show versions, devices, compilers and caches")
+    doctor.add_argument(
+        "--probe", action="store_true", help="first measure the devices for a few seconds, for the cost model"
+    )
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -99,7 +102,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from . import doctor
 
-    return doctor.main()
+    return doctor.main(arguments.probe)
 
 
 class _Usage(Exception):

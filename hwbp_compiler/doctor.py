@@ -68,6 +68,16 @@ def _accelerators() -> tuple[str, bool]:
     return f"{', '.join(names)} (CUDA {torch.version.cuda})", True
 
 
+def _cost_model() -> tuple[str, bool]:
+    from .cost.probe import stored
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = stored(device)
+    if found is None:
+        return "reads a table of typical devices; doctor --probe measures this one", True
+    return f"reads what was measured here: {found}", True
+
+
 def _compiler() -> tuple[str, bool]:
     from .torch_private import get_cpp_compiler  # how Inductor itself chooses
 
@@ -135,6 +145,7 @@ _LOOKS: tuple[tuple[str, Callable[[], tuple[str, bool]]], ...] = (
     ("entry point", _entry_point),
     ("CPU", _cpu),
     ("accelerators", _accelerators),
+    ("cost model", _cost_model),
     ("C++ compiler", _compiler),
     ("linear_scan", _scan),
     ("triton", _triton),
@@ -144,7 +155,20 @@ _LOOKS: tuple[tuple[str, Callable[[], tuple[str, bool]]], ...] = (
 )
 
 
-def main() -> int:
+def probe() -> None:
+    """Measure the CPU and, if there is one, the GPU. The cost model reads the result from now on."""
+    from .cost.probe import keep
+    from .measure_device import measured
+
+    devices = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
+    for device in devices:
+        found = measured(device)
+        print(f"{device}: {found}\nwritten to {keep(device, found)}; delete the file to return to the table\n")
+
+
+def main(measuring: bool = False) -> int:
+    if measuring:
+        probe()
     found, well = text()
     print(found)
     print(f"\n{'All is well.' if well else 'Lines with !! need attention.'}")

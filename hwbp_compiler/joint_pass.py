@@ -12,6 +12,7 @@ import torch
 
 from . import passes
 from .cost.devices import cores
+from .cost.probe import digest
 from .counting import count
 from .digest import source_digest
 from .errors import HighwayError, first_line
@@ -81,10 +82,10 @@ class HighwayPass(CustomGraphPass):
             count(what)
 
     def uuid(self) -> str:
-        """Changes with every option, every source file of the package, the torch version, and the number of cores,
-        which the cost model reads.
+        """Changes with every option, every source file of the package, the torch version, the number of cores, and
+        what was measured on the devices: the cost model reads both.
         """
-        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()}"
+        return f"{source_digest()} {self.options} torch {torch.__version__} cores {cores()} {digest()}"
 
 
 def _readable(graph: torch.fx.Graph) -> str:

@@ -1,19 +1,22 @@
 """How fast devices are: the one table that the estimates read.
 
 :class:`Device` describes operators that a compiled graph calls one by one. :class:`Kernels` describes the kernels of
-recurrent modules and the tall products of their rewritten form. The numbers give the order of magnitude and are not
-measured on the machine at hand. Decisions need a clear gain, and ``rewrite="always"`` overrides them.
+recurrent modules and the tall products of their rewritten form. The numbers give the order of magnitude. Where the
+machine at hand was measured (:mod:`.probe`), its figures count instead. Decisions need a clear gain, and
+``rewrite="always"`` overrides them.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hwbp_compiler.graph.sizes import hint
+
+from .probe import Probe, stored
 
 # Seconds to compile a node of a joint graph: the right size on one core of a server CPU.
 COMPILE_NODE = 0.012
@@ -63,6 +66,30 @@ def device_figures(device: torch.device) -> Device:
     """Fitted to measurements on one kind of server core. The numbers for accelerators are round figures without
     measurements.
     """
+    table, found = _of_the_table(device), stored(device)
+    if found is None:
+        return table
+    if device.type != "cpu":
+        return replace(
+            table, flops=found.flops, bytes=found.bytes, launch=found.launch, piece=found.piece, step=found.step
+        )
+    by = found.relative_to(_FITTED_ON)
+    return replace(
+        table,
+        flops=table.flops * by.flops,
+        bytes=table.bytes * by.bytes,
+        launch=table.launch * by.launch,
+        piece=table.piece * by.piece,
+        step=table.step * by.step,
+    )
+
+
+# ``doctor --probe`` on the CPU that the table was fitted on. The table's figures are those that explain the times of
+# compiled code, and not what a probe measures. So another CPU's figures are the table's, times the ratio of the probes.
+_FITTED_ON = Probe(flops=78e9, bytes=16e9, launch=3.9e-6, piece=0.13e-6, step=2.1e-6)
+
+
+def _of_the_table(device: torch.device) -> Device:
     if device.type == "cpu":
         return Device(200e9, 8e9, 60e9, 2e-6, 1e-6, 6e-6, cores(), 3e-5, native=True)
     return Device(15e12, 1.0e12, 4.0e12, 6e-6, 1e-6, 6e-6)
@@ -96,6 +123,21 @@ class Kernels:
 
 
 def kernel_figures(kind: str, like: Tensor) -> Kernels:
+    """The table's figures. On a CPU that was measured, they change as those of :class:`Device` do."""
+    table, found = _kernels(kind, like), stored(like.device)
+    if found is None or like.device.type != "cpu":
+        return table
+    by = found.relative_to(_FITTED_ON)
+    return replace(
+        table,
+        flops=table.flops * by.flops,
+        run_flops=table.run_flops * by.flops,
+        bytes=table.bytes * by.bytes,
+        launch=table.launch * by.launch,
+    )
+
+
+def _kernels(kind: str, like: Tensor) -> Kernels:
     if like.device.type != "cpu":
         return _kernels_of_a_gpu(kind, like)
     flops, width = 150e9 * cores() * 4 / like.element_size(), like.element_size() / 4
