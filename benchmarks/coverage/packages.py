@@ -376,6 +376,7 @@ def lucidrains() -> Iterator[Case]:
         partial(drawn, 2, 6, 4),
         "two unfoldings a step, six steps",
         package="ncps",
+        single="its first state is always float32",
     )
     yield one(
         "CfC (package)",
