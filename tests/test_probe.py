@@ -59,10 +59,16 @@ def test_a_machine_that_is_twice_as_fast_in_one_thing_has_that_figure_doubled(fi
 
 def test_a_gpu_has_the_figures_that_were_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = Probe(3e13, 2e12, 5e-6, 1e-6, 7e-6)
     keep(GPU, found)
     figures = device_figures(GPU)
     assert (figures.flops, figures.bytes, figures.launch, figures.piece, figures.step) == tuple(asdict(found).values())
+
+
+def test_where_there_is_no_gpu_the_table_counts_for_its_code(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert stored(GPU) is None and device_figures(GPU) == devices._of_the_table(GPU)
 
 
 def test_code_compiled_before_a_probe_is_not_taken_from_a_cache_after_it():

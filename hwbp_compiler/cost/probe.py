@@ -47,7 +47,11 @@ class Probe:
 
 
 def stored(device: torch.device) -> Probe | None:
-    """What was measured on this kind of device and is on disk; None if nothing is, or if it cannot be read."""
+    """What was measured on this kind of device and is on disk; None if nothing is, or if it cannot be read. Code for a
+    GPU may be generated where there is none: nothing was measured then.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return None
     return _read(str(path(device)))
 
 
