@@ -28,6 +28,9 @@ def counters() -> dict[str, int]:
         Each key ``"declined: <reason>"`` counts the chains declined for this reason; it has the name of a member of
         :class:`hwbp_compiler.reasons.Reason` in lower case.
 
+    "auto" adds ``checks``, how often gradients were compared, and ``checks_brought_forward``, how many of these came
+    early because the last iteration changed w by more than before.
+
     A graph that torch.compile takes from its caches is not counted, because no pass runs.
     """
     return {**dict.fromkeys(NAMES, 0), **counter()}
