@@ -303,6 +303,10 @@ def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], e
         fits = told_by(info, group, chain)
         try:
             found = match_sides(template, state, sides, reached, info, tainted, fits) if fits else None
+            # Weights of its own, as any layer has: then only the forward pass tells a block from such a layer.
+            if found is not None and told_by is _shared and not _adds_to_others(group, found, exports):
+                fits = _wired(info, group, chain)
+                found = match_sides(template, state, sides, reached, info, tainted, fits) if fits else found
             break
         except Ambiguous:
             continue

@@ -7,10 +7,21 @@ import functools
 import pytest
 import torch
 
-from hwbp_compiler.testing import fuzz, generated, judge, models, routes, turns
+from hwbp_compiler.testing import (
+    assert_gradients_close,
+    fuzz,
+    generated,
+    judge,
+    models,
+    probe_loss,
+    reference_gradients,
+    routes,
+    turns,
+)
 from hwbp_compiler.testing.capture import capture, leaves_of, options
 from hwbp_compiler.testing.fuzz import Setting, check
 from hwbp_compiler.testing.models import Model, Recurrence, Stack, Streams
+from hwbp_compiler.testing.reference import Link, Program
 
 FOUND = {
     # The head was taken for a link with fewer blocks, and its own second block for a loss, so a part that must be cut
@@ -212,6 +223,43 @@ def test_a_layer_before_the_blocks_that_looks_like_their_last_layer_is_no_link(b
     settings = Setting(0, 0.0), Setting(0, 0.0, segment=2), Setting(1, 0.2)
     for verdict, records in check(spec, settings):
         assert verdict.rewritten == (True,) and [record.length for record in records] == [3]
+
+
+@pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize("input_grad", [True, False])
+@pytest.mark.parametrize("act", [torch.tanh, torch.relu, torch.clone])
+def test_a_layer_built_like_a_block_is_no_link_but_the_first_block_is(stem, input_grad, act):
+    """Both have weights of their own and the same backward pass. Only the forward pass tells them apart."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(6)).double()
+
+    def start(x):
+        return act(layers[5](x)) if stem else x
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers if stem else layers[:5]
+
+        def forward(self, x):
+            x = start(x)
+            for layer in layers[:5]:
+                x = x + act(layer(x))
+            return x
+
+    def retold(run, x):
+        blocks = [Link(lambda s, side, hold, m=m: ((s[0] + hold(act(m(s[0]))),), ())) for m in layers[:5]]
+        return run(blocks, (start(x),)).states[-1][0]
+
+    model, x = Net(), torch.randn(3, 4, dtype=torch.float64, requires_grad=input_grad)
+    captured = capture(model, (x,), probe_loss)
+    for k, segment in ((0, 1), (0, 2), (1, 2), (0, 4)):
+        _, found, (record,) = captured.gradients(options(iterations=k, segment=segment))
+        _, expected = reference_gradients(
+            Program(dict(model.named_parameters()), retold), (x,), probe_loss, k, segment=segment
+        )
+        assert (record.length, record.decision) == (5, "rewritten")
+        assert_gradients_close(found, expected, 1e-10, 1e-13)
 
 
 def test_a_part_of_a_state_of_symbolic_sizes():
