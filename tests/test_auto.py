@@ -627,14 +627,6 @@ def test_modules_that_share_a_graph_are_all_checked():
             assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
 
 
-@pytest.fixture
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 def test_what_goes_on_to_an_earlier_graph_counts_too(float64):
     """Parameters of an earlier graph train on a gradient that has crossed every link."""
     torch.manual_seed(2)

@@ -17,8 +17,10 @@ from hwbp_compiler.auto.changes import Changes
 from hwbp_compiler.auto.measured import relative
 from hwbp_compiler.auto.policy import Policy
 from hwbp_compiler.auto.variants import Automatic
-from hwbp_compiler.testing import reference_gradients
+from hwbp_compiler.testing import assert_gradients_close, reference_gradients
 from hwbp_compiler.testing.reference import Link, Program, keep
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 # -- the policy ---------------------------------------------------------------------------------------------------
 
@@ -167,7 +169,9 @@ def loss(y):
 
 
 def measured(model, x, monkeypatch, **options):
-    """The forms, the one in use, what a check measured for each, and what three steps measured for the one in use."""
+    """The forms, the one in use, what a check measured for each, and what three steps measured for the one in use. The
+    model's gradients are those of the last step.
+    """
     seen, used = [], []
     observe, notice = Policy.observe, Policy.notice
 
@@ -187,24 +191,20 @@ def measured(model, x, monkeypatch, **options):
         given = {"rewrite": "always", "segment": "auto", "target_cosine": 0.01, **options}
         compiled = torch.compile(model, backend="highway", options=given)
         for _ in range(5):
+            if isinstance(model, nn.Module):
+                model.zero_grad()
             loss(compiled(x)).backward()
     forms, (position, changes) = seen
     assert len(used) == 3
     return forms, position, changes, used
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("kind", [Blocks, Loop])
 @pytest.mark.parametrize("k, gamma", [(1, 0.0), (2, 0.3)])
 def test_the_change_is_that_of_the_oracles_w(kind, k, gamma, monkeypatch):
-    """Over all states; with segments over the last state of each. Checks and steps measure the same."""
+    """Over all states; with segments over the last state of each. Checks and steps measure the same, and the gradient
+    of the form that is watched is the oracle's.
+    """
     model, x = kind(), torch.randn(LENGTH, BATCH, WIDTH)
 
     def states(iterations, how):
@@ -218,6 +218,8 @@ def test_the_change_is_that_of_the_oracles_w(kind, k, gamma, monkeypatch):
         now, before = states(k, how), states(k - 1, how)
         assert change == pytest.approx(float((now - before).norm() / now.norm()), rel=1e-5)  # float32
     assert used == pytest.approx([changes[position]] * 3, rel=1e-5)
+    _, expected = reference_gradients(model.program(), (x,), loss, k, gamma, segment=forms[position].segment)
+    assert_gradients_close({name: p.grad for name, p in model.named_parameters()}, expected, 1e-10, 1e-13)
 
 
 def test_a_recurrent_module_measures_what_its_cell_does(monkeypatch):
@@ -260,13 +262,15 @@ def test_a_jump_in_training_is_followed_by_a_check(monkeypatch):
 
 def test_with_k_0_nothing_is_measured(monkeypatch):
     model, x = Blocks(), torch.randn(LENGTH, BATCH, WIDTH)
-    compiled = torch.compile(
-        model, backend="highway", options={"rewrite": "always", "iterations": 0, "segment": 4, "damping": "auto"}
-    )
+    options = {"rewrite": "always", "iterations": 0, "segment": 4, "damping": "auto", "target_cosine": 0.01}
+    compiled = torch.compile(model, backend="highway", options=options)
     seen = []
     monkeypatch.setattr(Policy, "notice", lambda self, change: seen.append(change))
     for _ in range(4):
+        model.zero_grad()
         loss(compiled(x)).backward()
+    exact = torch.autograd.grad(loss(model(x)), list(model.parameters()))
+    assert not all(torch.allclose(p.grad, e) for p, e in zip(model.parameters(), exact, strict=True))  # the form ran
     assert not seen
 
 

@@ -33,6 +33,13 @@ def test_a_chain_without_blocks_is_exact_either_way_and_tells_nothing():
     assert section(of()) is None
 
 
+def test_a_module_beside_which_only_pytorch_was_measured_does_not_count():
+    found = rows("nn.GRU, batch 4", 3.0, 2.0, True)
+    assert decisions(of(found))
+    found[0]["run"] = "inductor"
+    assert not decisions(of(found))
+
+
 def test_the_page_names_the_wrong_decisions_and_what_they_cost():
     text = section(of(rows("a", 1.0, 2.0, False), rows("b", 3.0, 2.0, False), rows("c", 1.0, 4.0, True)))
     assert text is not None and "**1 of 3 decisions (33%) are right.**" in text

@@ -13,16 +13,10 @@ from hwbp_compiler import explain, recurrent
 from hwbp_compiler.testing.capture import capture, options
 from hwbp_compiler.testing.compare import assert_gradients_close
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 WIDTH, STEPS = 4, 6
 RECURRENT = "hwbp_compiler.recurrent(cell, inputs, state)"
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 class Loop(nn.Module):

@@ -38,6 +38,7 @@ class _WatchedPass(HighwayPass):
         change = last_change(graph)
         if change is not None:
             observe_with(graph, change)
+            graph.lint()
 
 
 @dataclass

@@ -39,7 +39,6 @@ def observe_with(graph: Graph, values: Sequence[Node]) -> None:
             results[place] = graph.call_function(observe, (gradient, list(values)))
         results[place].meta["val"] = gradient.meta["val"]
         output.args = (tuple(results),)
-    graph.lint()
 
 
 def copied(graph: Graph) -> Graph:
