@@ -303,9 +303,9 @@ def _tail_with(info: GraphInfo, group: Group, chain: Chain, tainted: set[int], e
         fits = told_by(info, group, chain)
         try:
             found = match_sides(template, state, sides, reached, info, tainted, fits) if fits else None
-            # Weights of its own, as any layer has: then only the forward pass tells a block from such a layer.
-            if found is not None and told_by is _shared and not _adds_to_others(group, found, exports):
-                fits = _wired(info, group, chain)
+            # No sum marks it, and its weights are its own, as any layer's are: only the forward pass tells it apart.
+            if found and not found.outputs and told_by is _shared and not _adds_to_others(group, found, exports):
+                fits = _wired_directly(info, group, chain)
                 found = match_sides(template, state, sides, reached, info, tainted, fits) if fits else found
             break
         except Ambiguous:
@@ -356,10 +356,22 @@ def _wired(info: GraphInfo, group: Group, chain: Chain) -> Fits | None:
     """The same test, and what differs from step to step must be computed as in the steps before. None if that says
     nothing.
     """
-    last = chain.links[-1]
+    pattern = _pattern(info, group, chain)
+    return pattern.fits(chain.links[-1]) if pattern.is_known else None
+
+
+def _wired_directly(info: GraphInfo, group: Group, chain: Chain) -> Fits | None:
+    """The same by those wires alone that end at an external itself. What an external is computed from may be different
+    in a first step, whose state is given.
+    """
+    pattern = _pattern(info, group, chain)
+    pattern.wires = {wire for wire in pattern.wires if not wire.earlier.route}
+    return pattern.fits(chain.links[-1]) if pattern.is_known else None
+
+
+def _pattern(info: GraphInfo, group: Group, chain: Chain) -> Pattern:
     pairs = [(chain.links[p - 1], chain.links[p]) for p in sorted(group.lanes) if p]
-    pattern = Pattern(info, [pair for pair in pairs if pair[0].signature == last.signature][-_WIRED:])
-    return pattern.fits(last) if pattern.is_known else None
+    return Pattern(info, [pair for pair in pairs if pair[0].signature == chain.links[-1].signature][-_WIRED:])
 
 
 def _near(info: GraphInfo, state: State, limit: int) -> set[int]:
