@@ -103,6 +103,11 @@ class Reason(enum.Enum):
         "Keep connections that skip over several blocks, as in a U-Net, out of this stretch. If it has none: "
         "report.save_repro(path) writes a script for a report.",
     )
+    CUT_OFF = (
+        "two streams feed each other, and the chain of the other one is rewritten as a whole: the gradient of a block "
+        "here leads through that chain, so the stretch is cut at this place",
+        "Nothing to do: what is cut off stays exact, and the links before and after it form chains of their own.",
+    )
 
     # -- no elementwise path, or K is not triangular with diagonal entries -------------------------------------------
     NO_ELEMENTWISE_PATH = (

@@ -48,8 +48,20 @@ class Candidate:
         return {n for g in self.groups for p in g.programs for n in p.raw[p.arity :] if n is not None}
 
 
-def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list[Refusal], list[Candidate]]:
-    """The chains that may be rewritten, the refusals, and the chains shorter than ``min_length``."""
+@dataclass(frozen=True)
+class Look:
+    """What one look at a graph finds."""
+
+    found: list[Candidate]
+    """The chains that may be rewritten, from the loss towards the input. They share no node."""
+    overlapping: list[Candidate]
+    """Chains that share a node with a longer one."""
+    refusals: list[Refusal]
+    too_short: list[Candidate]
+
+
+def candidates(info: GraphInfo, options: Options) -> Look:
+    """The chains of the graph, and what is no chain or shorter than ``min_length``."""
     found: list[Candidate] = []
     refusals: list[Refusal] = []
     short: list[Candidate] = []
@@ -79,7 +91,26 @@ def candidates(info: GraphInfo, options: Options) -> tuple[list[Candidate], list
     ]
     covered = taken.union(*(r.nodes for r in refusals))
     refusals += [r for r in below if covered.isdisjoint(r.nodes)]
-    return kept, refusals, [s for s in short if s.nodes.isdisjoint(covered)]
+    overlapping = [c for c in found if all(c is not k for k in kept)]
+    return Look(kept, overlapping, refusals, [s for s in short if s.nodes.isdisjoint(covered)])
+
+
+def cut_off(look: Look, taken: set[Node]) -> list[Refusal]:
+    """The links that ``look`` found, but that other chains cut off as they were rewritten.
+
+    ``taken`` are the nodes of all chains that were decided on. Chains that feed each other share no node, but after one
+    is rewritten, a block of the other may lead through it.
+    """
+    refusals: list[Refusal] = []
+    told = set(taken)
+    for candidate in [*look.found, *look.overlapping]:
+        own = [{n for n in link.raw[link.arity :] if n is not None} for link in candidate.chain.links]
+        lost = [nodes for nodes in own if 2 * len(nodes & told) < len(nodes)]
+        if lost:
+            nodes = set().union(*lost)
+            refusals.append(Refusal(tuple(nodes), len(lost), Reason.CUT_OFF.of()))
+            told |= nodes
+    return refusals
 
 
 def _wider(info: GraphInfo, options: Options, found: list[Candidate], refusals: list[Refusal]) -> list[Candidate]:

@@ -25,7 +25,7 @@ from hwbp_compiler.reasons import Declined, Reason
 from hwbp_compiler.torch_private import timed
 
 from .apply import apply, discard
-from .candidates import Candidate, candidates
+from .candidates import Candidate, Look, candidates, cut_off
 from .in_other_words import in_other_words
 from .keep_pieces import keep_pieces
 from .records import collapsed, described, forward_links, refused, short
@@ -61,21 +61,25 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     before = Snapshot(graph)
     reworded = in_other_words(graph, settled)
     decided: set[Hashable] = set()
-    first_look, rewrote = True, False
+    first_look: Look | None = None
+    taken: set[Node] = set()
+    rewrote = False
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
             break
         with timed("highway.find_chains"):
-            found, refusals, too_short = candidates(info, options)
-        if first_look:
-            declined = [refused(r, origins) for r in refusals]
-            records += collapsed(declined + [short(s, origins, options) for s in too_short])
-        changed = first_look = False
-        for candidate in found:
+            look = candidates(info, options)
+        if first_look is None:
+            first_look = look
+            declined = [refused(r, origins) for r in look.refusals]
+            records += collapsed(declined + [short(s, origins, options) for s in look.too_short])
+        changed = False
+        for candidate in look.found:
             if candidate.key in decided:
                 continue
             decided.add(candidate.key)
+            taken |= candidate.nodes
             with timed("highway.rewrite"):
                 record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
             records.append(record)
@@ -84,6 +88,8 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
                 break
         if not changed:
             break
+    if first_look is not None:
+        records += collapsed([refused(r, origins) for r in cut_off(first_look, taken)])
     if reworded and not rewrote:  # if nothing was rewritten, Inductor gets its original operators
         new = before.restore()
         settled = {new[node] for node in settled}

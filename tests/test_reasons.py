@@ -142,6 +142,43 @@ def test_a_script_may_ask_why(model, options, code):
     assert json.loads(json.dumps(report.to_dict()))["chains"][0]["reason_code"] == code.name
 
 
+class Crossing(nn.Module):
+    """Two streams: ``alone`` blocks each, then ``pairs`` of blocks that read both, with ``own`` blocks behind each."""
+
+    def __init__(self, alone: int, pairs: int, own: int):
+        super().__init__()
+        self.pairs, self.own = pairs, own
+        self.alone = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2 * alone))
+        self.both = nn.ModuleList(nn.Linear(2 * WIDTH, WIDTH) for _ in range(2 * pairs))
+        self.after = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2 * pairs * own))
+
+    @property
+    def links(self):
+        return len(self.alone) + len(self.both) + len(self.after)
+
+    def forward(self, x):
+        a = b = x
+        for m, n in zip(self.alone[::2], self.alone[1::2], strict=True):
+            a, b = a + m(a).tanh(), b + n(b).tanh()
+        after = iter(self.after)
+        for m, n in zip(self.both[::2], self.both[1::2], strict=True):
+            a, b = a + m(torch.cat([a, b], -1)).tanh(), b + n(torch.cat([b, a], -1)).tanh()
+            for _ in range(self.own):
+                a, b = a + next(after)(a).tanh(), b + next(after)(b).tanh()
+        return a, b
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 2), (4, 2, 1), (2, 3, 2)])
+def test_every_link_that_another_chain_cuts_off_has_a_record(shape):
+    model = Crossing(*shape)
+    chains = hwbp_compiler.explain(
+        model, torch.randn(3, WIDTH, requires_grad=True), options={"rewrite": "always", "min_length": 2}
+    ).chains
+    lost = [chain for chain in chains if chain.decision == "declined"]
+    assert {chain.reason_code for chain in lost} == {Reason.CUT_OFF}
+    assert sum(chain.length for chain in chains) == model.links
+
+
 @pytest.mark.parametrize("rows", [3, 4 * WIDTH])
 def test_layers_on_both_paths_do_not_mix_streams(rows):
     model, x = TwoPaths(), torch.randn(rows, WIDTH, requires_grad=True)
