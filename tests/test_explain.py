@@ -647,6 +647,33 @@ def test_the_error_of_w_k_is_the_oracles():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_the_error_of_a_graph_that_runs_twice_is_that_of_its_last_run():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stacks = nn.ModuleList(Stack(mlp()) for _ in range(2))
+
+        def forward(self, x):
+            for stack in self.stacks:
+                torch._dynamo.graph_break()
+                x = stack(x)
+            return x
+
+    class Stack(nn.Module):
+        def __init__(self, layers):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            return self.layers(x)
+
+    model, given = Twice().double(), x().double().requires_grad_()
+    (graph,) = (graph for graph in explain(model, given, options=ALWAYS, errors=[0]).graphs if graph.chains)
+    between = model.stacks[0](given).detach()
+    expected = truncated_error(model.stacks[1].layers, between, 0)
+    assert graph.errors[0].relative_error == pytest.approx(expected, rel=1e-6)
+
+
 def test_with_segments_the_error_is_told_for_k_and_s():
     model, given = mlp().double(), x().double()
     report = explain(model, given, options={**ALWAYS, "iterations": 0}, errors=[1, (0, 2), (1, 2), (DEPTH - 1, 1)])

@@ -82,15 +82,15 @@ def test_damping_one_is_fixed_point_iteration(spec, traced, iterations):
     assert_gradients_close(rewritten(traced, iterations, 1.0), expected, 1e-8)
 
 
-def results(joint, graph, tangents):
+def results(traced, graph, tangents):
     with torch.no_grad():
-        module = fx.GraphModule(joint.module, graph)
-        return fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
+        module = fx.GraphModule(traced.joint.module, graph)
+        return fx.Interpreter(module).run(*traced.primals, *tangents, enable_io_processing=False)
 
 
 def gradients_of(traced, tangents, iterations=1, damping=0.2):
     module, _ = traced.joint.rewritten(options(iterations=iterations, damping=damping))
-    found = results(traced.joint, module.graph, tangents)[traced.joint.forward_outputs :]
+    found = results(traced, module.graph, tangents)[traced.joint.forward_outputs :]
     return {i: g for i, g in enumerate(found) if g is not None}
 
 
@@ -140,7 +140,7 @@ def test_detection_depends_neither_on_names_nor_on_the_order_of_nodes(spec, trac
     records = run_passes(graph, chosen)
     _, expected, plain = traced.gradients(chosen)
     assert sorted(map(_told, records)) == sorted(map(_told, plain))
-    found = results(traced.joint, graph, traced.tangents)[traced.joint.forward_outputs :]
+    found = results(traced, graph, traced.tangents)[traced.joint.forward_outputs :]
     found = {k: torch.zeros_like(expected[k]) if g is None else g for k, g in zip(traced.leaves, found, strict=True)}
     assert_gradients_close(found, expected, 1e-9)
 

@@ -325,6 +325,45 @@ def test_the_compiler_passes_every_claim(name):
     assert testing.check(model, args, loss, case.program, iterations=(0, 2), damping=(0.2,))
 
 
+class Broken(nn.Module):
+    """Two stacks of one class around a graph break: Dynamo makes one graph of both and runs it twice."""
+
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + torch.nn.functional.dropout(layer(x).tanh(), 0.3)
+            return x
+
+    def __init__(self):
+        super().__init__()
+        self.stacks = nn.ModuleList(self.Stack() for _ in range(3))
+
+    def forward(self, x):
+        for stack in self.stacks:
+            torch._dynamo.graph_break()
+            x = stack(x)
+        return x
+
+
+def test_a_graph_that_runs_several_times_is_captured_with_each_of_its_runs():
+    torch.manual_seed(0)
+    model, x = Broken().double(), torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    captured = capture.capture(model, (x,), testing.probe_loss)
+    leaves = list(capture.leaves_of(model, (x,)).values())
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(testing.probe_loss(model(x)), leaves)
+    for how in (None, assertions.AtFullLength(iterations=4, rewrite="always", damping=0.0, strict=True)):
+        torch.manual_seed(1)
+        _, found, records = captured.gradients(how)
+        assert len(captured.joints) == 1 and [r.decision for r in records] == ["rewritten"] * (3 if how else 0)
+        for mine, right in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-10, atol=1e-12)
+
+
 def test_trace_refuses_what_changes_a_tensor_that_is_used_elsewhere():
     def loop(cell, x):
         h = x.new_zeros(2, 4)

@@ -162,7 +162,7 @@ def compared(model: nn.Module, args: tuple[Any, ...], exact: Gradients) -> dict[
     dtype = narrowest(captured)
     row: dict[str, Any] = {"tolerance": tolerance(dtype), "dtype": str(dtype).removeprefix("torch.")}
     if not as_it_is <= row["tolerance"]:
-        # A graph that runs several times (a layer between two graph breaks) was captured once: run its runs one by one.
+        # The captured joint graphs, run as a whole, differ from eager mode: see what the backend's two halves give.
         gradients = functools.partial(by_backend, model, args)
         plain = gradients(None)[0]
         as_it_is = difference(plain, exact)

@@ -32,7 +32,7 @@ _SIZES = (4, 16)
 @dataclass
 class Run:
     """The inputs of one joint graph when the model ran: its primal inputs, the gradients of its outputs, and which of
-    the inputs are parameters.
+    the inputs are parameters. Of a graph that ran several times, the last run; it is the first to go back.
     """
 
     primals: list[Any] = field(default_factory=list)
@@ -42,9 +42,11 @@ class Run:
     def forward(self, values: Sequence[Any]) -> None:
         self.parameters = [isinstance(v, nn.Parameter) for v in values]
         self.primals = [v.detach().clone() if isinstance(v, Tensor) else v for v in values]
+        self.tangents = []
 
     def backward(self, values: Sequence[Any], tangents: int) -> None:
-        self.tangents = [v.detach().clone() if isinstance(v, Tensor) else v for v in values[-tangents:]]
+        if not self.tangents:
+            self.tangents = [v.detach().clone() if isinstance(v, Tensor) else v for v in values[-tangents:]]
 
 
 def errors(

@@ -132,13 +132,37 @@ def _as_it_stands(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., A
 
 
 @dataclass
+class Run:
+    """What a joint graph's forward half was called with, and what it saved for the backward half."""
+
+    primals: list[Any]
+    rng_state: Tensor
+    saved: list[Any] = field(default_factory=list)
+    went_back: bool = False
+
+    @classmethod
+    def of(cls, primals: Sequence[Any]) -> Run:
+        return cls([p.detach().clone() if isinstance(p, Tensor) else p for p in primals], torch.get_rng_state())
+
+
+def _memory(values: Sequence[Any]) -> set[int]:
+    return {value.data_ptr() for value in values if isinstance(value, Tensor)}
+
+
+@dataclass
 class JointGraph:
-    """One captured joint graph, with the inputs it was run on."""
+    """One captured joint graph, with its runs: between graph breaks, layers of one class share a graph."""
 
     module: fx.GraphModule
     forward_outputs: int
-    primals: list[Any] = field(default_factory=list)
-    rng_state: Tensor | None = None
+    runs: list[Run] = field(default_factory=list)
+
+    def run_of(self, saved: Sequence[Any]) -> Run:
+        """The run that saved these values. If several fit, the last of them that has not gone back yet."""
+        fitting = [run for run in self.runs if _memory(saved) <= _memory(run.saved)]
+        run = next((run for run in reversed(fitting) if not run.went_back), fitting[-1])
+        run.went_back = True
+        return run
 
     def rewritten(self, options: Any) -> tuple[fx.GraphModule, list[Record]]:
         module = copied(self.module)
@@ -169,6 +193,8 @@ class Capture:
         ``options`` None runs the joint graph as it was captured.
         """
         self._options, self._records = options, []
+        for joint in self.joints:
+            joint.runs.clear()
         if options is not None and self._prepared_for not in (None, _preparation(options, self._loops)):
             self.recompile()  # loops and recurrent modules are decided before the joint graph is traced
         output = self.compiled(*self.args)
@@ -179,14 +205,14 @@ class Capture:
         }
         return output, gradients, [*self._loops, *self._records]
 
-    def backward(self, joint: JointGraph, tangents: list[Any]) -> list[Any]:
+    def backward(self, joint: JointGraph, saved: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+        run = joint.run_of(saved)
         module, records = joint.rewritten(self._options)
         self._records.extend(records)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            if joint.rng_state is not None:
-                torch.set_rng_state(joint.rng_state)  # the forward runs again with the same dropout masks
+            torch.set_rng_state(run.rng_state)  # the forward runs again with the same dropout masks
             # Without io processing: use the flat inputs and outputs of the graph itself.
-            outputs = fx.Interpreter(module).run(*joint.primals, *tangents, enable_io_processing=False)
+            outputs = fx.Interpreter(module).run(*run.primals, *tangents, enable_io_processing=False)
         return list(outputs)[joint.forward_outputs :]
 
 
@@ -238,17 +264,19 @@ def capture(
 
         def forward_compiler(module: fx.GraphModule, example_inputs: Any) -> Any:
             def run(*primals: Any) -> Any:
-                if here:  # otherwise nothing requires a gradient
-                    here[0].primals = [p.detach().clone() if isinstance(p, Tensor) else p for p in primals]
-                    here[0].rng_state = torch.get_rng_state()
+                this = Run.of(primals)
                 with torch.no_grad():
-                    return module(*primals)
+                    outputs = module(*primals)
+                if here:  # otherwise nothing requires a gradient
+                    this.saved = list(outputs[here[0].forward_outputs :])
+                    here[0].runs.append(this)
+                return outputs
 
             return make_boxed_func(run)
 
         def backward_compiler(module: fx.GraphModule, example_inputs: Any) -> Any:
             tangents = len([n for n in module.graph.find_nodes(op="placeholder") if "tangents" in n.name])
-            return make_boxed_func(lambda *args: result.backward(here[0], list(args[-tangents:])))
+            return make_boxed_func(lambda *args: result.backward(here[0], args[:-tangents], args[-tangents:]))
 
         compiled = aot_autograd(
             fw_compiler=forward_compiler,
@@ -280,6 +308,7 @@ class Trace:
     """A joint graph traced directly; see :func:`trace`."""
 
     joint: JointGraph
+    primals: list[Tensor]
     tangents: list[Tensor]
     leaves: dict[str | int, Tensor]
     output_spec: pytree.TreeSpec
@@ -294,7 +323,7 @@ class Trace:
         graph.output(graph.graph_copy(root.graph, {}))
         records = run_passes(graph, options) if options is not None else []
         with torch.no_grad():
-            results = (run or _interpreted)(root, graph, [*self.joint.primals, *self.tangents])
+            results = (run or _interpreted)(root, graph, [*self.primals, *self.tangents])
         outputs, found = results[: self.joint.forward_outputs], results[self.joint.forward_outputs :]
         gradients = {
             key: torch.zeros_like(leaf) if gradient is None else gradient
@@ -338,7 +367,7 @@ def trace(model: nn.Module, args: tuple[Any, ...], loss: Callable[[Any], Tensor]
     module = _recorded(joint, primals, tangents)
     _functionalise(module.graph)
     primals = [primal.detach() for primal in primals]
-    return Trace(JointGraph(module, len(flat), primals), tangents, leaves, output_spec)
+    return Trace(JointGraph(module, len(flat)), primals, tangents, leaves, output_spec)
 
 
 def _recorded(joint: Callable[..., tuple[Any, ...]], primals: list[Tensor], tangents: list[Tensor]) -> fx.GraphModule:
