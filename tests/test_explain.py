@@ -186,11 +186,40 @@ def test_a_cell_that_is_one_kernel_is_written_out_as_the_backend_does(monkeypatc
     assert chain.decision == "rewritten" and len(asked) == 6
 
 
+class Unsteady(nn.Module):
+    """Every layer may be left out at random, and one step reads a number."""
+
+    def __init__(self, layerdrop: float, reads: bool) -> None:
+        super().__init__()
+        self.layers, self.layerdrop, self.reads = mlp(), layerdrop, reads
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.training and self.layerdrop and torch.rand([]) < self.layerdrop:
+                continue
+            x = layer(x)
+        return x * x.sum().item() if self.reads else x
+
+
+def test_a_graph_break_is_told_with_its_line_and_what_keeps_the_model_whole():
+    report = explain(Unsteady(0.1, False), x(), options=ALWAYS)
+    (note,) = (note for note in report.notes if note.startswith("The graph breaks at "))
+    assert "torch.rand([]) < self.layerdrop" in note and note.endswith("Set layerdrop=0 to keep it whole.")
+    whole = explain(Unsteady(0.0, False), x(), options=ALWAYS)
+    assert [chain.length for chain in whole.chains] == [DEPTH] and not whole.notes
+    report = explain(Unsteady(0.0, True), x(), options=ALWAYS)
+    (note,) = (note for note in report.notes if note.startswith("The graph breaks at "))
+    assert "x.sum().item()" in note and "capture_scalar_outputs = True" in note
+    assert note in " ".join(str(report).split()) and note in report.to_dict()["notes"]
+
+
 def test_a_graph_break_gives_several_graphs_and_the_one_with_chains_is_shown(broken_report):
     assert [len(graph.chains) for graph in broken_report.graphs] == [0, 1]
     assert broken_report.graph_before is broken_report.graphs[1].before
     assert broken_report.graph_after is broken_report.graphs[1].after
     assert "traced in 2 pieces" in str(broken_report)
+    (note,) = (note for note in broken_report.notes if note.startswith("The graph breaks at "))
+    assert "test_explain.py" in note and "torch._dynamo.graph_break()" in note
 
 
 # -- text, data, page -------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hwbp_compiler.rolled.recurrence import Recurrence
 from hwbp_compiler.scan import register_lowerings
 from hwbp_compiler.torch_private import CustomGraphPass, compile_fx, user_joint_passes
 
+from . import breaks
 from . import measure as measuring
 from .advice import put_to_the_test
 from .data import ExplainedGraph, copy_of
@@ -86,7 +87,7 @@ def explain(
     users = user_joint_passes(patches)
     wanted = errors if isinstance(errors, bool) else tuple(errors)
     times = None
-    with left_as_it_was(model) as keep, packed.listening() as looking.packed:
+    with left_as_it_was(model) as keep, packed.listening() as looking.packed, breaks.listening() as looking.breaks:
 
         def traced(looking: _Looking, recorded: bool) -> Any:
             shown = {**patches, "joint_custom_pre_pass": PassSequence((*users, looking))}
@@ -170,6 +171,7 @@ class _Looking(CustomGraphPass):
         self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # the loops in it, with the user's names
         self.unrolled: Sequence[ChainRecord] = ()  # its Python loops that stay unrolled
         self.packed: list[str] = []  # source lines of recurrent modules that take packed sequences
+        self.breaks: list[breaks.GraphBreak] = []
         self.forget()
 
     def forget(self) -> None:
@@ -180,6 +182,7 @@ class _Looking(CustomGraphPass):
         self.pieces = 0  # graphs that Dynamo made of the model; one may contain further graphs, such as a scan's body
         self.lacking: list[str] = []  # parts missing from the report, and why
         self.packed.clear()
+        self.breaks.clear()
 
     def __call__(self, graph: fx.Graph) -> None:
         if not any(is_tangent(node) for node in graph.nodes):
@@ -324,11 +327,13 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise LossError(f"explain: loss(output) is {what}; it must be one number: reduce it, by .mean() or .sum()")
+    broken = breaks.told([b for b in looking.breaks if b.source not in looking.packed])
     if not looking.graphs and not looking.inference_graphs:
         return [
             "torch.compile's front end, Dynamo, found no graph to compile: the whole model runs in eager mode. "
             'TORCH_LOGS="graph_breaks" shows why; torch._dynamo.reset() makes Dynamo look again at code that it '
-            "gave up before."
+            "gave up before.",
+            *broken,
         ]
     if not looking.graphs:
         if not torch.is_grad_enabled():
@@ -336,7 +341,8 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         if loss is not None and loss.requires_grad:
             return [
                 "Whatever needs a gradient runs in eager mode: torch.compile's front end, Dynamo, made graphs only of "
-                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.'
+                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.',
+                *broken,
             ]
         return [
             "No parameter or input that the output depends on requires a gradient, or the output carries none (it is "
@@ -350,6 +356,7 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
             f"The model was traced in {looking.pieces} pieces: a chain ends where a graph does. "
             'TORCH_LOGS="graph_breaks" shows where and why.'
         )
+    notes += broken
     if loss is None:
         notes.append("The report found no floating-point tensor in the output: pass loss=.")
     elif not loss.requires_grad:
