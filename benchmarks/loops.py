@@ -3,7 +3,8 @@
 Compares ``for t in range(T): h = cell(x[:, t], h)`` in eager mode, compiled by stock Inductor, which unrolls it (up to
 256 steps: its compile time grows faster than the length), and rerolled by the compiler, with ``nn.GRU`` or ``nn.LSTM``
 in eager mode. A measurement is a whole training step. Compilations are cold. The seconds in which Dynamo traces the
-loop are reported separately, since no backend can save them.
+loop are reported separately, since no backend can save them. "Called often" is the same loop after so many steps that
+it runs in one C++ call; longer loops do so from the first call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import compile_times
 from torch._inductor.utils import fresh_cache
+
+from hwbp_compiler.cost.devices import NATIVE_FROM
+from hwbp_compiler.rolled.native_loop import CALLS
 
 from .harness import in_turns, names_due, say, start_anew, summary, synchronize
 
@@ -38,8 +42,11 @@ class Case:
 
 CASES = [Case(c, b, t) for t in (64, 256, 1024, 4096) for c in ("GRUCell", "LSTMCell") for b in (4, 64)]
 QUICK = [Case("GRUCell", 2, 20)]
+OFTEN = "rolled, exact, called often"
 RUNS: dict[str, dict[str, Any]] = {
     "rolled, exact": {"iterations": "exact", "reroll": "always"},
+    # An option that changes nothing here: with equal options Dynamo would use one compiled loop for both.
+    OFTEN: {"iterations": "exact", "reroll": "always", "check_every": 201},
     "rolled, k = 1, S = 16": {"iterations": 1, "segment": 16, "reroll": "always", "rewrite": "always"},
 }
 
@@ -100,6 +107,8 @@ def run(
 
         competitors: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"eager": loop, "module": module_of(loop)}
         how: dict[str, Any] = {name: ("highway", options) for name, options in RUNS.items()}
+        if case.length >= NATIVE_FROM:
+            del how[OFTEN]
         if case.length <= LONGEST_UNROLLED:
             how["inductor"] = ("inductor", None)
         compiling, tracing, gradients = {}, {}, {}
@@ -112,6 +121,9 @@ def run(
             with fresh_cache():
                 step(competitors[name])
             compiling[name], tracing[name] = time.perf_counter() - start, traced_s() - before
+            if name == OFTEN:
+                for _ in range(CALLS // case.length + 1):
+                    step(competitors[name])
             gradients[name] = torch.cat([p.grad.flatten() for p in loop.parameters()])  # type: ignore[union-attr]
         samples = in_turns({n: lambda f=f: step(f) for n, f in competitors.items()}, 5 if quick else 15, 5.0)
         for name, found in samples.items():

@@ -273,7 +273,9 @@ def loops() -> str | None:
         "## Python loops over time\n\n`python -m benchmarks run --suite loops`. A loop over a cell, hidden 64, in "
         "eager mode, compiled by stock Inductor (to 256 steps), and rolled up again; `module` is `nn.GRU` or "
         "`nn.LSTM` in eager mode. Compile: seconds of the first step, cold, less those in which Dynamo traces the "
-        "loop, which are the same for every backend. Whole training steps, in milliseconds."
+        "loop, which are the same for every backend. Whole training steps, in milliseconds. *Called often*: after so "
+        "many steps that a short loop runs in one C++ call, as longer ones do from the first call. "
+        "The cosine is that of untrained weights; [quality](quality.md) has trained ones."
     ]
     for (case, batch, _), cases in by(found, "case", "batch", "device").items():
         lines = []

@@ -104,12 +104,11 @@ def cut_off(look: Look, taken: set[Node]) -> list[Refusal]:
     refusals: list[Refusal] = []
     told = set(taken)
     for candidate in [*look.found, *look.overlapping]:
-        own = [{n for n in link.raw[link.arity :] if n is not None} for link in candidate.chain.links]
-        lost = [nodes for nodes in own if 2 * len(nodes & told) < len(nodes)]
+        own = [[n for n in link.raw[link.arity :] if n is not None] for link in candidate.chain.links]
+        lost = [nodes for nodes in own if 2 * len(told.intersection(nodes)) < len(nodes)]
         if lost:
-            nodes = set().union(*lost)
-            refusals.append(Refusal(tuple(nodes), len(lost), Reason.CUT_OFF.of()))
-            told |= nodes
+            refusals.append(Refusal(tuple(n for nodes in lost for n in nodes), len(lost), Reason.CUT_OFF.of()))
+            told.update(*lost)
     return refusals
 
 

@@ -96,7 +96,7 @@ def test_the_loop_in_cpp_equals_the_one_in_python(name, called, monkeypatch):
 
 
 def test_a_shorter_loop_gets_a_native_step_once_it_was_called_often(called, monkeypatch):
-    monkeypatch.setattr(native_loop, "_CALLS", 2 * T)
+    monkeypatch.setattr(native_loop, "CALLS", 2 * T)
     results("look-up")
     assert called == [0]
     results("look-up")

@@ -27,7 +27,7 @@ from hwbp_compiler.torch_private import StepInCpp, tensor_functions, tensor_hand
 log = logging.getLogger(__name__)
 
 # Shorter loops get a native step once Python has called theirs so often: a few seconds of Python, what building takes.
-_CALLS = 200_000
+CALLS = 200_000
 _ROOM = 1000  # bytes for an error message
 
 
@@ -45,7 +45,7 @@ class NativeLoop:
     def pays(self, length: int) -> bool:
         """Whether a call of ``length`` steps is worth a native step. Counts the steps."""
         self.calls += length
-        return self.possible and (length >= NATIVE_FROM or self.calls >= _CALLS)
+        return self.possible and (length >= NATIVE_FROM or self.calls >= CALLS)
 
     def run(
         self,
