@@ -487,7 +487,8 @@ def test_a_hook_that_is_not_linear_in_the_gradient_is_called_so():
 
 def test_where_only_other_parts_are_compiled_explain_says_so():
     linear = torch.compiler.disable(nn.Linear(3, 3))
-    (note,) = explain(lambda x: linear(x.sin()), torch.randn(2, 3)).notes
+    note, where = explain(lambda x: linear(x.sin()), torch.randn(2, 3)).notes
     assert "Whatever needs a gradient runs in eager mode" in note
+    assert where.startswith("The graph breaks at ") and "linear(x.sin())" in where
     (note,) = explain(lambda x: x.sin(), torch.randn(2, 3)).notes
     assert "No parameter or input that the output depends on requires a gradient" in note
