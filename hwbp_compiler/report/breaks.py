@@ -65,7 +65,8 @@ def _words(error: str) -> tuple[str, tuple[str, ...]]:
     """
     first = error.partition("*** While handling")[0]
     headline = first.strip().partition("\n")[0].rstrip(".")
-    hints = [hint for hint in re.findall(r"^\s*Hint: (.*)$", first, re.M) if not hint.startswith(_NO_HELP)]
+    hints = re.findall(r"^\s*Hint: (.*?)(?: Please file an issue.*)?$", first, re.M)
+    hints = [hint for hint in hints if not hint.startswith(_NO_HELP)]
     switches = dict.fromkeys(_SWITCH.findall(first)) if _RANDOM.search(first) else {}
     return headline, tuple(f"Set {name}=0 to keep it whole." for name in switches) or tuple(hints)
 
