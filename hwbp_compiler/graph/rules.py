@@ -71,7 +71,6 @@ _register(E, [{0, 2}, {1, 2}], "fma", namespace=prims)
 _register(E, [{0, 1}, {0, 2}], "addcmul")
 _register(E, [{0}], "threshold_backward", "sigmoid_backward", "tanh_backward", "gelu_backward", "silu_backward")
 _register(E, [{0}], "hardtanh_backward", "leaky_relu_backward", "elu_backward", "softplus_backward")
-_register(E, [{0}], "hardshrink_backward", "softshrink_backward")
 _register(E, [{0}], "hardswish_backward", "hardsigmoid_backward", "mish_backward", "native_dropout_backward")
 
 # -- layout -----------------------------------------------------------------------------------------------------
@@ -106,9 +105,6 @@ _register(H, [{0, 3}], "scatter.src", "scatter_add", "_unsafe_masked_index_put_a
 _register(H, [{0}], "_unsafe_index.Tensor")
 
 _register(H, [{0}], "grid_sampler_2d_backward", "_cdist_backward")
-_register(H, [{0}], "upsample_nearest1d_backward", "upsample_nearest3d_backward", "upsample_linear1d_backward")
-_register(H, [{0}], "upsample_bicubic2d_backward", "upsample_trilinear3d_backward")
-_register(H, [{0}], *(f"_upsample_nearest_exact{d}d_backward" for d in (1, 2, 3)))
 _register(H, [{0}], *(f"replication_pad{d}d_backward" for d in (1, 2, 3)), "avg_pool3d_backward")
 _register(H, [{0}], "adaptive_max_pool2d_backward", "max_pool3d_with_indices_backward")
 _register(H, [{2}], "linalg_lu_solve")
