@@ -95,15 +95,17 @@ def candidates(info: GraphInfo, options: Options) -> Look:
     return Look(kept, overlapping, refusals, [s for s in short if s.nodes.isdisjoint(covered)])
 
 
-def cut_off(look: Look, taken: set[Node]) -> list[Refusal]:
+def cut_off(look: Look, rewritten: set[Node], declined: set[Node]) -> list[Refusal]:
     """The links that ``look`` found, but that other chains cut off as they were rewritten.
 
-    ``taken`` are the nodes of all chains that were decided on. Chains that feed each other share no node, but after one
-    is rewritten, a block of the other may lead through it.
+    ``rewritten`` and ``declined`` are the nodes of the chains that were decided on. Chains that feed each other share
+    no node, but after one is rewritten, a block of the other may lead through it.
     """
     refusals: list[Refusal] = []
-    told = set(taken)
+    told = rewritten | declined
     for candidate in [*look.found, *look.overlapping]:
+        if not declined.isdisjoint(candidate.nodes):
+            continue  # left as it was, or overlapping a chain that was: nothing has cut it
         own = [[n for n in link.raw[link.arity :] if n is not None] for link in candidate.chain.links]
         lost = [nodes for nodes in own if 2 * len(told.intersection(nodes)) < len(nodes)]
         if lost:

@@ -62,8 +62,8 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
     reworded = in_other_words(graph, settled)
     decided: set[Hashable] = set()
     first_look: Look | None = None
-    taken: set[Node] = set()
-    rewrote = False
+    rewritten: set[Node] = set()
+    declined: set[Node] = set()
     while True:
         info = GraphInfo(graph, settled)
         if not info.has_tangents:
@@ -72,25 +72,24 @@ def run(graph: Graph, options: Options, watcher: Watcher | None = None) -> list[
             look = candidates(info, options)
         if first_look is None:
             first_look = look
-            declined = [refused(r, origins) for r in look.refusals]
-            records += collapsed(declined + [short(s, origins, options) for s in look.too_short])
+            left = [refused(r, origins) for r in look.refusals]
+            records += collapsed(left + [short(s, origins, options) for s in look.too_short])
         changed = False
         for candidate in look.found:
             if candidate.key in decided:
                 continue
             decided.add(candidate.key)
-            taken |= candidate.nodes
             with timed("highway.rewrite"):
                 record, changed = _treat(graph, info, candidate, options, settled, origins, watcher)
             records.append(record)
-            rewrote |= changed
+            (rewritten if changed else declined).update(candidate.nodes)
             if changed:
                 break
         if not changed:
             break
     if first_look is not None:
-        records += collapsed([refused(r, origins) for r in cut_off(first_look, taken)])
-    if reworded and not rewrote:  # if nothing was rewritten, Inductor gets its original operators
+        records += collapsed([refused(r, origins) for r in cut_off(first_look, rewritten, declined)])
+    if reworded and not rewritten:  # if nothing was rewritten, Inductor gets its original operators
         new = before.restore()
         settled = {new[node] for node in settled}
     keep_pieces(graph, settled)

@@ -179,6 +179,29 @@ def test_every_link_that_another_chain_cuts_off_has_a_record(shape):
     assert sum(chain.length for chain in chains) == model.links
 
 
+def test_chains_that_stay_as_they_are_cut_nothing_off():
+    """The decoder has chains that overlap: as long as none is rewritten, no link is lost to another one."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4)) for _ in range(4))
+
+        def forward(self, x):
+            for own, query, cross, last in self.layers:
+                gate = query(x).tanh()
+                x = x + own(x).tanh()
+                x = x + cross(x * gate).tanh()
+                x = x + last(x).tanh()
+            return x
+
+    for model in (Decoder(), Crossing(4, 2, 2)):
+        x = torch.randn(3, WIDTH, requires_grad=True)
+        found = hwbp_compiler.explain(model, x, options={"rewrite": "profitable", "min_length": 2, "iterations": 1})
+        assert {chain.decision for chain in found.chains} == {"declined"}
+        assert Reason.CUT_OFF not in {chain.reason_code for chain in found.chains}
+
+
 @pytest.mark.parametrize("rows", [3, 4 * WIDTH])
 def test_layers_on_both_paths_do_not_mix_streams(rows):
     model, x = TwoPaths(), torch.randn(rows, WIDTH, requires_grad=True)
