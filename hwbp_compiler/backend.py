@@ -12,6 +12,7 @@ import torch
 
 # Imported with the backend and not with the first pass: these modules register the operators that rewritten graphs
 # call, and no pass runs when torch.compile finds a graph in its caches.
+from . import graph_breaks
 from .auto.source import Source
 from .auto.variants import Variants
 from .counting import count
@@ -33,7 +34,6 @@ from .torch_private import (
     ddp_cuts_graphs,
     registered_by_any_thread,
     user_joint_passes,
-    watch_graph_breaks,
     watch_nested,
     without_layout_optimization,
 )
@@ -182,7 +182,7 @@ def _context(
 
 # torch.compile passes its options to this function at once, but to the backend only with the first graph.
 configure_backend(highway, _context)
-watch_graph_breaks(packed.seen)
+graph_breaks.watch(packed.count_and_tell)
 registered_by_any_thread(highway)
 watch_nested(highway, lambda inner, outer: _look_for_dropped(inner, outer))
 

@@ -326,7 +326,7 @@ def test_the_compiler_passes_every_claim(name):
 
 
 class Broken(nn.Module):
-    """Two stacks of one class around a graph break: Dynamo makes one graph of both and runs it twice."""
+    """Three stacks of one class between graph breaks: Dynamo makes one graph of them and runs it three times."""
 
     class Stack(nn.Module):
         def __init__(self):

@@ -7,16 +7,13 @@ break is what gets reported.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-import threading
-from collections.abc import Iterator
-from traceback import FrameSummary
 
 from torch.nn.modules import rnn
 
 from hwbp_compiler.counting import count
+from hwbp_compiler.graph_breaks import GraphBreak
 from hwbp_compiler.reasons import Reason
 
 log = logging.getLogger(__name__)
@@ -24,32 +21,19 @@ log = logging.getLogger(__name__)
 REASON = Reason.PACKED_BREAKS_GRAPH.of()
 
 _READS = ("_local_scalar_dense", "Tensor.item()")  # Dynamo's words for reading a number from a tensor
-_here = threading.local()
 
 
-@contextlib.contextmanager
-def listening() -> Iterator[list[str]]:
-    """Collect the source lines of such calls in this thread while this lasts. They are then not counted."""
-    before, _here.found = getattr(_here, "found", None), []
-    try:
-        yield _here.found
-    finally:
-        _here.found = before
+def is_at(graph_break: GraphBreak) -> bool:
+    """Whether this is a recurrent module that reads ``batch_sizes[0]``."""
+    return graph_break.innermost == rnn.__file__ and any(what in graph_break.error for what in _READS)
 
 
-def seen(stack: list[FrameSummary], error: str) -> None:
-    """Called for Dynamo's graph breaks, with the user's lines that led there, outermost first, and Dynamo's message."""
-    if not (stack and stack[-1].filename == rnn.__file__ and any(what in error for what in _READS)):
-        return
-    own = [frame for frame in stack if "/torch/" not in frame.filename]
-    source = f"{own[-1].filename}:{own[-1].lineno}: {(own[-1].line or '').strip()}" if own else ""
-    found = getattr(_here, "found", None)
-    if found is None:
+def count_and_tell(graph_break: GraphBreak) -> None:
+    """Called for Dynamo's graph breaks."""
+    if is_at(graph_break):
         for name in ("chains_found", "chains_declined", f"declined: {REASON.code.name.lower()}"):
             count(name)
-        _tell(source)
-    elif source not in found:
-        found.append(source)
+        _tell(graph_break.source)
 
 
 @functools.cache

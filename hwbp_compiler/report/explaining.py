@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from hwbp_compiler import passes
+from hwbp_compiler import graph_breaks, passes
 from hwbp_compiler.cost.ladder import Rung, ladder
 from hwbp_compiler.errors import HighwayError
 from hwbp_compiler.graph.info import is_tangent
@@ -30,13 +30,14 @@ from hwbp_compiler.rolled.recurrence import Recurrence
 from hwbp_compiler.scan import register_lowerings
 from hwbp_compiler.torch_private import CustomGraphPass, compile_fx, user_joint_passes
 
-from . import breaks
 from . import measure as measuring
 from .advice import put_to_the_test
 from .data import ExplainedGraph, copy_of
 from .programs import Programs, of_loop
 from .report import Report
 from .restore import compiled_apart, isolated, left_as_it_was
+
+_MOST_BREAKS = 3  # lines that break the graph and are shown
 
 
 def explain(
@@ -87,7 +88,7 @@ def explain(
     users = user_joint_passes(patches)
     wanted = errors if isinstance(errors, bool) else tuple(errors)
     times = None
-    with left_as_it_was(model) as keep, packed.listening() as looking.packed, breaks.listening() as looking.breaks:
+    with left_as_it_was(model) as keep, graph_breaks.listening() as looking.breaks:
 
         def traced(looking: _Looking, recorded: bool) -> Any:
             shown = {**patches, "joint_custom_pre_pass": PassSequence((*users, looking))}
@@ -101,7 +102,7 @@ def explain(
             output = traced(looking, bool(wanted))
             _say_what_is_chosen_from(looking, rungs)
         total = _sum_of_outputs(output) if loss is None else loss(output)
-        notes = _notes(looking, total) + [f"Declined: {packed.REASON.text} [{line}]." for line in looking.packed]
+        notes = _notes(looking, total) + _broken(looking.breaks)
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None
@@ -170,8 +171,7 @@ class _Looking(CustomGraphPass):
         self.names: list[str] = []  # names of the inputs of the graph that is being compiled
         self.loops: list[tuple[Recurrence, dict[str, str]]] = []  # the loops in it, with the user's names
         self.unrolled: Sequence[ChainRecord] = ()  # its Python loops that stay unrolled
-        self.packed: list[str] = []  # source lines of recurrent modules that take packed sequences
-        self.breaks: list[breaks.GraphBreak] = []
+        self.breaks: list[graph_breaks.GraphBreak] = []
         self.forget()
 
     def forget(self) -> None:
@@ -181,7 +181,6 @@ class _Looking(CustomGraphPass):
         self.inference_graphs = 0
         self.pieces = 0  # graphs that Dynamo made of the model; one may contain further graphs, such as a scan's body
         self.lacking: list[str] = []  # parts missing from the report, and why
-        self.packed.clear()
         self.breaks.clear()
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -323,17 +322,28 @@ def _sum_of_outputs(output: Any) -> Tensor | None:
     return sum((t.sum() for t in tensors[1:]), tensors[0].sum()) if tensors else None
 
 
+def _broken(breaks: Sequence[graph_breaks.GraphBreak]) -> list[str]:
+    """A note for each line that breaks the graph; of many, for the first ones. Packed sequences have a reason."""
+    packed_at = dict.fromkeys(b.source for b in breaks if packed.is_at(b))
+    others: dict[str, str] = {}
+    for b in breaks:
+        if b.source and b.source not in packed_at:
+            others.setdefault(b.source, str(b))
+    shown = list(others.values())
+    more = len(shown) - _MOST_BREAKS
+    rest = [f"The graph breaks at {more} further lines."] if more > 0 else []
+    return [*shown[:_MOST_BREAKS], *rest, *(f"Declined: {packed.REASON.text} [{line}]." for line in packed_at)]
+
+
 def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
     if loss is not None and not (isinstance(loss, Tensor) and loss.numel() == 1):
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise LossError(f"explain: loss(output) is {what}; it must be one number: reduce it, by .mean() or .sum()")
-    broken = breaks.told([b for b in looking.breaks if b.source not in looking.packed])
     if not looking.graphs and not looking.inference_graphs:
         return [
             "torch.compile's front end, Dynamo, found no graph to compile: the whole model runs in eager mode. "
             'TORCH_LOGS="graph_breaks" shows why; torch._dynamo.reset() makes Dynamo look again at code that it '
-            "gave up before.",
-            *broken,
+            "gave up before."
         ]
     if not looking.graphs:
         if not torch.is_grad_enabled():
@@ -341,8 +351,7 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         if loss is not None and loss.requires_grad:
             return [
                 "Whatever needs a gradient runs in eager mode: torch.compile's front end, Dynamo, made graphs only of "
-                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.',
-                *broken,
+                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.'
             ]
         return [
             "No parameter or input that the output depends on requires a gradient, or the output carries none (it is "
@@ -356,7 +365,6 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
             f"The model was traced in {looking.pieces} pieces: a chain ends where a graph does. "
             'TORCH_LOGS="graph_breaks" shows where and why.'
         )
-    notes += broken
     if loss is None:
         notes.append("The report found no floating-point tensor in the output: pass loss=.")
     elif not loss.requires_grad:
