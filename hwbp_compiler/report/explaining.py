@@ -102,7 +102,8 @@ def explain(
             output = traced(looking, bool(wanted))
             _say_what_is_chosen_from(looking, rungs)
         total = _sum_of_outputs(output) if loss is None else loss(output)
-        notes = _notes(looking, total) + _broken(looking.breaks)
+        notes = _notes(looking, total)
+        notes += [f"Declined: {packed.REASON.text} [{line}]." for line in _packed_at(looking.breaks)]
         can_run = isinstance(total, Tensor) and total.requires_grad
         if wanted and can_run:
             assert total is not None
@@ -322,17 +323,19 @@ def _sum_of_outputs(output: Any) -> Tensor | None:
     return sum((t.sum() for t in tensors[1:]), tensors[0].sum()) if tensors else None
 
 
+def _packed_at(breaks: Iterable[graph_breaks.GraphBreak]) -> list[str]:
+    """The user's lines that give a recurrent module a packed sequence. The break has a reason of its own."""
+    return list(dict.fromkeys(b.source for b in breaks if packed.is_at(b)))
+
+
 def _broken(breaks: Sequence[graph_breaks.GraphBreak]) -> list[str]:
-    """A note for each line that breaks the graph; of many, for the first ones. Packed sequences have a reason."""
-    packed_at = dict.fromkeys(b.source for b in breaks if packed.is_at(b))
-    others: dict[str, str] = {}
+    """A note for each other line that breaks the graph; of many, for the first ones."""
+    found: dict[str, str] = {}
     for b in breaks:
-        if b.source and b.source not in packed_at:
-            others.setdefault(b.source, str(b))
-    shown = list(others.values())
+        found.setdefault(b.source, str(b))
+    shown = [note for source, note in found.items() if source not in ("", *_packed_at(breaks))]
     more = len(shown) - _MOST_BREAKS
-    rest = [f"The graph breaks at {more} further lines."] if more > 0 else []
-    return [*shown[:_MOST_BREAKS], *rest, *(f"Declined: {packed.REASON.text} [{line}]." for line in packed_at)]
+    return shown[:_MOST_BREAKS] + ([f"The graph breaks at {more} further lines."] if more > 0 else [])
 
 
 def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
@@ -343,7 +346,8 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         return [
             "torch.compile's front end, Dynamo, found no graph to compile: the whole model runs in eager mode. "
             'TORCH_LOGS="graph_breaks" shows why; torch._dynamo.reset() makes Dynamo look again at code that it '
-            "gave up before."
+            "gave up before.",
+            *_broken(looking.breaks),
         ]
     if not looking.graphs:
         if not torch.is_grad_enabled():
@@ -351,7 +355,8 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
         if loss is not None and loss.requires_grad:
             return [
                 "Whatever needs a gradient runs in eager mode: torch.compile's front end, Dynamo, made graphs only of "
-                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.'
+                'other parts of the model. TORCH_LOGS="graph_breaks" shows where and why.',
+                *_broken(looking.breaks),
             ]
         return [
             "No parameter or input that the output depends on requires a gradient, or the output carries none (it is "
@@ -365,6 +370,7 @@ def _notes(looking: _Looking, loss: Tensor | None) -> list[str]:
             f"The model was traced in {looking.pieces} pieces: a chain ends where a graph does. "
             'TORCH_LOGS="graph_breaks" shows where and why.'
         )
+    notes += _broken(looking.breaks)
     if loss is None:
         notes.append("The report found no floating-point tensor in the output: pass loss=.")
     elif not loss.requires_grad:
